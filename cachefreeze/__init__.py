@@ -1,0 +1,26 @@
+"""FreezeOut training that skips the forward pass of frozen prefixes.
+
+`python -m cachefreeze.train` is the program; the names below are for training loops of one's own.
+"""
+
+from cachefreeze.cache import Materialization, PrefixCache
+from cachefreeze.errors import UserError
+from cachefreeze.freezeout import FreezeOutLR, param_groups
+from cachefreeze.models.units import Units, freeze, partition
+from cachefreeze.rows import Rows, batches_of, epoch_order
+from cachefreeze.schedule import Schedule
+
+__all__ = [
+    "FreezeOutLR",
+    "Materialization",
+    "PrefixCache",
+    "Rows",
+    "Schedule",
+    "Units",
+    "UserError",
+    "batches_of",
+    "epoch_order",
+    "freeze",
+    "param_groups",
+    "partition",
+]

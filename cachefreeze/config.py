@@ -1,0 +1,330 @@
+"""The settings of a run: the command line, checked, with the data set's defaults filled in."""
+
+import argparse
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cachefreeze.device import DEVICES, PRECISIONS
+from cachefreeze.errors import UserError
+from cachefreeze.schedule import SHAPES
+
+ARCHITECTURES = ("wrn", "densenet", "vgg")
+DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
+
+# What `--arch` means without sizes, and how long to train, by data set. CIFAR: the networks,
+# epochs and batch size of the FreezeOut paper and its authors' code.
+_SMALL = {"wrn": (16, 2), "densenet": (22, 12), "vgg": (11, None)}
+_PAPER = {"wrn": (40, 4), "densenet": (76, 12), "vgg": (16, None)}
+_MEDIUM = {"wrn": (16, 4), "densenet": (40, 12), "vgg": (16, None)}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {"sizes": _SMALL, "epochs": 12, "batch_size": 64, "image_size": 32},
+    "cifar10": {"sizes": _PAPER, "epochs": 100, "batch_size": 50, "image_size": 32},
+    "cifar100": {"sizes": _PAPER, "epochs": 100, "batch_size": 50, "image_size": 32},
+    "imagefolder": {"sizes": _MEDIUM, "epochs": 30, "batch_size": 64, "image_size": 64},
+}
+# Below, nothing is left to pool over at the network's end.
+_SMALLEST_IMAGE = {"wrn": 8, "densenet": 8, "vgg": 32}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run. `args.json` holds these fields."""
+
+    arch: str
+    depth: int
+    width: int | None  # wrn only
+    growth_rate: int | None  # densenet only
+    bottleneck: bool
+    dropout: float
+    dataset: str
+    data_dir: Path
+    image_size: int
+    val_fraction: float | None
+    augment: bool
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    freeze: bool
+    t0: float
+    schedule: str
+    scale_lr: bool
+    cache: bool
+    cache_dir: Path
+    cache_max_gb: float | None
+    seed: int
+    device: str
+    precision: str
+    workers: int
+    output_dir: Path
+
+    @property
+    def network(self) -> str:
+        """The network's name with its sizes, such as wrn16_2."""
+        second = {"wrn": self.width, "densenet": self.growth_rate}.get(self.arch)
+        return f"{self.arch}{self.depth}" + (f"_{second}" if second is not None else "")
+
+    def network_sizes(self) -> dict[str, Any]:
+        """What `models.build` takes besides the architecture and the number of classes."""
+        names = ("depth", "width", "growth_rate", "bottleneck", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+    def as_json(self) -> dict[str, Any]:
+        """Names and plain values."""
+        fields = dataclasses.asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line asks for.
+
+    Raises:
+        UserError: an option that does not exist, or a value that makes no sense.
+    """
+    args = _parser().parse_args(argv)
+    arch, depth, second = _parse_arch(args.arch)
+    defaults = _DEFAULTS[args.dataset]
+    default_depth, default_second = defaults["sizes"][arch]
+    depth = _only_one("--depth", args.depth, depth) or default_depth
+    width = growth_rate = None
+    if arch == "wrn":
+        width = _only_one("--width", args.width, second) or default_second
+    elif arch == "densenet":
+        growth_rate = _only_one("--growth-rate", args.growth_rate, second) or default_second
+    elif second is not None:
+        raise UserError(f"--arch {args.arch}: a VGG has a depth only, as in vgg16")
+    if args.augment and args.cache:
+        raise UserError(
+            "--augment and --cache exclude each other: augmented pixels are new in every epoch, "
+            "so there is nothing to keep"
+        )
+    settings = Settings(
+        arch=arch,
+        depth=depth,
+        width=width,
+        growth_rate=growth_rate,
+        bottleneck=args.bottleneck,
+        dropout=(0.5 if arch == "vgg" else 0.0) if args.dropout is None else args.dropout,
+        dataset=args.dataset,
+        data_dir=args.data_dir,
+        image_size=args.image_size or defaults["image_size"],
+        val_fraction=args.val_fraction,
+        augment=args.augment,
+        epochs=defaults["epochs"] if args.epochs is None else args.epochs,
+        batch_size=defaults["batch_size"] if args.batch_size is None else args.batch_size,
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        freeze=args.freeze,
+        t0=args.t0,
+        schedule=args.schedule,
+        scale_lr=args.scale_lr,
+        cache=not args.augment if args.cache is None else args.cache,
+        cache_dir=args.cache_dir,
+        cache_max_gb=args.cache_max_gb,
+        seed=args.seed,
+        device=args.device,
+        precision=args.precision,
+        workers=args.workers,
+        output_dir=args.output_dir or _new_output_dir(f"{args.arch}-{args.dataset}"),
+    )
+    _check(settings)
+    return settings
+
+
+def _parse_arch(text: str) -> tuple[str, int | None, int | None]:
+    """`wrn40_4` is wrn, 40, 4; sizes may be left out."""
+    match = re.fullmatch(r"([a-z]+)(\d+)?(?:_(\d+))?", text.lower())
+    if match is None or match[1] not in ARCHITECTURES:
+        raise UserError(
+            f"--arch {text} is not known: choose wrn, densenet or vgg, with sizes if you like "
+            "(wrn40_4, densenet76_12, vgg16)"
+        )
+    depth, second = (int(size) if size else None for size in match.groups()[1:])
+    return match[1], depth, second
+
+
+def _only_one(option: str, given: int | None, spelled: int | None) -> int | None:
+    if given is not None and spelled is not None and given != spelled:
+        raise UserError(f"{option} {given} contradicts the {spelled} in --arch: give one of them")
+    return spelled if given is None else given
+
+
+def _check(settings: Settings) -> None:
+    smallest = _SMALLEST_IMAGE[settings.arch]
+    limits: list[tuple[str, Any, bool, str]] = [
+        ("--t0", settings.t0, 0 < settings.t0 <= 1, "above 0 and at most 1"),
+        ("--epochs", settings.epochs, settings.epochs >= 1, "1 or more"),
+        ("--batch-size", settings.batch_size, settings.batch_size >= 1, "1 or more"),
+        ("--lr", settings.lr, 0 < settings.lr < float("inf"), "above 0"),
+        ("--momentum", settings.momentum, 0 <= settings.momentum < 1, "at least 0 and below 1"),
+        ("--weight-decay", settings.weight_decay, settings.weight_decay >= 0, "0 or more"),
+        ("--dropout", settings.dropout, 0 <= settings.dropout < 1, "at least 0 and below 1"),
+        ("--seed", settings.seed, settings.seed >= 0, "0 or more"),
+        ("--workers", settings.workers, settings.workers >= 0, "0 or more"),
+        (
+            "--image-size",
+            settings.image_size,
+            settings.image_size >= smallest,
+            f"{smallest} or more with {settings.arch}",
+        ),
+        (
+            "--val-fraction",
+            settings.val_fraction,
+            settings.val_fraction is None or 0 < settings.val_fraction < 1,
+            "between 0 and 1",
+        ),
+        (
+            "--cache-max-gb",
+            settings.cache_max_gb,
+            settings.cache_max_gb is None or settings.cache_max_gb >= 0,
+            "0 or more",
+        ),
+    ]
+    for option, value, fits, condition in limits:
+        if not fits:
+            raise UserError(f"{option} {value} does not make sense: it must be {condition}")
+
+
+def _new_output_dir(name: str) -> Path:
+    """runs/DATE-TIME-NAME, with a number when that is taken."""
+    base = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 1000))
+    return next(path for path in candidates if not path.exists())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m cachefreeze.train",
+        description="Train with FreezeOut, the frozen prefix's activations served from a cache.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--arch",
+        "--model",
+        default="wrn",
+        help="wrn, densenet or vgg; sizes may be spelled out, as in wrn40_4; without them the "
+        "data set decides",
+    )
+    group.add_argument("-L", "--depth", type=int, help="layers (6n+4 for wrn and densenet)")
+    group.add_argument("--width", type=int, help="widening factor of a wrn")
+    group.add_argument(
+        "-k", "--growth-rate", type=int, help="channels each dense layer of a densenet adds"
+    )
+    group.add_argument(
+        "--bottleneck", action=flag, default=True, help="DenseNet-BC, or the plain one"
+    )
+    group.add_argument(
+        "--dropout", type=float, help="in blocks (default 0), or in the head of a vgg (default 0.5)"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default="digits", help="what to train on")
+    group.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help="where it is, or is downloaded to"
+    )
+    group.add_argument(
+        "--image-size", type=int, help="imagefolder: images become squares of this (default 64)"
+    )
+    group.add_argument(
+        "--val-fraction",
+        type=float,
+        help="imagefolder without a val or test folder: share of each class to validate on",
+    )
+    group.add_argument(
+        "--augment",
+        action=flag,
+        default=False,
+        help="random crop with 4 pixels of padding, and flip; switches the cache off",
+    )
+
+    group = parser.add_argument_group("schedule (FreezeOut)")
+    group.add_argument(
+        "--t0",
+        "--t_0",
+        type=float,
+        default=0.8,
+        help="share of the run after which the first unit freezes, before --schedule is applied",
+    )
+    group.add_argument(
+        "--schedule",
+        "--how_scale",
+        choices=tuple(SHAPES),
+        default="cubic",
+        help="how freezing moves on from there to the end",
+    )
+    group.add_argument(
+        "--scale-lr",
+        "--scale_lr",
+        action=flag,
+        default=True,
+        help="divide each unit's initial rate by its share of the run",
+    )
+    group.add_argument("--no_scale", dest="scale_lr", action="store_false", help=argparse.SUPPRESS)
+    group.add_argument(
+        "--freeze",
+        action=flag,
+        default=True,
+        help="--no-freeze trains everything to the end on one cosine: the baseline",
+    )
+
+    group = parser.add_argument_group("cache")
+    group.add_argument(
+        "--cache",
+        action=flag,
+        default=None,
+        help="--no-cache is FreezeOut as published (default: on, but for --augment)",
+    )
+    group.add_argument(
+        "--cache-dir", type=Path, default=Path("data/cache"), help="where activations are stored"
+    )
+    group.add_argument(
+        "--cache-max-gb",
+        type=float,
+        help="what the folder may take, in GB (default: 80%% of the free disk)",
+    )
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, help="passes over the data (default: by data set)")
+    group.add_argument(
+        "-b", "--batch-size", "--batch_size", type=int, help="images a step (default: by data set)"
+    )
+    group.add_argument("--lr", type=float, default=0.1, help="base learning rate of SGD")
+    group.add_argument("--momentum", type=float, default=0.9, help="of SGD, Nesterov's")
+    group.add_argument("--weight-decay", type=float, default=1e-4, help="of SGD")
+    group.add_argument("--seed", type=int, default=0, help="of weights, dropout and row order")
+    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto is bf16 autocast where the hardware multiplies it natively",
+    )
+    group.add_argument(
+        "-j",
+        "--workers",
+        type=int,
+        default=min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8),
+        help="processes that decode images of an imagefolder",
+    )
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output-dir", type=Path, help="of this run (default: runs/DATE-TIME-ARCH-DATASET)"
+    )
+    return parser

@@ -1,0 +1,134 @@
+"""The decoded pixels of one split: in memory, or from image files."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cachefreeze.errors import UserError
+from cachefreeze.rows import Indices
+
+
+class Images(Protocol):
+    """The decoded pixels of one split and their labels."""
+
+    labels: Tensor  # (N,) int64, on the CPU
+    identity: str
+
+    def __len__(self) -> int: ...
+
+    def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        """One uint8 tensor (n, H, W, C) on the CPU for each array of n row indices."""
+
+
+class ArrayImages:
+    """Images that live in memory: `pixels` (N, H, W, C) uint8, `labels` (N,)."""
+
+    def __init__(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self.pixels = np.ascontiguousarray(pixels)
+        self.labels = torch.from_numpy(np.ascontiguousarray(labels))
+        digest = hashlib.sha256(repr(self.pixels.shape).encode())
+        digest.update(self.pixels.data)
+        digest.update(self.labels.numpy().data)
+        self.identity = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        for rows in order:
+            yield torch.from_numpy(self.pixels[rows])
+
+
+@dataclass(frozen=True)
+class DamagedImage:
+    """A file that could not be decoded: a value, for an exception raised in a worker process
+    would come back with that worker's traceback around the one sentence that the user needs."""
+
+    path: Path
+    reason: str
+
+
+class ImageFiles(Dataset[Tensor | DamagedImage]):
+    """Decodes batches of image files to uint8 (n, size, size, 3); what DataLoader workers run."""
+
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
+        self.paths = list(paths)
+        self.size = size
+
+    def __getitem__(self, rows: Indices) -> Tensor | DamagedImage:
+        batch = np.empty((len(rows), self.size, self.size, 3), np.uint8)
+        for position, row in enumerate(rows):
+            try:
+                batch[position] = decode_image(self.paths[row], self.size)
+            except Exception as error:  # image decoders raise a zoo of types on damaged input
+                return DamagedImage(self.paths[row], str(error) or type(error).__name__)
+        return torch.from_numpy(batch)
+
+
+class FolderImages:
+    """Image files, decoded anew whenever they are asked for.
+
+    Args:
+        root: the folder that the files' identity is relative to.
+        paths, labels: one a row.
+        size: of the square that they are resized to (shorter side) and cut from (centre).
+        workers: processes that decode; 0 decodes in this one.
+    """
+
+    def __init__(
+        self, root: Path, paths: Sequence[Path], labels: Sequence[int], size: int, workers: int
+    ) -> None:
+        self.files = ImageFiles(paths, size)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.workers = workers
+        digest = hashlib.sha256(f"resize and centre crop to {size}, bilinear".encode())
+        for path, label in zip(paths, labels, strict=True):
+            stat = path.stat()
+            name = path.relative_to(root).as_posix()
+            digest.update(f"\n{name}\0{stat.st_size} {stat.st_mtime_ns} {label}".encode())
+        self.identity = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        # A generator of its own: without one, each pass would draw from the global random state,
+        # and a run that reads fewer images would go on with other random numbers.
+        loader: DataLoader[Any] = DataLoader(
+            self.files,
+            sampler=order,  # each "index" is the rows of a whole batch
+            batch_size=None,
+            num_workers=min(self.workers, len(order)),
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            if isinstance(batch, DamagedImage):
+                raise UserError(
+                    f"{batch.path} cannot be decoded ({batch.reason}): "
+                    "replace the file or remove it from the folder"
+                )
+            yield batch
+
+
+def decode_image(path: Path, size: int) -> NDArray[np.uint8]:
+    """An image file as RGB (size, size, 3): shorter side resized to `size`, centre cut out."""
+    from PIL import Image  # torchvision's own dependency
+
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    width, height = image.size
+    if (width, height) != (size, size):
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)

@@ -1,0 +1,239 @@
+"""Data sets: a training and a validation split of the same classes."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from cachefreeze.data.images import ArrayImages, FolderImages, Images
+from cachefreeze.errors import UserError
+from cachefreeze.rows import Indices, batches_of
+
+# Per channel, of the 50,000 training images scaled to 0 .. 1.
+CIFAR_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+CIFAR_ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
+
+
+# Wraps a pass over images, given with its number of batches, to show how it gets on.
+Bar = Callable[[Iterator[Tensor], int], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A training split and a validation split of the same classes.
+
+    `mean` and `std` are per channel, of pixels scaled to 0 .. 1.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    val: Images
+    image_shape: tuple[int, int, int]  # channels, height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.name}: {len(self.train):,} training and {len(self.val):,} validation images, "
+            f"{'x'.join(map(str, self.image_shape))}, {len(self.classes)} classes"
+        )
+
+
+def load(
+    name: str,
+    folder: Path,
+    *,
+    image_size: int,
+    val_fraction: float | None,
+    workers: int,
+    bar: Bar,
+) -> "DataSet":
+    """The data set `digits`, `cifar10`, `cifar100` or `imagefolder`; see their loaders.
+
+    Raises:
+        UserError: it is not there, or not as it should be.
+    """
+    if name == "digits":
+        return load_digits()
+    if name in CIFAR_ARCHIVES:
+        return load_cifar(name, folder)
+    assert name == "imagefolder"
+    return load_folder(folder, size=image_size, val_fraction=val_fraction, workers=workers, bar=bar)
+
+
+def load_digits(val_fraction: float = 0.2) -> DataSet:
+    """scikit-learn's 1,797 handwritten digits of 8x8 grey pixels, upscaled to 32x32 RGB."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    bunch = sklearn_digits()
+    grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    large = torch.nn.functional.interpolate(grey, size=32, mode="bilinear", align_corners=False)
+    pixels = large.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    labels = bunch.target.astype(np.int64)
+    train, val = (
+        ArrayImages(pixels[rows], labels[rows]) for rows in stratified_split(labels, val_fraction)
+    )
+    classes = tuple(str(name) for name in bunch.target_names)
+    return DataSet("digits", classes, train, val, (3, 32, 32), *statistics(train))
+
+
+def load_cifar(name: str, folder: Path) -> DataSet:
+    """CIFAR-10 or CIFAR-100 (`cifar10`, `cifar100`), downloaded into `folder` when missing.
+
+    Raises:
+        UserError: it is not there and cannot be downloaded.
+    """
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+    def load(train: bool) -> datasets.CIFAR10:
+        # torchvision compares the MD5 of every file with the published one before it unpickles.
+        try:
+            return kind(folder, train=train)
+        except RuntimeError:
+            pass
+        existed = folder.exists()
+        try:
+            return kind(folder, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            if not existed and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+            raise UserError(
+                f"{name} is not in {folder} and cannot be downloaded ({error}): put "
+                f"{CIFAR_ARCHIVES[name]} there, or use --dataset digits, which needs no network"
+            ) from error
+
+    train, val = load(True), load(False)
+    mean, std = CIFAR_STATISTICS[name]
+    return DataSet(
+        name,
+        tuple(train.classes),
+        ArrayImages(train.data, np.array(train.targets, np.int64)),
+        ArrayImages(val.data, np.array(val.targets, np.int64)),
+        (3, 32, 32),
+        mean,
+        std,
+    )
+
+
+def load_folder(
+    root: Path, *, size: int, val_fraction: float | None, workers: int, bar: Bar
+) -> DataSet:
+    """Folders of images: ROOT/train/CLASS/* with ROOT/val or ROOT/test, or ROOT/CLASS/*.
+
+    Every image is decoded once here: the training rows for their mean and standard deviation, all
+    of them so that a damaged file is found now and not in the middle of the night.
+
+    Args:
+        size: see `FolderImages`.
+        val_fraction: the share of every class that becomes the validation split where the folder
+            has none.
+        workers: see `FolderImages`.
+        bar: shows how that first pass gets on.
+
+    Raises:
+        UserError: no images, fewer than two classes, no validation split, or a damaged file.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: give --data-dir a folder of images")
+    has_train = (root / "train").is_dir()
+    paths, labels, classes = list_images(root / "train" if has_train else root)
+    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if has_train and held_out is not None:
+        val_paths, val_labels, val_classes = list_images(held_out)
+        if val_classes != classes:
+            odd = sorted(set(classes) ^ set(val_classes))
+            raise UserError(
+                f"{root / 'train'} and {held_out} have different classes ({', '.join(odd[:5])}): "
+                "give both the same sub-folders"
+            )
+    elif val_fraction is not None:
+        train_rows, val_rows = stratified_split(np.array(labels), val_fraction)
+        val_paths, val_labels = [paths[i] for i in val_rows], [labels[i] for i in val_rows]
+        paths, labels = [paths[i] for i in train_rows], [labels[i] for i in train_rows]
+    else:
+        raise UserError(
+            f"{root} has no val or test folder beside train: add one, or set --val-fraction 0.1"
+        )
+    train = FolderImages(root, paths, labels, size, workers)
+    val = FolderImages(root, val_paths, val_labels, size, workers)
+    mean, std = statistics(train, bar)
+    for _ in one_pass(val, bar):
+        pass
+    return DataSet(f"imagefolder {root.name}", classes, train, val, (3, size, size), mean, std)
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    """Image files below each class's sub-folder in sorted order, their labels, and the classes."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(
+            path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS
+        )
+        if not files:
+            raise UserError(f"{folder / name} has no images in it: add some or remove the folder")
+        paths += files
+        labels += [label] * len(files)
+    if len(classes) < 2:
+        found = f"only the class {classes[0]!r}" if classes else "no class folders"
+        raise UserError(f"{folder} has {found}: it needs one sub-folder of images for each class")
+    return paths, labels, tuple(classes)
+
+
+def one_pass(images: Images, bar: Bar) -> Iterable[Tensor]:
+    """All images in order, in batches."""
+    order = batches_of(np.arange(len(images)), 256)
+    return bar(images.decode(order), len(order))
+
+
+def statistics(
+    images: Images, bar: Bar = lambda batches, total: batches
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, of pixels scaled to 0 .. 1.
+
+    Summed as whole numbers, so that the result does not depend on the order of the rows.
+    """
+    count, total, squares = 0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for pixels in one_pass(images, bar):
+        values = pixels.flatten(0, 2).to(torch.int64)
+        count += len(values)
+        total = total + values.sum(0)
+        squares = squares + (values**2).sum(0)
+    mean = total.double() / count
+    std = (squares.double() / count - mean**2).sqrt()
+    # A channel without any contrast is left as it is.
+    std = torch.where(std > 0, std, torch.full_like(std, 255.0))
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+def stratified_split(labels: NDArray[np.int64], fraction: float) -> tuple[Indices, Indices]:
+    """Row indices of a training and a validation part with the given share of every class.
+
+    The same labels always give the same split, whatever the seed of the run: accuracies of
+    different seeds are of the same rows. Every class keeps at least one row in each part.
+    """
+    random = np.random.default_rng(0)
+    held_out = []
+    for label in np.unique(labels):
+        rows = random.permutation(np.flatnonzero(labels == label))
+        if len(rows) < 2:
+            raise UserError(
+                f"class {label} has a single image, which cannot be both trained and validated on: "
+                "add images or give a val folder"
+            )
+        held_out.append(rows[: min(max(round(fraction * len(rows)), 1), len(rows) - 1)])
+    val = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), val), val

@@ -1,0 +1,77 @@
+"""FreezeOut's arithmetic (Brock et al., 2017, section 2): when units freeze, and their rates."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: x,
+    "squared": lambda x: x**2,
+    "cubic": lambda x: x**3,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every unit at every step; unit i trains for a share t_i of the run.
+
+    Args:
+        units: how many there are, the head (the last, which never freezes) included.
+        total_steps: optimiser steps of the whole run.
+        t0: share of the run, before `shape`, after which the first unit freezes; in (0, 1].
+            At 1 nothing freezes, and every unit follows one plain cosine.
+        shape: `linear`, `squared` or `cubic`: g in t_i = g(t0 + (1 - t0) i / L).
+        scale_lr: divide unit i's initial rate by t_i, so that all units' rates have equal
+            integrals over the run.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    units: int
+    total_steps: int
+    t0: float = 0.8
+    shape: str = "cubic"
+    scale_lr: bool = True
+
+    def __post_init__(self) -> None:
+        if self.units < 1:
+            raise ValueError(f"units is {self.units}: a schedule needs at least one")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps is {self.total_steps}: a schedule needs at least one")
+        if not 0 < self.t0 <= 1:
+            raise ValueError(f"t0 is {self.t0}: it must be above 0 and at most 1")
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape is {self.shape!r}: it must be one of {', '.join(SHAPES)}")
+
+    @cached_property
+    def ends(self) -> tuple[float, ...]:
+        """t_i of every unit: the share of the run for which it trains, in (0, 1]."""
+        shape, last = SHAPES[self.shape], self.units - 1
+        hidden = [shape(self.t0 + (1 - self.t0) * unit / last) for unit in range(last)]
+        return (*hidden, 1.0)
+
+    @cached_property
+    def freeze_steps(self) -> tuple[int, ...]:
+        """The first step at which each unit is frozen; `total_steps` if it trains to the end."""
+        return tuple(_ceil(end * self.total_steps) for end in self.ends)
+
+    def frontier(self, step: int) -> int:
+        """How many units are frozen when the given step (from 0) is taken, or after the last."""
+        return bisect_right(self.freeze_steps, min(step, self.total_steps - 1))
+
+    def factor(self, unit: int, step: int) -> float:
+        """What the unit's base rate is multiplied with at the given step (from 0)."""
+        if step >= self.freeze_steps[unit]:
+            return 0.0
+        end = self.ends[unit]
+        initial = 1 / end if self.scale_lr else 1.0
+        return 0.5 * initial * (1 + math.cos(math.pi * step / self.total_steps / end))
+
+
+def _ceil(steps: float) -> int:
+    """The next whole number, where a product that is whole but for rounding counts as whole."""
+    whole = round(steps)
+    return whole if abs(steps - whole) < 1e-9 * steps else math.ceil(steps)

@@ -1,0 +1,159 @@
+"""The cache folder: its tag, its stores, who uses them, and their removal."""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from pathlib import Path
+
+from cachefreeze.errors import UserError
+from cachefreeze.files import why_not_writable, write_atomically
+
+FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+TRASH = ".trash-"
+TAG = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# This folder holds activations cached by cachefreeze. It may be deleted at any time.\n"
+)
+
+
+class Lock:
+    """An advisory lock on a store's folder that dies with the process that holds it."""
+
+    def __init__(self, folder: Path, *, exclusive: bool) -> None:
+        """Raises BlockingIOError if others hold it, FileNotFoundError if the folder is gone."""
+        path = folder / "lock"
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            self._lock(exclusive)
+            # Whoever removed the store in between left us a lock on a file without a name.
+            if os.fstat(self._file).st_ino != path.stat().st_ino:
+                raise FileNotFoundError(f"{folder} was removed")
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _lock(self, exclusive: bool) -> None:
+        fcntl.flock(self._file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+    def share(self) -> None:
+        """From writer to reader."""
+        self._lock(exclusive=False)
+
+    def release(self) -> None:
+        os.close(self._file)
+
+
+def check_cache_dir(folder: Path) -> None:
+    """Raises UserError if the folder cannot be used as a cache. Writes nothing."""
+    problem = why_not_writable(folder)
+    if problem is not None:
+        raise _cannot_be_used(folder, problem)
+
+
+def prepare_cache_dir(folder: Path) -> None:
+    """Make the cache folder, with its tag.
+
+    Raises:
+        UserError: it is a file, or cannot be made or written to.
+    """
+    check_cache_dir(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not is_cache_dir(folder):
+            write_atomically(folder / "CACHEDIR.TAG", TAG.encode())
+    except OSError as error:
+        raise _cannot_be_used(folder, error.strerror or str(error)) from error
+
+
+def _cannot_be_used(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"the cache folder {folder} cannot be used ({reason}): "
+        "choose another with --cache-dir, or use --no-cache"
+    )
+
+
+def is_cache_dir(folder: Path) -> bool:
+    """Whether the folder carries our tag."""
+    try:
+        return (folder / "CACHEDIR.TAG").read_text() == TAG
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def store_folders(cache_dir: Path) -> list[Path]:
+    """The stores in a cache folder, committed or not, in the order of their names."""
+    return sorted(
+        Path(entry.path)
+        for entry in os.scandir(cache_dir)
+        if FINGERPRINT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    )
+
+
+def remove_store(folder: Path) -> bool:
+    """Remove a store, committed or not, unless a process reads or writes it."""
+    try:
+        lock = Lock(folder, exclusive=True)
+    except FileNotFoundError:
+        return True
+    except OSError:  # others hold it, or it is not ours to remove
+        return False
+    remove_locked(folder, lock)
+    return True
+
+
+def remove_locked(folder: Path, lock: Lock) -> None:
+    """Remove a store that is locked exclusively; lets go of the lock."""
+    # Renamed first: a removal that is cut short leaves rubbish, never half a store.
+    trash = folder.with_name(f"{TRASH}{folder.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):  # no permission any more: whoever may, prunes it later
+        folder.rename(trash)
+    lock.release()
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process reads or writes a store at this moment. Changes nothing."""
+    try:
+        file = os.open(folder / "lock", os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def is_committed(folder: Path) -> bool:
+    """Whether a store says that it is complete."""
+    return (folder / "COMMITTED").is_file()
+
+
+def rubbish(cache_dir: Path) -> list[Path]:
+    """What killed runs left: stores without a marker, half-removed ones, `*.partial` files."""
+    stores = store_folders(cache_dir)
+    found = [folder for folder in stores if not is_committed(folder) and not in_use(folder)]
+    for entry in os.scandir(cache_dir):
+        if entry.name.startswith(TRASH) and entry.is_dir(follow_symlinks=False):
+            found.append(Path(entry.path))
+    for folder in (cache_dir, *filter(is_committed, stores)):
+        found += folder.glob("*.partial")
+    return sorted(found)
+
+
+def remove_rubbish(cache_dir: Path) -> int:
+    """Remove `rubbish`; returns how many files and folders went."""
+    removed = 0
+    for path in rubbish(cache_dir):
+        if FINGERPRINT.fullmatch(path.name):
+            remove_store(path)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed += not path.exists()
+    return removed

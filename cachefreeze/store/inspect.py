@@ -1,0 +1,118 @@
+"""A look at a cache folder from outside: no network, no lock taken, nothing changed."""
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachefreeze.errors import UserError
+from cachefreeze.files import size_of_tree
+from cachefreeze.store.folder import in_use, is_cache_dir, is_committed, rubbish, store_folders
+from cachefreeze.store.format import (
+    Description,
+    Layout,
+    StoreError,
+    read_description,
+    read_manifest,
+)
+from cachefreeze.store.read import SplitReader
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What is known of one store. Without a `description`, `damage` says why."""
+
+    folder: Path
+    description: Description | None
+    committed: bool
+    in_use: bool
+    bytes: int
+    age_seconds: float
+    chunks_present: dict[str, int]
+    damage: tuple[str, ...]
+
+    @property
+    def state(self) -> str:
+        """In a word or two."""
+        if self.damage:
+            return "damaged"
+        if not self.committed:
+            return "being written" if self.in_use else "orphan"
+        return "in use" if self.in_use else "committed"
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """All stores of a cache folder, what killed runs left there, and the disk."""
+
+    folder: Path
+    stores: tuple[StoreReport, ...]
+    orphans: tuple[Path, ...]
+    bytes: int
+    free_bytes: int
+
+    @property
+    def damaged(self) -> bool:
+        return any(store.damage for store in self.stores)
+
+
+def inspect_cache(folder: Path, *, verify: bool = False) -> CacheReport:
+    """Look at every store; with `verify`, read every chunk and check its checksum.
+
+    Raises:
+        UserError: the folder is no cache of ours.
+    """
+    if not is_cache_dir(folder):
+        raise UserError(f"{folder} is not a cache folder of cachefreeze: it has no CACHEDIR.TAG")
+    return CacheReport(
+        folder=folder,
+        stores=tuple(_inspect(store, verify) for store in store_folders(folder)),
+        orphans=tuple(rubbish(folder)),
+        bytes=size_of_tree(folder),
+        free_bytes=shutil.disk_usage(folder).free,
+    )
+
+
+def _inspect(folder: Path, verify: bool) -> StoreReport:
+    committed = is_committed(folder)
+    description = None
+    present: dict[str, int] = {}
+    damage: list[str] = []
+    try:
+        description = read_description(folder)
+        for split, layout in description.splits.items():
+            present[split] = count_chunks(folder / split, layout)
+        if committed:
+            checksums = read_manifest(folder, description)
+            for split, layout in description.splits.items():
+                if present[split] < layout.chunks:
+                    missing = layout.chunks - present[split]
+                    damage.append(f"{split}: {missing} of {layout.chunks} chunks are missing")
+                if verify:
+                    reader = SplitReader(folder / split, layout, checksums[split])
+                    damage += [f"{split}: {sentence}" for sentence in reader.damage()]
+    except StoreError as error:
+        # A store that is not complete may well lack its description: that is no damage.
+        if committed:
+            damage.append(str(error))
+    created = description.created if description else folder.stat().st_mtime
+    return StoreReport(
+        folder=folder,
+        description=description,
+        committed=committed,
+        in_use=in_use(folder),
+        bytes=size_of_tree(folder),
+        age_seconds=max(time.time() - created, 0.0),
+        chunks_present=present,
+        damage=tuple(damage),
+    )
+
+
+def count_chunks(folder: Path, layout: Layout) -> int:
+    """How many of the chunk files are there."""
+    try:
+        # The names that are there, not those that should be: a store may claim any number.
+        return sum(map(layout.is_chunk_name, os.listdir(folder)))
+    except OSError:
+        return 0

@@ -1,0 +1,87 @@
+"""`python -m cachefreeze.train`: parse, build, fit, report."""
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cachefreeze import config, data
+from cachefreeze.config import Settings
+from cachefreeze.device import resolve_device, resolve_precision
+from cachefreeze.errors import UserError
+from cachefreeze.files import nearest_folder
+from cachefreeze.models import build
+from cachefreeze.report import RunFolder, closing_words, opening_words, say, track
+from cachefreeze.store import check_cache_dir
+from cachefreeze.trainer import Trainer
+
+# Of the disk's free bytes: what the cache folder may take if nothing else is said.
+FREE_DISK_SHARE = 0.8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    try:
+        run(config.parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: last.pt is of the last whole epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train as the settings say; returns what is in summary.json.
+
+    Raises:
+        UserError: something is not there, does not fit, or cannot be written.
+    """
+    start = time.perf_counter()
+    device = resolve_device(settings.device)
+    dtype = resolve_precision(settings.precision, device)
+    folder = RunFolder(settings.output_dir)
+    if settings.cache:
+        check_cache_dir(settings.cache_dir)
+    sizes = settings.network_sizes()
+    with torch.device("meta"):
+        build(settings.arch, classes=2, **sizes)  # sizes that do not fit are told before the wait
+    images = data.load(
+        settings.dataset,
+        settings.data_dir,
+        image_size=settings.image_size,
+        val_fraction=settings.val_fraction,
+        workers=settings.workers,
+        bar=track,
+    )
+
+    torch.manual_seed(settings.seed)
+    model = build(settings.arch, len(images.classes), **sizes)
+    facts = {**settings.as_json(), "network": settings.network}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
+    folder.create(facts)
+    for line in opening_words(facts, len(model), parameters, images.description, where):
+        say(line)
+    trainer = Trainer(settings, images, model, device, dtype, folder, cache_budget(settings))
+    summary = {"wall_seconds": 0.0, **trainer.fit()}
+    summary["wall_seconds"] = time.perf_counter() - start
+    folder.write_json("summary.json", summary)
+    for line in closing_words(summary, facts, folder.path):
+        say(line)
+    return summary
+
+
+def cache_budget(settings: Settings) -> float:
+    """Bytes that the cache folder may take."""
+    if settings.cache_max_gb is not None:
+        return settings.cache_max_gb * 1e9
+    return FREE_DISK_SHARE * shutil.disk_usage(nearest_folder(settings.cache_dir)).free
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The training loop."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cachefreeze.cache import PrefixCache
+from cachefreeze.checkpoint import save_checkpoint, weights_sha256
+from cachefreeze.config import Settings
+from cachefreeze.data import Augmentation, DataSet, InputRows
+from cachefreeze.device import autocast
+from cachefreeze.freezeout import FreezeOutLR, param_groups
+from cachefreeze.models.units import partition
+from cachefreeze.report import RunFolder, epoch_line, materialize_line, progress_bar, say
+from cachefreeze.rows import batches_of, epoch_order
+
+# Until there is a planner: a store pays for itself when the run goes on for this many epochs.
+WORTHWHILE_EPOCHS = 2
+
+
+class Trainer:
+    """Trains a network by FreezeOut on a data set, and leaves the run's files in a folder.
+
+    Args:
+        settings: of the run.
+        data: the data set.
+        model: an `nn.Sequential` of units, initialised; trained in place.
+        device: to train on.
+        autocast_dtype: for the forward pass, or None.
+        folder: of the run, created.
+        max_cache_bytes: what the cache folder may take.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: DataSet,
+        model: nn.Sequential,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
+        folder: RunFolder,
+        max_cache_bytes: float,
+    ) -> None:
+        self.settings = settings
+        self.device = device
+        self.autocast_dtype = autocast_dtype
+        self.folder = folder
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.units = partition(self.model)
+        self.labels = {"train": data.train.labels.to(device), "val": data.val.labels.to(device)}
+        inputs = {
+            "train": InputRows(data.train, data.mean, data.std, device),
+            "val": InputRows(data.val, data.mean, data.std, device),
+        }
+        self.cache = PrefixCache(
+            self.units,
+            inputs,
+            batch_size=settings.batch_size,
+            device=device,
+            autocast_dtype=autocast_dtype,
+            directory=settings.cache_dir if settings.cache else None,
+            max_bytes=max_cache_bytes,
+            network=settings.network,
+            warn=lambda sentence: say(f"  {sentence}"),
+        )
+        self.augmentation = (
+            Augmentation(len(data.train), settings.seed, inputs["train"].black)
+            if settings.augment
+            else None
+        )
+        self.steps_per_epoch = -(-len(data.train) // settings.batch_size)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.optimizer = torch.optim.SGD(
+            param_groups(self.units),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            nesterov=settings.momentum > 0,
+            weight_decay=settings.weight_decay,
+        )
+        self.scheduler = FreezeOutLR(
+            self.optimizer,
+            self.units,
+            self.total_steps,
+            t0=settings.t0 if settings.freeze else 1.0,
+            shape=settings.schedule,
+            scale_lr=settings.scale_lr,
+        )
+        self.step = 0
+        self.best_val_accuracy = 0.0
+        self.seconds = {"train": 0.0, "materialize": 0.0, "validate": 0.0}
+        self.materializations: list[dict[str, Any]] = []
+
+    def fit(self) -> dict[str, Any]:
+        """Train all epochs; returns what goes into summary.json, but for `wall_seconds`."""
+        try:
+            with progress_bar("epochs", self.settings.epochs, "epoch", leave=True) as bar:
+                for epoch in range(self.settings.epochs):
+                    metrics = self._epoch(epoch)
+                    self.folder.add_metrics(metrics)
+                    self._save(epoch + 1)
+                    say(epoch_line(metrics, self.settings.epochs, self.units.names))
+                    bar.update()
+            return self._summary(metrics)
+        finally:
+            self.cache.close()
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        before = dict(self.seconds)
+        train_loss = self._train(epoch)
+        val_loss, val_accuracy = self._validate()
+        self.best_val_accuracy = max(self.best_val_accuracy, val_accuracy)
+        spent = {name: self.seconds[name] - before[name] for name in self.seconds}
+        return {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "lr": [float(rate) for rate in self.scheduler.get_last_lr()],
+            "frozen_units": self.units.frontier,
+            "boundary": self.cache.boundary,
+            "source": "pixels" if self.cache.boundary == 0 else "cache",
+            "seconds": sum(spent.values()),
+            "train_seconds": spent["train"],
+            "materialize_seconds": spent["materialize"],
+            "validate_seconds": spent["validate"],
+            "images_per_second": len(self.labels["train"]) / spent["train"],
+        }
+
+    def _train(self, epoch: int) -> float:
+        """One pass over the training rows; returns the mean loss."""
+        self.model.train()
+        rows = len(self.labels["train"])
+        order = batches_of(epoch_order(rows, self.settings.seed, epoch), self.settings.batch_size)
+        # Summed on the device and read once: `.item()` in every step would wait for it.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        batches = self.cache.batches("train", order)
+        with progress_bar(f"epoch {epoch + 1}", rows, "img") as bar:
+            for indices in order:
+                with self._timed("train"):
+                    loss = self._step(next(batches), indices, epoch)
+                    total += loss.double() * len(indices)
+                    frontier = self.units.frontier
+                    self.scheduler.step()
+                    self.step += 1
+                if self.units.frontier > frontier:
+                    self._materialize()
+                bar.update(len(indices))
+            with self._timed("train"):
+                return float(total) / rows
+
+    def _step(self, x: Tensor, indices: np.ndarray, epoch: int) -> Tensor:
+        """One optimiser step on a batch at the frontier; returns its mean loss."""
+        if self.augmentation is not None:
+            x = self.augmentation(x, indices, epoch)
+        loss = F.cross_entropy(self._suffix(x), self._labels("train", indices))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def _validate(self) -> tuple[float, float]:
+        """Mean loss and accuracy over the validation rows."""
+        self.model.eval()
+        rows = len(self.labels["val"])
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        order = batches_of(np.arange(rows), self.settings.batch_size)
+        with self._timed("validate"):
+            for indices, x in zip(order, self.cache.batches("val", order), strict=True):
+                logits, labels = self._suffix(x), self._labels("val", indices)
+                loss += F.cross_entropy(logits, labels, reduction="sum").double()
+                correct += (logits.argmax(1) == labels).sum()
+            return float(loss) / rows, int(correct) / rows
+
+    def _suffix(self, x: Tensor) -> Tensor:
+        """Logits in float32 from a batch at the frontier."""
+        with autocast(self.device, self.autocast_dtype):
+            return self.units.run(x, self.units.frontier).float()
+
+    def _labels(self, split: str, indices: np.ndarray) -> Tensor:
+        return self.labels[split][torch.from_numpy(indices).to(self.device)]
+
+    def _materialize(self) -> None:
+        """Move the boundary to the frontier if what is left of the run is worth it."""
+        left = self.total_steps - self.step
+        if left < WORTHWHILE_EPOCHS * self.steps_per_epoch:
+            return
+        with self._timed("materialize"):
+            done = self.cache.materialize()
+        if done is not None:
+            event = {"step": self.step, **dataclasses.asdict(done)}
+            self.materializations.append(event)
+            say(materialize_line(event, self.units.names[done.boundary - 1]))
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+    def _save(self, epoch: int) -> None:
+        state = {
+            "epoch": epoch,
+            "step": self.step,
+            "settings": self.settings.as_json(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        with self.folder.writing():
+            save_checkpoint(self.folder.path / "last.pt", state)
+
+    def _summary(self, last: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "train_seconds": self.seconds["train"],
+            "materialize_seconds": self.seconds["materialize"],
+            "validate_seconds": self.seconds["validate"],
+            "epochs": self.settings.epochs,
+            "steps": self.step,
+            "val_accuracy": last["val_accuracy"],
+            "best_val_accuracy": self.best_val_accuracy,
+            "train_loss": last["train_loss"],
+            "weights_sha256": weights_sha256(self.model.state_dict()),
+            "frozen_units": self.units.frontier,
+            "units": list(self.units.names),
+            "cache": {
+                "enabled": self.settings.cache,
+                "boundaries": self.materializations,
+                "rows_served": self.cache.rows_served,
+                "prefix_unit_rows_computed": self.cache.prefix_unit_rows_computed,
+                "saved_seconds": self.cache.saved_seconds,
+                "store": None if self.cache.store is None else str(self.cache.store.folder),
+            },
+        }
