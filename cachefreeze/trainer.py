@@ -21,7 +21,8 @@ from cachefreeze.models.units import partition
 from cachefreeze.report import RunFolder, epoch_line, materialize_line, progress_bar, say
 from cachefreeze.rows import batches_of, epoch_order
 
-# Until there is a planner: a store pays for itself when the run goes on for this many epochs.
+# Until there is a planner: a store pays when, to the nearest epoch, this much of the run is left.
+# Filling it runs the new units over all rows once, and every epoch after that saves as much.
 WORTHWHILE_EPOCHS = 2
 
 
@@ -191,8 +192,8 @@ class Trainer:
 
     def _materialize(self) -> None:
         """Move the boundary to the frontier if what is left of the run is worth it."""
-        left = self.total_steps - self.step
-        if left < WORTHWHILE_EPOCHS * self.steps_per_epoch:
+        epochs_left = (self.total_steps - self.step) / self.steps_per_epoch
+        if round(epochs_left) < WORTHWHILE_EPOCHS:
             return
         with self._timed("materialize"):
             done = self.cache.materialize()

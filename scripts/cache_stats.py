@@ -14,7 +14,8 @@ from cachefreeze.files import human_bytes
 from cachefreeze.report import duration
 from cachefreeze.store import CacheReport, StoreReport, inspect_cache, remove_rubbish
 
-HEADER = ["store", "network", "boundary", "split", "rows", "shape", "type", "chunks", "size", "state", "age"]
+HEADER = ["store", "network", "boundary", "split", "rows", "shape", "type", "chunks", "size"]
+HEADER += ["state", "age"]
 RIGHT_ALIGNED = ("rows", "chunks", "size", "age")
 
 

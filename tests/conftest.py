@@ -1,0 +1,102 @@
+"""Small real images, and the program run on them in this process."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cachefreeze.train import main
+
+CLASSES = ("blobs", "checks", "stripes")
+
+
+def write_images(folder: Path, per_class: int, seed: int, size: int = 32) -> None:
+    """`per_class` noisy JPEGs of each of three patterns that a small network can tell apart."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    patterns = (((x - size / 2) ** 2 + (y - size / 2) ** 2) < 80, (x // 4 + y // 4) % 2, y // 4 % 2)
+    for name, pattern in zip(CLASSES, patterns, strict=True):
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            colour = random.integers(60, 200, 3)
+            pixels = pattern[..., None] * colour + random.normal(40, 20, (size, size, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(folder / name / f"{number:03}.jpg", quality=90)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 training and 33 validation images: five steps of 32 an epoch, the last of 22."""
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder / "train", 50, seed=1)
+    write_images(folder / "val", 11, seed=2)
+    return folder
+
+
+@dataclass
+class Run:
+    """A finished run, as its files tell it."""
+
+    folder: Path
+    args: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Run":
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return cls(
+            folder,
+            json.loads((folder / "args.json").read_text()),
+            [json.loads(line) for line in lines],
+            json.loads((folder / "summary.json").read_text()),
+        )
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture
+def train(images: Path, tmp_path: Path) -> Train:
+    """Runs the program on the small images; options given later win."""
+    count = 0
+
+    def run(*options: object) -> Run:
+        nonlocal count
+        count += 1
+        folder = tmp_path / f"run{count}"
+        argv = ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32, "-b", 32]
+        argv += ["-j", 0, "--precision", "fp32", "--cache-dir", tmp_path / "cache"]
+        argv += ["--output-dir", folder, *options]
+        assert main([str(part) for part in argv]) == 0
+        return Run.load(folder)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _same_random_state() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the program, which must give up with exit code 2; returns its one sentence."""
+
+    def run(*options: object) -> str:
+        capsys.readouterr()
+        assert main([str(part) for part in options]) == 2
+        captured = capsys.readouterr()
+        lines = captured.err.strip().splitlines()
+        assert len(lines) == 1, f"more than one line: {captured.err}"
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in captured.out + captured.err
+        return lines[0]
+
+    return run

@@ -1,0 +1,400 @@
+"""PrefixCache: right rows from wherever they come, and nothing lost when a store cannot be had."""
+
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import Tensor, nn
+
+from cachefreeze import PrefixCache, Units, batches_of, partition
+from cachefreeze.models import build
+from cachefreeze.rows import Indices
+from cachefreeze.store import store_folders
+
+BATCH = 8
+ORDERS = {"train": np.random.default_rng(0).permutation(37), "val": np.arange(10)}
+
+
+class Pixels:
+    """Rows at boundary 0 from a tensor, counting how often they are asked for."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.values = torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        self.identity = f"{rows} random rows of seed {seed}"
+        self.served = 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        for rows in order:
+            self.served += len(rows)
+            yield self.values[torch.from_numpy(rows)]
+
+
+@pytest.fixture
+def units() -> Units:
+    return partition(build("wrn", 3, depth=10, width=1).to(memory_format=torch.channels_last))
+
+
+def make_cache(units: Units, directory: Path | None, **options: object) -> PrefixCache:
+    inputs = {"train": Pixels(37, 1), "val": Pixels(10, 2)}
+    options = {"batch_size": BATCH, "max_bytes": float("inf"), **options}
+    return PrefixCache(units, inputs, directory=directory, **options)  # type: ignore[arg-type]
+
+
+def everything(cache: PrefixCache) -> dict[str, Tensor]:
+    """All rows of all splits at the frontier, by a shuffled order with short last batches."""
+    return {
+        split: torch.cat(list(cache.batches(split, batches_of(order, BATCH))))
+        for split, order in ORDERS.items()
+    }
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for split in ORDERS:
+        assert one[split].dtype == other[split].dtype
+        assert torch.equal(one[split], other[split])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("boundary", [1, 2, 3, 4])
+def test_rows_from_a_store_are_the_rows_computed(
+    units: Units, tmp_path: Path, boundary: int, dtype: torch.dtype | None
+) -> None:
+    units.freeze(4)
+    computed = everything(make_cache(units, None, autocast_dtype=dtype))
+    cache = make_cache(units, tmp_path / "cache", autocast_dtype=dtype)
+    assert cache.materialize(boundary) is not None
+    served = everything(cache)
+    assert cache.boundary == boundary
+    assert cache.rows_served == 47
+    assert_same(served, computed)
+    assert served["train"].dtype == (dtype or torch.float32)
+
+
+def test_a_store_reads_as_channels_last_without_another_copy(units: Units, tmp_path: Path) -> None:
+    units.freeze(2)
+    cache = make_cache(units, tmp_path / "cache")
+    cache.materialize()
+    batch = next(cache.batches("train", [np.arange(5)]))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert batch._base is not None, "a view of the buffer that was read into"
+
+
+def test_a_batch_that_is_kept_keeps_its_values(units: Units, tmp_path: Path) -> None:
+    units.freeze(2)
+    cache = make_cache(units, tmp_path / "cache")
+    cache.materialize()
+    batches, copies = [], []
+    for batch in cache.batches("train", batches_of(ORDERS["train"], BATCH)):
+        batches.append(batch)
+        copies.append(batch.clone())
+    assert all(torch.equal(batch, copy) for batch, copy in zip(batches, copies, strict=True))
+
+
+def test_the_zarr_arrays_hold_what_training_sees(units: Units, tmp_path: Path) -> None:
+    units.freeze(2)
+    cache = make_cache(units, tmp_path / "cache", autocast_dtype=torch.bfloat16)
+    cache.materialize()
+    seen = torch.cat(list(cache.batches("train", batches_of(np.arange(37), BATCH))))
+    assert cache.store is not None
+    array = zarr.open_group(cache.store.folder, mode="r")["train"]
+    assert array.shape == (37, 16, 16, 16)
+    bits = torch.from_numpy(array[:]).view(torch.bfloat16).permute(0, 3, 1, 2)
+    assert torch.equal(bits, seen)
+
+
+def test_each_store_is_filled_from_the_one_before_never_from_the_pixels(
+    units: Units, tmp_path: Path
+) -> None:
+    cache = make_cache(units, tmp_path / "cache")
+    for frontier in (1, 3, 4):
+        units.freeze(frontier)
+        assert cache.materialize() is not None
+    assert [rows.served for rows in cache.inputs.values()] == [37, 10]
+    assert cache.prefix_unit_rows_computed == 47 * 4
+    everything(cache)
+    assert cache.prefix_unit_rows_computed == 47 * 4
+    assert_same(everything(cache), everything(make_cache(units, None)))
+
+
+def test_there_is_one_store_once_the_next_is_committed(units: Units, tmp_path: Path) -> None:
+    cache = make_cache(units, tmp_path / "cache")
+    names = set()
+    for frontier in (1, 2, 3):
+        units.freeze(frontier)
+        cache.materialize()
+        (folder,) = store_folders(tmp_path / "cache")
+        names.add(folder.name)
+    assert len(names) == 3
+    cache.close()
+    assert len(store_folders(tmp_path / "cache")) == 1, "the last one stays for inspection"
+
+
+def test_the_boundary_may_move_in_the_middle_of_an_epoch(units: Units, tmp_path: Path) -> None:
+    cache, plain = make_cache(units, tmp_path / "cache"), make_cache(units, None)
+    order = batches_of(ORDERS["train"], BATCH)
+    streams = zip(cache.batches("train", order), plain.batches("train", order), strict=True)
+    for step, (one, other) in enumerate(streams):
+        assert torch.equal(one, other)
+        if step in (1, 3):
+            units.freeze(step + 1)
+            assert cache.materialize() is not None
+    assert step == 4
+    assert cache.boundary == 4
+
+
+def test_a_damaged_store_is_given_up_in_the_middle_of_an_epoch(
+    units: Units, tmp_path: Path
+) -> None:
+    units.freeze(2)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    cache.materialize()
+    assert cache.store is not None
+    folder = cache.store.folder
+    order = batches_of(ORDERS["train"], BATCH)
+    found = []
+    for batch in cache.batches("train", order):
+        found.append(batch)
+        if len(found) == 2:
+            for path in (folder / "train").glob("c.*"):
+                os.truncate(path, 1000)
+    assert torch.equal(torch.cat(found), everything(make_cache(units, None))["train"])
+    assert len(told) == 1
+    assert "group1_block1" in told[0]
+    assert "computed instead" in told[0]
+    assert cache.boundary == 0
+    assert not folder.exists()
+    # And it may try again.
+    assert cache.materialize() is not None
+    assert_same(everything(cache), everything(make_cache(units, None)))
+
+
+def test_what_would_exceed_the_budget_is_not_cached_and_said_in_one_line(
+    units: Units, tmp_path: Path
+) -> None:
+    units.freeze(1)
+    told: list[str] = []
+    limit = 47 * 16 * 16 * 16 * 4 + 20_000  # the rows and some metadata, and not twice that
+    cache = make_cache(units, tmp_path / "cache", max_bytes=limit, warn=told.append)
+    assert cache.materialize() is not None
+    units.freeze(2)
+    assert cache.materialize() is None, "old and new store together are too large"
+    assert cache.boundary == 1
+    assert len(told) == 1
+    assert "--cache-max-gb" in told[0]
+    assert len(store_folders(tmp_path / "cache")) == 1
+    assert_same(everything(cache), everything(make_cache(units, None)))
+
+
+def test_a_full_disk_costs_the_store_and_nothing_else(units: Units, tmp_path: Path) -> None:
+    units.freeze(2)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a chunk has 786 kB
+    try:
+        assert cache.materialize() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(told) == 1
+    assert "cannot be written" in told[0]
+    assert store_folders(tmp_path / "cache") == []
+    assert_same(everything(cache), everything(make_cache(units, None)))
+
+
+def test_a_cache_folder_that_vanishes_costs_the_store_and_nothing_else(
+    units: Units, tmp_path: Path
+) -> None:
+    units.freeze(1)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    (tmp_path / "cache" / "CACHEDIR.TAG").unlink()
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").write_text("a file now")
+    assert cache.materialize() is None
+    assert len(told) == 1
+    assert_same(everything(cache), everything(make_cache(units, None)))
+
+
+def test_a_store_that_another_run_uses_is_shared_and_not_removed(
+    units: Units, tmp_path: Path
+) -> None:
+    units.freeze(1)
+    first = make_cache(units, tmp_path / "cache")
+    assert not first.materialize().reused  # type: ignore[union-attr]
+    second = make_cache(units, tmp_path / "cache")
+    assert second.materialize().reused  # type: ignore[union-attr]
+    assert second.prefix_unit_rows_computed == 0
+    units.freeze(2)
+    second.materialize()
+    assert len(store_folders(tmp_path / "cache")) == 2, "the first run still reads the other"
+    assert_same(everything(first), everything(make_cache(units, None)))
+    assert_same(everything(second), everything(make_cache(units, None)))
+
+
+def test_the_last_store_of_a_finished_run_goes_when_the_next_materialises(
+    units: Units, tmp_path: Path
+) -> None:
+    units.freeze(1)
+    first = make_cache(units, tmp_path / "cache")
+    first.materialize()
+    first.close()
+    (left,) = store_folders(tmp_path / "cache")
+    other = partition(build("wrn", 3, depth=10, width=1))
+    other.freeze(1)
+    second = make_cache(other, tmp_path / "cache")
+    assert left.exists(), "it can be inspected until then"
+    second.materialize()
+    assert not left.exists()
+    second.close()
+
+
+def test_a_damaged_store_of_an_earlier_run_is_made_anew(units: Units, tmp_path: Path) -> None:
+    units.freeze(2)
+    first = make_cache(units, tmp_path / "cache")
+    first.materialize()
+    first.close()
+    chunk = next((store_folders(tmp_path / "cache")[0] / "val").glob("c.*"))
+    content = bytearray(chunk.read_bytes())
+    content[500] ^= 1
+    chunk.write_bytes(content)
+    told: list[str] = []
+    second = make_cache(units, tmp_path / "cache", warn=told.append)
+    assert not second.materialize().reused  # type: ignore[union-attr]
+    assert len(told) == 1
+    assert "val: c.0.0.0.0 has a wrong checksum" in told[0]
+    assert_same(everything(second), everything(make_cache(units, None)))
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def test_the_fingerprint_changes_with_whatever_the_rows_depend_on(tmp_path: Path) -> None:
+    def fingerprint(
+        *,
+        change: object = None,
+        factor: float = 2.0,
+        seed: int = 1,
+        stop: int = 3,
+        **options: object,
+    ) -> str:
+        torch.manual_seed(0)
+        units = Units(
+            {
+                "stem": nn.Conv2d(3, 4, 3, padding=1),
+                "scale": Scaled(factor),
+                "block": nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+                "head": nn.Flatten(),
+            }
+        )
+        if callable(change):
+            with torch.no_grad():
+                change(units)
+        units.freeze(3)
+        inputs = {"train": Pixels(37, seed), "val": Pixels(10, 2)}
+        options = {"batch_size": BATCH, **options}
+        return PrefixCache(units, inputs, **options).fingerprint(stop)  # type: ignore[arg-type]
+
+    def a_bit_of_a_weight(units: Units) -> None:
+        weight = units[0].weight.view(-1)
+        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+
+    def a_buffer(units: Units) -> None:
+        units[2][0].running_var[1] += 1e-6
+
+    def another_activation(units: Units) -> None:
+        units[2][1] = nn.ReLU6()
+
+    def a_stride(units: Units) -> None:
+        units[0].stride = (2, 2)
+
+    def a_hidden_setting(units: Units) -> None:
+        units[2][0].eps = 1e-4
+
+    reference = fingerprint()
+    assert fingerprint() == reference
+    assert len(reference) == 32
+    threads = torch.get_num_threads()
+    variants = [
+        fingerprint(change=change)
+        for change in (
+            a_bit_of_a_weight,
+            a_buffer,
+            another_activation,
+            a_stride,
+            a_hidden_setting,
+        )
+    ]
+    variants += [
+        fingerprint(factor=3.0),
+        fingerprint(seed=5),
+        fingerprint(stop=2),
+        fingerprint(batch_size=BATCH + 1),
+        fingerprint(autocast_dtype=torch.bfloat16),
+    ]
+    torch.set_num_threads(threads + 1)
+    try:
+        variants.append(fingerprint())
+    finally:
+        torch.set_num_threads(threads)
+    assert len({reference, *variants}) == 12
+
+    def a_head(units: Units) -> None:
+        units[3].start_dim = 2
+
+    assert fingerprint(change=a_head) == reference, "the suffix is none of the store's business"
+
+
+def test_the_fingerprint_changes_with_the_code_of_a_module(tmp_path: Path) -> None:
+    """Someone edits `forward` between two runs; names, settings and weights stay."""
+    import importlib
+    import sys
+
+    source = (
+        "from torch import nn\n"
+        "class Block(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x + 1\n"
+    )
+    found = []
+    sys.path.insert(0, str(tmp_path))
+    try:
+        for number, text in enumerate((source, source.replace("+ 1", "+ 2"))):
+            (tmp_path / "edited_block.py").write_text(text + "#" * number)
+            sys.modules.pop("edited_block", None)
+            importlib.invalidate_caches()
+            import linecache
+
+            linecache.checkcache()
+            block = importlib.import_module("edited_block").Block
+            units = Units({"block": block(), "head": nn.Flatten()})
+            units.freeze(1)
+            cache = PrefixCache(units, {"train": Pixels(9, 1)}, batch_size=BATCH)
+            found.append(cache.fingerprint(1))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert found[0] != found[1]
+
+
+def test_nothing_is_written_with_the_cache_off(units: Units, tmp_path: Path) -> None:
+    units.freeze(2)
+    cache = make_cache(units, None)
+    assert cache.materialize() is None
+    everything(cache)
+    assert cache.rows_served == 0
+    assert cache.prefix_unit_rows_computed == 47 * 2
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,101 @@
+"""The cache changes the time, and nothing else: same seed, same weights, bit for bit.
+
+Every pair has freezes in mid-epoch, a last batch that is not full, dropout in the suffix, units
+that freeze too late to be cached, and validation after every epoch.
+"""
+
+import pytest
+import torch
+
+from cachefreeze.checkpoint import load_checkpoint
+from cachefreeze.device import cpu_has_bf16
+
+from .conftest import Run, Train
+
+NETWORKS = {
+    "wrn": ("--arch", "wrn10_1", "--dropout", 0.3),
+    "densenet": ("--arch", "densenet16_4", "--dropout", 0.2),
+    "vgg": ("--arch", "vgg11"),
+}
+# 30 steps of 5 an epoch; the first units freeze at steps 8 to 10.
+SCHEDULE = ("--epochs", 6, "--t0", 0.25, "--schedule", "linear", "--lr", 0.05)
+
+
+def assert_same_run(cached: Run, plain: Run) -> None:
+    assert cached.summary["weights_sha256"] == plain.summary["weights_sha256"]
+    for key in ("train_loss", "val_loss", "val_accuracy", "lr", "frozen_units"):
+        assert [line[key] for line in cached.metrics] == [line[key] for line in plain.metrics]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_a_run_with_the_cache_ends_with_the_weights_of_one_without(
+    train: Train, arch: str, precision: str
+) -> None:
+    if precision == "bf16" and not cpu_has_bf16():
+        pytest.skip("this processor has no bfloat16 instructions")
+    options = (*NETWORKS[arch], *SCHEDULE, "--precision", precision)
+    cached, plain = train(*options), train(*options, "--no-cache")
+    assert_same_run(cached, plain)
+
+    # The comparison means something only if the cache was at work, in the middle of epochs.
+    events = cached.summary["cache"]["boundaries"]
+    assert len(events) >= 2
+    assert any(event["step"] % 5 for event in events)
+    assert cached.summary["cache"]["rows_served"] > 3 * 150
+    assert cached.summary["frozen_units"] > events[-1]["boundary"]
+    assert plain.summary["cache"]["boundaries"] == []
+    assert plain.summary["cache"]["rows_served"] == 0
+
+
+def test_with_the_cache_no_row_goes_through_a_frozen_unit_twice(train: Train) -> None:
+    options = ("--arch", "wrn10_1", "--epochs", 10, "--t0", 0.1, "--schedule", "linear")
+    cached, plain = train(*options), train(*options, "--no-cache")
+    assert_same_run(cached, plain)
+    rows, frozen = 150 + 33, cached.summary["frozen_units"]
+    assert frozen == 4
+    assert cached.summary["cache"]["prefix_unit_rows_computed"] == rows * frozen
+    assert plain.summary["cache"]["prefix_unit_rows_computed"] > 4 * rows * frozen
+
+
+def test_random_state_is_drawn_alike_with_decoding_workers(train: Train) -> None:
+    options = ("--arch", "wrn10_1", "--dropout", 0.3, *SCHEDULE, "-j", 1)
+    assert_same_run(train(*options), train(*options, "--no-cache"))
+
+
+def test_parity_holds_for_images_in_memory(train: Train) -> None:
+    options = ("--dataset", "digits", "--arch", "wrn10_1", "-b", 256, *SCHEDULE)
+    cached, plain = train(*options), train(*options, "--no-cache")
+    assert len(cached.summary["cache"]["boundaries"]) >= 2
+    assert_same_run(cached, plain)
+
+
+def test_the_seed_matters(train: Train) -> None:
+    options = ("--arch", "wrn10_1", "--epochs", 1)
+    one, other = train(*options, "--seed", 1), train(*options, "--seed", 2)
+    assert one.summary["weights_sha256"] != other.summary["weights_sha256"]
+
+
+def test_the_weights_in_last_pt_are_those_of_the_summary(train: Train) -> None:
+    from cachefreeze.checkpoint import weights_sha256
+
+    run = train("--arch", "wrn10_1", *SCHEDULE)
+    state = load_checkpoint(run.folder / "last.pt")
+    assert weights_sha256(state["model"]) == run.summary["weights_sha256"]
+    assert state["step"] == run.summary["steps"] == 30
+
+
+def test_the_hash_of_weights_sees_every_part(train: Train) -> None:
+    from cachefreeze.checkpoint import weights_sha256
+
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
+    reference = weights_sha256(state)
+    assert weights_sha256(dict(reversed(state.items()))) == reference
+    assert weights_sha256({**state, "a": state["a"].T.contiguous().T}) == reference
+    for changed in (
+        {**state, "a": state["a"].reshape(3, 2)},
+        {**state, "b": state["b"].double()},
+        {**state, "b": torch.nextafter(state["b"], torch.tensor(2.0))},
+        {"a": state["a"], "c": state["b"]},
+    ):
+        assert weights_sha256(changed) != reference

@@ -1,0 +1,317 @@
+"""The store holds what was written, says so to any zarr tool, and is whole or not used."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from cachefreeze.store import (
+    Description,
+    Layout,
+    Store,
+    StoreError,
+    StoreWriter,
+    open_store,
+    prepare_cache_dir,
+    remove_rubbish,
+    remove_store,
+    store_folders,
+)
+from cachefreeze.store import format as store_format
+from cachefreeze.store import read as store_read
+
+NAME = "0123456789abcdef" * 2
+RANDOM = np.random.default_rng(0)
+ROWS = {
+    "train": RANDOM.normal(size=(100, 3, 5, 4)).astype(np.float32),
+    "val": RANDOM.normal(size=(7, 3, 5, 4)).astype(np.float32),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_format, "CHUNK_BYTES", 16 * 240)  # 240 bytes a row
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path) -> Path:
+    prepare_cache_dir(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def describe(rows: dict[str, np.ndarray], values: str = "float32", name: str = NAME) -> Description:
+    splits = {
+        split: Layout.of(len(array), array.shape[1:], array.dtype.name)
+        for split, array in rows.items()
+    }
+    return Description(name, "wrn16_2", 3, "group1_block2", values, time.time(), splits, {})
+
+
+def write(cache_dir: Path, rows: dict[str, np.ndarray] = ROWS, **about: str) -> Store:
+    writer = StoreWriter(cache_dir, describe(rows, **about))
+    for split, array in rows.items():
+        for start in range(0, len(array), 9):  # no multiple of a chunk
+            writer.append(split, array[start : start + 9])
+    return writer.commit()
+
+
+def read(store: Store, split: str, indices: np.ndarray) -> np.ndarray:
+    layout = store.description.splits[split]
+    out = np.empty((len(indices), layout.row_bytes), np.uint8)
+    store.readers[split].read(indices, out)
+    return out.view(layout.dtype).reshape(len(indices), *layout.row_shape)
+
+
+def chunk_files(cache_dir: Path, split: str = "train") -> list[Path]:
+    return sorted((cache_dir / NAME / split).glob("c.*"))
+
+
+def test_rows_come_back_in_any_order(cache_dir: Path) -> None:
+    store = write(cache_dir)
+    for split, array in ROWS.items():
+        indices = RANDOM.permutation(np.r_[: len(array), : len(array)])
+        assert np.array_equal(read(store, split, indices), array[indices])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [("float16", "float16"), ("float64", "float64"), ("uint16", "bfloat16")],
+)
+def test_every_bit_pattern_survives(cache_dir: Path, dtype: str, values: str) -> None:
+    bits = RANDOM.integers(0, 256, (50, 6, np.dtype(dtype).itemsize), np.uint8)
+    array = bits.view(dtype)[..., 0]
+    store = write(cache_dir, {"train": array}, values=values)
+    assert read(store, "train", np.arange(50)).tobytes() == array.tobytes()
+
+
+def test_any_zarr_tool_opens_it_and_sees_the_same(cache_dir: Path) -> None:
+    write(cache_dir).close()
+    group = zarr.open_group(cache_dir / NAME, mode="r")
+    for split, array in ROWS.items():
+        assert np.array_equal(group[split][:], array)
+        assert group[split].metadata.dimension_names == ("row", "y", "x", "channel")
+    assert group.attrs["cachefreeze"]["unit"] == "group1_block2"
+
+
+def test_rows_that_are_all_zero_or_all_fill_are_on_disk_like_others(cache_dir: Path) -> None:
+    rows = {"train": np.zeros((64, 3, 5, 4), np.float32), "val": np.full((5, 2), np.nan, "f4")}
+    store = write(cache_dir, rows)
+    assert len(chunk_files(cache_dir)) == store.description.splits["train"].chunks == 4
+    assert list(store.damage()) == []
+    assert not read(store, "train", np.arange(64)).any()
+
+
+def test_chunks_are_a_few_mb_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for row_bytes in (4, 3000, 128 * 1024, 70 * 2**20):
+        layout = Layout.of(10_000, (row_bytes // 4,), "float32")
+        assert layout.chunks * layout.rows_per_chunk >= 10_000
+        assert layout.rows_per_chunk == 1 or layout.chunk_file_bytes <= 2**23 + 4
+        assert layout.bytes <= 1.1 * 10_000 * row_bytes + 4 * layout.chunks
+
+
+def test_a_store_without_its_marker_is_not_opened(cache_dir: Path) -> None:
+    writer = StoreWriter(cache_dir, describe(ROWS))
+    for split, array in ROWS.items():
+        writer.append(split, array)
+    assert open_store(cache_dir, NAME) is None
+    writer.commit().close()
+    reopened = open_store(cache_dir, NAME)
+    assert reopened is not None
+    reopened.close()
+    (cache_dir / NAME / "COMMITTED").unlink()
+    assert open_store(cache_dir, NAME) is None
+
+
+def test_committing_before_all_rows_are_in_is_a_bug(cache_dir: Path) -> None:
+    writer = StoreWriter(cache_dir, describe(ROWS))
+    writer.append("train", ROWS["train"][:50])
+    with pytest.raises(AssertionError):
+        writer.commit()
+    assert not (cache_dir / NAME / "COMMITTED").exists()
+
+
+def flip_a_bit(cache_dir: Path) -> None:
+    path = chunk_files(cache_dir)[2]
+    content = bytearray(path.read_bytes())
+    content[100] ^= 4
+    path.write_bytes(content)
+
+
+def cut_short(cache_dir: Path) -> None:
+    path = chunk_files(cache_dir)[2]
+    path.write_bytes(path.read_bytes()[:-240])
+
+
+def delete_a_chunk(cache_dir: Path) -> None:
+    chunk_files(cache_dir)[2].unlink()
+
+
+def swap_two_chunks(cache_dir: Path) -> None:
+    first, second = chunk_files(cache_dir)[:2]
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def fill_with_zeros(cache_dir: Path) -> None:
+    path = chunk_files(cache_dir)[0]
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def link_a_chunk_elsewhere(cache_dir: Path) -> None:
+    path = chunk_files(cache_dir)[0]
+    path.rename(cache_dir / "elsewhere")
+    path.symlink_to(cache_dir / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        flip_a_bit,
+        cut_short,
+        delete_a_chunk,
+        swap_two_chunks,
+        fill_with_zeros,
+        link_a_chunk_elsewhere,
+    ],
+)
+def test_damaged_chunks_are_found(cache_dir: Path, hurt: Callable[[Path], None]) -> None:
+    write(cache_dir).close()
+    hurt(cache_dir)
+    store = open_store(cache_dir, NAME)
+    assert store is not None
+    damage = list(store.damage())
+    assert len(damage) == (2 if hurt is swap_two_chunks else 1)
+    assert damage[0].startswith("train: c.")
+
+
+def edit(file: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def hurt(cache_dir: Path) -> None:
+        path = cache_dir / NAME / file
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return hurt
+
+
+def rewrite(file: str, content: str) -> Callable[[Path], None]:
+    return lambda cache_dir: (cache_dir / NAME / file).write_text(content) and None
+
+
+def about(content: dict) -> dict:
+    return content["attributes"]["cachefreeze"]
+
+
+@pytest.mark.parametrize(
+    ("hurt", "sentence"),
+    [
+        (edit("manifest.json", lambda c: c["crc32c"]["train"].pop()), "marker does not fit"),
+        (edit("train/zarr.json", lambda c: c.update(fill_value=0)), "changed after"),
+        (edit("zarr.json", lambda c: about(c).update(unit="stem")), "changed after"),
+        (edit("zarr.json", lambda c: about(c).update(format=99)), "format is 99"),
+        (edit("zarr.json", lambda c: about(c).update(fingerprint="f" * 32)), "name of its folder"),
+        (edit("zarr.json", lambda c: about(c).update(values="load")), "does not write"),
+        (edit("zarr.json", lambda c: about(c)["splits"]["val"].update(rows=2**60)), "describe"),
+        (edit("zarr.json", lambda c: about(c)["splits"].update({"../x": about(c)["splits"]["val"]})),
+         "does not write"),
+        (edit("zarr.json", lambda c: c.pop("attributes")), "does not describe"),
+        (rewrite("zarr.json", "[" * 100_000), "not JSON"),
+        (rewrite("zarr.json", "[]"), "does not describe"),
+        (rewrite("manifest.json", "{}"), "marker does not fit"),
+        (rewrite("COMMITTED", ""), "marker does not fit"),
+    ],
+)  # fmt: skip
+def test_metadata_that_are_not_ours_are_refused(
+    cache_dir: Path, hurt: Callable[[Path], None], sentence: str
+) -> None:
+    write(cache_dir).close()
+    hurt(cache_dir)
+    with pytest.raises(StoreError, match=sentence):
+        open_store(cache_dir, NAME)
+
+
+def test_metadata_too_large_to_be_ours_are_not_parsed(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(cache_dir).close()
+    monkeypatch.setattr(store_format, "METADATA_BYTES", 100)
+    with pytest.raises(StoreError, match="too large"):
+        open_store(cache_dir, NAME)
+
+
+def test_reading_a_chunk_that_was_cut_short_meanwhile_raises(cache_dir: Path) -> None:
+    store = write(cache_dir)
+    os.truncate(chunk_files(cache_dir)[0], 10)
+    with pytest.raises(OSError, match="cut short"):
+        read(store, "train", np.arange(3))
+
+
+def test_a_store_that_is_read_is_not_removed_and_one_that_is_not_goes(cache_dir: Path) -> None:
+    store = write(cache_dir)
+    assert not remove_store(store.folder)
+    other = open_store(cache_dir, NAME)
+    assert other is not None
+    store.close()
+    assert not remove_store(store.folder), "two readers, one of them is left"
+    other.close()
+    assert remove_store(store.folder)
+    assert list(cache_dir.glob(".*")) + store_folders(cache_dir) == []
+
+
+def test_a_store_that_is_written_is_neither_removed_nor_written_twice(cache_dir: Path) -> None:
+    writer = StoreWriter(cache_dir, describe(ROWS))
+    assert not remove_store(cache_dir / NAME)
+    with pytest.raises(BlockingIOError):
+        StoreWriter(cache_dir, describe(ROWS))
+    writer.abort()
+    assert store_folders(cache_dir) == []
+
+
+def test_a_new_writer_starts_from_nothing(cache_dir: Path) -> None:
+    writer = StoreWriter(cache_dir, describe(ROWS))
+    writer.append("train", ROWS["train"])
+    writer._lock.release()  # as if it had been killed
+    other = {"train": ROWS["train"][:20] + 1}
+    store = write(cache_dir, other)
+    assert np.array_equal(read(store, "train", np.arange(20)), other["train"])
+    assert not (cache_dir / NAME / "val").exists()
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(cache_dir: Path) -> None:
+    write(cache_dir).close()
+    killed = StoreWriter(cache_dir, describe(ROWS, name="a" * 32))
+    killed._lock.release()
+    alive = StoreWriter(cache_dir, describe(ROWS, name="b" * 32))
+    (cache_dir / ".trash-c-1").mkdir()
+    (cache_dir / NAME / "manifest.json.1.partial").touch()
+    (cache_dir / "notes.txt").write_text("mine")
+    assert remove_rubbish(cache_dir) == 3
+    assert [folder.name[0] for folder in store_folders(cache_dir)] == ["0", "b"]
+    assert (cache_dir / "notes.txt").exists()
+    alive.abort()
+
+
+def test_open_files_stay_bounded(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_read, "OPEN_CHUNKS", 3)
+    store = write(cache_dir)
+    before = len(os.listdir("/proc/self/fd"))
+    indices = RANDOM.permutation(100)
+    store.readers["train"].will_need(indices)
+    assert np.array_equal(read(store, "train", indices), ROWS["train"][indices])
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    store.close()
+    assert len(os.listdir("/proc/self/fd")) <= before - 1
+
+
+def test_the_cache_folder_is_tagged_for_backup_tools(cache_dir: Path) -> None:
+    tag = (cache_dir / "CACHEDIR.TAG").read_text()
+    assert tag.startswith("Signature: 8a477f597d28d172789f06886806bc55")
+    shutil.rmtree(cache_dir)
