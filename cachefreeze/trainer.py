@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from cachefreeze.cache import PrefixCache
 from cachefreeze.checkpoint import save_checkpoint, weights_sha256
 from cachefreeze.config import Settings
-from cachefreeze.data import Augmentation, DataSet, InputRows
+from cachefreeze.data import DataSet, InputRows
 from cachefreeze.device import autocast
 from cachefreeze.freezeout import FreezeOutLR, param_groups
 from cachefreeze.models.units import partition
 from cachefreeze.report import RunFolder, epoch_line, materialize_line, progress_bar, say
-from cachefreeze.rows import batches_of, epoch_order
+from cachefreeze.rows import Indices, batches_of, epoch_order
 
 # Until there is a planner: a store pays when, to the nearest epoch, this much of the run is left.
 # Filling it runs the new units over all rows once, and every epoch after that saves as much.
@@ -56,13 +56,14 @@ class Trainer:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.units = partition(self.model)
         self.labels = {"train": data.train.labels.to(device), "val": data.val.labels.to(device)}
-        inputs = {
-            "train": InputRows(data.train, data.mean, data.std, device),
+        augment_seed = settings.seed if settings.augment else None
+        self.inputs = {
+            "train": InputRows(data.train, data.mean, data.std, device, augment_seed),
             "val": InputRows(data.val, data.mean, data.std, device),
         }
         self.cache = PrefixCache(
             self.units,
-            inputs,
+            self.inputs,
             batch_size=settings.batch_size,
             device=device,
             autocast_dtype=autocast_dtype,
@@ -70,11 +71,6 @@ class Trainer:
             max_bytes=max_cache_bytes,
             network=settings.network,
             warn=lambda sentence: say(f"  {sentence}"),
-        )
-        self.augmentation = (
-            Augmentation(len(data.train), settings.seed, inputs["train"].black)
-            if settings.augment
-            else None
         )
         self.steps_per_epoch = -(-len(data.train) // settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
@@ -138,6 +134,7 @@ class Trainer:
     def _train(self, epoch: int) -> float:
         """One pass over the training rows; returns the mean loss."""
         self.model.train()
+        self.inputs["train"].epoch = epoch
         rows = len(self.labels["train"])
         order = batches_of(epoch_order(rows, self.settings.seed, epoch), self.settings.batch_size)
         # Summed on the device and read once: `.item()` in every step would wait for it.
@@ -146,7 +143,7 @@ class Trainer:
         with progress_bar(f"epoch {epoch + 1}", rows, "img") as bar:
             for indices in order:
                 with self._timed("train"):
-                    loss = self._step(next(batches), indices, epoch)
+                    loss = self._step(next(batches), indices)
                     total += loss.double() * len(indices)
                     frontier = self.units.frontier
                     self.scheduler.step()
@@ -157,10 +154,8 @@ class Trainer:
             with self._timed("train"):
                 return float(total) / rows
 
-    def _step(self, x: Tensor, indices: np.ndarray, epoch: int) -> Tensor:
+    def _step(self, x: Tensor, indices: Indices) -> Tensor:
         """One optimiser step on a batch at the frontier; returns its mean loss."""
-        if self.augmentation is not None:
-            x = self.augmentation(x, indices, epoch)
         loss = F.cross_entropy(self._suffix(x), self._labels("train", indices))
         self.optimizer.zero_grad()
         loss.backward()
@@ -187,7 +182,7 @@ class Trainer:
         with autocast(self.device, self.autocast_dtype):
             return self.units.run(x, self.units.frontier).float()
 
-    def _labels(self, split: str, indices: np.ndarray) -> Tensor:
+    def _labels(self, split: str, indices: Indices) -> Tensor:
         return self.labels[split][torch.from_numpy(indices).to(self.device)]
 
     def _materialize(self) -> None:

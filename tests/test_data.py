@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from cachefreeze import UserError, batches_of, epoch_order
-from cachefreeze.data import Augmentation, FolderImages, InputRows, load
+from cachefreeze.data import FolderImages, InputRows, load
+from cachefreeze.data.inputs import augment, random_views
 from cachefreeze.data.sets import statistics, stratified_split
 
 from .conftest import write_images
@@ -151,32 +152,33 @@ def test_the_identity_of_a_folder_changes_with_its_files(tmp_path: Path, change:
     assert FolderImages(tmp_path, paths, labels, size, 0).identity != before
 
 
-def test_an_augmented_row_depends_on_seed_epoch_and_row_alone() -> None:
-    x = torch.randn(6, 3, 16, 16)
-    rows = np.array([4, 9, 1, 7, 0, 2])
-    augment = Augmentation(10, seed=1, black=torch.zeros(3))
-    whole = augment(x, rows, epoch=2)
-    assert torch.equal(augment(x[[3, 1]], rows[[3, 1]], epoch=2), whole[[3, 1]])
-    assert not torch.equal(augment(x, rows, epoch=3), whole)
-    assert not torch.equal(Augmentation(10, 2, torch.zeros(3))(x, rows, epoch=2), whole)
+def test_an_augmented_row_depends_on_seed_epoch_and_row_alone(images: Path) -> None:
+    data = load_images(images)
+
+    def views(rows: list[int], seed: int = 1, epoch: int = 2) -> torch.Tensor:
+        inputs = InputRows(data.train, data.mean, data.std, torch.device("cpu"), seed)
+        inputs.epoch = epoch
+        return next(inputs.batches([np.array(rows)]))
+
+    rows = [4, 99, 1, 17, 0, 2]
+    whole = views(rows)
+    assert torch.equal(views([17, 99]), whole[[3, 1]])
+    assert not torch.equal(views(rows, epoch=3), whole)
+    assert not torch.equal(views(rows, seed=2), whole)
 
 
 def test_an_augmented_image_is_a_shifted_perhaps_mirrored_one_on_black() -> None:
-    x = torch.rand(50, 3, 12, 12) + 1
-    black = torch.tensor([-1.0, -2.0, -3.0])
-    views = Augmentation(50, seed=0, black=black)(x, np.arange(50), epoch=0)
+    pixels = torch.randint(1, 256, (50, 12, 10, 3), dtype=torch.uint8)
     flipped, shifts = 0, set()
-    for image, view in zip(x, views, strict=True):
-        padded = black[:, None, None].expand(3, 20, 20).clone()
-        padded[:, 4:16, 4:16] = image
+    for image, view in zip(pixels, augment(pixels, random_views(50, 0, 0)), strict=True):
+        padded = torch.zeros(20, 18, 3, dtype=torch.uint8)
+        padded[4:16, 4:14] = image
         found = [
             (dy, dx, mirrored)
             for dy in range(9)
             for dx in range(9)
             for mirrored in (False, True)
-            if torch.equal(
-                padded[:, dy : dy + 12, dx : dx + 12].flip(2 if mirrored else ()), view
-            )
+            if torch.equal(padded[dy : dy + 12, dx : dx + 10].flip(1 if mirrored else ()), view)
         ]
         assert len(found) == 1
         flipped += found[0][2]

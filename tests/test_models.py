@@ -85,18 +85,14 @@ def test_any_cut_gives_what_the_whole_network_gives(arch: str, size: int) -> Non
         ("vgg", {"depth": 12}),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_examples(
-    arch: str, sizes: dict[str, int]
-) -> None:
+def test_sizes_that_do_not_fit_are_refused_with_examples(arch: str, sizes: dict[str, int]) -> None:
     with pytest.raises(UserError, match=r"does not fit .*: use"):
         build(arch, 10, **sizes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("arch", SMALL)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_frozen_row_does_not_depend_on_its_company(
-    arch: str, dtype: torch.dtype | None
-) -> None:
+def test_a_frozen_row_does_not_depend_on_its_company(arch: str, dtype: torch.dtype | None) -> None:
     """Bit for bit: its place in the batch, the other rows, or how much of the batch is padding."""
     model = build(arch, 7, **SMALL[arch]).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
     units = partition(model)

@@ -65,6 +65,7 @@ def test_random_state_is_drawn_alike_with_decoding_workers(train: Train) -> None
 
 def test_parity_holds_for_images_in_memory(train: Train) -> None:
     options = ("--dataset", "digits", "--arch", "wrn10_1", "-b", 256, *SCHEDULE)
+    options += ("--precision", "auto")
     cached, plain = train(*options), train(*options, "--no-cache")
     assert len(cached.summary["cache"]["boundaries"]) >= 2
     assert_same_run(cached, plain)

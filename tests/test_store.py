@@ -220,7 +220,7 @@ def about(content: dict) -> dict:
         (edit("zarr.json", lambda c: about(c).update(fingerprint="f" * 32)), "name of its folder"),
         (edit("zarr.json", lambda c: about(c).update(values="load")), "does not write"),
         (edit("zarr.json", lambda c: about(c)["splits"]["val"].update(rows=2**60)), "describe"),
-        (edit("zarr.json", lambda c: about(c)["splits"].update({"../x": about(c)["splits"]["val"]})),
+        (edit("zarr.json", lambda c: about(c).update(splits={"../x": about(c)["splits"]["val"]})),
          "does not write"),
         (edit("zarr.json", lambda c: c.pop("attributes")), "does not describe"),
         (rewrite("zarr.json", "[" * 100_000), "not JSON"),

@@ -1,12 +1,11 @@
 """Data sets: their images, their splits, and the way from pixels to network input."""
 
 from cachefreeze.data.images import ArrayImages, FolderImages, Images
-from cachefreeze.data.inputs import Augmentation, InputRows
+from cachefreeze.data.inputs import InputRows
 from cachefreeze.data.sets import DataSet, load
 
 __all__ = [
     "ArrayImages",
-    "Augmentation",
     "DataSet",
     "FolderImages",
     "Images",

@@ -4,20 +4,42 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cachefreeze.data.images import Images
 from cachefreeze.rows import Indices
 
+PADDING = 4
+
 
 class InputRows:
-    """Boundary 0: images as network input, (n, C, H, W) float32, normalised on the device."""
+    """Boundary 0: images as network input, (n, C, H, W) float32, normalised on the device.
+
+    Args:
+        images: of one split.
+        mean, std: per channel, of pixels scaled to 0 .. 1.
+        device: of training.
+        augment_seed: serve a random view of every image, another in each `epoch`; None serves the
+            images as they are.
+
+    Attributes:
+        epoch: whose views are served; whoever trains sets it.
+    """
 
     def __init__(
-        self, images: Images, mean: Sequence[float], std: Sequence[float], device: torch.device
+        self,
+        images: Images,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        augment_seed: int | None = None,
     ) -> None:
         self.images = images
         self.device = device
+        self.augment_seed = augment_seed
+        self.epoch = 0
         # (u / 255 - mean) / std as one subtraction and one multiplication.
         self.offset = torch.tensor(mean, device=device) * 255
         self.scale = 1 / (torch.tensor(std, device=device) * 255)
@@ -26,55 +48,35 @@ class InputRows:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
-    def black(self) -> Tensor:
-        """What a black pixel becomes, one value a channel."""
-        return -self.offset * self.scale
-
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        for pixels in self.images.decode(order):
+        views = None
+        if self.augment_seed is not None:
+            views = random_views(len(self), self.augment_seed, self.epoch)
+        for rows, pixels in zip(order, self.images.decode(order), strict=True):
             # uint8 travels to the device: a quarter of the bytes of float32.
-            x = (pixels.to(self.device).float() - self.offset) * self.scale
-            yield x.permute(0, 3, 1, 2)
+            pixels = pixels.to(self.device)
+            if views is not None:
+                pixels = augment(pixels, views[rows])
+            yield ((pixels.float() - self.offset) * self.scale).permute(0, 3, 1, 2)
 
 
-class Augmentation:
-    """Random crop with 4 pixels of black padding, and horizontal flip with probability 1/2.
+def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """(rows, 3): where each row is cut out of its padded image (top, left), and whether mirrored.
 
-    The draw of a row depends on (seed, epoch, row) alone, whatever batch it comes in.
-
-    Args:
-        rows: of the training split.
-        seed: of the run.
-        black: what a black pixel is after normalisation, one value a channel.
+    Drawn for the whole epoch, so that a row's view does not depend on the batch it comes in.
     """
+    random = np.random.default_rng([seed, epoch, 1])
+    corners = random.integers(0, 2 * PADDING + 1, (rows, 2))
+    return np.column_stack([corners, random.integers(0, 2, rows)])
 
-    PADDING = 4
 
-    def __init__(self, rows: int, seed: int, black: Tensor) -> None:
-        self.rows = rows
-        self.seed = seed
-        self.black = black
-
-    def __call__(self, x: Tensor, indices: Indices, epoch: int) -> Tensor:
-        """Another view of each row of `x` (n, C, H, W), whose row indices are given."""
-        n, c, height, width = x.shape
-        random = np.random.default_rng([self.seed, epoch, 1])
-        draws = random.integers(0, 2 * self.PADDING + 1, (self.rows, 2))[indices]
-        flips = random.integers(0, 2, self.rows)[indices]
-        top, left, flip = (
-            torch.from_numpy(a).to(x.device)[:, None] for a in (draws[:, 0], draws[:, 1], flips)
-        )
-        size = (n, c, height + 2 * self.PADDING, width + 2 * self.PADDING)
-        padded = self.black.view(1, c, 1, 1).expand(size).contiguous()
-        inside = (
-            slice(self.PADDING, self.PADDING + height),
-            slice(self.PADDING, self.PADDING + width),
-        )
-        padded[:, :, *inside] = x
-        ys = top + torch.arange(height, device=x.device)
-        xs = torch.arange(width, device=x.device).expand(n, width)
-        xs = left + torch.where(flip.bool(), width - 1 - xs, xs)
-        batch = torch.arange(n, device=x.device)[:, None, None]
-        # Indices on both sides of the channel put it last: (n, height, width, c).
-        return padded[batch, :, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)
+def augment(pixels: Tensor, views: NDArray[np.int64]) -> Tensor:
+    """Crops of images padded with 4 black pixels, perhaps mirrored: (n, H, W, C) to the same."""
+    n, height, width, _ = pixels.shape
+    padded = F.pad(pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))
+    top, left, mirrored = torch.from_numpy(views).to(pixels.device)[:, :, None].unbind(1)
+    ys = top + torch.arange(height, device=pixels.device)
+    xs = torch.arange(width, device=pixels.device).expand(n, width)
+    xs = left + torch.where(mirrored.bool(), width - 1 - xs, xs)
+    batch = torch.arange(n, device=pixels.device)[:, None, None]
+    return padded[batch, ys[:, :, None], xs[:, None, :]]

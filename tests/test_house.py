@@ -1,0 +1,99 @@
+"""The rooms of the house stand on floors; a room imports only from floors below it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "cachefreeze"
+# The floors from the ground up. A package's own files stand on floors of their own inside it.
+FLOORS = [
+    ["errors", "files", "rows", "schedule"],
+    ["device", "models", "data", "store", "report", "checkpoint"],
+    ["config", "freezeout", "cache"],
+    ["trainer"],
+    ["train"],
+]
+INSIDE = {
+    "models": [["units", "layers"], ["wrn", "densenet", "vgg"]],
+    "data": [["images"], ["inputs", "sets"]],
+    "store": [["folder", "format"], ["read"], ["write", "inspect"]],
+}
+
+
+def level(parts: tuple[str, ...]) -> tuple[int, int]:
+    """Floor of a module, and floor inside its package (a package itself is its own roof)."""
+    room = next(number for number, rooms in enumerate(FLOORS) if parts[0] in rooms)
+    if parts[0] not in INSIDE:
+        return room, 0
+    inside = INSIDE[parts[0]]
+    if len(parts) == 1:
+        return room, len(inside)
+    return room, next(number for number, rooms in enumerate(inside) if parts[1] in rooms)
+
+
+def imports(path: Path) -> set[tuple[str, ...]]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the floor"
+            names = [node.module or ""]
+            if node.module == "cachefreeze":
+                names = [f"cachefreeze.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {tuple(name.split(".")[1:]) for name in names if name.startswith("cachefreeze")}
+    return found
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_from_floors_below(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    here = tuple(part for part in parts if part != "__init__")
+    for other in imports(path):
+        if other[0] == here[0]:  # of one package: its inner floors count
+            assert level(other) < level(here), f"{here} imports {other}"
+        else:
+            assert level(other)[0] < level(here)[0], f"{here} imports {other}"
+
+
+def test_the_schedule_knows_no_torch() -> None:
+    code = (
+        "import sys, importlib.util as util\n"
+        f"spec = util.spec_from_file_location('schedule', {str(PACKAGE / 'schedule.py')!r})\n"
+        "module = sys.modules['schedule'] = util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert module.Schedule(3, 10).freeze_steps[0] == 6\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_store_is_read_and_written_without_torch() -> None:
+    """`cachefreeze.store` takes arrays and bytes; only the protocol in `rows` names a tensor."""
+    for path in (PACKAGE / "store").glob("*.py"):
+        assert "torch" not in {name.split(".")[0] for name in _all_imports(path)}
+
+
+def _all_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def test_what_is_exported_is_there_and_documented() -> None:
+    import cachefreeze
+
+    for name in cachefreeze.__all__:
+        assert getattr(cachefreeze, name).__doc__, f"{name} has no docstring"

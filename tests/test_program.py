@@ -1,0 +1,413 @@
+"""`python -m cachefreeze.train`: its files, its words, and its answers to bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cachefreeze import config
+from cachefreeze.checkpoint import load_checkpoint
+from cachefreeze.train import main
+
+from .conftest import Train, write_images
+
+Fails = Callable[..., str]
+SHORT = ("--arch", "wrn10_1", "--epochs", 4, "--t0", 0.2, "--schedule", "linear")
+
+
+def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None:
+    run = train(*SHORT, "--lr", 0.05)
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "args.json",
+        "last.pt",
+        "metrics.jsonl",
+        "summary.json",
+    ]
+    assert run.args["lr"] == 0.05
+    assert run.args["t0"] == 0.2
+    assert run.args["network"] == "wrn10_1"
+
+    assert [line["epoch"] for line in run.metrics] == [1, 2, 3, 4]
+    for line in run.metrics:
+        assert line["step"] == 5 * line["epoch"]
+        assert len(line["lr"]) == 5
+        assert 0 <= line["val_accuracy"] <= 1
+        assert line["train_loss"] > 0
+        assert line["val_loss"] > 0
+        assert line["seconds"] > 0
+        assert line["images_per_second"] == pytest.approx(150 / line["train_seconds"])
+    last = run.metrics[-1]
+    assert [line["source"] for line in run.metrics] == ["cache"] * 4
+    assert last["frozen_units"] == 4
+    assert [rate == 0 for rate in last["lr"]] == [True] * 5
+
+    summary = run.summary
+    assert summary["epochs"] == 4
+    assert summary["steps"] == 20
+    assert summary["val_accuracy"] == last["val_accuracy"]
+    assert summary["best_val_accuracy"] == max(line["val_accuracy"] for line in run.metrics)
+    assert summary["train_loss"] == last["train_loss"]
+    assert summary["frozen_units"] == 4
+    assert len(summary["weights_sha256"]) == 64
+    parts = [summary[f"{part}_seconds"] for part in ("train", "materialize", "validate")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) <= summary["wall_seconds"]
+
+    cache = summary["cache"]
+    assert cache["enabled"]
+    assert [event["boundary"] for event in cache["boundaries"]] == [1, 2, 3]
+    assert [event["step"] for event in cache["boundaries"]] == [4, 8, 12]
+    assert all(event["rows"] == 183 for event in cache["boundaries"])
+    assert cache["boundaries"][0]["bytes"] > 183 * 16 * 32 * 32 * 4
+    assert Path(cache["store"]).is_dir()
+
+
+def test_a_unit_that_freezes_when_the_run_is_nearly_over_is_not_cached(train: Train) -> None:
+    run = train(*SHORT)
+    frozen_at = [
+        next(line["step"] for line in run.metrics if line["frozen_units"] >= count)
+        for count in (1, 2, 3, 4)
+    ]
+    assert frozen_at == [5, 10, 15, 20]
+    # Units freeze at steps 4, 8, 12 and 16 of 20; the last time 0.8 epochs are left.
+    assert [event["step"] for event in run.summary["cache"]["boundaries"]] == [4, 8, 12]
+
+
+def test_no_freeze_trains_everything_on_one_cosine(train: Train) -> None:
+    run = train("--arch", "wrn10_1", "--epochs", 2, "--no-freeze")
+    assert run.summary["frozen_units"] == 0
+    assert run.summary["cache"]["boundaries"] == []
+    assert run.metrics[0]["lr"] == pytest.approx([0.05] * 5)
+    assert len(set(run.metrics[0]["lr"])) == 1
+
+
+def test_augmentation_switches_the_cache_off_and_says_so(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("--augment", *SHORT)
+    assert not run.summary["cache"]["enabled"]
+    assert run.summary["frozen_units"] == 4
+    assert "off: augmented pixels are new in every epoch" in capsys.readouterr().out
+    plain = train("--no-cache", *SHORT)
+    assert run.summary["weights_sha256"] != plain.summary["weights_sha256"]
+
+
+def test_its_words_say_what_happened_and_what_to_type_next(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(*SHORT)
+    captured = capsys.readouterr()
+    assert captured.err == "", "bars are for terminals"
+    lines = captured.out.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert len(epochs) == 4
+    assert "frozen 4/5" in epochs[-1]
+    assert "rows from the cache after group2_block1" in epochs[-1]
+    assert any("step 4: activations after stem written to the cache" in line for line in lines)
+    text = captured.out
+    assert f"{run.summary['val_accuracy']:.2%}" in text
+    assert run.summary["cache"]["store"] in text
+    assert str(run.folder) in text
+    assert "--no-cache" in text
+    assert "scripts/cache_stats.py" in text
+
+
+def test_a_checkpoint_loads_without_running_code(train: Train) -> None:
+    run = train(*SHORT)
+    state = load_checkpoint(run.folder / "last.pt")
+    assert state["epoch"] == 4
+    assert len(state["optimizer"]["param_groups"]) == 5
+    assert state["scheduler"]["last_epoch"] == 20
+    assert state["settings"]["arch"] == "wrn"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", ("wrn16_2", 12, 64)),
+        ("--arch densenet", ("densenet22_12", 12, 64)),
+        ("--arch vgg", ("vgg11", 12, 64)),
+        ("--dataset cifar10", ("wrn40_4", 100, 50)),
+        ("--dataset cifar100 --arch densenet", ("densenet76_12", 100, 50)),
+        ("--dataset cifar10 --arch vgg", ("vgg16", 100, 50)),
+        ("--arch wrn40_4", ("wrn40_4", 12, 64)),
+        ("--arch wrn28 --width 10 --epochs 3 -b 7", ("wrn28_10", 3, 7)),
+        ("--model densenet -L 40 -k 24 --batch_size 9", ("densenet40_24", 12, 9)),
+    ],
+)
+def test_without_sizes_the_data_set_decides(argv: str, expected: tuple[str, int, int]) -> None:
+    settings = config.parse(argv.split())
+    assert (settings.network, settings.epochs, settings.batch_size) == expected
+
+
+def test_freezeouts_own_option_names_are_accepted() -> None:
+    settings = config.parse(["--t_0", "0.5", "--how_scale", "squared", "--no_scale"])
+    assert (settings.t0, settings.schedule, settings.scale_lr) == (0.5, "squared", False)
+    settings = config.parse([])
+    assert (settings.t0, settings.schedule, settings.scale_lr) == (0.8, "cubic", True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("--arch resnet", "--arch resnet is not known: choose wrn, densenet or vgg"),
+        ("--arch vgg16_2", "a VGG has a depth only"),
+        ("--arch wrn16_2 --depth 22", "--depth 22 contradicts the 16"),
+        ("--arch wrn --depth 17", "6n+4"),
+        ("--arch vgg --depth 12", "11, 13, 16 or 19"),
+        ("--t0 0", "--t0 0.0 does not make sense"),
+        ("--t0 1.5", "above 0 and at most 1"),
+        ("--t0 nan", "--t0 nan"),
+        ("--epochs 0", "--epochs"),
+        ("-b 0", "--batch-size"),
+        ("--lr -1", "--lr"),
+        ("--momentum 1", "--momentum"),
+        ("--dropout 1", "--dropout"),
+        ("--seed -1", "--seed"),
+        ("-j -1", "--workers"),
+        ("--val-fraction 1", "--val-fraction"),
+        ("--cache-max-gb -1", "--cache-max-gb"),
+        ("--dataset imagefolder --arch vgg --image-size 16", "32 or more with vgg"),
+        ("--augment --cache", "exclude each other"),
+        ("--schedule quartic", "quartic"),
+        ("--epochs many", "many"),
+        ("--frobnicate", "--frobnicate"),
+        ("--dataset imagefolder --data-dir nowhere", "nowhere is not a folder"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(
+    argv: str, named: str, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert named in fails(*argv.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
+    assert "--device cuda is not available" in fails("--device", "cuda")
+
+
+def folder_options(folder: Path, tmp_path: Path) -> list[object]:
+    options = ["--dataset", "imagefolder", "--data-dir", folder, "--image-size", 32, "-j", 0]
+    return [*options, "--cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "out", *SHORT]
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def one_class(folder: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("checks", "stripes"):
+            shutil.rmtree(folder / split / name)
+
+
+def empty_class(folder: Path) -> None:
+    shutil.rmtree(folder / "train" / "checks")
+    (folder / "train" / "checks").mkdir()
+
+
+def other_classes(folder: Path) -> None:
+    (folder / "val" / "checks").rename(folder / "val" / "cheques")
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "train" / "checks" / "001.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def no_image_at_all(folder: Path) -> None:
+    (folder / "train" / "checks" / "001.jpg").write_text("hello")
+
+
+@pytest.mark.parametrize(
+    ("hurt", "named"),
+    [
+        (empty, "no class folders"),
+        (one_class, "only the class 'blobs'"),
+        (empty_class, "checks has no images"),
+        (other_classes, "different classes (checks, cheques)"),
+        (truncated, "001.jpg cannot be decoded"),
+        (no_image_at_all, "001.jpg cannot be decoded"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_is_described(
+    hurt: Callable[[Path], None], named: str, fails: Fails, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    write_images(folder / "train", 3, seed=1)
+    write_images(folder / "val", 2, seed=2)
+    hurt(folder)
+    assert named in fails(*folder_options(folder, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_an_output_folder_that_is_a_file_is_refused(
+    fails: Fails, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    options = folder_options(images, tmp_path)
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert "output folder" in fails(*options, "--output-dir", path)
+    assert (tmp_path / "file").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_cache_folder_that_is_a_file_is_refused(
+    fails: Fails, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    sentence = fails(*folder_options(images, tmp_path), "--cache-dir", tmp_path / "file")
+    assert "cache folder" in sentence
+    assert "--no-cache" in sentence
+    assert (tmp_path / "file").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_is_never_written_over_another(train: Train, fails: Fails, images: Path) -> None:
+    run = train(*SHORT)
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    options = folder_options(images, run.folder.parent)
+    assert "holds a run already" in fails(*options, "--output-dir", run.folder)
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_under_the_output_folder_is_one_sentence(
+    fails: Fails, images: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    (small_disk / "ballast").write_bytes(bytes(900_000))
+    options = folder_options(images, tmp_path)
+    sentence = fails(*options, "--output-dir", small_disk / "out")
+    assert "No space left on device" in sentence
+    # What was written before is whole: no half checkpoint, no half line.
+    left = {path.name for path in (small_disk / "out").iterdir()}
+    assert left <= {"args.json", "metrics.jsonl"}
+    for line in (small_disk / "out" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_a_full_disk_under_the_cache_folder_costs_only_the_cache(
+    train: Train, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(*SHORT, "--cache-dir", small_disk / "cache", "--cache-max-gb", 10)
+    assert "cannot be written (No space left on device)" in capsys.readouterr().out
+    assert run.summary["cache"]["boundaries"] == []
+    plain = train(*SHORT, "--no-cache")
+    assert run.summary["weights_sha256"] == plain.summary["weights_sha256"]
+
+
+def test_by_default_the_cache_takes_what_the_disk_has_and_no_more(
+    train: Train, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(*SHORT, "--cache-dir", small_disk / "cache")
+    out = capsys.readouterr().out
+    assert "are not cached: 12 MB" in out
+    assert "(--cache-max-gb)" in out
+    assert run.summary["cache"]["boundaries"] == []
+
+
+def test_cifar_that_is_missing_and_cannot_be_downloaded_is_one_sentence(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A proxy on a closed port of this machine: no network, and a quick answer.
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    options = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
+    sentence = fails("--dataset", "cifar10", *options)
+    assert "cifar-10-python.tar.gz" in sentence
+    assert "--dataset digits" in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cifar_is_read_from_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published format with a few random images; only the published checksums are replaced."""
+    import hashlib
+    import pickle
+
+    from torchvision import datasets
+
+    from cachefreeze.data import load
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+
+    def write(name: str, content: object) -> list[str]:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    planes = {
+        name: random.integers(0, 256, (4, 3, 32, 32), np.uint8)
+        for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+    }
+    listed = [
+        write(name, {"data": pixels.reshape(4, -1), "labels": [0, 1, 2, 3]})
+        for name, pixels in planes.items()
+    ]
+    meta = write("batches.meta", {"label_names": [str(number) for number in range(10)]})
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", listed[:5])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", listed[5:])
+    monkeypatch.setattr(
+        datasets.CIFAR10,
+        "meta",
+        {"filename": meta[0], "key": "label_names", "md5": meta[1]},
+    )
+    data = load(
+        "cifar10", tmp_path, image_size=32, val_fraction=None, workers=0, bar=lambda b, total: b
+    )
+    assert (len(data.train), len(data.val), len(data.classes)) == (20, 4, 10)
+    image = next(iter(data.train.decode([np.array([5])])))[0]
+    assert np.array_equal(image.permute(2, 0, 1).numpy(), planes["data_batch_2"][1])
+    assert data.train.labels.tolist() == [0, 1, 2, 3] * 5
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("cachefreeze.train.cache_budget", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")])
+
+
+def test_the_program_runs_as_a_module_and_returns_its_exit_code(tmp_path: Path) -> None:
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cachefreeze.train", *options]
+        environment = {**os.environ, "PYTHONWARNINGS": "default"}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        )
+
+    bad = run("--arch", "resnet")
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1
+    good = run("--arch", "wrn10_1", "--epochs", "1", "-b", "256")
+    assert good.returncode == 0
+    assert good.stderr == ""
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "summary.json").exists()
