@@ -137,22 +137,22 @@ class Trainer:
         self.inputs["train"].epoch = epoch
         rows = len(self.labels["train"])
         order = batches_of(epoch_order(rows, self.settings.seed, epoch), self.settings.batch_size)
-        # Summed on the device and read once: `.item()` in every step would wait for it.
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         batches = self.cache.batches("train", order)
+        # Kept on the device and read once: `.item()` in every step would wait for it.
+        losses = []
         with progress_bar(f"epoch {epoch + 1}", rows, "img") as bar:
             for indices in order:
                 with self._timed("train"):
-                    loss = self._step(next(batches), indices)
-                    total += loss.double() * len(indices)
+                    losses.append(self._step(next(batches), indices))
                     frontier = self.units.frontier
                     self.scheduler.step()
                     self.step += 1
                 if self.units.frontier > frontier:
                     self._materialize()
                 bar.update(len(indices))
-            with self._timed("train"):
-                return float(total) / rows
+        with self._timed("train"):
+            weights = torch.tensor([len(indices) for indices in order])
+            return float(torch.stack(losses).cpu().double() @ weights.double()) / rows
 
     def _step(self, x: Tensor, indices: Indices) -> Tensor:
         """One optimiser step on a batch at the frontier; returns its mean loss."""
@@ -167,15 +167,15 @@ class Trainer:
         """Mean loss and accuracy over the validation rows."""
         self.model.eval()
         rows = len(self.labels["val"])
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        losses, correct = [], []
         order = batches_of(np.arange(rows), self.settings.batch_size)
         with self._timed("validate"):
             for indices, x in zip(order, self.cache.batches("val", order), strict=True):
                 logits, labels = self._suffix(x), self._labels("val", indices)
-                loss += F.cross_entropy(logits, labels, reduction="sum").double()
-                correct += (logits.argmax(1) == labels).sum()
-            return float(loss) / rows, int(correct) / rows
+                losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+                correct.append((logits.argmax(1) == labels).sum())
+            loss = float(torch.stack(losses).cpu().double().sum()) / rows
+            return loss, int(torch.stack(correct).sum()) / rows
 
     def _suffix(self, x: Tensor) -> Tensor:
         """Logits in float32 from a batch at the frontier."""
