@@ -97,6 +97,20 @@ def test_frozen_units_are_left_out_of_the_backward_pass() -> None:
             assert (parameter.grad is None) == (index < 2)
 
 
+def test_a_frozen_parameter_lets_go_of_its_gradient() -> None:
+    model = small_network()
+    units = partition(model)
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    units.freeze(2)
+    assert all(p.grad is None for unit in units[:2] for p in unit.parameters())
+    # An optimiser that still found a gradient would go on with weight decay and momentum.
+    optimizer = optimizer_for(units)
+    before = snapshot(units[0])
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in snapshot(units[0]).items())
+
+
 def test_it_is_a_scheduler_that_keeps_every_group() -> None:
     units = partition(small_network())
     optimizer = optimizer_for(units)
