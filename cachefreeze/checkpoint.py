@@ -18,9 +18,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written; the old one is untouched.
     """
+    # Through memory: on a full disk torch.save raises a RuntimeError that names no reason. And
+    # through a copy: an error with a view of the buffer in its traceback crashed Python 3.12.1.
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

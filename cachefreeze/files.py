@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: a crash at any moment leaves the old file or the new one.
 
     Raises:

@@ -148,6 +148,9 @@ def test_the_boundary_may_move_in_the_middle_of_an_epoch(units: Units, tmp_path:
             assert cache.materialize() is not None
     assert step == 4
     assert cache.boundary == 4
+    # Two batches and one filling from the pixels, everything after that from stores.
+    assert cache.inputs["train"].served == 2 * BATCH + 37
+    assert cache.rows_served == 37 - 2 * BATCH
 
 
 def test_a_damaged_store_is_given_up_in_the_middle_of_an_epoch(
