@@ -32,20 +32,23 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
     """The type for autocast, or None for plain float32.
 
-    `auto` is bfloat16 where it is fast: on CUDA, and on processors that multiply it natively
-    (AMX, AVX512-BF16: 2 to 3 times the speed of float32; elsewhere it is emulated and slower).
+    `auto` is bfloat16 where the hardware multiplies it: GPUs from Ampere on, processors with AMX
+    or AVX512-BF16 (2 to 3 times the speed of float32). Elsewhere it is emulated, and slower.
     """
     if name == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())
-        name = "bf16" if fast else "fp32"
+        name = "bf16" if has_bf16(device) else "fp32"
     return torch.bfloat16 if name == "bf16" else None
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the processor has instructions that multiply bfloat16."""
-    # Private, but the only names from torch 2.6 on; without them: no.
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Private, but there are no other names from torch 2.6 on; without them: no.
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -127,7 +127,7 @@ def test_the_canonical_layout_is_one_layout(shape: tuple[int, ...]) -> None:
             x.contiguous(memory_format=torch.channels_last),
             x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
         ]
-        n, c, h, w = shape
+        _, c, h, w = shape
         strides: tuple[int, ...] = (h * w * c, 1, w * c, c)
     else:
         strides = x.stride()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cachefreeze.checkpoint import load_checkpoint
-from cachefreeze.device import cpu_has_bf16
+from cachefreeze.device import has_bf16
 
 from .conftest import Run, Train
 
@@ -32,7 +32,7 @@ def assert_same_run(cached: Run, plain: Run) -> None:
 def test_a_run_with_the_cache_ends_with_the_weights_of_one_without(
     train: Train, arch: str, precision: str
 ) -> None:
-    if precision == "bf16" and not cpu_has_bf16():
+    if precision == "bf16" and not has_bf16(torch.device("cpu")):
         pytest.skip("this processor has no bfloat16 instructions")
     options = (*NETWORKS[arch], *SCHEDULE, "--precision", precision)
     cached, plain = train(*options), train(*options, "--no-cache")
