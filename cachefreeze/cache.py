@@ -259,7 +259,9 @@ class PrefixCache:
         """Fill a new store; None if it would not fit. Also the seconds in the network."""
         assert self.directory is not None
         writer = None
+        written = 0
         compute_seconds = 0.0
+        start = time.perf_counter()
         bar = progress_bar(f"caching {self._name(stop)}", sum(self.rows.values()), "row")
         try:
             for split, rows in self.rows.items():
@@ -272,8 +274,10 @@ class PrefixCache:
                         if not self._fits(description):
                             return None, compute_seconds
                         writer = StoreWriter(self.directory, description)
-                        bar.set_postfix_str(human_bytes(description.bytes))
                     writer.append(split, plain)
+                    written += plain.nbytes
+                    rate = written / (time.perf_counter() - start)
+                    bar.set_postfix_str(f"{human_bytes(rate)}/s", refresh=False)
                     bar.update(len(plain))
                     mark = time.perf_counter()
             assert writer is not None
