@@ -1,8 +1,6 @@
 """PrefixCache: serves the data set's rows at the frontier, from a store where there is one."""
 
-import contextlib
 import hashlib
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from cachefreeze.checkpoint import tensors_sha256
 from cachefreeze.device import autocast, numerics
 from cachefreeze.files import human_bytes, size_of_tree
+from cachefreeze.fingerprint import Sources, structure
 from cachefreeze.models.units import Units, canonical
 from cachefreeze.report import progress_bar
 from cachefreeze.rows import Indices, Rows, batches_of
@@ -28,6 +26,7 @@ from cachefreeze.store import (
     Store,
     StoreError,
     StoreWriter,
+    in_use,
     open_store,
     prepare_cache_dir,
     remove_rubbish,
@@ -119,6 +118,7 @@ class PrefixCache:
         self.rows_served = 0
         self.saved_seconds = 0.0
         self.prefix_unit_rows_computed = 0
+        self._sources = Sources(module for unit in units for module in unit.modules())
         self._store: Store | None = None
         self._rows: dict[str, Rows] = self.inputs
         # What the units before the boundary took for a row, measured while materialising.
@@ -155,7 +155,6 @@ class PrefixCache:
             store = self._find(fingerprint)
             reused = store is not None
             if store is None:
-                self._remove_leftovers()
                 store, computed = self._write(fingerprint, stop)
         except BlockingIOError:
             self.warn(f"another run is using the store after {self._name(stop)}: not cached")
@@ -166,11 +165,11 @@ class PrefixCache:
                 f"({error.strerror or error}): not cached"
             )
             return None
+        finally:
+            seconds = time.perf_counter() - start
+            self.saved_seconds -= seconds
         if store is None:
             return None
-        seconds = time.perf_counter() - start
-        self._prefix_seconds += computed / sum(self.rows.values())
-        self.saved_seconds -= seconds
         self._switch(store, stop)
         return Materialization(
             boundary=stop,
@@ -194,8 +193,7 @@ class PrefixCache:
         for name, rows in sorted(self.inputs.items()):
             add("split", name, len(rows), rows.identity)
         for name, unit in self.units.named(stop):
-            add("unit", name, structure(unit))
-            add(tensors_sha256([*unit.named_parameters(), *unit.named_buffers()]))
+            add("unit", name, structure(unit, self._sources))
         return digest.hexdigest()[:32]
 
     def close(self) -> None:
@@ -271,7 +269,7 @@ class PrefixCache:
                     compute_seconds += time.perf_counter() - mark
                     if writer is None:
                         description = self._describe(fingerprint, stop, plain, values)
-                        if not self._fits(description):
+                        if not self._make_room(description):
                             return None, compute_seconds
                         writer = StoreWriter(self.directory, description)
                     writer.append(split, plain)
@@ -281,7 +279,8 @@ class PrefixCache:
                     bar.update(len(plain))
                     mark = time.perf_counter()
             assert writer is not None
-            return writer.commit(), compute_seconds
+            per_row = self._prefix_seconds + compute_seconds / sum(self.rows.values())
+            return writer.commit({"prefix_seconds_per_row": per_row}), compute_seconds
         except BaseException:
             if writer is not None:
                 writer.abort()
@@ -306,10 +305,15 @@ class PrefixCache:
             details={"batch_size": str(self.batch_size), "torch": torch.__version__},
         )
 
-    def _fits(self, description: Description) -> bool:
+    def _make_room(self, description: Description) -> bool:
+        """Whether a new store fits beside those in use. What no run uses goes, if it does."""
         assert self.directory is not None
-        taken = size_of_tree(self.directory)
+        stores = store_folders(self.directory)
+        taken = sum(size_of_tree(folder) for folder in stores if in_use(folder))
         if taken + description.bytes <= self.max_bytes:
+            remove_rubbish(self.directory)
+            for folder in stores:
+                remove_store(folder)
             return True
         self.warn(
             f"activations after {description.unit} are not cached: "
@@ -326,6 +330,7 @@ class PrefixCache:
             for name, reader in store.readers.items()
         }
         self.boundary = boundary
+        self._prefix_seconds = store.notes.get("prefix_seconds_per_row", 0.0)
         if old is not None:
             old.remove()
 
@@ -340,13 +345,6 @@ class PrefixCache:
 
     def _leave_store(self) -> None:
         self._store, self._rows, self.boundary, self._prefix_seconds = None, self.inputs, 0, 0.0
-
-    def _remove_leftovers(self) -> None:
-        """Make room: what earlier runs left and no run uses."""
-        assert self.directory is not None
-        remove_rubbish(self.directory)
-        for folder in store_folders(self.directory):
-            remove_store(folder)
 
 
 class StoredRows:
@@ -383,25 +381,3 @@ def to_numpy(x: Tensor) -> tuple[torch.dtype, NDArray[np.generic]]:
     if plain.dtype == torch.bfloat16:
         plain = plain.view(torch.uint16)
     return x.dtype, plain.numpy()
-
-
-def structure(unit: nn.Module) -> list[object]:
-    """What a unit computes, as far as it is not in its tensors.
-
-    Of every module in it: class, settings, and, for classes that do not come with torch (whose
-    version is in the fingerprint anyway), the source code.
-    """
-    result: list[object] = []
-    for name, module in unit.named_modules():
-        kind = type(module)
-        settings = {
-            key: value if isinstance(value, int | float | str | tuple | None) else repr(type(value))
-            for key, value in sorted(vars(module).items())
-            if not key.startswith("_") and key not in ("training", "train")
-        }
-        result.append((name, kind.__module__, kind.__qualname__, module.extra_repr(), settings))
-        if not kind.__module__.startswith("torch."):
-            # Not to be had of classes defined at a prompt, or compiled.
-            with contextlib.suppress(OSError, TypeError):
-                result.append(inspect.getsource(kind))
-    return result

@@ -1,13 +1,11 @@
-"""Checkpoints that are whole or not there, load without running code, and have a hash."""
+"""Checkpoints that are whole or not there, and load without running code."""
 
-import hashlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cachefreeze.files import write_atomically
 
@@ -29,22 +27,3 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """What `save_checkpoint` saved. Nothing in the file can run code."""
     state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     return state
-
-
-def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order given.
-
-    Two sets of tensors have the same hash if and only if they are equal bit by bit, whatever their
-    memory layout or device.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """`tensors_sha256` of a state dict, in the order of its keys sorted by name."""
-    return tensors_sha256(sorted(state_dict.items()))

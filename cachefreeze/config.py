@@ -82,6 +82,12 @@ class Settings:
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)" tells nobody anything.
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -97,14 +103,15 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     arch, depth, second = _parse_arch(args.arch)
     defaults = _DEFAULTS[args.dataset]
     default_depth, default_second = defaults["sizes"][arch]
-    depth = _only_one("--depth", args.depth, depth) or default_depth
+    depth = _only_one("--depth", args.depth, depth, default_depth)
     width = growth_rate = None
     if arch == "wrn":
-        width = _only_one("--width", args.width, second) or default_second
+        width = _only_one("--width", args.width, second, default_second)
     elif arch == "densenet":
-        growth_rate = _only_one("--growth-rate", args.growth_rate, second) or default_second
+        growth_rate = _only_one("--growth-rate", args.growth_rate, second, default_second)
     elif second is not None:
         raise UserError(f"--arch {args.arch}: a VGG has a depth only, as in vgg16")
+    _refuse_what_does_not_apply(args, arch)
     if args.augment and args.cache:
         raise UserError(
             "--augment and --cache exclude each other: augmented pixels are new in every epoch, "
@@ -119,7 +126,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         dropout=(0.5 if arch == "vgg" else 0.0) if args.dropout is None else args.dropout,
         dataset=args.dataset,
         data_dir=args.data_dir,
-        image_size=args.image_size or defaults["image_size"],
+        image_size=defaults["image_size"] if args.image_size is None else args.image_size,
         val_fraction=args.val_fraction,
         augment=args.augment,
         epochs=defaults["epochs"] if args.epochs is None else args.epochs,
@@ -156,10 +163,28 @@ def _parse_arch(text: str) -> tuple[str, int | None, int | None]:
     return match[1], depth, second
 
 
-def _only_one(option: str, given: int | None, spelled: int | None) -> int | None:
+def _only_one(option: str, given: int | None, spelled: int | None, default: int) -> int:
     if given is not None and spelled is not None and given != spelled:
         raise UserError(f"{option} {given} contradicts the {spelled} in --arch: give one of them")
-    return spelled if given is None else given
+    return next(value for value in (given, spelled, default) if value is not None)
+
+
+def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
+    """An option that would do nothing is a mistake that nobody would notice."""
+    for option, given, applies, to in (
+        ("--width", args.width is not None, arch == "wrn", "wrn"),
+        ("--growth-rate", args.growth_rate is not None, arch == "densenet", "densenet"),
+        ("--no-bottleneck", not args.bottleneck, arch == "densenet", "densenet"),
+        ("--image-size", args.image_size is not None, args.dataset == "imagefolder", "imagefolder"),
+        (
+            "--val-fraction",
+            args.val_fraction is not None,
+            args.dataset == "imagefolder",
+            "imagefolder",
+        ),
+    ):
+        if given and not applies:
+            raise UserError(f"{option} is for {to} only: leave it out, or choose {to}")
 
 
 def _check(settings: Settings) -> None:
@@ -172,7 +197,7 @@ def _check(settings: Settings) -> None:
         ("--momentum", settings.momentum, 0 <= settings.momentum < 1, "at least 0 and below 1"),
         ("--weight-decay", settings.weight_decay, settings.weight_decay >= 0, "0 or more"),
         ("--dropout", settings.dropout, 0 <= settings.dropout < 1, "at least 0 and below 1"),
-        ("--seed", settings.seed, settings.seed >= 0, "0 or more"),
+        ("--seed", settings.seed, 0 <= settings.seed < 2**63, "0 or more, and below 2^63"),
         ("--workers", settings.workers, settings.workers >= 0, "0 or more"),
         (
             "--image-size",
@@ -209,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m cachefreeze.train",
         description="Train with FreezeOut, the frozen prefix's activations served from a cache.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     flag = argparse.BooleanOptionalAction
 

@@ -38,7 +38,10 @@ def nearest_folder(path: Path) -> Path:
 
 def why_not_writable(folder: Path) -> str | None:
     """Why a folder cannot be made or written to, as far as can be told without trying."""
-    nearest = nearest_folder(folder)
+    try:
+        nearest = nearest_folder(folder)
+    except OSError as error:  # a parent that may not be searched, a name that is too long
+        return error.strerror or str(error)
     if not nearest.is_dir():
         return f"{nearest} is a file"
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -45,14 +45,15 @@ class RunFolder:
         UserError: here and later: it holds a run already, or cannot be written.
     """
 
-    FILES = ("args.json", "metrics.jsonl", "summary.json", "last.pt")
+    # args.json alone is of a run that ended before its first epoch: there is nothing to lose.
+    RESULTS = ("metrics.jsonl", "summary.json", "last.pt")
 
     def __init__(self, path: Path) -> None:
         self.path = path
         problem = why_not_writable(path)
         if problem is not None:
             raise self._cannot_be_written(problem)
-        held = [name for name in self.FILES if (path / name).exists()]
+        held = [name for name in self.RESULTS if (path / name).exists()]
         if held:
             raise UserError(
                 f"{path} holds a run already ({', '.join(held)}): choose another --output-dir, "
@@ -138,9 +139,16 @@ def opening_words(
 
 
 def closing_words(
-    summary: Mapping[str, Any], settings: Mapping[str, Any], folder: Path
+    summary: Mapping[str, Any], settings: Mapping[str, Any], folder: Path, python: str, exact: bool
 ) -> list[str]:
-    """What came out, where it lies, and what to type next."""
+    """What came out, where it lies, and what to type next.
+
+    Args:
+        summary, settings: what is in summary.json and args.json.
+        folder: of the run.
+        python: the interpreter, as one would type it here.
+        exact: the device gives the same weights with and without the cache.
+    """
     cache = summary["cache"]
     lines = [
         "",
@@ -163,25 +171,22 @@ def closing_words(
         f"run       {folder} (args.json, metrics.jsonl, summary.json, last.pt)",
         f"weights   SHA-256 {summary['weights_sha256'][:16]}...",
         "",
-        "next",
+        "next, to compare and to look inside:",
     ]
-    if not cache["enabled"] and not settings["augment"]:
-        lines.append(
-            "  the same command without --no-cache               the same weights, in less time"
-        )
-    if cache["enabled"]:
+    train = f"{python} -m cachefreeze.train"
+    command = " ".join([train, *settings["command"]])
+    same = "the same weights" if exact else "nearly the same weights"
+    if cache["boundaries"]:
         lines += [
-            "  the same command with --no-cache                  the same weights, in more time",
-            f"  python scripts/cache_stats.py {settings['cache_dir']!s:<19} a look into the cache",
+            f"  {command} --no-cache",
+            f"      {same}, in more time",
+            f"  {python} scripts/cache_stats.py {settings['cache_dir']}",
+            "      what is in the cache",
         ]
     if settings["dataset"] == "digits":
-        lines.append(
-            "  python -m cachefreeze.train --dataset cifar10     the paper's setting (wants a GPU)"
-        )
+        lines += [f"  {train} --dataset cifar10", "      the paper's setting (wants a GPU)"]
     else:
-        lines.append(
-            "  python -m cachefreeze.train --help                networks, schedules, your images"
-        )
+        lines += [f"  {train} --help", "      networks, schedules, your own images"]
     return lines
 
 

@@ -1,11 +1,13 @@
 """Rows of a data set: how they are addressed, ordered and served."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Indices = NDArray[np.int64]
 
@@ -19,7 +21,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+    def batches(self, order: Sequence[Indices]) -> "Iterator[Tensor]":
         """One tensor (n, ...) on the training device for each array of n row indices."""
 
 

@@ -4,15 +4,16 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cachefreeze import config, data
 from cachefreeze.config import Settings
-from cachefreeze.device import resolve_device, resolve_precision
+from cachefreeze.device import keep_freed_memory, resolve_device, resolve_precision
 from cachefreeze.errors import UserError
-from cachefreeze.files import nearest_folder
+from cachefreeze.files import nearest_folder, size_of_tree
 from cachefreeze.models import build
 from cachefreeze.report import RunFolder, closing_words, opening_words, say, track
 from cachefreeze.store import check_cache_dir
@@ -24,19 +25,28 @@ FREE_DISK_SHARE = 0.8
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(config.parse(argv))
+        settings = config.parse(argv)
+        keep_freed_memory()
+        run(settings, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: last.pt is of the last whole epoch", file=sys.stderr)
+        last = settings.output_dir / "last.pt"
+        kept = f"{last} is of the last whole epoch" if last.exists() else "nothing was saved yet"
+        print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     return 0
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings, argv: Sequence[str] = ()) -> dict[str, Any]:
     """Train as the settings say; returns what is in summary.json.
+
+    Args:
+        settings: of the run.
+        argv: the words they were parsed from, to tell the user what to type next.
 
     Raises:
         UserError: something is not there, does not fit, or cannot be written.
@@ -61,17 +71,17 @@ def run(settings: Settings) -> dict[str, Any]:
 
     torch.manual_seed(settings.seed)
     model = build(settings.arch, len(images.classes), **sizes)
-    facts = {**settings.as_json(), "network": settings.network}
+    trainer = Trainer(settings, images, model, device, dtype, folder, cache_budget(settings))
+    facts = {**settings.as_json(), "network": settings.network, "command": list(argv)}
+    folder.create(facts)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
-    folder.create(facts)
     for line in opening_words(facts, len(model), parameters, images.description, where):
         say(line)
-    trainer = Trainer(settings, images, model, device, dtype, folder, cache_budget(settings))
     summary = {"wall_seconds": 0.0, **trainer.fit()}
     summary["wall_seconds"] = time.perf_counter() - start
     folder.write_json("summary.json", summary)
-    for line in closing_words(summary, facts, folder.path):
+    for line in closing_words(summary, facts, folder.path, this_python(), device.type == "cpu"):
         say(line)
     return summary
 
@@ -80,7 +90,15 @@ def cache_budget(settings: Settings) -> float:
     """Bytes that the cache folder may take."""
     if settings.cache_max_gb is not None:
         return settings.cache_max_gb * 1e9
-    return FREE_DISK_SHARE * shutil.disk_usage(nearest_folder(settings.cache_dir)).free
+    # What lies in the folder already is not free, but the cache's to use.
+    free = shutil.disk_usage(nearest_folder(settings.cache_dir)).free
+    return FREE_DISK_SHARE * (free + size_of_tree(settings.cache_dir))
+
+
+def this_python() -> str:
+    """The running interpreter, as one would type it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
 
 
 if __name__ == "__main__":

@@ -12,18 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefreeze.cache import PrefixCache
-from cachefreeze.checkpoint import save_checkpoint, weights_sha256
+from cachefreeze.checkpoint import save_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.data import DataSet, InputRows
 from cachefreeze.device import autocast
 from cachefreeze.freezeout import FreezeOutLR, param_groups
+from cachefreeze.hashing import weights_sha256
 from cachefreeze.models.units import partition
 from cachefreeze.report import RunFolder, epoch_line, materialize_line, progress_bar, say
 from cachefreeze.rows import Indices, batches_of, epoch_order
 
-# Until there is a planner: a store pays when, to the nearest epoch, this much of the run is left.
-# Filling it runs the new units over all rows once, and every epoch after that saves as much.
-WORTHWHILE_EPOCHS = 2
+# Until there is a planner: a store pays when two epochs are left, to the nearest epoch. Filling it
+# runs the new units over all rows once, and every epoch after that saves as much.
+WORTHWHILE_EPOCHS = 1.5
 
 
 class Trainer:
@@ -188,7 +189,7 @@ class Trainer:
     def _materialize(self) -> None:
         """Move the boundary to the frontier if what is left of the run is worth it."""
         epochs_left = (self.total_steps - self.step) / self.steps_per_epoch
-        if round(epochs_left) < WORTHWHILE_EPOCHS:
+        if epochs_left < WORTHWHILE_EPOCHS:
             return
         with self._timed("materialize"):
             done = self.cache.materialize()

@@ -40,7 +40,7 @@ def main() -> int:
         for repeat in range(args.repeats):
             for mode, switches in MODES.items():
                 output = Path(folder) / f"{repeat}-{mode.replace(' ', '-')}"
-                cache = ["--cache-dir", f"{folder}/cache"]
+                cache = ["--cache-dir", f"{folder}/cache{repeat}"]
                 options = [*args.options, *switches, *cache, "--output-dir", str(output)]
                 summary = run(options, output)
                 runs[mode].append(summary)

@@ -83,7 +83,7 @@ def _store_as_json(store: StoreReport) -> dict[str, Any]:
                     "rows_per_chunk": layout.rows_per_chunk,
                     "chunks_present": store.chunks_present[split],
                     "chunks_expected": layout.chunks,
-                    "bytes": layout.bytes,
+                    "bytes": store.split_bytes[split],
                 }
                 for split, layout in about.splits.items()
             },
@@ -124,7 +124,7 @@ def _table_rows(store: StoreReport) -> list[list[str]]:
             "x".join(map(str, layout.row_shape)),
             about.values,
             f"{store.chunks_present[split]}/{layout.chunks}",
-            human_bytes(layout.bytes),
+            human_bytes(store.split_bytes[split]),
         ]
         if rows:
             rows.append(["", "", "", *what, "", ""])

@@ -67,7 +67,7 @@ def test_a_table_shows_every_store_with_its_splits(cache_dir: Path) -> None:
             "4x4x8",
             "bfloat16",
             "1/1",
-            "15.4",
+            "16",
         ]
     )
     assert "committed" in train

@@ -62,11 +62,11 @@ def test_digits_are_split_stratified_and_always_alike() -> None:
 
 def test_a_stratified_split_has_no_row_twice_and_every_class_on_both_sides() -> None:
     labels = np.repeat([0, 1, 2], [50, 3, 2])
-    train, val = stratified_split(labels, 0.1)
+    train, val = stratified_split(labels, 0.1, "abc")
     assert sorted([*train, *val]) == list(range(55))
     assert np.bincount(labels[val]).tolist() == [5, 1, 1]
-    with pytest.raises(UserError, match="single image"):
-        stratified_split(np.array([0, 0, 1]), 0.5)
+    with pytest.raises(UserError, match="'b' has a single image"):
+        stratified_split(np.array([0, 0, 1]), 0.5, "ab")
 
 
 def test_statistics_are_those_of_the_pixels(images: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
-    ["errors", "files", "rows", "schedule"],
-    ["device", "models", "data", "store", "report", "checkpoint"],
+    ["errors", "files", "hashing", "rows", "schedule"],
+    ["device", "models", "data", "store", "report", "checkpoint", "fingerprint"],
     ["config", "freezeout", "cache"],
     ["trainer"],
     ["train"],
@@ -76,8 +76,7 @@ def test_the_schedule_knows_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_store_is_read_and_written_without_torch() -> None:
-    """`cachefreeze.store` takes arrays and bytes; only the protocol in `rows` names a tensor."""
+def test_the_store_takes_arrays_and_bytes_and_names_no_tensor() -> None:
     for path in (PACKAGE / "store").glob("*.py"):
         assert "torch" not in {name.split(".")[0] for name in _all_imports(path)}
 

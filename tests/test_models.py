@@ -136,15 +136,24 @@ def test_the_canonical_layout_is_one_layout(shape: tuple[int, ...]) -> None:
         assert canonical(layout).stride() == strides
 
 
-def test_a_parameter_shared_by_two_units_is_refused() -> None:
-    shared = nn.Linear(3, 3)
+def test_what_two_units_share_is_refused() -> None:
+    shared, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    other.weight = shared.weight
     with pytest.raises(ValueError, match="share a parameter"):
-        Units({"first": shared, "second": nn.Sequential(shared)})
+        Units({"first": shared, "second": other})
+    relu = nn.ReLU()
+    with pytest.raises(ValueError, match="'1' and '3' share a module"):
+        partition(nn.Sequential(nn.Linear(3, 3), relu, nn.Linear(3, 3), relu))
 
 
-def test_only_a_sequence_can_be_cut() -> None:
-    with pytest.raises(ValueError, match="Linear"):
-        partition(nn.Linear(2, 2))
+def test_only_a_plain_sequence_can_be_cut() -> None:
+    class Twice(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(super().forward(x))
+
+    for model in (nn.Linear(2, 2), Twice(nn.Linear(2, 2))):
+        with pytest.raises(ValueError, match=type(model).__name__):
+            partition(model)
 
 
 def test_freezing_more_units_than_there_are_is_refused() -> None:

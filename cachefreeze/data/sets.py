@@ -1,7 +1,7 @@
 """Data sets: a training and a validation split of the same classes."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,15 @@ def load(
     if name in CIFAR_ARCHIVES:
         return load_cifar(name, folder)
     assert name == "imagefolder"
-    return load_folder(folder, size=image_size, val_fraction=val_fraction, workers=workers, bar=bar)
+    try:
+        return load_folder(
+            folder, size=image_size, val_fraction=val_fraction, workers=workers, bar=bar
+        )
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} cannot be read ({error.strerror}): "
+            "mend or remove it, or give another --data-dir"
+        ) from error
 
 
 def load_digits(val_fraction: float = 0.2) -> DataSet:
@@ -83,10 +91,11 @@ def load_digits(val_fraction: float = 0.2) -> DataSet:
     large = torch.nn.functional.interpolate(grey, size=32, mode="bilinear", align_corners=False)
     pixels = large.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
     labels = bunch.target.astype(np.int64)
-    train, val = (
-        ArrayImages(pixels[rows], labels[rows]) for rows in stratified_split(labels, val_fraction)
-    )
     classes = tuple(str(name) for name in bunch.target_names)
+    train, val = (
+        ArrayImages(pixels[rows], labels[rows])
+        for rows in stratified_split(labels, val_fraction, classes)
+    )
     return DataSet("digits", classes, train, val, (3, 32, 32), *statistics(train))
 
 
@@ -160,7 +169,7 @@ def load_folder(
                 "give both the same sub-folders"
             )
     elif val_fraction is not None:
-        train_rows, val_rows = stratified_split(np.array(labels), val_fraction)
+        train_rows, val_rows = stratified_split(np.array(labels), val_fraction, classes)
         val_paths, val_labels = [paths[i] for i in val_rows], [labels[i] for i in val_rows]
         paths, labels = [paths[i] for i in train_rows], [labels[i] for i in train_rows]
     else:
@@ -219,7 +228,9 @@ def statistics(
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
-def stratified_split(labels: NDArray[np.int64], fraction: float) -> tuple[Indices, Indices]:
+def stratified_split(
+    labels: NDArray[np.int64], fraction: float, classes: Sequence[str]
+) -> tuple[Indices, Indices]:
     """Row indices of a training and a validation part with the given share of every class.
 
     The same labels always give the same split, whatever the seed of the run: accuracies of
@@ -231,8 +242,8 @@ def stratified_split(labels: NDArray[np.int64], fraction: float) -> tuple[Indice
         rows = random.permutation(np.flatnonzero(labels == label))
         if len(rows) < 2:
             raise UserError(
-                f"class {label} has a single image, which cannot be both trained and validated on: "
-                "add images or give a val folder"
+                f"class {classes[label]!r} has a single image, which cannot be both trained and "
+                "validated on: add images or give a val folder"
             )
         held_out.append(rows[: min(max(round(fraction * len(rows)), 1), len(rows) - 1)])
     val = np.sort(np.concatenate(held_out))

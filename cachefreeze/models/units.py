@@ -54,7 +54,7 @@ class Units(Sequence[nn.Module]):
         modules: the units by name, in the order of the forward pass.
 
     Raises:
-        ValueError: there are no units, or a parameter belongs to two of them (a shared weight
+        ValueError: there are no units, or a module or parameter belongs to two of them (it
             cannot be frozen in one place and trained in another).
 
     Example:
@@ -71,11 +71,12 @@ class Units(Sequence[nn.Module]):
         self._frontier = 0
         owner: dict[int, str] = {}
         for name, module in modules.items():
-            for parameter in module.parameters():
-                if owner.setdefault(id(parameter), name) != name:
+            for part in (*module.modules(), *module.parameters()):
+                if owner.setdefault(id(part), name) != name:
+                    kind = "module" if isinstance(part, nn.Module) else "parameter"
                     raise ValueError(
-                        f"units {owner[id(parameter)]!r} and {name!r} share a parameter: "
-                        "put them into one unit"
+                        f"units {owner[id(part)]!r} and {name!r} share a {kind}: "
+                        "give each its own, or put them into one unit"
                     )
 
     def __len__(self) -> int:
@@ -138,13 +139,15 @@ class Units(Sequence[nn.Module]):
 
 
 def partition(model: nn.Module) -> Units:
-    """The units of `model`, which is an `nn.Sequential`: one a child, in order.
+    """The units of `model`, which is a plain `nn.Sequential`: one a child, in order.
 
     Raises:
-        ValueError: `model` is something else, or has no children.
+        ValueError: `model` is something else, has no children, or the same child twice.
     """
-    if not isinstance(model, nn.Sequential):
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         raise ValueError(
-            f"only an nn.Sequential can be cut into units, and this is a {type(model).__name__}"
+            "only an nn.Sequential with its own forward can be cut into units, "
+            f"and this is a {type(model).__name__}"
         )
-    return Units(dict(model.named_children()))
+    # Not `named_children`, which leaves out a module that comes a second time.
+    return Units({name: module for name, module in model._modules.items() if module is not None})

@@ -18,6 +18,7 @@ This room takes arrays and bytes; it knows no network and no tensor.
 
 from cachefreeze.store.folder import (
     check_cache_dir,
+    in_use,
     prepare_cache_dir,
     remove_rubbish,
     remove_store,
@@ -39,6 +40,7 @@ __all__ = [
     "StoreReport",
     "StoreWriter",
     "check_cache_dir",
+    "in_use",
     "inspect_cache",
     "open_store",
     "prepare_cache_dir",

@@ -1,10 +1,11 @@
 """The cache folder: its tag, its stores, who uses them, and their removal."""
 
-import contextlib
 import fcntl
 import os
 import re
 import shutil
+import time
+import uuid
 from pathlib import Path
 
 from cachefreeze.errors import UserError
@@ -21,10 +22,14 @@ TAG = (
 class Lock:
     """An advisory lock on a store's folder that dies with the process that holds it."""
 
+    # Others may hold it for a moment, to see whether it is held.
+    ATTEMPTS, PAUSE_SECONDS = 10, 0.02
+
     def __init__(self, folder: Path, *, exclusive: bool) -> None:
-        """Raises BlockingIOError if others hold it, FileNotFoundError if the folder is gone."""
+        """Raises BlockingIOError if others hold it, FileNotFoundError if there is no such store."""
         path = folder / "lock"
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        how = os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY
+        self._file = os.open(path, how | os.O_NOFOLLOW, 0o666)
         try:
             self._lock(exclusive)
             # Whoever removed the store in between left us a lock on a file without a name.
@@ -35,7 +40,15 @@ class Lock:
             raise
 
     def _lock(self, exclusive: bool) -> None:
-        fcntl.flock(self._file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
+        for _ in range(self.ATTEMPTS - 1):
+            try:
+                fcntl.flock(self._file, how)
+            except BlockingIOError:
+                time.sleep(self.PAUSE_SECONDS)
+            else:
+                return
+        fcntl.flock(self._file, how)
 
     def share(self) -> None:
         """From writer to reader."""
@@ -46,8 +59,13 @@ class Lock:
 
 
 def check_cache_dir(folder: Path) -> None:
-    """Raises UserError if the folder cannot be used as a cache. Writes nothing."""
+    """Raises UserError if the folder cannot be used as a cache. Writes nothing.
+
+    A folder that holds anything must carry our tag: what is in a cache may be deleted.
+    """
     problem = why_not_writable(folder)
+    if problem is None and folder.is_dir() and any(folder.iterdir()) and not is_cache_dir(folder):
+        problem = "it holds other files, and what is in a cache may be deleted"
     if problem is not None:
         raise _cannot_be_used(folder, problem)
 
@@ -83,11 +101,16 @@ def is_cache_dir(folder: Path) -> bool:
 
 
 def store_folders(cache_dir: Path) -> list[Path]:
-    """The stores in a cache folder, committed or not, in the order of their names."""
+    """The stores in a cache folder, committed or not, in the order of their names.
+
+    A folder without our lock file is none of ours, whatever its name.
+    """
     return sorted(
         Path(entry.path)
         for entry in os.scandir(cache_dir)
-        if FINGERPRINT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        if FINGERPRINT.fullmatch(entry.name)
+        and entry.is_dir(follow_symlinks=False)
+        and os.path.lexists(os.path.join(entry.path, "lock"))
     )
 
 
@@ -99,22 +122,25 @@ def remove_store(folder: Path) -> bool:
         return True
     except OSError:  # others hold it, or it is not ours to remove
         return False
-    remove_locked(folder, lock)
+    return remove_locked(folder, lock)
+
+
+def remove_locked(folder: Path, lock: Lock) -> bool:
+    """Remove a store that is locked exclusively; lets go of the lock. Returns whether it went."""
+    # Renamed first: a removal that is cut short leaves rubbish, never half a store.
+    trash = folder.with_name(f"{TRASH}{uuid.uuid4().hex}")
+    try:
+        folder.rename(trash)
+    except OSError:  # no permission any more: whoever may, prunes it later
+        return False
+    finally:
+        lock.release()
+    shutil.rmtree(trash, ignore_errors=True)
     return True
 
 
-def remove_locked(folder: Path, lock: Lock) -> None:
-    """Remove a store that is locked exclusively; lets go of the lock."""
-    # Renamed first: a removal that is cut short leaves rubbish, never half a store.
-    trash = folder.with_name(f"{TRASH}{folder.name}-{os.getpid()}")
-    with contextlib.suppress(OSError):  # no permission any more: whoever may, prunes it later
-        folder.rename(trash)
-    lock.release()
-    shutil.rmtree(trash, ignore_errors=True)
-
-
 def in_use(folder: Path) -> bool:
-    """Whether a process reads or writes a store at this moment. Changes nothing."""
+    """Whether a process reads or writes a store. (Takes its lock for a moment to find out.)"""
     try:
         file = os.open(folder / "lock", os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
@@ -140,7 +166,8 @@ def rubbish(cache_dir: Path) -> list[Path]:
     for entry in os.scandir(cache_dir):
         if entry.name.startswith(TRASH) and entry.is_dir(follow_symlinks=False):
             found.append(Path(entry.path))
-    for folder in (cache_dir, *filter(is_committed, stores)):
+    found += cache_dir.glob("CACHEDIR.TAG.*.partial")
+    for folder in filter(is_committed, stores):
         found += folder.glob("*.partial")
     return sorted(found)
 

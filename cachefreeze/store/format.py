@@ -14,7 +14,7 @@ import numpy as np
 
 FORMAT = 1
 CHECKSUM_BYTES = 4
-# Whole rows, near this size. Above 32 MiB the allocator maps and unmaps every chunk's buffer anew.
+# Whole rows, near this size: few files, and not much more than a split that is small.
 CHUNK_BYTES = 8 * 2**20
 # Nothing that we write comes near: a larger file is not ours, and is not parsed.
 METADATA_BYTES = 64 * 2**20
@@ -144,8 +144,16 @@ def read_description(folder: Path) -> Description:
     return description
 
 
-def read_manifest(folder: Path, description: Description) -> dict[str, list[int]]:
-    """The checksums of every split's chunks, once marker, manifest and metadata agree.
+@dataclass(frozen=True)
+class Manifest:
+    """What was written: the CRC32C of every chunk by split, and the writer's notes."""
+
+    checksums: dict[str, list[int]]
+    notes: dict[str, float]
+
+
+def read_manifest(folder: Path, description: Description) -> Manifest:
+    """The manifest of a committed store, once marker, manifest and metadata agree.
 
     Raises:
         StoreError: they do not.
@@ -162,12 +170,13 @@ def read_manifest(folder: Path, description: Description) -> dict[str, list[int]
             name: [_whole(checksum, least=0) for checksum in manifest["crc32c"][name]]
             for name in description.splits
         }
-    except (KeyError, TypeError, ValueError) as error:
+        notes = {str(name): float(value) for name, value in manifest["notes"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError("its manifest.json is not one of cachefreeze") from error
     for name, layout in description.splits.items():
         if len(checksums[name]) != layout.chunks:
             raise StoreError(f"its manifest does not list the chunks of {name}")
-    return checksums
+    return Manifest(checksums, notes)
 
 
 def _whole(value: Any, least: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""A look at a cache folder from outside: no network, no lock taken, nothing changed."""
+"""A look at a cache folder from outside: no network needed, nothing changed."""
 
 import os
 import shutil
@@ -8,7 +8,14 @@ from pathlib import Path
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import size_of_tree
-from cachefreeze.store.folder import in_use, is_cache_dir, is_committed, rubbish, store_folders
+from cachefreeze.store.folder import (
+    Lock,
+    in_use,
+    is_cache_dir,
+    is_committed,
+    rubbish,
+    store_folders,
+)
 from cachefreeze.store.format import (
     Description,
     Layout,
@@ -28,6 +35,7 @@ class StoreReport:
     committed: bool
     in_use: bool
     bytes: int
+    split_bytes: dict[str, int]
     age_seconds: float
     chunks_present: dict[str, int]
     damage: tuple[str, ...]
@@ -65,16 +73,31 @@ def inspect_cache(folder: Path, *, verify: bool = False) -> CacheReport:
     """
     if not is_cache_dir(folder):
         raise UserError(f"{folder} is not a cache folder of cachefreeze: it has no CACHEDIR.TAG")
+    reports = [_inspect(store, verify) for store in store_folders(folder)]
     return CacheReport(
         folder=folder,
-        stores=tuple(_inspect(store, verify) for store in store_folders(folder)),
+        stores=tuple(found for found in reports if found is not None),
         orphans=tuple(rubbish(folder)),
         bytes=size_of_tree(folder),
         free_bytes=shutil.disk_usage(folder).free,
     )
 
 
-def _inspect(folder: Path, verify: bool) -> StoreReport:
+def _inspect(folder: Path, verify: bool) -> StoreReport | None:
+    """None if the store was removed by its run just now."""
+    used = in_use(folder)
+    try:
+        # Held while looking, so that the run it belongs to leaves it in place.
+        lock = Lock(folder, exclusive=False)
+    except OSError:  # being written, or removed, or without a lock file
+        return _look(folder, verify, used) if folder.exists() else None
+    try:
+        return _look(folder, verify, used)
+    finally:
+        lock.release()
+
+
+def _look(folder: Path, verify: bool, used: bool) -> StoreReport:
     committed = is_committed(folder)
     description = None
     present: dict[str, int] = {}
@@ -84,7 +107,7 @@ def _inspect(folder: Path, verify: bool) -> StoreReport:
         for split, layout in description.splits.items():
             present[split] = count_chunks(folder / split, layout)
         if committed:
-            checksums = read_manifest(folder, description)
+            checksums = read_manifest(folder, description).checksums
             for split, layout in description.splits.items():
                 if present[split] < layout.chunks:
                     missing = layout.chunks - present[split]
@@ -101,7 +124,8 @@ def _inspect(folder: Path, verify: bool) -> StoreReport:
         folder=folder,
         description=description,
         committed=committed,
-        in_use=in_use(folder),
+        in_use=used,
+        split_bytes={split: size_of_tree(folder / split) for split in present},
         bytes=size_of_tree(folder),
         age_seconds=max(time.time() - created, 0.0),
         chunks_present=present,

@@ -1,6 +1,7 @@
 """Reading a store."""
 
 import os
+import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from cachefreeze.store.format import (
     read_manifest,
 )
 
-# Chunk files kept open for each split: the first come. Under random access any fixed set is hit as
-# often as any other of its size, and opening a file for a row costs a fifth of the speed.
-OPEN_CHUNKS = 128
+# Chunk files kept open for each split; opening one for a single row costs a fifth of the speed. An
+# eighth of what the process may have, for there are two splits, and two stores at a change.
+OPEN_CHUNKS = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8, 4096), 16)
 
 
 class Store:
@@ -31,8 +32,9 @@ class Store:
         self._lock = lock
         self.description = read_description(folder)
         manifest = read_manifest(folder, self.description)
+        self.notes = manifest.notes
         self.readers = {
-            name: SplitReader(folder / name, layout, manifest[name])
+            name: SplitReader(folder / name, layout, manifest.checksums[name])
             for name, layout in self.description.splits.items()
         }
 
