@@ -44,7 +44,8 @@ def why_not_writable(folder: Path) -> str | None:
         return error.strerror or str(error)
     if not nearest.is_dir():
         return f"{nearest} is a file"
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    effective = os.access in os.supports_effective_ids
+    if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=effective):
         return f"no permission to write to {nearest}"
     return None
 

@@ -11,7 +11,7 @@ import torch
 import zarr
 from torch import Tensor, nn
 
-from cachefreeze import PrefixCache, Units, batches_of, partition
+from cachefreeze import PrefixCache, Units, UserError, batches_of, partition
 from cachefreeze.models import build
 from cachefreeze.rows import Indices
 from cachefreeze.store import store_folders
@@ -82,9 +82,9 @@ def test_a_store_reads_as_channels_last_without_another_copy(units: Units, tmp_p
     units.freeze(2)
     cache = make_cache(units, tmp_path / "cache")
     cache.materialize()
-    batch = next(cache.batches("train", [np.arange(5)]))
-    assert batch.is_contiguous(memory_format=torch.channels_last)
-    assert batch._base is not None, "a view of the buffer that was read into"
+    stored = next(cache._rows["train"].batches([np.arange(5)]))
+    assert stored.is_contiguous(memory_format=torch.channels_last)
+    assert units.run_frozen(stored, 2, 2, BATCH).data_ptr() == stored.data_ptr()
 
 
 def test_a_batch_that_is_kept_keeps_its_values(units: Units, tmp_path: Path) -> None:
@@ -277,8 +277,49 @@ def test_a_damaged_store_of_an_earlier_run_is_made_anew(units: Units, tmp_path: 
     assert_same(everything(second), everything(make_cache(units, None)))
 
 
+def test_folders_that_are_not_stores_are_left_alone_whatever_their_names(
+    units: Units, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    (photos / ("a" * 32)).mkdir(parents=True)
+    (photos / ("a" * 32) / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        make_cache(units, photos)
+    # And in a cache of ours, what somebody else put there stays.
+    units.freeze(1)
+    cache = make_cache(units, tmp_path / "cache")
+    (tmp_path / "cache" / ("b" * 32)).mkdir()
+    (tmp_path / "cache" / ("b" * 32) / "thesis.txt").write_text("mine")
+    (tmp_path / "cache" / "film.partial").write_text("mine")
+    assert cache.materialize() is not None
+    assert len(list(tmp_path.rglob("thesis.txt"))) == 2
+    assert (tmp_path / "cache" / "film.partial").exists()
+
+
+def test_a_store_that_cannot_be_had_leaves_those_of_earlier_runs(
+    units: Units, tmp_path: Path
+) -> None:
+    units.freeze(1)
+    first = make_cache(units, tmp_path / "cache")
+    first.materialize()
+    first.close()
+    units.freeze(2)
+    second = make_cache(units, tmp_path / "cache", max_bytes=1000, warn=lambda sentence: None)
+    assert second.materialize() is None
+    assert len(store_folders(tmp_path / "cache")) == 1
+
+
+def test_a_reused_store_knows_what_it_spares(units: Units, tmp_path: Path) -> None:
+    units.freeze(1)
+    first = make_cache(units, tmp_path / "cache")
+    first.materialize()
+    second = make_cache(units, tmp_path / "cache")
+    second.materialize()
+    assert second._prefix_seconds == first._prefix_seconds > 0
+
+
 class Scaled(nn.Module):
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: object) -> None:
         super().__init__()
         self.factor = factor
 
@@ -286,11 +327,19 @@ class Scaled(nn.Module):
         return x * self.factor
 
 
+def double(*args: object) -> None:
+    return None
+
+
+def halve(*args: object) -> int:
+    return 0
+
+
 def test_the_fingerprint_changes_with_whatever_the_rows_depend_on(tmp_path: Path) -> None:
     def fingerprint(
         *,
         change: object = None,
-        factor: float = 2.0,
+        factor: object = 2.0,
         seed: int = 1,
         stop: int = 3,
         **options: object,
@@ -328,6 +377,12 @@ def test_the_fingerprint_changes_with_whatever_the_rows_depend_on(tmp_path: Path
     def a_hidden_setting(units: Units) -> None:
         units[2][0].eps = 1e-4
 
+    def a_hook(units: Units) -> None:
+        units[0].register_forward_hook(double)
+
+    def another_memory_format(units: Units) -> None:
+        units[0].to(memory_format=torch.channels_last)
+
     reference = fingerprint()
     assert fingerprint() == reference
     assert len(reference) == 32
@@ -340,10 +395,14 @@ def test_the_fingerprint_changes_with_whatever_the_rows_depend_on(tmp_path: Path
             another_activation,
             a_stride,
             a_hidden_setting,
+            a_hook,
+            another_memory_format,
         )
     ]
     variants += [
-        fingerprint(factor=3.0),
+        *(fingerprint(factor=factor) for factor in (3.0, [2.0], [3.0], {"a": 2.0}, "2.0")),
+        *(fingerprint(factor=factor) for factor in (torch.ones(1), torch.zeros(1), double, halve)),
+        *(fingerprint(factor=object()) for _ in range(2)),
         fingerprint(seed=5),
         fingerprint(stop=2),
         fingerprint(batch_size=BATCH + 1),
@@ -354,7 +413,7 @@ def test_the_fingerprint_changes_with_whatever_the_rows_depend_on(tmp_path: Path
         variants.append(fingerprint())
     finally:
         torch.set_num_threads(threads)
-    assert len({reference, *variants}) == 12
+    assert len({reference, *variants}) == 1 + len(variants)
 
     def a_head(units: Units) -> None:
         units[3].start_dim = 2
@@ -391,6 +450,25 @@ def test_the_fingerprint_changes_with_the_code_of_a_module(tmp_path: Path) -> No
     finally:
         sys.path.remove(str(tmp_path))
     assert found[0] != found[1]
+
+
+def test_code_that_is_edited_while_a_run_goes_on_is_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    path = tmp_path / "half_edited_block.py"
+    path.write_text("from torch import nn\nclass Block(nn.Identity):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    block = importlib.import_module("half_edited_block").Block()
+    units = Units({"block": block, "head": nn.Flatten()})
+    units.freeze(1)
+    cache = PrefixCache(units, {"train": Pixels(9, 1)}, batch_size=BATCH)
+    before = cache.fingerprint(1)
+    path.write_text("class Block(nn.Identity:\n    pa")
+    os.utime(path, (1, 1))
+    assert cache.fingerprint(1) == before
+    PrefixCache(units, {"train": Pixels(9, 1)}, batch_size=BATCH).fingerprint(1)
 
 
 def test_nothing_is_written_with_the_cache_off(units: Units, tmp_path: Path) -> None:

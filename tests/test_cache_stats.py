@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cachefreeze.store import Description, Layout, StoreWriter, prepare_cache_dir
+from cachefreeze.store import (
+    Description,
+    Layout,
+    SplitReader,
+    StoreWriter,
+    inspect_cache,
+    prepare_cache_dir,
+    remove_store,
+)
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "cache_stats.py"
 ROWS = {"train": np.ones((60, 4, 4, 8), np.uint16), "val": np.ones((9, 4, 4, 8), np.uint16)}
@@ -105,7 +113,35 @@ def test_a_missing_chunk_is_damage_without_verify(cache_dir: Path) -> None:
     result = stats(cache_dir)
     assert result.returncode == 1
     assert "0/1" in result.stdout
+    assert "1.16 kB" not in result.stdout, "bytes on disk, not those that should be there"
     assert "1 of 1 chunks are missing" in result.stdout
+
+
+def test_a_store_that_its_run_removes_meanwhile_is_left_out(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_first(folder: Path) -> bool:
+        remove_store(folder)
+        return True
+
+    monkeypatch.setattr("cachefreeze.store.inspect.in_use", remove_first)
+    report = inspect_cache(cache_dir, verify=True)
+    assert report.stores == ()
+    assert not report.damaged
+
+
+def test_a_store_is_not_removed_while_it_is_verified(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = []
+
+    def damage(reader: SplitReader) -> list[str]:
+        removed.append(remove_store(reader.folder.parent))
+        return []
+
+    monkeypatch.setattr(SplitReader, "damage", damage)
+    inspect_cache(cache_dir, verify=True)
+    assert removed == [False, False]
 
 
 def test_metadata_that_are_not_ours_are_damage_not_a_crash(cache_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """`python -m cachefreeze.train`: its files, its words, and its answers to bad input."""
 
-import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from cachefreeze import config
 from cachefreeze.checkpoint import load_checkpoint
 from cachefreeze.data import InputRows, load
 from cachefreeze.models import build
-from cachefreeze.train import main
+from cachefreeze.train import cache_budget, main
 
 from .conftest import Train, write_images
 
@@ -183,6 +184,16 @@ def test_freezeouts_own_option_names_are_accepted() -> None:
         ("--arch vgg16_2", "a VGG has a depth only"),
         ("--arch wrn16_2 --depth 22", "--depth 22 contradicts the 16"),
         ("--arch wrn --depth 17", "6n+4"),
+        ("--arch wrn --depth 0", "depth 0"),
+        ("--arch wrn16_0", "width 0"),
+        ("--arch densenet --growth-rate 0", "growth rate 0"),
+        ("--dataset imagefolder --image-size 0", "--image-size 0"),
+        ("--arch densenet --width 2", "--width is for wrn only"),
+        ("--image-size 48", "--image-size is for imagefolder only"),
+        ("--seed 99999999999999999999", "--seed"),
+        (f"--output-dir {'x' * 300}", "too long"),
+        (f"--cache-dir {'x' * 300}", "too long"),
+        (f"--dataset imagefolder --data-dir {'x' * 300}", "too long"),
         ("--arch vgg --depth 12", "11, 13, 16 or 19"),
         ("--t0 0", "--t0 0.0 does not make sense"),
         ("--t0 1.5", "above 0 and at most 1"),
@@ -242,6 +253,10 @@ def other_classes(folder: Path) -> None:
     (folder / "val" / "checks").rename(folder / "val" / "cheques")
 
 
+def dangling(folder: Path) -> None:
+    (folder / "train" / "checks" / "gone.jpg").symlink_to("nowhere")
+
+
 def truncated(folder: Path) -> None:
     path = folder / "train" / "checks" / "001.jpg"
     path.write_bytes(path.read_bytes()[:200])
@@ -258,6 +273,7 @@ def no_image_at_all(folder: Path) -> None:
         (one_class, "only the class 'blobs'"),
         (empty_class, "checks has no images"),
         (other_classes, "different classes (checks, cheques)"),
+        (dangling, "gone.jpg cannot be read (No such file or directory)"),
         (truncated, "001.jpg cannot be decoded"),
         (no_image_at_all, "001.jpg cannot be decoded"),
     ],
@@ -282,6 +298,54 @@ def test_an_output_folder_that_is_a_file_is_refused(
         assert "output folder" in fails(*options, "--output-dir", path)
     assert (tmp_path / "file").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def ordinary_user(tmp_path: Path) -> Iterator[None]:
+    """Whom permissions apply to, unlike root."""
+    if os.geteuid():
+        yield
+        return
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        if folder.stat().st_uid == 0 and folder != Path("/tmp"):
+            folder.chmod(0o777)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("option", ["--output-dir", "--cache-dir", "--data-dir"])
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_a_folder_without_permission_is_one_sentence(
+    fails: Fails, tmp_path: Path, ordinary_user: None, option: str, mode: int
+) -> None:
+    write_images(tmp_path / "data" / "train", 2, seed=1)
+    write_images(tmp_path / "data" / "val", 2, seed=2)
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(mode)
+    options = folder_options(tmp_path / "data", tmp_path)
+    sentence = fails(*options, option, tmp_path / "locked" / "inside")
+    assert "locked" in sentence
+    (tmp_path / "locked").chmod(0o777)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "locked"]
+
+
+def test_a_cache_folder_that_holds_other_files_is_refused(
+    fails: Fails, images: Path, tmp_path: Path
+) -> None:
+    sentence = fails(*folder_options(images, tmp_path), "--cache-dir", images)
+    assert "holds other files" in sentence
+    assert not (images / "CACHEDIR.TAG").exists()
+
+
+def test_after_a_refusal_the_mended_command_runs(
+    images: Path, tmp_path: Path, fails: Fails
+) -> None:
+    options = [*folder_options(images, tmp_path), "--epochs", 1]
+    fails(*options, "--cache-dir", "/proc/nothing")
+    assert main([str(option) for option in options]) == 0
 
 
 def test_a_cache_folder_that_is_a_file_is_refused(
@@ -324,11 +388,23 @@ def test_a_full_disk_under_the_output_folder_is_one_sentence(
     options = folder_options(images, tmp_path)
     sentence = fails(*options, "--output-dir", small_disk / "out")
     assert "No space left on device" in sentence
-    # What was written before is whole: no half checkpoint, no half line.
     left = {path.name for path in (small_disk / "out").iterdir()}
-    assert left <= {"args.json", "metrics.jsonl"}
-    for line in (small_disk / "out" / "metrics.jsonl").read_text().splitlines():
-        json.loads(line)
+    assert left <= {"args.json", "metrics.jsonl"}, "no part of a checkpoint"
+
+
+def test_a_checkpoint_too_large_for_the_disk_is_one_sentence(
+    fails: Fails, images: Path, tmp_path: Path
+) -> None:
+    """The same by a quota, for where no file system can be mounted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        sentence = fails(*folder_options(images, tmp_path), "--no-cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in sentence
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["args.json", "metrics.jsonl"], "no part of a checkpoint"
 
 
 def test_a_full_disk_under_the_cache_folder_costs_only_the_cache(
@@ -349,6 +425,16 @@ def test_by_default_the_cache_takes_what_the_disk_has_and_no_more(
     assert "are not cached: 12 MB" in out
     assert "(--cache-max-gb)" in out
     assert run.summary["cache"]["boundaries"] == []
+
+
+def test_the_default_budget_counts_what_lies_in_the_cache_already(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    settings = config.parse(["--cache-dir", str(small_disk / "cache")])
+    before = cache_budget(settings)
+    (small_disk / "cache").mkdir()
+    (small_disk / "cache" / "store").write_bytes(bytes(500_000))
+    assert cache_budget(settings) == pytest.approx(before, rel=0.02)
 
 
 def test_cifar_that_is_missing_and_cannot_be_downloaded_is_one_sentence(
