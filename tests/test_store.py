@@ -107,6 +107,17 @@ def test_rows_that_are_all_zero_or_all_fill_are_on_disk_like_others(cache_dir: P
     assert not read(store, "train", np.arange(64)).any()
 
 
+def test_what_fills_the_last_chunk_can_be_mistaken_for_nothing(cache_dir: Path) -> None:
+    store = write(cache_dir)
+    layout = store.description.splits["train"]
+    last = store.folder / "train" / layout.chunk_name(layout.chunks - 1)
+    held = 100 - (layout.chunks - 1) * layout.rows_per_chunk
+    tail = np.frombuffer(last.read_bytes()[:-4], np.float32)[held * 60 :]
+    assert tail.size == 5 * 60
+    assert np.isnan(tail).all()
+    store.close()
+
+
 def test_chunks_are_a_few_mb_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for row_bytes in (4, 3000, 128 * 1024, 70 * 2**20):
