@@ -308,11 +308,13 @@ class PrefixCache:
     def _make_room(self, description: Description) -> bool:
         """Whether a new store fits beside those in use. What no run uses goes, if it does."""
         assert self.directory is not None
-        stores = store_folders(self.directory)
-        taken = sum(size_of_tree(folder) for folder in stores if in_use(folder))
+        used, unused = [], []
+        for folder in store_folders(self.directory):
+            (used if in_use(folder) else unused).append(folder)
+        taken = sum(map(size_of_tree, used))
         if taken + description.bytes <= self.max_bytes:
             remove_rubbish(self.directory)
-            for folder in stores:
+            for folder in unused:
                 remove_store(folder)
             return True
         self.warn(
