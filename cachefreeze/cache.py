@@ -308,14 +308,13 @@ class PrefixCache:
     def _make_room(self, description: Description) -> bool:
         """Whether a new store fits beside those in use. What no run uses goes, if it does."""
         assert self.directory is not None
-        used, unused = [], []
-        for folder in store_folders(self.directory):
-            (used if in_use(folder) else unused).append(folder)
-        taken = sum(map(size_of_tree, used))
+        stores = {folder: in_use(folder) for folder in store_folders(self.directory)}
+        taken = sum(size_of_tree(folder) for folder, used in stores.items() if used)
         if taken + description.bytes <= self.max_bytes:
             remove_rubbish(self.directory)
-            for folder in unused:
-                remove_store(folder)
+            for folder, used in stores.items():
+                if not used:
+                    remove_store(folder)
             return True
         self.warn(
             f"activations after {description.unit} are not cached: "
