@@ -71,8 +71,9 @@ def train(images: Path, tmp_path: Path) -> Train:
         nonlocal count
         count += 1
         folder = tmp_path / f"run{count}"
-        argv = ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32, "-b", 32]
-        argv += ["-j", 0, "--precision", "fp32", "--cache-dir", tmp_path / "cache"]
+        argv = ["-b", 32, "-j", 0, "--precision", "fp32", "--cache-dir", tmp_path / "cache"]
+        if "--dataset" not in options:
+            argv += ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32]
         argv += ["--output-dir", folder, *options]
         assert main([str(part) for part in argv]) == 0
         return Run.load(folder)

@@ -26,8 +26,8 @@ from cachefreeze.store.format import (
 )
 from cachefreeze.store.read import Store
 
-# Of one write call. Linux 6.18 gives the page cache of ext4 pages of 2 MiB for calls from 2 MiB on,
-# and on a machine that had to look for such pages they arrived at a tenth of the speed.
+# Of one write call. From 2 MiB on Linux fills the page cache with pages of 2 MiB; in smaller pieces
+# it takes memory that was in use a moment ago, which is faster in a virtual machine.
 WRITE_BYTES = 2**20
 
 
@@ -97,9 +97,8 @@ class StoreWriter:
 class _SplitWriter:
     """Collects rows into chunks, and writes each when it is whole.
 
-    zarr makes the array; the chunk files, whose format is as plain as can be, are written here. By
-    way of zarr's event loop and codecs it took twice the time, and up to ten times where the kernel
-    is slow to find large pages (see WRITE_BYTES).
+    zarr makes the array; the chunk files, whose format is as plain as can be, are written here: by
+    way of zarr's event loop and codecs it took twice the time.
     """
 
     def __init__(self, group: zarr.Group, folder: Path, layout: Layout) -> None:
