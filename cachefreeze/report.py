@@ -1,6 +1,7 @@
 """What a run tells: lines and bars on the terminal, and the files in its folder."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,7 +175,7 @@ def closing_words(
         "next, to compare and to look inside:",
     ]
     train = f"{python} -m cachefreeze.train"
-    command = " ".join([train, *settings["command"]])
+    command = f"{train} {shlex.join(settings['command'])}".rstrip()
     same = "the same weights" if exact else "nearly the same weights"
     if cache["boundaries"]:
         lines += [

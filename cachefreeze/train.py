@@ -72,7 +72,7 @@ def run(settings: Settings, argv: Sequence[str] = ()) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     model = build(settings.arch, len(images.classes), **sizes)
     trainer = Trainer(settings, images, model, device, dtype, folder, cache_budget(settings))
-    facts = {**settings.as_json(), "network": settings.network, "command": list(argv)}
+    facts = {**settings.as_json(), "network": settings.network, "command": without_output_dir(argv)}
     folder.create(facts)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
@@ -93,6 +93,15 @@ def cache_budget(settings: Settings) -> float:
     # What lies in the folder already is not free, but the cache's to use.
     free = shutil.disk_usage(nearest_folder(settings.cache_dir)).free
     return FREE_DISK_SHARE * (free + size_of_tree(settings.cache_dir))
+
+
+def without_output_dir(argv: Sequence[str]) -> list[str]:
+    """The words of a command line that may be given once more: a run's folder is its own."""
+    words = [word for word in argv if not word.startswith("--output-dir=")]
+    if "--output-dir" in words:
+        place = words.index("--output-dir")
+        del words[place : place + 2]
+    return words
 
 
 def this_python() -> str:

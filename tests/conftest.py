@@ -1,7 +1,7 @@
 """Small real images, and the program run on them in this process."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from cachefreeze.rows import Indices
 from cachefreeze.train import main
 
 CLASSES = ("blobs", "checks", "stripes")
@@ -28,6 +30,23 @@ def write_images(folder: Path, per_class: int, seed: int, size: int = 32) -> Non
             pixels = pattern[..., None] * colour + random.normal(40, 20, (size, size, 3))
             image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             image.save(folder / name / f"{number:03}.jpg", quality=90)
+
+
+class Pixels:
+    """Rows at boundary 0 from a tensor, counting how often they are asked for."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.values = torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        self.identity = f"{rows} random rows of seed {seed}"
+        self.served = 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        for rows in order:
+            self.served += len(rows)
+            yield self.values[torch.from_numpy(rows)]
 
 
 @pytest.fixture(scope="session")

@@ -2,39 +2,22 @@
 
 import os
 import resource
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zarr
-from torch import Tensor, nn
+from torch import Tensor
 
 from cachefreeze import PrefixCache, Units, UserError, batches_of, partition
 from cachefreeze.models import build
-from cachefreeze.rows import Indices
 from cachefreeze.store import store_folders
+
+from .conftest import Pixels
 
 BATCH = 8
 ORDERS = {"train": np.random.default_rng(0).permutation(37), "val": np.arange(10)}
-
-
-class Pixels:
-    """Rows at boundary 0 from a tensor, counting how often they are asked for."""
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self.values = torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-        self.identity = f"{rows} random rows of seed {seed}"
-        self.served = 0
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        for rows in order:
-            self.served += len(rows)
-            yield self.values[torch.from_numpy(rows)]
 
 
 @pytest.fixture
@@ -316,159 +299,6 @@ def test_a_reused_store_knows_what_it_spares(units: Units, tmp_path: Path) -> No
     second = make_cache(units, tmp_path / "cache")
     second.materialize()
     assert second._prefix_seconds == first._prefix_seconds > 0
-
-
-class Scaled(nn.Module):
-    def __init__(self, factor: object) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-def double(*args: object) -> None:
-    return None
-
-
-def halve(*args: object) -> int:
-    return 0
-
-
-def test_the_fingerprint_changes_with_whatever_the_rows_depend_on(tmp_path: Path) -> None:
-    def fingerprint(
-        *,
-        change: object = None,
-        factor: object = 2.0,
-        seed: int = 1,
-        stop: int = 3,
-        **options: object,
-    ) -> str:
-        torch.manual_seed(0)
-        units = Units(
-            {
-                "stem": nn.Conv2d(3, 4, 3, padding=1),
-                "scale": Scaled(factor),
-                "block": nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
-                "head": nn.Flatten(),
-            }
-        )
-        if callable(change):
-            with torch.no_grad():
-                change(units)
-        units.freeze(3)
-        inputs = {"train": Pixels(37, seed), "val": Pixels(10, 2)}
-        options = {"batch_size": BATCH, **options}
-        return PrefixCache(units, inputs, **options).fingerprint(stop)  # type: ignore[arg-type]
-
-    def a_bit_of_a_weight(units: Units) -> None:
-        weight = units[0].weight.view(-1)
-        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
-
-    def a_buffer(units: Units) -> None:
-        units[2][0].running_var[1] += 1e-6
-
-    def another_activation(units: Units) -> None:
-        units[2][1] = nn.ReLU6()
-
-    def a_stride(units: Units) -> None:
-        units[0].stride = (2, 2)
-
-    def a_hidden_setting(units: Units) -> None:
-        units[2][0].eps = 1e-4
-
-    def a_hook(units: Units) -> None:
-        units[0].register_forward_hook(double)
-
-    def another_memory_format(units: Units) -> None:
-        units[0].to(memory_format=torch.channels_last)
-
-    reference = fingerprint()
-    assert fingerprint() == reference
-    assert len(reference) == 32
-    threads = torch.get_num_threads()
-    variants = [
-        fingerprint(change=change)
-        for change in (
-            a_bit_of_a_weight,
-            a_buffer,
-            another_activation,
-            a_stride,
-            a_hidden_setting,
-            a_hook,
-            another_memory_format,
-        )
-    ]
-    variants += [
-        *(fingerprint(factor=factor) for factor in (3.0, [2.0], [3.0], {"a": 2.0}, "2.0")),
-        *(fingerprint(factor=factor) for factor in (torch.ones(1), torch.zeros(1), double, halve)),
-        *(fingerprint(factor=object()) for _ in range(2)),
-        fingerprint(seed=5),
-        fingerprint(stop=2),
-        fingerprint(batch_size=BATCH + 1),
-        fingerprint(autocast_dtype=torch.bfloat16),
-    ]
-    torch.set_num_threads(threads + 1)
-    try:
-        variants.append(fingerprint())
-    finally:
-        torch.set_num_threads(threads)
-    assert len({reference, *variants}) == 1 + len(variants)
-
-    def a_head(units: Units) -> None:
-        units[3].start_dim = 2
-
-    assert fingerprint(change=a_head) == reference, "the suffix is none of the store's business"
-
-
-def test_the_fingerprint_changes_with_the_code_of_a_module(tmp_path: Path) -> None:
-    """Someone edits `forward` between two runs; names, settings and weights stay."""
-    import importlib
-    import sys
-
-    source = (
-        "from torch import nn\n"
-        "class Block(nn.Module):\n"
-        "    def forward(self, x):\n"
-        "        return x + 1\n"
-    )
-    found = []
-    sys.path.insert(0, str(tmp_path))
-    try:
-        for number, text in enumerate((source, source.replace("+ 1", "+ 2"))):
-            (tmp_path / "edited_block.py").write_text(text + "#" * number)
-            sys.modules.pop("edited_block", None)
-            importlib.invalidate_caches()
-            import linecache
-
-            linecache.checkcache()
-            block = importlib.import_module("edited_block").Block
-            units = Units({"block": block(), "head": nn.Flatten()})
-            units.freeze(1)
-            cache = PrefixCache(units, {"train": Pixels(9, 1)}, batch_size=BATCH)
-            found.append(cache.fingerprint(1))
-    finally:
-        sys.path.remove(str(tmp_path))
-    assert found[0] != found[1]
-
-
-def test_code_that_is_edited_while_a_run_goes_on_is_not_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import importlib
-
-    path = tmp_path / "half_edited_block.py"
-    path.write_text("from torch import nn\nclass Block(nn.Identity):\n    pass\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    block = importlib.import_module("half_edited_block").Block()
-    units = Units({"block": block, "head": nn.Flatten()})
-    units.freeze(1)
-    cache = PrefixCache(units, {"train": Pixels(9, 1)}, batch_size=BATCH)
-    before = cache.fingerprint(1)
-    path.write_text("class Block(nn.Identity:\n    pa")
-    os.utime(path, (1, 1))
-    assert cache.fingerprint(1) == before
-    PrefixCache(units, {"train": Pixels(9, 1)}, batch_size=BATCH).fingerprint(1)
 
 
 def test_nothing_is_written_with_the_cache_off(units: Units, tmp_path: Path) -> None:

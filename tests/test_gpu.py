@@ -9,8 +9,7 @@ import torch
 from cachefreeze import PrefixCache, batches_of, partition
 from cachefreeze.models import build
 
-from .conftest import Train
-from .test_cache import Pixels
+from .conftest import Pixels, Train
 
 pytestmark = [
     pytest.mark.gpu,
