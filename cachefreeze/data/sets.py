@@ -60,7 +60,7 @@ def load(
     val_fraction: float | None,
     workers: int,
     bar: Bar,
-) -> "DataSet":
+) -> DataSet:
     """The data set `digits`, `cifar10`, `cifar100` or `imagefolder`; see their loaders.
 
     Raises:
