@@ -125,7 +125,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         bottleneck=args.bottleneck,
         dropout=(0.5 if arch == "vgg" else 0.0) if args.dropout is None else args.dropout,
         dataset=args.dataset,
-        data_dir=args.data_dir,
+        data_dir=args.data_dir or Path("data"),
         image_size=defaults["image_size"] if args.image_size is None else args.image_size,
         val_fraction=args.val_fraction,
         augment=args.augment,
@@ -175,6 +175,7 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
         ("--width", args.width is not None, arch == "wrn", "wrn"),
         ("--growth-rate", args.growth_rate is not None, arch == "densenet", "densenet"),
         ("--no-bottleneck", not args.bottleneck, arch == "densenet", "densenet"),
+        ("--data-dir", args.data_dir is not None, args.dataset != "digits", "other data sets"),
         ("--image-size", args.image_size is not None, args.dataset == "imagefolder", "imagefolder"),
         (
             "--val-fraction",
@@ -185,6 +186,10 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
     ):
         if given and not applies:
             raise UserError(f"{option} is for {to} only: leave it out, or choose {to}")
+    if args.dataset == "imagefolder" and args.data_dir is None:
+        raise UserError(
+            "--dataset imagefolder needs --data-dir: a folder with one sub-folder of images a class"
+        )
 
 
 def _check(settings: Settings) -> None:
@@ -235,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m cachefreeze.train",
         description="Train with FreezeOut, the frozen prefix's activations served from a cache.",
         formatter_class=_Help,
+        allow_abbrev=False,
     )
     flag = argparse.BooleanOptionalAction
 
@@ -261,7 +267,9 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="digits", help="what to train on")
     group.add_argument(
-        "--data-dir", type=Path, default=Path("data"), help="where it is, or is downloaded to"
+        "--data-dir",
+        type=Path,
+        help="the folder of an imagefolder; where cifar is, or is downloaded to (default: data)",
     )
     group.add_argument(
         "--image-size", type=int, help="imagefolder: images become squares of this (default 64)"

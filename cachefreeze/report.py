@@ -130,10 +130,11 @@ def opening_words(
         cache = "off: augmented pixels are new in every epoch, so there is nothing to keep"
     else:
         cache = "off: frozen units are computed in every step"
+    epochs = "1 epoch" if settings["epochs"] == 1 else f"{settings['epochs']} epochs"
     return [
         f"network   {settings['network']}: {units} units, {parameters / 1e6:.2f} M parameters",
         f"data      {data_set}",
-        f"training  {settings['epochs']} epochs in batches of {settings['batch_size']} on {where}",
+        f"training  {epochs} in batches of {settings['batch_size']} on {where}",
         f"schedule  {plan}",
         f"cache     {cache}",
     ]
@@ -151,44 +152,52 @@ def closing_words(
         exact: the device gives the same weights with and without the cache.
     """
     cache = summary["cache"]
+    spent = {
+        "training": summary["train_seconds"],
+        "filling the cache": summary["materialize_seconds"],
+        "validation": summary["validate_seconds"],
+    }
+    if not cache["enabled"]:
+        del spent["filling the cache"]
+    spent["the rest"] = summary["wall_seconds"] - sum(spent.values())
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent.items())
     lines = [
         "",
         f"accuracy  {summary['val_accuracy']:.2%} of the validation images "
         f"(best epoch {summary['best_val_accuracy']:.2%})",
-        f"time      {duration(summary['wall_seconds'])}: training "
-        f"{duration(summary['train_seconds'])}, filling the cache "
-        f"{duration(summary['materialize_seconds'])}, validation "
-        f"{duration(summary['validate_seconds'])}",
+        f"time      {duration(summary['wall_seconds'])}: {parts}",
     ]
     if cache["boundaries"]:
         saved = cache["saved_seconds"]
         verdict = "saved about" if saved >= 0 else "cost about"
         lines += [
-            f"cache     {verdict} {duration(abs(saved))} against running the frozen units: "
-            f"{cache['rows_served']:,} rows came from it",
-            f"store     {cache['store'] or 'none left'}",
+            f"cache     {verdict} {duration(abs(saved))}, filling included, against running the "
+            f"frozen units: {cache['rows_served']:,} rows came from it",
+            f"store     {cache['store'] or 'none left'} (until a later run fills its own)",
         ]
+    elif cache["enabled"] and summary["frozen_units"]:
+        lines.append(
+            "cache     held nothing: a store is made for units that freeze two epochs or more "
+            "before the end; try more --epochs or a smaller --t0"
+        )
     lines += [
         f"run       {folder} (args.json, metrics.jsonl, summary.json, last.pt)",
         f"weights   SHA-256 {summary['weights_sha256'][:16]}...",
-        "",
-        "next, to compare and to look inside:",
     ]
+    hints = []
     train = f"{python} -m cachefreeze.train"
     command = f"{train} {shlex.join(settings['command'])}".rstrip()
     same = "the same weights" if exact else "nearly the same weights"
     if cache["boundaries"]:
-        lines += [
+        hints += [
             f"  {command} --no-cache",
             f"      {same}, in more time",
             f"  {python} scripts/cache_stats.py {settings['cache_dir']}",
             "      what is in the cache",
         ]
     if settings["dataset"] == "digits":
-        lines += [f"  {train} --dataset cifar10", "      the paper's setting (wants a GPU)"]
-    else:
-        lines += [f"  {train} --help", "      networks, schedules, your own images"]
-    return lines
+        hints += [f"  {train} --dataset cifar10", "      the paper's setting (wants a GPU)"]
+    return [*lines, "", "what to type next:", *hints] if hints else lines
 
 
 def duration(seconds: float) -> str:

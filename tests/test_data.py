@@ -116,8 +116,10 @@ def test_a_folder_without_a_split_is_split_on_request(images: Path, tmp_path: Pa
     write_images(tmp_path / "flat", 10, seed=3)
     data = load_images(tmp_path / "flat", val_fraction=0.2)
     assert (len(data.train), len(data.val)) == (24, 6)
-    with pytest.raises(UserError, match="--val-fraction"):
+    with pytest.raises(UserError, match="set --val-fraction"):
         load_images(tmp_path / "flat")
+    with pytest.raises(UserError, match="leave out --val-fraction"):
+        load_images(images, val_fraction=0.2)
 
 
 def test_grey_and_transparent_images_become_rgb(tmp_path: Path) -> None:

@@ -91,6 +91,17 @@ def test_no_freeze_trains_everything_on_one_cosine(train: Train) -> None:
     assert len(set(run.metrics[0]["lr"])) == 1
 
 
+def test_a_cache_that_held_nothing_says_why(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("--arch", "wrn10_1", "--epochs", 2)
+    assert run.summary["frozen_units"] == 4
+    assert run.summary["cache"]["boundaries"] == []
+    assert (
+        "held nothing: a store is made for units that freeze two epochs" in capsys.readouterr().out
+    )
+
+
 def test_augmentation_switches_the_cache_off_and_says_so(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:

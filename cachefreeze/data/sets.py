@@ -161,6 +161,10 @@ def load_folder(
     paths, labels, classes = list_images(root / "train" if has_train else root)
     held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if has_train and held_out is not None:
+        if val_fraction is not None:
+            raise UserError(
+                f"{held_out} is there to validate on: leave out --val-fraction, or move it away"
+            )
         val_paths, val_labels, val_classes = list_images(held_out)
         if val_classes != classes:
             odd = sorted(set(classes) ^ set(val_classes))
@@ -174,7 +178,8 @@ def load_folder(
         paths, labels = [paths[i] for i in train_rows], [labels[i] for i in train_rows]
     else:
         raise UserError(
-            f"{root} has no val or test folder beside train: add one, or set --val-fraction 0.1"
+            f"{root} does not say which images to validate on: "
+            "make folders train and val in it, or set --val-fraction 0.1"
         )
     train = FolderImages(root, paths, labels, size, workers)
     val = FolderImages(root, val_paths, val_labels, size, workers)

@@ -71,6 +71,8 @@ def inspect_cache(folder: Path, *, verify: bool = False) -> CacheReport:
     Raises:
         UserError: the folder is no cache of ours.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: name the one given to --cache-dir")
     if not is_cache_dir(folder):
         raise UserError(f"{folder} is not a cache folder of cachefreeze: it has no CACHEDIR.TAG")
     reports = [_inspect(store, verify) for store in store_folders(folder)]
