@@ -177,8 +177,8 @@ def closing_words(
         ]
     elif cache["enabled"] and summary["frozen_units"]:
         lines.append(
-            "cache     held nothing: a store is made for units that freeze two epochs or more "
-            "before the end; try more --epochs or a smaller --t0"
+            "cache     held nothing: units froze too late in the run for a store to pay; "
+            "try more --epochs or a smaller --t0"
         )
     lines += [
         f"run       {folder} (args.json, metrics.jsonl, summary.json, last.pt)",
