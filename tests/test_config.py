@@ -1,5 +1,6 @@
 """The command line: what it means, and what it refuses."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +90,13 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
     assert "--device cuda is not available" in fails("--device", "cuda")
+
+
+def test_every_option_that_the_readme_names_exists() -> None:
+    root = Path(__file__).parents[1]
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (root / "README.md").read_text()))
+    known = set(config._parser()._option_string_actions)
+    for script in (root / "scripts").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
+    assert len(named) > 20
+    assert named <= known
