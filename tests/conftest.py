@@ -1,7 +1,9 @@
 """Small real images, and the program run on them in this process."""
 
 import json
+import resource
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,17 @@ def train(images: Path, tmp_path: Path) -> Train:
         return Run.load(folder)
 
     return run
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """A quota: no file may grow beyond `size` bytes, which the system answers with an OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """PrefixCache: right rows from wherever they come, and nothing lost when a store cannot be had."""
 
 import os
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from cachefreeze import PrefixCache, Units, UserError, batches_of, partition
 from cachefreeze.models import build
 from cachefreeze.store import store_folders
 
-from .conftest import Pixels
+from .conftest import Pixels, file_size_limit
 
 BATCH = 8
 ORDERS = {"train": np.random.default_rng(0).permutation(37), "val": np.arange(10)}
@@ -37,6 +36,10 @@ def everything(cache: PrefixCache) -> dict[str, Tensor]:
         split: torch.cat(list(cache.batches(split, batches_of(order, BATCH))))
         for split, order in ORDERS.items()
     }
+
+
+def assert_serves_what_is_computed(cache: PrefixCache) -> None:
+    assert_same(everything(cache), everything(make_cache(cache.units, None)))
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -104,7 +107,7 @@ def test_each_store_is_filled_from_the_one_before_never_from_the_pixels(
     assert cache.prefix_unit_rows_computed == 47 * 4
     everything(cache)
     assert cache.prefix_unit_rows_computed == 47 * 4
-    assert_same(everything(cache), everything(make_cache(units, None)))
+    assert_serves_what_is_computed(cache)
 
 
 def test_there_is_one_store_once_the_next_is_committed(units: Units, tmp_path: Path) -> None:
@@ -160,7 +163,7 @@ def test_a_damaged_store_is_given_up_in_the_middle_of_an_epoch(
     assert not folder.exists()
     # And it may try again.
     assert cache.materialize() is not None
-    assert_same(everything(cache), everything(make_cache(units, None)))
+    assert_serves_what_is_computed(cache)
 
 
 def test_what_would_exceed_the_budget_is_not_cached_and_said_in_one_line(
@@ -177,23 +180,19 @@ def test_what_would_exceed_the_budget_is_not_cached_and_said_in_one_line(
     assert len(told) == 1
     assert "--cache-max-gb" in told[0]
     assert len(store_folders(tmp_path / "cache")) == 1
-    assert_same(everything(cache), everything(make_cache(units, None)))
+    assert_serves_what_is_computed(cache)
 
 
 def test_a_full_disk_costs_the_store_and_nothing_else(units: Units, tmp_path: Path) -> None:
     units.freeze(2)
     told: list[str] = []
     cache = make_cache(units, tmp_path / "cache", warn=told.append)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a chunk has 786 kB
-    try:
+    with file_size_limit(100_000):  # a chunk has 786 kB
         assert cache.materialize() is None
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(told) == 1
     assert "cannot be written" in told[0]
     assert store_folders(tmp_path / "cache") == []
-    assert_same(everything(cache), everything(make_cache(units, None)))
+    assert_serves_what_is_computed(cache)
 
 
 def test_a_cache_folder_that_vanishes_costs_the_store_and_nothing_else(
@@ -207,7 +206,7 @@ def test_a_cache_folder_that_vanishes_costs_the_store_and_nothing_else(
     (tmp_path / "cache").write_text("a file now")
     assert cache.materialize() is None
     assert len(told) == 1
-    assert_same(everything(cache), everything(make_cache(units, None)))
+    assert_serves_what_is_computed(cache)
 
 
 def test_a_store_that_another_run_uses_is_shared_and_not_removed(
@@ -222,8 +221,8 @@ def test_a_store_that_another_run_uses_is_shared_and_not_removed(
     units.freeze(2)
     second.materialize()
     assert len(store_folders(tmp_path / "cache")) == 2, "the first run still reads the other"
-    assert_same(everything(first), everything(make_cache(units, None)))
-    assert_same(everything(second), everything(make_cache(units, None)))
+    assert_serves_what_is_computed(first)
+    assert_serves_what_is_computed(second)
 
 
 def test_the_last_store_of_a_finished_run_goes_when_the_next_materialises(
@@ -257,7 +256,7 @@ def test_a_damaged_store_of_an_earlier_run_is_made_anew(units: Units, tmp_path: 
     assert not second.materialize().reused  # type: ignore[union-attr]
     assert len(told) == 1
     assert "val: c.0.0.0.0 has a wrong checksum" in told[0]
-    assert_same(everything(second), everything(make_cache(units, None)))
+    assert_serves_what_is_computed(second)
 
 
 def test_folders_that_are_not_stores_are_left_alone_whatever_their_names(

@@ -1,7 +1,6 @@
 """`python -m cachefreeze.train`: its files, its words, and its answers to bad input."""
 
 import os
-import resource
 import shlex
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from cachefreeze.data import InputRows, load
 from cachefreeze.models import build
 from cachefreeze.train import cache_budget, main
 
-from .conftest import Train, write_images
+from .conftest import Train, file_size_limit, write_images
 
 Fails = Callable[..., str]
 SHORT = ("--arch", "wrn10_1", "--epochs", 4, "--t0", 0.2, "--schedule", "linear")
@@ -334,12 +333,8 @@ def test_a_checkpoint_too_large_for_the_disk_is_one_sentence(
     fails: Fails, images: Path, tmp_path: Path
 ) -> None:
     """The same by a quota, for where no file system can be mounted."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
+    with file_size_limit(100_000):
         sentence = fails(*folder_options(images, tmp_path), "--no-cache")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in sentence
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left == ["args.json", "metrics.jsonl"], "no part of a checkpoint"

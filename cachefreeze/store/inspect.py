@@ -1,5 +1,6 @@
 """A look at a cache folder from outside: no network needed, nothing changed."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -88,15 +89,18 @@ def inspect_cache(folder: Path, *, verify: bool = False) -> CacheReport:
 def _inspect(folder: Path, verify: bool) -> StoreReport | None:
     """None if the store was removed by its run just now."""
     used = in_use(folder)
-    try:
-        # Held while looking, so that the run it belongs to leaves it in place.
+    lock = None
+    # Held while looking, so that the run it belongs to leaves it in place; not to be had of one
+    # that is being written.
+    with contextlib.suppress(OSError):
         lock = Lock(folder, exclusive=False)
-    except OSError:  # being written, or removed, or without a lock file
-        return _look(folder, verify, used) if folder.exists() else None
     try:
         return _look(folder, verify, used)
+    except FileNotFoundError:
+        return None
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
 def _look(folder: Path, verify: bool, used: bool) -> StoreReport:
