@@ -15,6 +15,8 @@ from cachefreeze.errors import UserError
 from cachefreeze.schedule import SHAPES
 
 ARCHITECTURES = ("wrn", "densenet", "vgg")
+CODECS = ("raw", "lz4", "zstd", "int8", "auto")
+POLICIES = ("planned", "eager")
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 
 # What `--arch` means without sizes, and how long to train, by data set. CIFAR: the networks,
@@ -59,6 +61,12 @@ class Settings:
     cache: bool
     cache_dir: Path
     cache_max_gb: float | None
+    cache_policy: str
+    cache_codec: str
+    cache_dtype: str
+    plan: bool
+    rows: tuple[int, int] | None  # with plan only
+    classes: int | None  # with plan only
     seed: int
     device: str
     precision: str
@@ -70,6 +78,18 @@ class Settings:
         """The network's name with its sizes, such as wrn16_2."""
         second = {"wrn": self.width, "densenet": self.growth_rate}.get(self.arch)
         return f"{self.arch}{self.depth}" + (f"_{second}" if second is not None else "")
+
+    @property
+    def stored(self) -> str | None:
+        """What activations are stored as instead of their own type, at a loss of precision."""
+        if self.cache_codec == "int8":
+            return "int8"
+        return "bfloat16" if self.cache_dtype == "bf16" else None
+
+    @property
+    def codec(self) -> str:
+        """How the bytes of stores are encoded."""
+        return "raw" if self.cache_codec == "int8" else self.cache_codec
 
     def network_sizes(self) -> dict[str, Any]:
         """What `models.build` takes besides the architecture and the number of classes."""
@@ -141,6 +161,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         cache=not args.augment if args.cache is None else args.cache,
         cache_dir=args.cache_dir,
         cache_max_gb=args.cache_max_gb,
+        cache_policy=args.cache_policy,
+        cache_codec=args.cache_codec,
+        cache_dtype=args.cache_dtype,
+        plan=args.plan,
+        rows=None if args.rows is None else tuple(args.rows),
+        classes=args.classes,
         seed=args.seed,
         device=args.device,
         precision=args.precision,
@@ -186,10 +212,20 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
     ):
         if given and not applies:
             raise UserError(f"{option} is for {to} only: leave it out, or choose {to}")
-    if args.dataset == "imagefolder" and args.data_dir is None:
+    if (args.rows is None) != (args.classes is None) or (args.rows and not args.plan):
+        raise UserError(
+            "--rows and --classes describe a data set that is not there, for --plan: give all three"
+        )
+    if args.rows is not None and args.dataset != "imagefolder":
+        raise UserError(f"the size of {args.dataset} is known: leave out --rows and --classes")
+    if args.dataset == "imagefolder" and args.data_dir is None and args.rows is None:
         raise UserError(
             "--dataset imagefolder needs --data-dir: a folder with one sub-folder of images a class"
         )
+    if args.cache_codec == "int8" and args.cache_dtype == "bf16":
+        raise UserError("--cache-codec int8 and --cache-dtype bf16 exclude each other: give one")
+    if args.plan and (args.cache is False or args.augment):
+        raise UserError("--plan shows what the cache would do: leave out --no-cache and --augment")
 
 
 def _check(settings: Settings) -> None:
@@ -222,6 +258,8 @@ def _check(settings: Settings) -> None:
             settings.cache_max_gb is None or settings.cache_max_gb >= 0,
             "0 or more",
         ),
+        ("--rows", settings.rows, min(settings.rows or (1,)) >= 1, "1 or more of each"),
+        ("--classes", settings.classes, (settings.classes or 2) >= 2, "2 or more"),
     ]
     for option, value, fits, condition in limits:
         if not fits:
@@ -331,6 +369,38 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="what the folder may take, in GB (default: 80%% of the free disk)",
     )
+    group.add_argument(
+        "--cache-policy",
+        choices=POLICIES,
+        default="planned",
+        help="planned keeps what is predicted to save time; eager keeps whatever freezes",
+    )
+    group.add_argument(
+        "--cache-codec",
+        choices=CODECS,
+        default="raw",
+        help="lz4 and zstd take less disk and serve rows from memory; auto is raw, and one of them "
+        "where raw does not fit and it still pays; int8 loses precision",
+    )
+    group.add_argument(
+        "--cache-dtype",
+        choices=("own", "bf16"),
+        default="own",
+        help="bf16 halves what fp32 activations take, and loses precision",
+    )
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="measure, print what would be kept and what that would bring, and stop",
+    )
+    group.add_argument(
+        "--rows",
+        type=int,
+        nargs=2,
+        metavar=("TRAIN", "VAL"),
+        help="with --plan, for an imagefolder that is not there: how many images",
+    )
+    group.add_argument("--classes", type=int, help="likewise: how many classes")
 
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, help="passes over the data (default: by data set)")

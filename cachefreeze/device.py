@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import sys
 from contextlib import AbstractContextManager
 
@@ -74,6 +75,16 @@ def numerics(device: torch.device) -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be had without swapping; an estimate."""
+    try:
+        with open("/proc/meminfo") as file:
+            kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
+        return kilobytes["MemAvailable"] * 1024
+    except (OSError, KeyError, ValueError):  # not Linux: half of what there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def keep_freed_memory() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes, why_not_writable, write_atomically
+from cachefreeze.planner import Drop, Move, Plan, Run
 
 
 def say(line: str) -> None:
@@ -38,7 +39,7 @@ def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
 
 
 class RunFolder:
-    """The folder of one run: args.json, metrics.jsonl, summary.json, last.pt.
+    """The folder of one run: args.json, profile.json, metrics.jsonl, summary.json, last.pt.
 
     Nothing is written before `create`.
 
@@ -106,13 +107,152 @@ def epoch_line(metrics: Mapping[str, Any], epochs: int, units: Sequence[str]) ->
     )
 
 
-def materialize_line(event: Mapping[str, Any], unit: str) -> str:
+def materialize_line(event: Mapping[str, Any]) -> str:
     """One materialisation in one line."""
     verb = "found in the cache" if event["reused"] else "written to the cache"
+    what = "decoded pixels" if event["boundary"] == 0 else f"activations after {event['unit']}"
+    kind = "" if event["codec"] == "raw" else f" ({event['codec']})"
+    lossy = ", at a loss of precision" if event["lossy"] else ""
     return (
-        f"  step {event['step']}: activations after {unit} {verb}: {event['rows']:,} rows, "
-        f"{human_bytes(event['bytes'])}, {event['seconds']:.1f} s"
+        f"  step {event['step']}: {what} {verb}: {event['rows']:,} rows, "
+        f"{human_bytes(event['bytes'])}{kind}{lossy}, {event['seconds']:.1f} s "
+        f"({event['predicted_seconds']:.1f} s predicted)"
     )
+
+
+def plan_words(
+    plan: Plan, run: Run, units: Sequence[str], measured: float, why_nothing: str
+) -> list[str]:
+    """A plan in three lines."""
+    totals = (
+        f"{duration(plan.seconds)} predicted; {duration(plan.freezing_only)} with freezing only, "
+        f"{duration(plan.no_freezing)} without, {duration(plan.limit)} at the limit"
+    )
+    if not plan.moves:
+        nothing = f"          nothing is kept: {why_nothing}"
+        return [f"plan      {totals}", nothing, _measured(measured)]
+    kept = ", ".join(
+        f"{_place(move.keep.boundary, units)} (epoch {_epoch(move.step, run)})"
+        for move in plan.moves
+    )
+    most = max(move.bytes for move in plan.moves)
+    share = "" if plan.efficiency is None else f", efficiency {plan.efficiency:.2f}"
+    return [
+        f"plan      {totals}{share}",
+        f"          keeps {kept}; at most {human_bytes(most)} each",
+        _measured(measured),
+    ]
+
+
+def _measured(seconds: float) -> str:
+    return f"          measured on this machine in {duration(seconds)}, and again while it runs"
+
+
+def room_words(roomy: Plan, max_bytes: float) -> str:
+    """What more disk would bring."""
+    return (
+        f"          with {human_bytes(roomy.peak_bytes)} of disk instead of "
+        f"{human_bytes(max_bytes)} (--cache-max-gb) it would take {duration(roomy.seconds)}"
+    )
+
+
+def plan_table(plan: Plan, run: Run, units: Sequence[str], why_nothing: str) -> list[str]:
+    """When units freeze, then what is kept, then the totals."""
+    rows = [["unit", "freezes at step", "epoch", "share of the run"]]
+    for name, step in zip(units, run.freeze_steps, strict=True):
+        ends = step >= run.total_steps
+        rows.append(
+            [name, "trains to the end", "", ""]
+            if ends
+            else [name, f"{step:,}", _epoch(step, run), f"{step / run.total_steps:.1%}"]
+        )
+    lines = [*format_table(rows, right=(1, 2, 3)), ""]
+    rows = [["at step", "epoch", "boundary", "codec", "size", "filling", "saves"]]
+    for event in plan.events:
+        when = [f"{event.step:,}", _epoch(event.step, run)]
+        if isinstance(event, Drop):
+            rows.append([*when, "back to pixels, to make room", "", "", "", ""])
+            continue
+        assert isinstance(event, Move)
+        boundary = event.keep.boundary
+        place = f"{boundary} {_place(boundary, units)}"
+        found = " (found)" if event.found else ""
+        size, cost, saving = human_bytes(event.bytes), duration(event.cost), duration(event.saving)
+        rows.append([*when, place, event.keep.codec, size, cost + found, saving])
+    if plan.events:
+        lines += format_table(rows, right=(0, 1, 4, 5, 6))
+    else:
+        lines.append(f"nothing is kept: {why_nothing}")
+    totals = [["predicted", "time", "of freezing only"]]
+    for name, seconds in (
+        ("no freezing", plan.no_freezing),
+        ("freezing only", plan.freezing_only),
+        ("with the cache, as planned", plan.seconds),
+        ("limit: the frozen prefix for nothing", plan.limit),
+    ):
+        totals.append([name, duration(seconds), f"{seconds / plan.freezing_only:.1%}"])
+    lines += ["", *format_table(totals, right=(1, 2))]
+    if plan.efficiency is not None:
+        lines += ["", f"efficiency {plan.efficiency:.2f}: the share of the limit's saving"]
+    return lines
+
+
+def _epoch(step: int, run: Run) -> str:
+    """The epoch that a step belongs to, counted from 1."""
+    return f"{step // run.steps_per_epoch + 1:,}"
+
+
+def _place(boundary: int, units: Sequence[str]) -> str:
+    return f"after {units[boundary - 1]}" if boundary else "pixels"
+
+
+def format_table(
+    rows: Sequence[Sequence[str]], *, right: Container[int] = (), divider: str = "  "
+) -> list[str]:
+    """Columns as wide as their widest cell, some flush right; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        divider.join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def comparison_words(plan: Mapping[str, Any], boundaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Predicted beside actual, of the run and of every materialisation."""
+    predicted, actual = plan["predicted"], plan["actual"]
+    off = actual["seconds"] / predicted["seconds"] - 1
+    line = (
+        f"plan      {duration(predicted['seconds'])} predicted at the start, "
+        f"{duration(actual['seconds'])} taken ({off:+.0%})"
+    )
+    shares = [
+        f"{each['efficiency']:.2f} {word}"
+        for each, word in ((predicted, "predicted"), (actual, "by what was measured"))
+        if each["efficiency"] is not None
+    ]
+    if shares:
+        line += f"; efficiency {', '.join(shares)}"
+    rows = [["", "filling: predicted", "actual", "saving: predicted", "actual"]]
+    rows += [
+        [
+            f"step {each['step']}: {each['unit']}",
+            *(
+                duration(each[key])
+                for key in (
+                    "predicted_seconds",
+                    "seconds",
+                    "predicted_saving_seconds",
+                    "saving_seconds",
+                )
+            ),
+        ]
+        for each in boundaries
+    ]
+    table = format_table(rows, right=(1, 2, 3, 4)) if boundaries else []
+    return [line, *(f"          {row}" for row in table)]
 
 
 def opening_words(
@@ -126,6 +266,10 @@ def opening_words(
         plan = "nothing freezes, one cosine for all units"
     if settings["cache"]:
         cache = f"activations of frozen units are kept in {settings['cache_dir']}"
+        if settings["cache_codec"] == "int8":
+            cache += " as int8: at a loss of precision, so the weights will not be the same"
+        elif settings["cache_dtype"] == "bf16":
+            cache += " as bf16: if they are fp32, at a loss of precision"
     elif settings["augment"]:
         cache = "off: augmented pixels are new in every epoch, so there is nothing to keep"
     else:
@@ -157,7 +301,9 @@ def closing_words(
         "filling the cache": summary["materialize_seconds"],
         "validation": summary["validate_seconds"],
     }
-    if not cache["enabled"]:
+    if cache["enabled"]:
+        spent["measuring"] = summary["profile_seconds"]
+    else:
         del spent["filling the cache"]
     spent["the rest"] = summary["wall_seconds"] - sum(spent.values())
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent.items())
@@ -167,18 +313,21 @@ def closing_words(
         f"(best epoch {summary['best_val_accuracy']:.2%})",
         f"time      {duration(summary['wall_seconds'])}: {parts}",
     ]
+    if summary["plan"] is not None:
+        lines += comparison_words(summary["plan"], cache["boundaries"])
     if cache["boundaries"]:
         saved = cache["saved_seconds"]
         verdict = "saved about" if saved >= 0 else "cost about"
-        lines += [
+        lines.append(
             f"cache     {verdict} {duration(abs(saved))}, filling included, against running the "
-            f"frozen units: {cache['rows_served']:,} rows came from it",
-            f"store     {cache['store'] or 'none left'} (until a later run fills its own)",
-        ]
+            f"frozen units: {cache['rows_served']:,} rows came from it"
+        )
+        if cache["store"]:
+            lines.append(f"store     {cache['store']} (until a later run fills its own)")
     elif cache["enabled"] and summary["frozen_units"]:
         lines.append(
-            "cache     held nothing: units froze too late in the run for a store to pay; "
-            "try more --epochs or a smaller --t0"
+            "cache     held nothing: no store would have saved more time than filling it takes; "
+            "more --epochs or a smaller --t0 leave more to save"
         )
     lines += [
         f"run       {folder} (args.json, metrics.jsonl, summary.json, last.pt)",
@@ -187,11 +336,14 @@ def closing_words(
     hints = []
     train = f"{python} -m cachefreeze.train"
     command = f"{train} {shlex.join(settings['command'])}".rstrip()
+    lossy = any(event["lossy"] for event in cache["boundaries"])
     same = "the same weights" if exact else "nearly the same weights"
+    if lossy:
+        same = "the weights without what the cache rounded"
     if cache["boundaries"]:
         hints += [
             f"  {command} --no-cache",
-            f"      {same}, in more time",
+            f"      {same}, in more time" if cache["saved_seconds"] > 0 else f"      {same}",
             f"  {python} scripts/cache_stats.py {settings['cache_dir']}",
             "      what is in the cache",
         ]

@@ -1,7 +1,7 @@
 """Rows of a data set: how they are addressed, ordered and served."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,21 @@ class Rows(Protocol):
 
     def batches(self, order: Sequence[Indices]) -> "Iterator[Tensor]":
         """One tensor (n, ...) on the training device for each array of n row indices."""
+
+
+@runtime_checkable
+class PixelRows(Rows, Protocol):
+    """Rows at boundary 0 that are decoded from something: the pixels can be kept instead."""
+
+    @property
+    def pixels_identity(self) -> str:
+        """Changes whenever a decoded pixel may have changed."""
+
+    def pixels(self, order: Sequence[Indices]) -> "Iterator[Tensor]":
+        """Decoded pixels, uint8 (n, C, H, W), for each array of n row indices."""
+
+    def from_pixels(self, pixels: "Tensor") -> "Tensor":
+        """What `batches` gives for rows with these pixels, to the last bit."""
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> Indices:

@@ -3,18 +3,20 @@
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cachefreeze import config, data
+from cachefreeze.cache import PrefixCache
 from cachefreeze.config import Settings
 from cachefreeze.device import keep_freed_memory, resolve_device, resolve_precision
 from cachefreeze.errors import UserError
 from cachefreeze.files import nearest_folder, size_of_tree
 from cachefreeze.models import build
+from cachefreeze.preview import preview
 from cachefreeze.report import RunFolder, closing_words, opening_words, say, track
 from cachefreeze.store import check_cache_dir
 from cachefreeze.trainer import Trainer
@@ -29,7 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = config.parse(argv)
         keep_freed_memory()
-        run(settings, argv)
+        if settings.plan:
+            preview(settings, cache_budget(settings))
+        else:
+            run(settings, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,12 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(settings: Settings, argv: Sequence[str] = ()) -> dict[str, Any]:
+def run(
+    settings: Settings,
+    argv: Sequence[str] = (),
+    make_cache: Callable[..., PrefixCache] = PrefixCache,
+) -> dict[str, Any]:
     """Train as the settings say; returns what is in summary.json.
 
     Args:
         settings: of the run.
         argv: the words they were parsed from, to tell the user what to type next.
+        make_cache: see `Trainer`.
 
     Raises:
         UserError: something is not there, does not fit, or cannot be written.
@@ -71,12 +81,14 @@ def run(settings: Settings, argv: Sequence[str] = ()) -> dict[str, Any]:
 
     torch.manual_seed(settings.seed)
     model = build(settings.arch, len(images.classes), **sizes)
-    trainer = Trainer(settings, images, model, device, dtype, folder, cache_budget(settings))
+    budget = cache_budget(settings)
+    trainer = Trainer(settings, images, model, device, dtype, folder, budget, make_cache)
     facts = {**settings.as_json(), "network": settings.network, "command": without_output_dir(argv)}
     folder.create(facts)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
-    for line in opening_words(facts, len(model), parameters, images.description, where):
+    about = images.outline.description
+    for line in opening_words(facts, len(model), parameters, about, where):
         say(line)
     summary = {"wall_seconds": 0.0, **trainer.fit()}
     summary["wall_seconds"] = time.perf_counter() - start

@@ -1,93 +1,245 @@
 """Time whole runs with and without freezing and cache, in turn, on the same data and network.
 
-    python scripts/benchmark.py --repeats 3 --pin 0 -- --arch wrn16_2 --t0 0.5 --epochs 10
+    python scripts/benchmark.py --repeats 3 --pin 0 -- --arch wrn16_2 --t0 0.5 --epochs 20
 
-What stands behind `--` goes to `python -m cachefreeze.train`. Every repeat runs all three modes,
+What stands behind `--` goes to `python -m cachefreeze.train`. Every repeat runs all modes in turn,
 so that a machine whose speed drifts is as slow for one as for the others; ratios are taken within
-a repeat, and their medians printed.
+a repeat, and their medians printed. The modes:
+
+no freezing     plain training
+freezing only   FreezeOut as published (--no-cache)
+cached          as it is meant to be
+limit           the cached run with the frozen prefix's rows in memory, filling and measuring not
+                counted: what no cache can beat
+same time       no freezing, with as many epochs as fit into the cached run's time
 """
 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefreeze import config, train
+from cachefreeze.cache import Materialization, PrefixCache, StoredPixels, StoredRows
+from cachefreeze.encoding import channels_last
+from cachefreeze.planner import efficiency
+from cachefreeze.report import format_table
+from cachefreeze.rows import Indices, Rows, batches_of
 
 MODES = {
     "no freezing": ["--no-freeze", "--no-cache"],
     "freezing only": ["--no-cache"],
     "cached": ["--cache"],
+    "limit": ["--cache", "--cache-policy", "eager", "--cache-codec", "raw"],
+    "same time": ["--no-freeze", "--no-cache"],
 }
 
-Runs = dict[str, list[dict[str, Any]]]
+Summary = dict[str, Any]
+Runs = dict[str, list[Summary]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3, help="of all modes (default: 3)")
+    parser.add_argument("--modes", default=",".join(MODES), help="which, with commas between them")
+    parser.add_argument(
+        "--once", default="", help="modes that run in the first repeat only, with commas"
+    )
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="NAME=OPTIONS",
+        help="one more mode: cached, with more options",
+    )
     parser.add_argument("--pin", type=int, metavar="CORE", help="run on this processor core only")
-    parser.add_argument("--json", action="store_true", help="print the summaries of all runs")
+    parser.add_argument("--json", type=Path, help="write the summaries of all runs to this file")
+    parser.add_argument("--limit", action="store_true", help=argparse.SUPPRESS)  # runs one itself
     parser.add_argument("options", nargs="*", help="of cachefreeze.train, after --")
     args = parser.parse_args()
+    if args.limit:
+        train.run(config.parse(args.options), args.options, MemoryCache)
+        return 0
     if args.pin is not None:
         os.sched_setaffinity(0, {args.pin})
-    runs: Runs = {mode: [] for mode in MODES}
-    with tempfile.TemporaryDirectory(prefix="cachefreeze-benchmark-") as folder:
-        for repeat in range(args.repeats):
-            for mode, switches in MODES.items():
-                output = Path(folder) / f"{repeat}-{mode.replace(' ', '-')}"
-                cache = ["--cache-dir", f"{folder}/cache{repeat}"]
-                options = [*args.options, *switches, *cache, "--output-dir", str(output)]
-                summary = run(options, output)
-                runs[mode].append(summary)
-                print(f"{repeat + 1}: {mode}: {summary['wall_seconds']:.1f} s", file=sys.stderr)
-    print(json.dumps(runs, indent=2) if args.json else "\n".join(table(runs)))
+    modes = {name: MODES[name] for name in args.modes.split(",")}
+    for also in args.also:
+        name, options = also.split("=", 1)
+        modes[name] = ["--cache", *shlex.split(options)]
+    runs = measure(modes, args.repeats, set(args.once.split(",")), args.options)
+    if args.json is not None:
+        args.json.write_text(json.dumps(runs, indent=2))
+    print("\n".join(table(runs)))
     return 0
 
 
-def run(options: list[str], output: Path) -> dict[str, Any]:
+def measure(modes: dict[str, list[str]], repeats: int, once: set[str], options: list[str]) -> Runs:
+    runs: Runs = {mode: [] for mode in modes}
+    with tempfile.TemporaryDirectory(prefix="cachefreeze-benchmark-") as folder:
+        for repeat in range(repeats):
+            for mode, switches in modes.items():
+                if mode in once and repeat:
+                    continue
+                name = f"{repeat}-{mode.replace(' ', '-')}"
+                words = [*options, *switches, "--cache-dir", f"{folder}/cache-{name}"]
+                if mode == "same time":
+                    words += ["--epochs", str(epochs_in_the_same_time(runs))]
+                summary = run(words, Path(folder) / name, limit=mode == "limit")
+                runs[mode].append(summary)
+                print(f"{repeat + 1}: {mode}: {summary['wall_seconds']:.1f} s", file=sys.stderr)
+                subprocess.run(["rm", "-rf", f"{folder}/cache-{name}"], check=True)
+    return runs
+
+
+def run(options: list[str], output: Path, *, limit: bool) -> Summary:
     """One run in a process of its own; returns its summary."""
-    command = [sys.executable, "-m", "cachefreeze.train", *options]
+    program = [str(Path(__file__)), "--limit", "--"] if limit else ["-m", "cachefreeze.train"]
+    command = [sys.executable, *program, *options, "--output-dir", str(output)]
     finished = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)
-    summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
+    summary: Summary = json.loads((output / "summary.json").read_text())
+    if limit:
+        summary["wall_seconds"] -= summary["materialize_seconds"] + summary["profile_seconds"]
     return summary
+
+
+def epochs_in_the_same_time(runs: Runs) -> int:
+    """Of training without freezing, in the time that the last cached run took."""
+    plain, cached = runs["no freezing"][-1], runs["cached"][-1]
+    seconds = plain["train_seconds"] + plain["validate_seconds"]
+    allowed = cached["wall_seconds"] - (plain["wall_seconds"] - seconds)
+    return max(int(allowed / (seconds / plain["epochs"])), 1)
+
+
+class MemoryCache(PrefixCache):
+    """Keeps the rows in memory, which is to cost nothing: its time is taken off afterwards."""
+
+    def materialize(self, stop: int | None = None, codec: str = "raw") -> Materialization | None:
+        assert stop is not None
+        start = time.perf_counter()
+        filled: dict[str, Rows] = {}
+        size = 0
+        for split, count in self.rows.items():
+            order = batches_of(np.arange(count), self.batch_size)
+            source = self._pixels(split, order) if stop == 0 else self._serve(split, order, stop)
+            rows = torch.cat([channels_last(x) for x in source])
+            size += rows.nbytes
+            memory = MemoryRows(rows, self.device)
+            filled[split] = memory
+            if stop == 0:
+                filled[split] = StoredPixels(memory, self.inputs[split])  # type: ignore[arg-type]
+        self._rows, self.boundary = filled, stop
+        seconds = time.perf_counter() - start
+        rows_in_all = sum(self.rows.values())
+        return Materialization(stop, rows_in_all, size, seconds, seconds, False, codec, False)
+
+
+class MemoryRows(StoredRows):
+    """Rows from a tensor, (N, H, W, C) or (N, ...)."""
+
+    def __init__(self, rows: Tensor, device: torch.device) -> None:
+        self.memory = rows
+        self.device = device
+        self.identity = ""
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        for indices in order:
+            rows = torch.index_select(self.memory, 0, torch.from_numpy(indices))
+            yield (rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows).to(self.device)
 
 
 def table(runs: Runs) -> list[str]:
     """Medians over the repeats, in Markdown."""
-    repeats = len(runs["cached"])
-    lines = [
-        f"| median of {repeats} | seconds (min - max) | no freezing / this | freezing only / this "
-        "| validation accuracy | rows x frozen units computed |",
-        "|---|---|---|---|---|---|",
+    rows = [
+        [
+            "median (min - max)",
+            "n",
+            "seconds",
+            "no freezing / this",
+            "freezing only / this",
+            "accuracy",
+            "epochs",
+            "rows x frozen units computed",
+        ]
     ]
     for mode, summaries in runs.items():
-        seconds = [summary["wall_seconds"] for summary in summaries]
-        lines.append(
-            f"| {mode} | {statistics.median(seconds):.1f} ({min(seconds):.1f} - "
-            f"{max(seconds):.1f}) | {ratio(runs, 'no freezing', mode)} | "
-            f"{ratio(runs, 'freezing only', mode)} | {summaries[0]['val_accuracy']:.2%} | "
-            f"{summaries[0]['cache']['prefix_unit_rows_computed']:,} |"
+        rows.append(
+            [
+                mode,
+                str(len(summaries)),
+                spread([summary["wall_seconds"] for summary in summaries], ".1f"),
+                ratios(runs, "no freezing", mode),
+                ratios(runs, "freezing only", mode),
+                f"{summaries[0]['val_accuracy']:.2%}",
+                str(summaries[0]["epochs"]),
+                f"{summaries[0]['cache']['prefix_unit_rows_computed']:,}",
+            ]
         )
-    hashes = {
-        summary["weights_sha256"] for mode in ("freezing only", "cached") for summary in runs[mode]
-    }
-    verdict = "the same, bit for bit" if len(hashes) == 1 else "DIFFERENT"
-    return [*lines, "", f"Weights of freezing only and cached, all repeats: {verdict}."]
+    widths = ["-" * max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"| {line} |" for line in format_table([rows[0], widths, *rows[1:]], divider=" | ")]
+    return [*lines, "", *verdicts(runs)]
 
 
-def ratio(runs: Runs, one: str, other: str) -> str:
+def verdicts(runs: Runs) -> list[str]:
+    lines = []
+    if "freezing only" in runs and "cached" in runs:
+        hashes = {
+            summary["weights_sha256"]
+            for mode in ("freezing only", "cached")
+            for summary in runs[mode]
+        }
+        verdict = "the same, bit for bit" if len(hashes) == 1 else "DIFFERENT"
+        lines.append(f"Weights of freezing only and cached, all repeats: {verdict}.")
+        if "limit" in runs:
+            shares = [
+                efficiency(*(summary["wall_seconds"] for summary in three))
+                for three in zip(*(runs[m] for m in ("freezing only", "cached", "limit")))  # noqa: B905
+            ]
+            lines.append(f"Efficiency: {spread([s for s in shares if s is not None], '.2f')}.")
+    plans = [summary["plan"] for summary in runs.get("cached", []) if summary["plan"]]
+    if plans:
+        off = [plan["actual"]["seconds"] / plan["predicted"]["seconds"] for plan in plans]
+        shares = [plan["predicted"]["efficiency"] or 0.0 for plan in plans]
+        lines += [
+            f"Actual over predicted time of cached: {spread(off, '.2f')}; efficiency predicted: "
+            f"{spread(shares, '.2f')}.",
+            f"Materialisations: {len(runs['cached'][0]['cache']['boundaries'])}; measuring took "
+            f"{spread([plan['profile_seconds'] for plan in plans], '.1f')} s.",
+        ]
+    return lines
+
+
+def ratios(runs: Runs, one: str, other: str) -> str:
     """Median and range of the ratios of wall time, repeat by repeat."""
-    ratios = [
-        a["wall_seconds"] / b["wall_seconds"] for a, b in zip(runs[one], runs[other], strict=True)
-    ]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+    if one not in runs or one == other:
+        return ""
+    pairs = zip(runs[one], runs[other], strict=False)
+    return spread([a["wall_seconds"] / b["wall_seconds"] for a, b in pairs], ".2f")
+
+
+def spread(values: list[float], how: str) -> str:
+    if not values:
+        return ""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:{how}} ({low:{how}} - {high:{how}})" if len(values) > 1 else f"{middle:{how}}"
 
 
 if __name__ == "__main__":

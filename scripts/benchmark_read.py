@@ -44,7 +44,8 @@ def compare(folder: Path, rows: int, row_kib: int, batch: int, repeats: int) -> 
     values = random.random(shape, dtype=np.float32)
     prepare_cache_dir(folder)
     layout = Layout.of(rows, shape[1:], "float32")
-    about = Description("0" * 32, "", 1, "", "float32", time.time(), {"train": layout}, {})
+    splits = {"train": layout}
+    about = Description("0" * 32, "", 1, "", "float32", "float32", time.time(), splits, {})
     writer = StoreWriter(folder, about)
     for start in range(0, rows, batch):
         writer.append("train", values[start : start + batch])

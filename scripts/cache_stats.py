@@ -14,8 +14,8 @@ from cachefreeze.files import human_bytes
 from cachefreeze.report import duration
 from cachefreeze.store import CacheReport, StoreReport, inspect_cache, remove_rubbish
 
-HEADER = ["store", "network", "boundary", "split", "rows", "shape", "type", "chunks", "size"]
-HEADER += ["state", "age"]
+HEADER = ["store", "network", "boundary", "split", "rows", "shape", "type", "codec", "chunks"]
+HEADER += ["size", "state", "age"]
 RIGHT_ALIGNED = ("rows", "chunks", "size", "age")
 
 
@@ -74,6 +74,9 @@ def _store_as_json(store: StoreReport) -> dict[str, Any]:
             "boundary": about.boundary,
             "unit": about.unit,
             "values": about.values,
+            "stored": about.stored,
+            "codec": about.codec,
+            "lossy": about.lossy,
             "details": about.details,
             "splits": {
                 split: {
@@ -115,14 +118,17 @@ def _table_rows(store: StoreReport) -> list[list[str]]:
     name, age = store.folder.name[:12], duration(store.age_seconds)
     about = store.description
     if about is None:
-        return [[name, "?", "?", "", "", "", "", "", human_bytes(store.bytes), store.state, age]]
+        unknown = ["?", "?", "", "", "", "", "", ""]
+        return [[name, *unknown, human_bytes(store.bytes), store.state, age]]
+    kind = f"{about.values} as {about.stored} (lossy)" if about.lossy else about.values
     rows: list[list[str]] = []
     for split, layout in about.splits.items():
         what = [
             split,
             f"{layout.rows:,}",
             "x".join(map(str, layout.row_shape)),
-            about.values,
+            kind,
+            about.codec,
             f"{store.chunks_present[split]}/{layout.chunks}",
             human_bytes(store.split_bytes[split]),
         ]

@@ -93,6 +93,8 @@ def train(images: Path, tmp_path: Path) -> Train:
         count += 1
         folder = tmp_path / f"run{count}"
         argv = ["-b", 32, "-j", 0, "--precision", "fp32", "--cache-dir", tmp_path / "cache"]
+        # What is kept must not depend on how fast the machine is just now.
+        argv += ["--cache-policy", "eager"]
         if "--dataset" not in options:
             argv += ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32]
         argv += ["--output-dir", folder, *options]

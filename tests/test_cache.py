@@ -297,7 +297,7 @@ def test_a_reused_store_knows_what_it_spares(units: Units, tmp_path: Path) -> No
     first.materialize()
     second = make_cache(units, tmp_path / "cache")
     second.materialize()
-    assert second._prefix_seconds == first._prefix_seconds > 0
+    assert second.prefix_seconds_per_row == first.prefix_seconds_per_row > 0
 
 
 def test_nothing_is_written_with_the_cache_off(units: Units, tmp_path: Path) -> None:

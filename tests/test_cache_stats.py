@@ -12,6 +12,7 @@ import pytest
 from cachefreeze.store import (
     Description,
     Layout,
+    Quantization,
     SplitReader,
     StoreWriter,
     inspect_cache,
@@ -36,7 +37,9 @@ def cache_dir(tmp_path: Path) -> Path:
 
 def start_store(cache_dir: Path, name: str) -> StoreWriter:
     splits = {split: Layout.of(len(rows), (4, 4, 8), "uint16") for split, rows in ROWS.items()}
-    about = Description(name, "wrn16_2", 3, "group1_block2", "bfloat16", time.time(), splits, {})
+    about = Description(
+        name, "wrn16_2", 3, "group1_block2", "bfloat16", "bfloat16", time.time(), splits, {}
+    )
     return StoreWriter(cache_dir, about)
 
 
@@ -58,13 +61,14 @@ def test_a_table_shows_every_store_with_its_splits(cache_dir: Path) -> None:
             "rows",
             "shape",
             "type",
+            "codec",
             "chunks",
             "size",
             "state",
             "age",
         ]
     )
-    assert train.split()[:10] == (
+    assert train.split()[:11] == (
         [
             "0123456789ab",
             "wrn16_2",
@@ -74,6 +78,7 @@ def test_a_table_shows_every_store_with_its_splits(cache_dir: Path) -> None:
             "60",
             "4x4x8",
             "bfloat16",
+            "raw",
             "1/1",
             "16",
         ]
@@ -89,12 +94,44 @@ def test_json_holds_the_same_in_plain_values(cache_dir: Path) -> None:
     (store,) = found["stores"]
     assert store["unit"] == "group1_block2"
     assert store["state"] == "committed"
+    assert (store["values"], store["stored"], store["codec"]) == ("bfloat16", "bfloat16", "raw")
+    assert store["lossy"] is False
     assert store["splits"]["train"]["rows"] == 60
     assert store["splits"]["train"]["chunks_present"] == 1
     assert store["bytes"] >= sum(rows.nbytes for rows in ROWS.values())
     assert found["bytes"] >= store["bytes"]
     assert found["free_bytes"] > 0
     assert not found["damaged"]
+
+
+def test_what_is_stored_is_shown_beside_what_it_stands_for(cache_dir: Path) -> None:
+    pixels = np.zeros((50, 4, 4, 3), np.uint8)
+    zstd = {"train": Layout.of(50, (4, 4, 3), "uint8", "zstd")}
+    lz4 = {"train": Layout.of(50, (4, 4, 3), "int8", "lz4")}
+    thirds = Quantization(scale=(0.3,) * 3, offset=(0.0,) * 3)
+    now = time.time()
+    for description in (
+        Description("1" * 32, "vgg", 0, "pixels", "uint8", "uint8", now, zstd, {}),
+        Description("2" * 32, "vgg", 1, "conv1", "float32", "int8", now, lz4, {}, thirds),
+    ):
+        writer = StoreWriter(cache_dir, description)
+        writer.append("train", pixels)
+        writer.commit().close()
+    result = stats(cache_dir, "--verify")
+    assert result.returncode == 0
+    header, _, _, first, second = result.stdout.splitlines()[:5]
+    column = header.index("type")
+    assert "  0 pixels  " in first
+    assert first[column:].split()[:3] == ["uint8", "zstd", "1/1"]
+    assert second[column:].startswith("float32 as int8 (lossy)  lz4")
+    _, pixel_store, lossy_store = json.loads(stats(cache_dir, "--json").stdout)["stores"]
+    assert (pixel_store["codec"], pixel_store["lossy"]) == ("zstd", False)
+    assert (lossy_store["values"], lossy_store["stored"]) == ("float32", "int8")
+    assert (lossy_store["codec"], lossy_store["lossy"]) == ("lz4", True)
+    on_disk = next(cache_dir.glob("1*/train/c.*")).stat().st_size
+    assert on_disk < pixels.nbytes
+    metadata = (cache_dir / ("1" * 32) / "train" / "zarr.json").stat().st_size
+    assert pixel_store["splits"]["train"]["bytes"] == on_disk + metadata
 
 
 def test_verify_finds_a_flipped_bit_and_exits_with_1(cache_dir: Path) -> None:

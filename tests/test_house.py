@@ -10,16 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
-    ["errors", "files", "hashing", "rows", "schedule"],
+    ["errors", "files", "hashing", "rows", "schedule", "planner"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint"],
-    ["config", "freezeout", "cache"],
-    ["trainer"],
+    ["encoding"],
+    ["config", "freezeout", "cache", "profiler"],
+    ["forecast"],
+    ["trainer", "preview"],
     ["train"],
 ]
 INSIDE = {
     "models": [["units", "layers"], ["wrn", "densenet", "vgg"]],
     "data": [["images"], ["inputs", "sets"]],
-    "store": [["folder", "format"], ["read"], ["write", "inspect"]],
+    "store": [["codecs"], ["folder", "format"], ["read"], ["write", "inspect"]],
 }
 
 

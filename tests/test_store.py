@@ -50,7 +50,7 @@ def describe(rows: dict[str, np.ndarray], values: str = "float32", name: str = N
         split: Layout.of(len(array), array.shape[1:], array.dtype.name)
         for split, array in rows.items()
     }
-    return Description(name, "wrn16_2", 3, "group1_block2", values, time.time(), splits, {})
+    return Description(name, "wrn16_2", 3, "group1_block2", values, values, time.time(), splits, {})
 
 
 def write(cache_dir: Path, rows: dict[str, np.ndarray] = ROWS, **about: str) -> Store:

@@ -2,7 +2,7 @@
 
 from cachefreeze.data.images import ArrayImages, FolderImages, Images
 from cachefreeze.data.inputs import InputRows
-from cachefreeze.data.sets import DataSet, load
+from cachefreeze.data.sets import DataSet, Outline, load, outline
 
 __all__ = [
     "ArrayImages",
@@ -10,5 +10,7 @@ __all__ = [
     "FolderImages",
     "Images",
     "InputRows",
+    "Outline",
     "load",
+    "outline",
 ]

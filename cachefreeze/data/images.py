@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,6 +28,14 @@ class Images(Protocol):
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
         """One uint8 tensor (n, H, W, C) on the CPU for each array of n row indices."""
 
+    def sample(self, rows: int) -> Tensor:
+        """Pixels of at most `rows` images, spread over the split, decoded in this process."""
+
+
+def spread(rows: int, of: int) -> Indices:
+    """`rows` row indices (all, if there are no more) evenly spread over `of` rows."""
+    return np.unique(np.linspace(0, of - 1, min(rows, of)).astype(np.int64))
+
 
 class ArrayImages:
     """Images that live in memory: `pixels` (N, H, W, C) uint8, `labels` (N,)."""
@@ -45,6 +54,9 @@ class ArrayImages:
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
         for rows in order:
             yield torch.from_numpy(self.pixels[rows])
+
+    def sample(self, rows: int) -> Tensor:
+        return torch.from_numpy(self.pixels[spread(rows, len(self))])
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,8 @@ class FolderImages:
         self.files = ImageFiles(paths, size)
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.workers = workers
-        digest = hashlib.sha256(f"resize and centre crop to {size}, bilinear".encode())
+        how = f"resize and centre crop to {size}, bilinear, Pillow {PIL.__version__}"
+        digest = hashlib.sha256(how.encode())
         for path, label in zip(paths, labels, strict=True):
             stat = path.stat()
             name = path.relative_to(root).as_posix()
@@ -109,13 +122,20 @@ class FolderImages:
             num_workers=min(self.workers, len(order)),
             generator=torch.Generator(),
         )
-        for batch in loader:
-            if isinstance(batch, DamagedImage):
-                raise UserError(
-                    f"{batch.path} cannot be decoded ({batch.reason}): "
-                    "replace the file or remove it from the folder"
-                )
-            yield batch
+        yield from map(undamaged, loader)
+
+    def sample(self, rows: int) -> Tensor:
+        return undamaged(self.files[spread(rows, len(self))])
+
+
+def undamaged(batch: Tensor | DamagedImage) -> Tensor:
+    """The batch, or a UserError that names the file."""
+    if isinstance(batch, DamagedImage):
+        raise UserError(
+            f"{batch.path} cannot be decoded ({batch.reason}): "
+            "replace the file or remove it from the folder"
+        )
+    return batch
 
 
 def decode_image(path: Path, size: int) -> NDArray[np.uint8]:

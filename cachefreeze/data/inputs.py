@@ -43,21 +43,31 @@ class InputRows:
         # (u / 255 - mean) / std as one subtraction and one multiplication.
         self.offset = torch.tensor(mean, device=device) * 255
         self.scale = 1 / (torch.tensor(std, device=device) * 255)
+        self.pixels_identity = images.identity
         self.identity = f"{images.identity} mean {mean} std {std}"
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        views = None
-        if self.augment_seed is not None:
-            views = random_views(len(self), self.augment_seed, self.epoch)
-        for rows, pixels in zip(order, self.images.decode(order), strict=True):
-            # uint8 travels to the device: a quarter of the bytes of float32.
-            pixels = pixels.to(self.device)
-            if views is not None:
-                pixels = augment(pixels, views[rows])
-            yield ((pixels.float() - self.offset) * self.scale).permute(0, 3, 1, 2)
+        if self.augment_seed is None:
+            yield from map(self.from_pixels, self.pixels(order))
+            return
+        views = random_views(len(self), self.augment_seed, self.epoch)
+        for rows, pixels in zip(order, self.pixels(order), strict=True):
+            seen = augment(pixels.to(self.device).permute(0, 2, 3, 1), views[rows])
+            yield self.from_pixels(seen.permute(0, 3, 1, 2))
+
+    def pixels(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        """Decoded pixels, uint8 (n, C, H, W), for each array of n row indices."""
+        for pixels in self.images.decode(order):
+            yield pixels.permute(0, 3, 1, 2)
+
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """Network input, normalised on the device, from uint8 (n, C, H, W)."""
+        # uint8 travels to the device: a quarter of the bytes of float32.
+        values = pixels.to(self.device).permute(0, 2, 3, 1).float()
+        return ((values - self.offset) * self.scale).permute(0, 3, 1, 2)
 
 
 def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -1,7 +1,9 @@
 """Data sets: a training and a validation split of the same classes."""
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,9 @@ CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
+# Images that are decoded to see how long it takes.
+SAMPLE = 64
+CIFAR_ROWS = (50_000, 10_000)
 CIFAR_ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
 
 
@@ -32,7 +37,8 @@ Bar = Callable[[Iterator[Tensor], int], Iterable[Tensor]]
 class DataSet:
     """A training split and a validation split of the same classes.
 
-    `mean` and `std` are per channel, of pixels scaled to 0 .. 1.
+    `mean` and `std` are per channel, of pixels scaled to 0 .. 1; `decode_seconds` is what decoding
+    an image took when all were read.
     """
 
     name: str
@@ -42,13 +48,37 @@ class DataSet:
     image_shape: tuple[int, int, int]  # channels, height, width
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    decode_seconds: float = 0.0
+
+    @property
+    def outline(self) -> "Outline":
+        return Outline(
+            self.name,
+            len(self.train),
+            len(self.val),
+            len(self.classes),
+            self.image_shape,
+            self.decode_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a plan needs to know of a data set, which need not be there."""
+
+    name: str
+    train_rows: int
+    val_rows: int
+    classes: int
+    image_shape: tuple[int, int, int]
+    decode_seconds: float
 
     @property
     def description(self) -> str:
         """One line for people."""
         return (
-            f"{self.name}: {len(self.train):,} training and {len(self.val):,} validation images, "
-            f"{'x'.join(map(str, self.image_shape))}, {len(self.classes)} classes"
+            f"{self.name}: {self.train_rows:,} training and {self.val_rows:,} validation images, "
+            f"{'x'.join(map(str, self.image_shape))}, {self.classes} classes"
         )
 
 
@@ -71,10 +101,40 @@ def load(
     if name in CIFAR_ARCHIVES:
         return load_cifar(name, folder)
     assert name == "imagefolder"
-    try:
+    with reading(folder):
         return load_folder(
             folder, size=image_size, val_fraction=val_fraction, workers=workers, bar=bar
         )
+
+
+def outline(
+    name: str, folder: Path, *, image_size: int, val_fraction: float | None, workers: int
+) -> Outline:
+    """What can be said of a data set without reading it; CIFAR need not be there.
+
+    Raises:
+        UserError: a folder of images is not there, or not as it should be.
+    """
+    if name == "digits":
+        return load_digits().outline
+    if name in CIFAR_ARCHIVES:
+        return Outline(name, *CIFAR_ROWS, int(name.removeprefix("cifar")), (3, 32, 32), 0.0)
+    with reading(folder):
+        train, val, classes = find_images(
+            folder, size=image_size, val_fraction=val_fraction, workers=workers
+        )
+        start = time.perf_counter()
+        decoded = len(train.sample(SAMPLE))
+        seconds = (time.perf_counter() - start) / decoded / max(workers, 1)
+    shape = (3, image_size, image_size)
+    return Outline(f"imagefolder {folder.name}", len(train), len(val), len(classes), shape, seconds)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """What the file system refuses inside is the user's to mend."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{error.filename or folder} cannot be read ({error.strerror}): "
@@ -155,6 +215,38 @@ def load_folder(
     Raises:
         UserError: no images, fewer than two classes, no validation split, or a damaged file.
     """
+    train, val, classes = find_images(root, size=size, val_fraction=val_fraction, workers=workers)
+    clock = Clock()
+
+    def timed(batches: Iterator[Tensor], total: int) -> Iterable[Tensor]:
+        return bar(clock.around(batches), total)
+
+    mean, std = statistics(train, timed)
+    for _ in one_pass(val, timed):
+        pass
+    seconds = clock.seconds / (len(train) + len(val))
+    name = f"imagefolder {root.name}"
+    return DataSet(name, classes, train, val, (3, size, size), mean, std, seconds)
+
+
+class Clock:
+    """Counts the seconds that an iterator takes to give its items."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, items: Iterator[Tensor]) -> Iterator[Tensor]:
+        mark = time.perf_counter()
+        for item in items:
+            self.seconds += time.perf_counter() - mark
+            yield item
+            mark = time.perf_counter()
+
+
+def find_images(
+    root: Path, *, size: int, val_fraction: float | None, workers: int
+) -> tuple[FolderImages, FolderImages, tuple[str, ...]]:
+    """The training and the validation images of `load_folder`, not decoded yet, and the classes."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give --data-dir a folder of images")
     has_train = (root / "train").is_dir()
@@ -183,10 +275,7 @@ def load_folder(
         )
     train = FolderImages(root, paths, labels, size, workers)
     val = FolderImages(root, val_paths, val_labels, size, workers)
-    mean, std = statistics(train, bar)
-    for _ in one_pass(val, bar):
-        pass
-    return DataSet(f"imagefolder {root.name}", classes, train, val, (3, size, size), mean, std)
+    return train, val, classes
 
 
 def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:

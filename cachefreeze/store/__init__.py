@@ -2,7 +2,7 @@
 
     CACHE_DIR/CACHEDIR.TAG             marks the folder as a cache (and as one of ours)
     CACHE_DIR/<fingerprint>/zarr.json  zarr v3 group; its attributes describe the store
-                            train/     zarr array (rows, ...), uncompressed chunks with CRC32C
+                            train/     zarr array (rows, ...) in chunks with CRC32C
                             val/
                             manifest.json  checksum of every chunk and every zarr.json
                             COMMITTED      SHA-256 of the manifest; written last
@@ -13,10 +13,15 @@ any zarr tool opens a store, and training reads rows straight from the files, wi
 as through memory maps for rows of some kB and more, and a failing disk raises an error here where
 a map would kill the process.
 
+Chunks may be compressed instead, with codecs that zarr knows too, for when the disk is the limit:
+rows are then served from memory, where all of them are decoded once.
+
 This room takes arrays and bytes; it knows no network and no tensor.
 """
 
+from cachefreeze.store.codecs import CODECS, Codec, codec_for, encoded_bytes
 from cachefreeze.store.folder import (
+    TRASH,
     check_cache_dir,
     in_use,
     prepare_cache_dir,
@@ -24,22 +29,37 @@ from cachefreeze.store.folder import (
     remove_store,
     store_folders,
 )
-from cachefreeze.store.format import FORMAT, Description, Layout, StoreError
+from cachefreeze.store.format import (
+    ARRAY_TYPES,
+    FORMAT,
+    Description,
+    Layout,
+    Quantization,
+    StoreError,
+)
 from cachefreeze.store.inspect import CacheReport, StoreReport, inspect_cache
 from cachefreeze.store.read import SplitReader, Store, open_store
-from cachefreeze.store.write import StoreWriter
+from cachefreeze.store.write import StoreTooLarge, StoreWriter
 
 __all__ = [
+    "ARRAY_TYPES",
+    "CODECS",
     "FORMAT",
+    "TRASH",
     "CacheReport",
+    "Codec",
     "Description",
     "Layout",
+    "Quantization",
     "SplitReader",
     "Store",
     "StoreError",
     "StoreReport",
+    "StoreTooLarge",
     "StoreWriter",
     "check_cache_dir",
+    "codec_for",
+    "encoded_bytes",
     "in_use",
     "inspect_cache",
     "open_store",

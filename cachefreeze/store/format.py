@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -12,26 +13,38 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 1
-CHECKSUM_BYTES = 4
+from cachefreeze.store.codecs import CHECKSUM_BYTES, CODECS
+
+FORMAT = 2
 # Whole rows, near this size: few files, and not much more than a split that is small.
 CHUNK_BYTES = 8 * 2**20
 # Nothing that we write comes near: a larger file is not ours, and is not parsed.
 METADATA_BYTES = 64 * 2**20
-# The type of the activations, and that of the array which holds them.
+# Nor does a row, and a chunk is larger than `CHUNK_BYTES` only if a row is: one that claims more is
+# neither read nor decoded.
+MAX_CHUNK_BYTES = 2**30
+# What the rows are for those who read them: uint8 is pixels.
+VALUES = ("float16", "float32", "float64", "bfloat16", "uint8")
+# What may be stored instead of floating-point values, at a loss.
+LOSSY = ("float16", "bfloat16", "int8")
+# What is stored, and the element type of the array that holds it.
 ARRAY_TYPES = {
     "float16": "float16",
     "float32": "float32",
     "float64": "float64",
     "bfloat16": "uint16",
+    "int8": "int8",
+    "uint8": "uint8",
 }
 # Array element types by name, with a fill value that no finite activation can be mistaken for;
-# bfloat16 travels as its bits, where 0x7FC0 is NaN.
+# bfloat16 travels as its bits, where 0x7FC0 is NaN. In a byte no value is impossible.
 FILL_VALUES: dict[str, float | int] = {
     "float16": float("nan"),
     "float32": float("nan"),
     "float64": float("nan"),
     "uint16": 0x7FC0,
+    "int8": 0,
+    "uint8": 0,
 }
 
 
@@ -41,19 +54,28 @@ class StoreError(Exception):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one split lies on disk: `rows` rows of `row_shape`, `rows_per_chunk` to a file."""
+    """How one split lies on disk: `rows` rows of `row_shape`, `rows_per_chunk` to a file.
+
+    Every chunk file is encoded with `codec`, one of `CODECS`.
+    """
 
     rows: int
     row_shape: tuple[int, ...]
     dtype: str
     rows_per_chunk: int
+    codec: str = "raw"
 
     @classmethod
-    def of(cls, rows: int, row_shape: Sequence[int], dtype: str) -> "Layout":
-        """Chunks of a few MB, of whole rows, and as even as can be."""
+    def of(cls, rows: int, row_shape: Sequence[int], dtype: str, codec: str = "raw") -> "Layout":
+        """Chunks of a few MB before encoding, of whole rows, and as even as can be."""
         row_bytes = max(prod(row_shape) * np.dtype(dtype).itemsize, 1)
         chunks = -(-rows // max(CHUNK_BYTES // row_bytes, 1))
-        return cls(rows, tuple(row_shape), dtype, -(-rows // max(chunks, 1)))
+        return cls(rows, tuple(row_shape), dtype, -(-rows // max(chunks, 1)), codec)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether rows have to be decoded: single rows cannot be read from the files then."""
+        return self.codec != "raw"
 
     @property
     def row_bytes(self) -> int:
@@ -64,13 +86,24 @@ class Layout:
         return -(-self.rows // self.rows_per_chunk)
 
     @property
+    def chunk_bytes(self) -> int:
+        """Of the rows of every chunk; the last one is filled up."""
+        return self.rows_per_chunk * self.row_bytes
+
+    @property
     def chunk_file_bytes(self) -> int:
-        """Of every chunk file; the last one is filled up."""
-        return self.rows_per_chunk * self.row_bytes + CHECKSUM_BYTES
+        """Of every chunk file; if `compressed`, before compression."""
+        return self.chunk_bytes + CHECKSUM_BYTES
 
     @property
     def bytes(self) -> int:
+        """Of all chunk files; if `compressed`, before compression."""
         return self.chunks * self.chunk_file_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """That reading takes: all rows if they have to be decoded, otherwise none."""
+        return self.chunks * self.chunk_bytes if self.compressed else 0
 
     def chunk_name(self, chunk: int) -> str:
         return ".".join(["c", str(chunk), *("0" for _ in self.row_shape)])
@@ -85,10 +118,23 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """What int8 elements stand for, by channel (the last axis): stored * scale + offset."""
+
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Description:
     """What a store holds, as its group's attributes say it.
 
-    `values` is the tensors' type (bfloat16 is stored as uint16); `details` are for people only.
+    Attributes:
+        values: the rows' type for those who read them, one of `VALUES`.
+        stored: what the arrays' elements encode, a key of `ARRAY_TYPES`: `values` itself, or
+            something smaller that loses precision.
+        details: for people only.
+        quantization: of rows that are stored as int8, and only of those.
     """
 
     fingerprint: str
@@ -96,14 +142,31 @@ class Description:
     boundary: int
     unit: str
     values: str
+    stored: str
     created: float
     splits: dict[str, Layout]
     details: dict[str, str]
+    quantization: Quantization | None = None
+
+    @property
+    def codec(self) -> str:
+        """Of all splits."""
+        return next(iter(self.splits.values())).codec
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the rows that are read are not, to the last bit, those that were computed."""
+        return self.stored != self.values
 
     @property
     def bytes(self) -> int:
-        """Of all chunk files; the metadata beside them are a few kB."""
+        """Of all chunk files, before compression; the metadata beside them are a few kB."""
         return sum(layout.bytes for layout in self.splits.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """That reading the store takes, see `Layout.memory_bytes`."""
+        return sum(layout.memory_bytes for layout in self.splits.values())
 
 
 def read_description(folder: Path) -> Description:
@@ -124,31 +187,65 @@ def read_description(folder: Path) -> Description:
                 row_shape=tuple(_whole(size) for size in split["row_shape"]),
                 dtype=str(split["dtype"]),
                 rows_per_chunk=_whole(split["rows_per_chunk"]),
+                codec=str(split["codec"]),
             )
             for name, split in attributes.pop("splits").items()
         }
-        description = Description(splits=splits, **attributes)
-        for field in ("fingerprint", "network", "unit", "values"):
+        quantization = _read_quantization(attributes.pop("quantization"))
+        description = Description(splits=splits, quantization=quantization, **attributes)
+        for field in ("fingerprint", "network", "unit", "values", "stored"):
             if not isinstance(getattr(description, field), str):
                 raise TypeError(field)
         _whole(description.boundary, least=0)
-        float(description.created)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        _finite(description.created)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError("its zarr.json does not describe a store of cachefreeze") from error
-    for name, layout in splits.items():
-        known = layout.dtype == ARRAY_TYPES.get(description.values)
-        if not known or not re.fullmatch(r"[a-z]+", name):
-            raise StoreError("its zarr.json describes an array that cachefreeze does not write")
+    if not _is_written(description):
+        raise StoreError("its zarr.json describes an array that cachefreeze does not write")
+    if not _is_quantized_rightly(description):
+        raise StoreError("its zarr.json does not say what its int8 elements stand for")
     if description.fingerprint != folder.name:
         raise StoreError("its fingerprint is not the name of its folder")
     return description
 
 
+def _read_quantization(content: Any) -> Quantization | None:
+    if content is None:
+        return None
+    return Quantization(**{name: tuple(map(_finite, numbers)) for name, numbers in content.items()})
+
+
+def _is_written(description: Description) -> bool:
+    """Whether it is of splits and types that a store can have."""
+    values, stored = description.values, description.stored
+    return (
+        values in VALUES
+        and (stored == values or (values != "uint8" and stored in LOSSY))
+        and len({layout.codec for layout in description.splits.values()}) == 1
+        and all(
+            re.fullmatch(r"[a-z]+", name)
+            and layout.codec in CODECS
+            and layout.dtype == ARRAY_TYPES[stored]
+            and layout.chunk_bytes <= MAX_CHUNK_BYTES
+            for name, layout in description.splits.items()
+        )
+    )
+
+
+def _is_quantized_rightly(description: Description) -> bool:
+    quantization = description.quantization
+    if quantization is None or description.stored != "int8":
+        return quantization is None and description.stored != "int8"
+    channels = {layout.row_shape[-1:] for layout in description.splits.values()}
+    return channels == {(len(quantization.scale),)} == {(len(quantization.offset),)}
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What was written: the CRC32C of every chunk by split, and the writer's notes."""
+    """What was written: by split the CRC32C and the file's size of every chunk, and notes."""
 
     checksums: dict[str, list[int]]
+    sizes: dict[str, list[int]]
     notes: dict[str, float]
 
 
@@ -170,19 +267,39 @@ def read_manifest(folder: Path, description: Description) -> Manifest:
             name: [_whole(checksum, least=0) for checksum in manifest["crc32c"][name]]
             for name in description.splits
         }
+        sizes = {
+            name: _read_sizes(manifest["bytes"][name], layout)
+            if layout.compressed
+            else [layout.chunk_file_bytes] * len(checksums[name])
+            for name, layout in description.splits.items()
+        }
         notes = {str(name): float(value) for name, value in manifest["notes"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError("its manifest.json is not one of cachefreeze") from error
     for name, layout in description.splits.items():
-        if len(checksums[name]) != layout.chunks:
+        if not len(checksums[name]) == len(sizes[name]) == layout.chunks:
             raise StoreError(f"its manifest does not list the chunks of {name}")
-    return Manifest(checksums, notes)
+    return Manifest(checksums, sizes, notes)
+
+
+def _read_sizes(sizes: Any, layout: Layout) -> list[int]:
+    # No codec makes a chunk larger by more than a percent, and a header of a few bytes.
+    most = 2 * layout.chunk_file_bytes + 128
+    if not all(_whole(size) <= most for size in sizes):
+        raise ValueError("a chunk file is larger than a codec makes it")
+    return list(sizes)
 
 
 def _whole(value: Any, least: int = 1) -> int:
     if type(value) is not int or not least <= value < 2**40:
         raise ValueError(f"{value!r} is not a whole number that a store can have")
     return value
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
 
 
 def _read_json(path: Path) -> Any:

@@ -24,7 +24,7 @@ from cachefreeze.store.format import (
     read_description,
     read_manifest,
 )
-from cachefreeze.store.read import SplitReader
+from cachefreeze.store.read import split_reader
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ def _look(folder: Path, verify: bool, used: bool) -> StoreReport:
         for split, layout in description.splits.items():
             present[split] = count_chunks(folder / split, layout)
         if committed:
-            checksums = read_manifest(folder, description).checksums
+            manifest = read_manifest(folder, description)
             for split, layout in description.splits.items():
                 if present[split] < layout.chunks:
                     missing = layout.chunks - present[split]
                     damage.append(f"{split}: {missing} of {layout.chunks} chunks are missing")
                 if verify:
-                    reader = SplitReader(folder / split, layout, checksums[split])
+                    reader = split_reader(folder / split, layout, manifest)
                     damage += [f"{split}: {sentence}" for sentence in reader.damage()]
     except StoreError as error:
         # A store that is not complete may well lack its description: that is no damage.

@@ -1,0 +1,109 @@
+"""Tensors as the arrays that a store holds, and back."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cachefreeze.models.units import canonical
+from cachefreeze.store import ARRAY_TYPES, Quantization
+
+# What activations may be stored as instead of their own type. All of them lose something.
+LOSSY = ("bfloat16", "int8")
+LEVELS = 255
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the rows of one boundary are stored.
+
+    Rows are stored channels last, (n, H, W, C) for images, bfloat16 as its bits. As `int8` a value
+    is a whole number of steps from its channel's middle; what lies beyond the channel's range is
+    cut off.
+
+    Args:
+        values: type of the tensors.
+        stored: name of the type that they are stored as; that of `values` loses nothing.
+        quantization: of `int8` only.
+    """
+
+    values: torch.dtype
+    stored: str
+    quantization: Quantization | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, stored: str | None) -> "Encoding":
+        """For rows like `x`: in their own type, or as one of `LOSSY`.
+
+        The ranges of `int8` are those of `x`, (n, C, H, W) or (n, ..., C).
+        """
+        own = name_of(x.dtype)
+        if stored is None or stored == own or not x.dtype.is_floating_point:
+            return cls(x.dtype, own)
+        if stored != "int8":
+            return cls(x.dtype, stored)
+        channels = channels_last(x).flatten(0, -2).float()
+        low, high = channels.amin(0), channels.amax(0)
+        # A channel that is constant here may not be elsewhere, but has to have some step.
+        scale = ((high - low) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+        # -128 is the lowest value, 127 the highest.
+        offset = low + scale * 128
+        return cls(x.dtype, stored, Quantization(tuple(scale.tolist()), tuple(offset.tolist())))
+
+    @property
+    def array_type(self) -> str:
+        """Of the array that is stored."""
+        return ARRAY_TYPES[self.stored]
+
+    def encode(self, x: Tensor) -> NDArray[Any]:
+        """Rows (n, C, H, W) or (n, ...) as the array (n, H, W, C) or (n, ...) that is stored."""
+        plain = channels_last(x)
+        if self.quantization is not None:
+            scale, offset = self._quantization_on(plain.device)
+            steps = ((plain.float() - offset) / scale).round_()
+            plain = steps.clamp_(-128, 127).to(torch.int8)
+        elif self.stored != name_of(self.values):
+            plain = plain.to(getattr(torch, self.stored))
+        plain = plain.contiguous()
+        if plain.dtype == torch.bfloat16:
+            plain = plain.view(torch.uint16)
+        return plain.cpu().numpy()
+
+    def empty(self, rows: int, row_shape: tuple[int, ...]) -> tuple[Tensor, NDArray[np.uint8]]:
+        """Room for encoded rows: the tensor that `decode` takes, and its bytes (rows, row_bytes)
+        for a store to read into."""
+        stored = torch.empty((rows, *row_shape), dtype=getattr(torch, self.stored))
+        size = prod(row_shape) * stored.element_size()
+        return stored, stored.view(torch.uint8).reshape(rows, size).numpy()
+
+    def decode(self, stored: Tensor, device: torch.device) -> Tensor:
+        """Encoded rows as the tensor (n, C, H, W) or (n, ...) that they came from."""
+        x = stored.to(device)
+        if self.quantization is not None:
+            scale, offset = self._quantization_on(device)
+            x = (x.float() * scale + offset).to(self.values)
+        else:
+            x = x.to(self.values)
+        return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
+
+    def _quantization_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        assert self.quantization is not None
+        return (
+            torch.tensor(self.quantization.scale, device=device),
+            torch.tensor(self.quantization.offset, device=device),
+        )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(n, C, H, W) as (n, H, W, C); anything else as it is."""
+    x = canonical(x.detach())
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")

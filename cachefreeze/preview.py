@@ -1,0 +1,97 @@
+"""`--plan`: what a run would keep and what that would bring, without training."""
+
+import math
+
+import torch
+
+from cachefreeze import data
+from cachefreeze.config import Settings
+from cachefreeze.data import ArrayImages, InputRows, Outline
+from cachefreeze.device import resolve_device, resolve_precision
+from cachefreeze.files import nearest_folder
+from cachefreeze.forecast import Forecast
+from cachefreeze.models import build
+from cachefreeze.models.units import partition
+from cachefreeze.planner import Run
+from cachefreeze.profiler import profile
+from cachefreeze.report import opening_words, plan_table, room_words, say
+from cachefreeze.schedule import Schedule
+from cachefreeze.store import check_cache_dir
+
+
+def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
+    """Measure, plan, and print it. Nothing is trained; what is written is removed again.
+
+    The data set need not be there, and none of it is read but a few images: the measurement takes
+    random pixels, for which the same arithmetic is done.
+
+    Raises:
+        UserError: something does not fit, or a folder is not as it should be.
+    """
+    device = resolve_device(settings.device)
+    dtype = resolve_precision(settings.precision, device)
+    check_cache_dir(settings.cache_dir)
+    about = _outline(settings)
+    generator = torch.Generator().manual_seed(0)
+    channels, height, width = about.image_shape
+    shape = (settings.batch_size, channels, height, width)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    torch.manual_seed(settings.seed)
+    model = build(settings.arch, about.classes, **settings.network_sizes())
+    model = model.to(device).to(memory_format=torch.channels_last)
+    units = partition(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
+    facts = {**settings.as_json(), "network": settings.network}
+    for line in opening_words(facts, len(units), parameters, about.description, where):
+        say(line)
+
+    nothing = ArrayImages(pixels[:0].permute(0, 2, 3, 1).numpy(), torch.zeros(0).long().numpy())
+    measured = profile(
+        model,
+        InputRows(nothing, (0.5,) * channels, (0.25,) * channels, device),
+        pixels,
+        batch_size=settings.batch_size,
+        row_passes=math.inf,
+        device=device,
+        autocast_dtype=dtype,
+        decode_seconds=about.decode_seconds,
+        directory=nearest_folder(settings.cache_dir),
+        max_bytes=max_cache_bytes,
+        stored=settings.stored,
+        codec=settings.codec,
+    )
+    steps = settings.epochs * -(-about.train_rows // settings.batch_size)
+    schedule = Schedule(
+        len(units), steps, settings.t0 if settings.freeze else 1.0, settings.schedule
+    )
+    run = Run(schedule.freeze_steps, steps, about.train_rows, about.val_rows, settings.batch_size)
+    splits = {"train": about.train_rows, "val": about.val_rows}
+    forecast = Forecast(
+        measured,
+        run,
+        splits,
+        max_cache_bytes,
+        codec=settings.codec,
+        policy=settings.cache_policy,
+    )
+    say("")
+    for line in plan_table(forecast.first, run, units.names, forecast.why_nothing):
+        say(line)
+    if (roomy := forecast.with_more_room) is not None:
+        say(room_words(roomy, max_cache_bytes).strip())
+    return forecast
+
+
+def _outline(settings: Settings) -> Outline:
+    if settings.rows is not None and settings.classes is not None:
+        shape = (3, settings.image_size, settings.image_size)
+        name = "an imagefolder that is not there (decoding is not counted)"
+        return Outline(name, *settings.rows, settings.classes, shape, 0.0)
+    return data.outline(
+        settings.dataset,
+        settings.data_dir,
+        image_size=settings.image_size,
+        val_fraction=settings.val_fraction,
+        workers=settings.workers,
+    )
