@@ -423,12 +423,16 @@ def _measure_scratch(directory: Path, rows: int, row_bytes: int) -> _Disk:
         mark = time.perf_counter()
         writer = StoreWriter(Path(folder), about)
         store_seconds = time.perf_counter() - mark
-        mark = time.perf_counter()
-        for start in range(0, rows, len(content)):
-            writer.append("train", content[: rows - start])
-        write = time.perf_counter() - mark
-        mark = time.perf_counter()
-        store = writer.commit()
+        try:
+            mark = time.perf_counter()
+            for start in range(0, rows, len(content)):
+                writer.append("train", content[: rows - start])
+            write = time.perf_counter() - mark
+            mark = time.perf_counter()
+            store = writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
         store_seconds += time.perf_counter() - mark
         try:
             mark = time.perf_counter()

@@ -209,18 +209,17 @@ def verdicts(runs: Runs) -> list[str]:
         verdict = "the same, bit for bit" if len(hashes) == 1 else "DIFFERENT"
         lines.append(f"Weights of freezing only and cached, all repeats: {verdict}.")
         if "limit" in runs:
-            shares = [
-                efficiency(*(summary["wall_seconds"] for summary in three))
-                for three in zip(*(runs[m] for m in ("freezing only", "cached", "limit")))  # noqa: B905
-            ]
-            lines.append(f"Efficiency: {spread([s for s in shares if s is not None], '.2f')}.")
+            three = zip(*(runs[m] for m in ("freezing only", "cached", "limit")), strict=True)
+            shares = [efficiency(*(each["wall_seconds"] for each in trio)) for trio in three]
+            reached = [share for share in shares if share is not None]
+            lines.append(f"Efficiency: {spread(reached, '.2f')}.")
     plans = [summary["plan"] for summary in runs.get("cached", []) if summary["plan"]]
     if plans:
         off = [plan["actual"]["seconds"] / plan["predicted"]["seconds"] for plan in plans]
-        shares = [plan["predicted"]["efficiency"] or 0.0 for plan in plans]
+        hoped = [plan["predicted"]["efficiency"] or 0.0 for plan in plans]
         lines += [
             f"Actual over predicted time of cached: {spread(off, '.2f')}; efficiency predicted: "
-            f"{spread(shares, '.2f')}.",
+            f"{spread(hoped, '.2f')}.",
             f"Materialisations: {len(runs['cached'][0]['cache']['boundaries'])}; measuring took "
             f"{spread([plan['profile_seconds'] for plan in plans], '.1f')} s.",
         ]
