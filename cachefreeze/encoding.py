@@ -52,6 +52,8 @@ class Encoding:
         scale = ((high - low) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
         # -128 is the lowest value, 127 the highest.
         offset = low + scale * 128
+        if not (scale.isfinite() & offset.isfinite()).all():  # the network has diverged
+            return cls(x.dtype, own)
         return cls(x.dtype, stored, Quantization(tuple(scale.tolist()), tuple(offset.tolist())))
 
     @property

@@ -64,6 +64,7 @@ class Forecast:
         max_bytes: that stores may take together.
         codec: see `Profile.costs`.
         policy: `planned`, the cheapest plan there is, or `eager`.
+        start: the step from which on to plan.
         found: boundaries of stores that are on disk already.
 
     Attributes:
@@ -81,12 +82,14 @@ class Forecast:
         *,
         codec: str = "raw",
         policy: str = "planned",
+        start: int = 0,
         found: Set[int] = frozenset(),
     ) -> None:
         self.profile = profile
         self.run = run
         self.max_bytes = max_bytes
         self.policy = policy
+        self.start = start
         self.costs = profile.costs(splits, codec)
         self._splits = splits
         self._read_correction = 1.0
@@ -94,7 +97,7 @@ class Forecast:
         # Those that the present source of rows was made of, and what had been served by then.
         self._chain: list[Filled] = []
         self._settled = (0, 0.0)
-        self.first = self.plan = self.revise(0, None, found)
+        self.first = self.plan = self.revise(start, None, found)
 
     def revise(self, step: int, source: Keep | None, found: Set[int] = frozenset()) -> Plan:
         """Make the plan for the run from `step` on anew, and return it.
@@ -129,7 +132,8 @@ class Forecast:
     def with_more_room(self) -> Plan | None:
         """The plan made at the start, had the cache all the room that it can use; None if that
         would save less than a hundredth of the time."""
-        roomy = cheapest_plan(self.profile.costs(self._splits, "raw"), self.run, math.inf)
+        costs = self.profile.costs(self._splits, "raw")
+        roomy = cheapest_plan(costs, self.run, math.inf, start=self.start)
         return roomy if roomy.seconds < 0.99 * self.first.seconds else None
 
     def keep(self, boundary: int, codec: str) -> Keep:

@@ -13,7 +13,7 @@ from cachefreeze.forecast import Forecast
 from cachefreeze.models import build
 from cachefreeze.models.units import partition
 from cachefreeze.planner import Run
-from cachefreeze.profiler import profile
+from cachefreeze.profiler import MAX_PASSES, measure, profile
 from cachefreeze.report import opening_words, plan_table, room_words, say
 from cachefreeze.schedule import Schedule
 from cachefreeze.store import check_cache_dir
@@ -47,14 +47,19 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
         say(line)
 
     nothing = ArrayImages(pixels[:0].permute(0, 2, 3, 1).numpy(), torch.zeros(0).long().numpy())
+    inputs = InputRows(nothing, (0.5,) * channels, (0.25,) * channels, device)
     measured = profile(
-        model,
-        InputRows(nothing, (0.5,) * channels, (0.25,) * channels, device),
+        measure(
+            model,
+            inputs.from_pixels(pixels),
+            passes=MAX_PASSES,
+            device=device,
+            autocast_dtype=dtype,
+        ),
+        inputs,
         pixels,
-        batch_size=settings.batch_size,
         row_passes=math.inf,
         device=device,
-        autocast_dtype=dtype,
         decode_seconds=about.decode_seconds,
         directory=nearest_folder(settings.cache_dir),
         max_bytes=max_cache_bytes,

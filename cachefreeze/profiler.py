@@ -1,16 +1,11 @@
-"""What the planner needs to know, measured on the real device with the real network.
+"""What the planner needs to know, measured on the real device with the real network."""
 
-Everything happens on a copy of the network and with random numbers of its own: weights, running
-statistics, gradients and all random state of the run stay as they are.
-"""
-
-import contextlib
 import copy
 import dataclasses
+import functools
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,7 +21,8 @@ from cachefreeze.encoding import Encoding
 from cachefreeze.models.units import Units, canonical, partition
 from cachefreeze.planner import Costs, Keep
 from cachefreeze.rows import PixelRows
-from cachefreeze.store import CODECS, TRASH, Description, Layout, StoreWriter, codec_for
+from cachefreeze.scratch import measure_disk
+from cachefreeze.store import CODECS, Layout, codec_for
 
 # Of the predicted run: what measuring may take; aimed below the promised hundredth.
 SHARE = 0.008
@@ -35,7 +31,6 @@ PASS_STEPS = 1.4
 MAX_PASSES = 6
 # Of the share: what is left for the disk.
 DISK_SHARE = 0.2
-FIRST_SCRATCH_BYTES, MAX_SCRATCH_BYTES = 2**19, 256 * 2**20
 # Rows of a boundary that codecs are tried on.
 CODEC_BYTES = 2**20
 # Of free memory: what the decoded rows of a compressed store may take.
@@ -174,62 +169,191 @@ class Profile:
         )
 
 
-def profile(
+@dataclass(frozen=True)
+class Arithmetic:
+    """What computing takes, in seconds a row, and `step` in seconds.
+
+    Attributes:
+        train, forward: of each unit, see `Profile`.
+        step: see `Profile`.
+        outputs: a batch at each of the boundaries 1 .. L.
+        rows, passes: how much was measured.
+        seconds: that measuring took.
+    """
+
+    train: tuple[float, ...]
+    forward: tuple[float, ...]
+    step: float
+    outputs: tuple[Tensor, ...]
+    rows: int
+    passes: int
+    seconds: float
+
+
+def passes_for(row_passes: float, batch_size: int) -> int:
+    """Passes over a batch (one in eval mode and one in training mode) that measuring may take.
+
+    Args:
+        row_passes: training rows of the whole run, over all epochs.
+    """
+    affordable = SHARE * (1 - DISK_SHARE) * row_passes / PASS_STEPS / batch_size
+    return int(min(affordable, MAX_PASSES))
+
+
+def measure(
     model: nn.Sequential,
+    x: Tensor,
+    *,
+    passes: int,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+) -> Arithmetic:
+    """Measure a network on a batch of network input, the first of two or more passes to warm up.
+
+    Everything happens on a copy: weights, running statistics, gradients and all random state stay
+    as they are.
+    """
+    start = time.perf_counter()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # dropout draws from the global generators
+        copied = copy.deepcopy(model)
+        bench = _Bench(copied, partition(copied), device, autocast_dtype)
+        for _ in range(passes):
+            outputs = bench.measure(x)
+        step = bench.step_seconds()
+    train, forward = bench.medians(len(x))
+    seconds = time.perf_counter() - start
+    return Arithmetic(train, forward, step, outputs, len(x), passes, seconds)
+
+
+class StepClock:
+    """Measures a network in the first steps of its training, at no cost but that of a few hooks.
+
+    For runs that are too short to measure anything beforehand. What a unit takes in eval mode is
+    taken to be what its forward pass takes in training. Nothing that is computed changes.
+
+    Args:
+        units: none of them frozen.
+        optimizer: of the run.
+        device: of the run.
+    """
+
+    STEPS = 3  # of which the first is to warm up
+
+    def __init__(
+        self, units: Units, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self.device = device
+        self.outputs: list[Tensor] = [torch.empty(0)] * len(units)
+        self._forward: list[list[float]] = [[] for _ in units]
+        # When each unit's backward pass begins, and when the last one has ended.
+        self._marks: list[list[float]] = [[] for _ in range(len(units) + 1)]
+        self._steps: list[float] = []
+        self._mark = 0.0
+        self._handles = [optimizer.register_step_pre_hook(self._after_backward)]
+        for number, unit in enumerate(units):
+            self._handles.append(unit.register_forward_pre_hook(self._before_forward))
+            after = functools.partial(self._after_forward, number)
+            self._handles.append(unit.register_forward_hook(after))
+
+    def step_taken(self, seconds: float) -> bool:
+        """Told after every step what it took; returns whether enough has been seen."""
+        self._steps.append(seconds)
+        return len(self._steps) == self.STEPS
+
+    def result(self) -> Arithmetic:
+        """Ends measuring."""
+        for handle in self._handles:
+            handle.remove()
+        rows = len(self.outputs[0])
+        # Backward from the last unit to the first.
+        backward = [
+            [end - begin for begin, end in zip(self._marks[number + 1], ends, strict=True)]
+            for number, ends in enumerate(self._marks[:-1])
+        ]
+        forward = [statistics.median(times[1:]) for times in self._forward]
+        train = [
+            f + statistics.median(times[1:]) for f, times in zip(forward, backward, strict=True)
+        ]
+        step = max(statistics.median(self._steps[1:]) - sum(train), 0.0)
+        return Arithmetic(
+            train=tuple(seconds / rows for seconds in train),
+            forward=tuple(seconds / rows for seconds in forward),
+            step=step,
+            outputs=tuple(self.outputs[:-1]),
+            rows=rows,
+            passes=len(self._steps),
+            seconds=0.0,
+        )
+
+    def _now(self) -> float:
+        _wait(self.device)
+        return time.perf_counter()
+
+    def _before_forward(self, unit: nn.Module, args: tuple[Any, ...]) -> None:
+        self._mark = self._now()
+
+    def _after_forward(
+        self, number: int, unit: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> None:
+        if not unit.training:  # validation after an epoch of fewer steps
+            return
+        self._forward[number].append(self._now() - self._mark)
+        self.outputs[number] = output.detach()
+        # Its gradient is there when the next unit's backward pass has ended.
+        output.register_hook(lambda gradient: self._marks[number + 1].append(self._now()))
+
+    def _after_backward(self, optimizer: object, args: object, kwargs: object) -> None:
+        self._marks[0].append(self._now())
+
+
+def profile(
+    arithmetic: Arithmetic,
     inputs: PixelRows,
     pixels: Tensor,
     *,
-    batch_size: int,
     row_passes: float,
     device: torch.device,
-    autocast_dtype: torch.dtype | None,
     decode_seconds: float,
     directory: Path,
     max_bytes: float = float("inf"),
     stored: str | None = None,
     codec: str = "raw",
 ) -> Profile:
-    """Measure a network and a disk.
+    """All that the planner needs: what computing takes, and what storing its results would.
 
     Args:
-        model: of the run; a copy of it is trained for a few batches.
+        arithmetic: measured by `measure` or a `StepClock`.
         inputs: knows the way from pixels to network input.
-        pixels: uint8 (n, C, H, W), as many as a batch may have; they are used as often as needed.
-        batch_size: of training.
-        row_passes: training rows of the whole run, over all epochs; measuring takes about `SHARE`
-            of the time that they take. Infinite measures as well as can be.
+        pixels: uint8 (n, C, H, W), a batch or less.
+        row_passes: see `passes_for`; infinite measures as well as can be.
+        device: of the run.
         decode_seconds: of an image, known from reading the data.
         directory: of the cache, prepared; a scratch store is written there and removed.
         max_bytes: that the scratch store may take.
         stored, codec: how activations are to be kept; only those codecs are tried.
     """
     start = time.perf_counter()
-    rows, passes = _sample_size(batch_size, row_passes)
-    pixels = pixels[torch.arange(rows) % len(pixels)]
-    with _untouched_random_state(device):
-        copied = copy.deepcopy(model)
-        units = partition(copied)
-        bench = _Bench(copied, units, device, autocast_dtype)
-        x, normalize = _timed(device, lambda: inputs.from_pixels(pixels))
-        for _ in range(passes):
-            x, normalize = _timed(device, lambda: inputs.from_pixels(pixels))
-            bench.measure(x)
-        step = bench.step_seconds()
-        codecs = CODECS[1:] if codec == "auto" else tuple({codec} & set(CODECS[1:]))
-        boundaries = bench.boundaries(x, stored, codecs)
-    spent = time.perf_counter() - start
-    train, forward = bench.medians(rows)
-    predicted = row_passes * sum(train)
+    inputs.from_pixels(pixels)
+    _, normalize = _timed(device, lambda: inputs.from_pixels(pixels))
+    codecs = CODECS[1:] if codec == "auto" else tuple({codec} & set(CODECS[1:]))
+    boundaries = tuple(_boundary(y, stored, codecs, device) for y in arithmetic.outputs)
+    spent = arithmetic.seconds + time.perf_counter() - start
+    predicted = row_passes * sum(arithmetic.train)
     row = pixels[0].nelement()
     sizes = [prod(each.row_shape) * np.dtype(each.dtype).itemsize for each in boundaries]
-    seconds = max(SHARE * predicted - spent, DISK_SHARE * SHARE * predicted)
-    disk = _measure_disk(directory, int(statistics.median([row, *sizes])), max_bytes, seconds)
+    disk = measure_disk(
+        directory,
+        int(statistics.median([row, *sizes])),
+        max_bytes,
+        max(SHARE * predicted - spent, DISK_SHARE * SHARE * predicted),
+    )
     return Profile(
-        train=train,
-        forward=forward,
-        normalize=normalize / rows,
+        train=arithmetic.train,
+        forward=arithmetic.forward,
+        normalize=normalize / len(pixels),
         decode=decode_seconds,
-        step=step,
+        step=arithmetic.step,
         boundaries=boundaries,
         pixel_bytes=row,
         write=disk.write,
@@ -237,28 +361,10 @@ def profile(
         verify=disk.verify,
         store=disk.store,
         problem=disk.problem,
-        rows=rows,
-        passes=passes,
-        seconds=time.perf_counter() - start,
+        rows=arithmetic.rows,
+        passes=arithmetic.passes,
+        seconds=arithmetic.seconds + time.perf_counter() - start,
     )
-
-
-def _sample_size(batch_size: int, row_passes: float) -> tuple[int, int]:
-    """Rows a pass, and passes, the first of which is to warm up."""
-    affordable = SHARE * (1 - DISK_SHARE) * row_passes / PASS_STEPS
-    if affordable >= 3 * batch_size:
-        return batch_size, int(min(affordable / batch_size, MAX_PASSES))
-    # Smaller batches take longer a row; a run that short has little to lose or to win. Two rows at
-    # least, for batch norm takes no statistics of a single value.
-    return min(max(int(affordable / 3), 2), batch_size), 3
-
-
-@contextlib.contextmanager
-def _untouched_random_state(device: torch.device) -> Iterator[None]:
-    """Dropout in the copy draws from the global generators: put back what they were."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
 
 
 def _timed(device: torch.device, work: Any) -> tuple[Any, float]:
@@ -290,13 +396,14 @@ class _Bench:
         self.forward: list[list[float]] = [[] for _ in units]
         self.train: list[list[float]] = [[] for _ in units]
 
-    def measure(self, x: Tensor) -> None:
-        """One pass in eval mode, one in training mode, of a batch of network input."""
-        self._eval_pass(x)
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One pass in eval mode, one in training mode, of a batch of network input; returns it at
+        the boundaries 1 .. L."""
+        outputs = self._eval_pass(x)
         self._train_pass(x)
+        return outputs
 
-    def _eval_pass(self, x: Tensor) -> list[Tensor]:
-        """Also the batch at the boundaries 1 .. L."""
+    def _eval_pass(self, x: Tensor) -> tuple[Tensor, ...]:
         self.model.eval()
         outputs = []
         x = canonical(x)
@@ -304,7 +411,7 @@ class _Bench:
             x, seconds = _timed(self.device, lambda unit=unit, x=x: self._eval(unit, x))
             times.append(seconds)
             outputs.append(x)
-        return outputs[:-1]
+        return tuple(outputs[:-1])
 
     def _eval(self, unit: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad(), autocast(self.device, self.dtype):
@@ -344,30 +451,26 @@ class _Bench:
 
         return tuple(map(middle, self.train)), tuple(map(middle, self.forward))
 
-    def boundaries(
-        self, x: Tensor, stored: str | None, codecs: Sequence[str]
-    ) -> tuple[Boundary, ...]:
-        """Boundaries 1 .. L, and what storing their rows takes."""
-        result = []
-        for y in self._eval_pass(x):
-            encoding = Encoding.of(y, stored)
-            plain, encode = _timed(self.device, lambda y=y, e=encoding: e.encode(y))
-            room, held = encoding.empty(len(y), plain.shape[1:])
-            held[:] = plain.reshape(len(y), -1).view(np.uint8)
-            _, decode = _timed(self.device, lambda r=room, e=encoding: e.decode(r, self.device))
-            lossless = encoding.stored == encoding.of(y, None).stored
-            few = plain[: max(CODEC_BYTES // max(plain[0].nbytes, 1), 1)]
-            result.append(
-                Boundary(
-                    row_shape=tuple(plain.shape[1:]),
-                    dtype=plain.dtype.name,
-                    # Copying is part of what writing and reading take.
-                    encode=0.0 if lossless else encode / len(y),
-                    decode=0.0 if lossless else decode / len(y),
-                    codecs={name: _try_codec(name, few) for name in codecs},
-                )
-            )
-        return tuple(result)
+
+def _boundary(
+    y: Tensor, stored: str | None, codecs: Sequence[str], device: torch.device
+) -> Boundary:
+    """What storing a boundary's rows takes, tried on a batch of them."""
+    encoding = Encoding.of(y, stored)
+    plain, encode = _timed(device, lambda: encoding.encode(y))
+    held, room = encoding.empty(len(y), plain.shape[1:])
+    room[:] = plain.reshape(len(y), -1).view(np.uint8)
+    _, decode = _timed(device, lambda: encoding.decode(held, device))
+    lossless = encoding == Encoding.of(y, None)
+    few = plain[: max(CODEC_BYTES // max(plain[0].nbytes, 1), 1)]
+    return Boundary(
+        row_shape=tuple(plain.shape[1:]),
+        dtype=plain.dtype.name,
+        # Copying is part of what writing and reading take.
+        encode=0.0 if lossless else encode / len(y),
+        decode=0.0 if lossless else decode / len(y),
+        codecs={name: _try_codec(name, few) for name in codecs},
+    )
 
 
 def _try_codec(name: str, rows: Any) -> CodecCost:
@@ -380,73 +483,3 @@ def _try_codec(name: str, rows: Any) -> CodecCost:
     codec.decode(encoded, out)
     decode = time.perf_counter() - mark
     return CodecCost(len(encoded) / rows.nbytes, encode / rows.nbytes, decode / rows.nbytes)
-
-
-@dataclass(frozen=True)
-class _Disk:
-    """Seconds a byte; `store` is seconds. `problem`: why nothing can be kept at all."""
-
-    write: float = 0.0
-    read: float = 0.0
-    verify: float = 0.0
-    store: float = 0.0
-    problem: str | None = None
-
-
-def _measure_disk(directory: Path, row_bytes: int, max_bytes: float, seconds: float) -> _Disk:
-    """Write a scratch store into the cache's folder and read it, for about as long as given."""
-    most = int(min(max_bytes, MAX_SCRATCH_BYTES)) // row_bytes
-    few = min(max(FIRST_SCRATCH_BYTES // row_bytes, 1), most)
-    if few < 1:
-        return _Disk(problem="there is no room for anything")
-    try:
-        start = time.perf_counter()
-        disk = _measure_scratch(directory, few, row_bytes)
-    except OSError as error:
-        return _Disk(problem=error.strerror or str(error))
-    left = seconds - (time.perf_counter() - start)
-    per_row = (disk.write + disk.read + disk.verify) * row_bytes
-    rows = int(min(most, left / per_row))
-    if rows > 2 * few:
-        with contextlib.suppress(OSError):  # the disk is fuller than we may fill it
-            disk = _measure_scratch(directory, rows, row_bytes)
-    return disk
-
-
-def _measure_scratch(directory: Path, rows: int, row_bytes: int) -> _Disk:
-    # Named so that what a killed run leaves of it is removed with the rest of its rubbish.
-    with tempfile.TemporaryDirectory(prefix=TRASH, dir=directory) as folder:
-        layout = Layout.of(rows, (row_bytes,), "uint8")
-        name = "0" * 32
-        about = Description(name, "", 0, "", "uint8", "uint8", time.time(), {"train": layout}, {})
-        content = np.random.default_rng(0).integers(0, 256, (min(rows, 64), row_bytes), np.uint8)
-        mark = time.perf_counter()
-        writer = StoreWriter(Path(folder), about)
-        store_seconds = time.perf_counter() - mark
-        try:
-            mark = time.perf_counter()
-            for start in range(0, rows, len(content)):
-                writer.append("train", content[: rows - start])
-            write = time.perf_counter() - mark
-            mark = time.perf_counter()
-            store = writer.commit()
-        except BaseException:
-            writer.abort()
-            raise
-        store_seconds += time.perf_counter() - mark
-        try:
-            mark = time.perf_counter()
-            damage = next(store.damage(), None)
-            verify = time.perf_counter() - mark
-            if damage is not None:
-                raise OSError(damage)
-            order = np.random.default_rng(0).permutation(rows)
-            mark = time.perf_counter()
-            for batch in np.array_split(order, -(-rows // 64)):
-                # Into new memory, as in training.
-                store.readers["train"].read(batch, np.empty((len(batch), row_bytes), np.uint8))
-            read = time.perf_counter() - mark
-        finally:
-            store.close()
-    size = rows * row_bytes
-    return _Disk(write / size, read / size, verify / size, store_seconds)

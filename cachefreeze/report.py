@@ -121,16 +121,16 @@ def materialize_line(event: Mapping[str, Any]) -> str:
 
 
 def plan_words(
-    plan: Plan, run: Run, units: Sequence[str], measured: float, why_nothing: str
+    plan: Plan, run: Run, units: Sequence[str], measured: str, why_nothing: str
 ) -> list[str]:
-    """A plan in three lines."""
+    """A plan in three lines; `measured` says how its costs were."""
     totals = (
         f"{duration(plan.seconds)} predicted; {duration(plan.freezing_only)} with freezing only, "
         f"{duration(plan.no_freezing)} without, {duration(plan.limit)} at the limit"
     )
     if not plan.moves:
         nothing = f"          nothing is kept: {why_nothing}"
-        return [f"plan      {totals}", nothing, _measured(measured)]
+        return [f"plan      {totals}", nothing, f"          measured {measured}"]
     kept = ", ".join(
         f"{_place(move.keep.boundary, units)} (epoch {_epoch(move.step, run)})"
         for move in plan.moves
@@ -140,12 +140,8 @@ def plan_words(
     return [
         f"plan      {totals}{share}",
         f"          keeps {kept}; at most {human_bytes(most)} each",
-        _measured(measured),
+        f"          measured {measured}",
     ]
-
-
-def _measured(seconds: float) -> str:
-    return f"          measured on this machine in {duration(seconds)}, and again while it runs"
 
 
 def room_words(roomy: Plan, max_bytes: float) -> str:

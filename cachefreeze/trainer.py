@@ -15,19 +15,15 @@ from cachefreeze.checkpoint import save_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.data import DataSet, InputRows
 from cachefreeze.device import autocast
-from cachefreeze.forecast import Filled, Forecast, pays_at_best
 from cachefreeze.freezeout import FreezeOutLR, param_groups
 from cachefreeze.hashing import weights_sha256
 from cachefreeze.models.units import partition
-from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
-from cachefreeze.profiler import profile
+from cachefreeze.planner import Run
+from cachefreeze.planning import NO_PLANNING, Planning
 from cachefreeze.report import (
     RunFolder,
     epoch_line,
-    materialize_line,
-    plan_words,
     progress_bar,
-    room_words,
     say,
 )
 from cachefreeze.rows import Indices, batches_of, epoch_order
@@ -59,7 +55,6 @@ class Trainer:
         make_cache: Callable[..., PrefixCache] = PrefixCache,
     ) -> None:
         self.settings = settings
-        self.data = data
         self.device = device
         self.autocast_dtype = autocast_dtype
         self.folder = folder
@@ -102,16 +97,32 @@ class Trainer:
         )
         self.step = 0
         self.best_val_accuracy = 0.0
-        self.seconds = {"profile": 0.0, "train": 0.0, "materialize": 0.0, "validate": 0.0}
-        self.forecast: Forecast | None = None
-        # Of the whole batches since the frontier or the boundary moved.
-        self.step_seconds: list[float] = []
+        self.seconds = {"train": 0.0, "validate": 0.0}
+        self.planning = None
+        if settings.cache:
+            self.planning = Planning(
+                self.cache,
+                self.model,
+                self.optimizer,
+                self.inputs["train"],
+                Run(
+                    self.scheduler.schedule.freeze_steps,
+                    self.total_steps,
+                    len(data.train),
+                    len(data.val),
+                    settings.batch_size,
+                ),
+                decode_seconds=data.decode_seconds,
+                policy=settings.cache_policy,
+                codec=settings.codec,
+                tell=say,
+            )
 
     def fit(self) -> dict[str, Any]:
         """Train all epochs; returns what goes into summary.json, but for `wall_seconds`."""
         try:
-            if self.settings.cache:
-                self._plan()
+            if self.planning is not None:
+                self.planning.start()
             with progress_bar("epochs", self.settings.epochs, "epoch", leave=True) as bar:
                 for epoch in range(self.settings.epochs):
                     metrics = self._epoch(epoch)
@@ -124,12 +135,11 @@ class Trainer:
             self.cache.close()
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
-        before = dict(self.seconds)
+        before = self._spent()
         train_loss = self._train(epoch)
         val_loss, val_accuracy = self._validate()
         self.best_val_accuracy = max(self.best_val_accuracy, val_accuracy)
-        spent = {name: self.seconds[name] - before[name] for name in before}
-        del spent["profile"]
+        spent = {name: seconds - before[name] for name, seconds in self._spent().items()}
         return {
             "epoch": epoch + 1,
             "step": self.step,
@@ -140,7 +150,7 @@ class Trainer:
             "frozen_units": self.units.frontier,
             "boundary": self.cache.boundary,
             "source": "pixels" if self.cache.boundary == 0 else "cache",
-            "seconds": sum(spent.values()),
+            "seconds": spent["train"] + spent["materialize"] + spent["validate"],
             "train_seconds": spent["train"],
             "materialize_seconds": spent["materialize"],
             "validate_seconds": spent["validate"],
@@ -159,15 +169,13 @@ class Trainer:
         with progress_bar(f"epoch {epoch + 1}", rows, "img") as bar:
             for indices in order:
                 mark = time.perf_counter()
-                with self._timed("train"):
-                    losses.append(self._step(next(batches), indices))
-                    frontier = self.units.frontier
-                    self.scheduler.step()
-                    self.step += 1
-                if len(indices) == self.settings.batch_size:
-                    self.step_seconds.append(time.perf_counter() - mark)
-                if self.units.frontier > frontier:
-                    self._freeze(frontier)
+                losses.append(self._step(next(batches), indices))
+                self.scheduler.step()
+                self.step += 1
+                seconds = time.perf_counter() - mark
+                self.seconds["train"] += seconds
+                if self.planning is not None:
+                    self.planning.after_step(seconds, len(indices))
                 bar.update(len(indices))
         with self._timed("train"):
             weights = torch.tensor([len(indices) for indices in order])
@@ -204,106 +212,6 @@ class Trainer:
     def _labels(self, split: str, indices: Indices) -> Tensor:
         return self.labels[split][torch.from_numpy(indices).to(self.device)]
 
-    def _plan(self) -> None:
-        """Measure, and plan the run; what is to be kept from the start is made now."""
-        run = Run(
-            self.scheduler.schedule.freeze_steps,
-            self.total_steps,
-            len(self.labels["train"]),
-            len(self.labels["val"]),
-            self.settings.batch_size,
-        )
-        decoding = self.data.decode_seconds > 0
-        if self.settings.cache_policy == "planned" and not pays_at_best(run, decoding):
-            say("plan      nothing is kept: units freeze too late in the run for a store to pay")
-            return
-        assert self.cache.directory is not None
-        pixels = self.data.train.sample(self.settings.batch_size).permute(0, 3, 1, 2)
-        with self._timed("profile"):
-            measured = profile(
-                self.model,
-                self.inputs["train"],
-                pixels,
-                batch_size=self.settings.batch_size,
-                row_passes=self.settings.epochs * run.train_rows,
-                device=self.device,
-                autocast_dtype=self.autocast_dtype,
-                decode_seconds=self.data.decode_seconds,
-                directory=self.cache.directory,
-                max_bytes=self.cache.max_bytes,
-                stored=self.settings.stored,
-                codec=self.settings.codec,
-            )
-            self.forecast = Forecast(
-                measured,
-                run,
-                self.cache.rows,
-                self.cache.max_bytes,
-                codec=self.settings.codec,
-                policy=self.settings.cache_policy,
-                found={0} if decoding and self.cache.has(0) else frozenset(),
-            )
-        self.folder.write_json("profile.json", measured.as_json())
-        plan, why = self.forecast.first, self.forecast.why_nothing
-        for line in plan_words(plan, run, self.units.names, measured.seconds, why):
-            say(line)
-        if (roomy := self.forecast.with_more_room) is not None:
-            say(room_words(roomy, self.cache.max_bytes))
-        self._carry_out(plan)
-
-    def _freeze(self, frontier: int) -> None:
-        """After the frontier has moved on from `frontier`: plan the rest anew, and begin it."""
-        if self.forecast is None:
-            return
-        with self._timed("materialize"):
-            self.forecast.observe_steps(self.step_seconds, frontier, self._source())
-            reading = self.cache.seconds_per_byte_read
-            if reading is not None and self.cache.boundary:  # pixels take more than reading
-                self.forecast.observe_reading(reading)
-            now = self.units.frontier
-            found = {now} if self.cache.has(now) else frozenset()
-            plan = self.forecast.revise(self.step, self._source(), found)
-        self._carry_out(plan)
-        self.step_seconds = []
-
-    def _source(self) -> Keep | None:
-        """Where rows come from now, as the planner names it; None is the network's input."""
-        if self.cache.store is None or self.forecast is None:
-            return None
-        return self.forecast.keep(self.cache.boundary, self.cache.store.description.codec)
-
-    def _carry_out(self, plan: Plan) -> None:
-        """What the plan asks for at this step."""
-        assert self.forecast is not None
-        for event in plan.events:
-            if event.step > self.step:
-                break
-            self._settle(dropped=not isinstance(event, Move))
-            if not isinstance(event, Move):
-                self.cache.leave()
-            elif not self._materialize(event):
-                break  # what comes after it was to be made of it
-
-    def _materialize(self, move: Move) -> bool:
-        assert self.forecast is not None
-        source, before = self._source(), self.cache.prefix_seconds_per_row
-        with self._timed("materialize"):
-            done = self.cache.materialize(move.keep.boundary, move.keep.codec)
-        if done is None:
-            return False
-        self.forecast.observe_filling(source, move.keep, done)
-        spared = self.cache.prefix_seconds_per_row - before
-        unit = self.units.names[done.boundary - 1] if done.boundary else "pixels"
-        filled = Filled(self.step, unit, move, done, spared)
-        self.forecast.add(filled)
-        say(materialize_line(filled.as_json()))
-        return True
-
-    def _settle(self, *, dropped: bool) -> None:
-        assert self.forecast is not None
-        gone = dropped or self.cache.store is None
-        self.forecast.settle(self.cache.rows_served, self.cache.read_seconds, dropped=gone)
-
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -324,12 +232,17 @@ class Trainer:
         with self.folder.writing():
             save_checkpoint(self.folder.path / "last.pt", state)
 
+    def _spent(self) -> dict[str, float]:
+        """Seconds so far, by what they were spent on."""
+        return {**(self.planning.seconds if self.planning else NO_PLANNING), **self.seconds}
+
     def _summary(self, last: dict[str, Any]) -> dict[str, Any]:
-        forecast = self.forecast
-        if forecast is not None:
-            self._settle(dropped=True)
+        planning = self.planning
+        plan = planning.comparison(sum(self.seconds.values())) if planning else None
+        if planning is not None and planning.forecast is not None:
+            self.folder.write_json("profile.json", planning.forecast.profile.as_json())
         return {
-            **{f"{part}_seconds": seconds for part, seconds in self.seconds.items()},
+            **{f"{part}_seconds": seconds for part, seconds in self._spent().items()},
             "epochs": self.settings.epochs,
             "steps": self.step,
             "val_accuracy": last["val_accuracy"],
@@ -340,7 +253,7 @@ class Trainer:
             "units": list(self.units.names),
             "cache": {
                 "enabled": self.settings.cache,
-                "boundaries": [filled.as_json() for filled in forecast.filled] if forecast else [],
+                "boundaries": planning.events if planning else [],
                 "rows_served": self.cache.rows_served,
                 "prefix_unit_rows_computed": self.cache.prefix_unit_rows_computed,
                 "saved_seconds": self.cache.saved_seconds,
@@ -348,33 +261,5 @@ class Trainer:
                 "compute_seconds": self.cache.compute_seconds,
                 "store": None if self.cache.store is None else str(self.cache.store.folder),
             },
-            "plan": None if forecast is None else self._predicted_and_actual(forecast),
-        }
-
-    def _predicted_and_actual(self, forecast: Forecast) -> dict[str, Any]:
-        """The plan made at the start beside what happened: seconds of training, validation and
-        materialising."""
-        plan, spent = forecast.first, self.seconds
-        seconds = spent["train"] + spent["validate"] + spent["materialize"]
-        freezing_only = seconds + self.cache.saved_seconds
-        # A free cache would spare all of this, but for normalising what nothing is frozen before.
-        wasted = spent["materialize"] + self.cache.read_seconds + self.cache.compute_seconds
-        limit = seconds - wasted + self.cache.unfrozen_rows * forecast.profile.normalize
-        return {
-            "profile_seconds": spent["profile"],
-            "predicted": {
-                "seconds": plan.seconds,
-                "freezing_only": plan.freezing_only,
-                "no_freezing": plan.no_freezing,
-                "limit": plan.limit,
-                "efficiency": plan.efficiency,
-                "materializations": len(plan.moves),
-            },
-            "actual": {
-                "seconds": seconds,
-                "freezing_only": freezing_only,
-                "limit": limit,
-                "efficiency": efficiency(freezing_only, seconds + spent["profile"], limit),
-                "materializations": len(forecast.filled),
-            },
+            "plan": plan,
         }

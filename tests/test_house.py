@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 FLOORS = [
     ["errors", "files", "hashing", "rows", "schedule", "planner"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint"],
-    ["encoding"],
+    ["encoding", "scratch"],
     ["config", "freezeout", "cache", "profiler"],
     ["forecast"],
+    ["planning"],
     ["trainer", "preview"],
     ["train"],
 ]

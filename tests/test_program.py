@@ -66,7 +66,7 @@ def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None
     cache = summary["cache"]
     assert cache["enabled"]
     assert [event["boundary"] for event in cache["boundaries"]] == [0, 1, 2, 3, 4]
-    assert [event["step"] for event in cache["boundaries"]] == [0, 4, 8, 12, 16]
+    assert [event["step"] for event in cache["boundaries"]] == [3, 4, 8, 12, 16]
     assert all(event["rows"] == 183 for event in cache["boundaries"])
     assert cache["boundaries"][1]["bytes"] > 183 * 16 * 32 * 32 * 4
     assert Path(cache["store"]).is_dir()

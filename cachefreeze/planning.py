@@ -1,0 +1,256 @@
+"""Runs a training loop's cache by plan: measures, plans, fills, and plans anew at every freeze."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from cachefreeze.cache import PrefixCache
+from cachefreeze.data import InputRows
+from cachefreeze.forecast import Filled, Forecast, pays_at_best
+from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
+from cachefreeze.profiler import Arithmetic, StepClock, measure, passes_for, profile
+from cachefreeze.report import duration, materialize_line, plan_words, room_words
+
+# What a run without a cache spends on planning one.
+NO_PLANNING = {"profile": 0.0, "materialize": 0.0}
+
+
+class Planning:
+    """What a training loop tells of its steps, and what that means for its cache.
+
+    Args:
+        cache: with a directory; it is filled and left from here.
+        model: of the run: its units in order.
+        optimizer: of the run.
+        inputs: the training rows' way from pixels to network input.
+        run: when units freeze.
+        decode_seconds: of an image; 0 if pixels lie in memory.
+        policy, codec: see `Forecast`.
+        tell: is given lines for the user.
+
+    Attributes:
+        forecast: once there is one. A run too short for a store to pay has none.
+        seconds: spent on measuring (`profile`), and on filling stores and planning (`materialize`).
+
+    Example:
+        >>> planning.start()  # doctest: +SKIP
+        >>> for batch in batches:  # doctest: +SKIP
+        ...     seconds = step(batch)
+        ...     planning.after_step(seconds, len(batch))
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        model: nn.Sequential,
+        optimizer: torch.optim.Optimizer,
+        inputs: InputRows,
+        run: Run,
+        *,
+        decode_seconds: float,
+        policy: str,
+        codec: str,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.cache = cache
+        self.model = model
+        self.optimizer = optimizer
+        self.inputs = inputs
+        self.run = run
+        self.decode_seconds = decode_seconds
+        self.policy = policy
+        self.codec = codec
+        self.tell = tell
+        self.forecast: Forecast | None = None
+        self.seconds = dict(NO_PLANNING)
+        self.step = 0
+        self._clock: StepClock | None = None
+        self._frontier = cache.units.frontier
+        # Of the whole batches since the frontier or the source of rows moved.
+        self._step_seconds: list[float] = []
+        self._served_from = cache.store
+        # Of the steps before there was a plan.
+        self._unplanned = 0.0
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Every materialisation as predicted and as it happened, in plain values."""
+        return [] if self.forecast is None else [each.as_json() for each in self.forecast.filled]
+
+    def start(self) -> None:
+        """Before the first step: measure and plan; or see to it that the first steps are measured,
+        if the run is too short for anything else."""
+        if self.policy == "planned" and not pays_at_best(self.run, self.decode_seconds > 0):
+            self.tell("plan      nothing is kept: units freeze too late in the run to pay")
+            return
+        row_passes = self.run.train_rows_before(self.run.total_steps)
+        passes = passes_for(row_passes, self.run.batch_size)
+        if passes < 2:
+            self._clock = StepClock(self.cache.units, self.optimizer, self.cache.device)
+            return
+        with self._timed("profile"):
+            measured = measure(
+                self.model,
+                self.inputs.from_pixels(self._pixels()),
+                passes=passes,
+                device=self.cache.device,
+                autocast_dtype=self.cache.autocast_dtype,
+            )
+        self._plan(measured)
+
+    def after_step(self, seconds: float, rows: int) -> None:
+        """After every step and what the schedule froze then: its seconds, and its batch's rows."""
+        self.step += 1
+        frontier = self.cache.units.frontier
+        if self.cache.store is not self._served_from:  # it was given up in the middle
+            self._served_from, self._step_seconds = self.cache.store, []
+        elif rows == self.run.batch_size:
+            self._step_seconds.append(seconds)
+        if self.forecast is None:
+            self._unplanned += seconds
+        if self._clock is not None and (self._clock.step_taken(seconds) or frontier):
+            measured, self._clock = self._clock.result(), None
+            # If a unit froze before enough was seen, the run goes on without: it is over soon.
+            if not frontier:
+                self._plan(measured)
+        elif frontier > self._frontier and self.forecast is not None:
+            with self._timed("materialize"):
+                plan = self._plan_again(self.forecast)
+            self._carry_out(self.forecast, plan)
+        if frontier > self._frontier:
+            self._frontier, self._step_seconds = frontier, []
+
+    def comparison(self, seconds: float) -> dict[str, Any] | None:
+        """The plan made at the start beside what happened, at the end; None if there was none.
+
+        Args:
+            seconds: of all training and validation.
+        """
+        forecast = self.forecast
+        if forecast is None:
+            return None
+        self._settle(forecast, dropped=True)
+        cache, plan = self.cache, forecast.first
+        seconds = seconds - self._unplanned + self.seconds["materialize"]
+        freezing_only = seconds + cache.saved_seconds
+        # A free cache would spare all of this, but for normalising what nothing is frozen before.
+        wasted = self.seconds["materialize"] + cache.read_seconds + cache.compute_seconds
+        limit = seconds - wasted + cache.unfrozen_rows * forecast.profile.normalize
+        measured = seconds + self.seconds["profile"]
+        return {
+            "profile_seconds": self.seconds["profile"],
+            "predicted": {
+                "seconds": plan.seconds,
+                "freezing_only": plan.freezing_only,
+                "no_freezing": plan.no_freezing,
+                "limit": plan.limit,
+                "efficiency": plan.efficiency,
+                "materializations": len(plan.moves),
+            },
+            "actual": {
+                "seconds": seconds,
+                "freezing_only": freezing_only,
+                "limit": limit,
+                "efficiency": efficiency(freezing_only, measured, limit),
+                "materializations": len(forecast.filled),
+            },
+        }
+
+    def _pixels(self) -> torch.Tensor:
+        return self.inputs.images.sample(self.run.batch_size).permute(0, 3, 1, 2)
+
+    def _plan(self, measured: Arithmetic) -> None:
+        """Plan from here on, tell, and begin with it."""
+        assert self.cache.directory is not None
+        with self._timed("profile"):
+            found = {0} if self.decode_seconds > 0 and self.cache.has(0) else frozenset()
+            forecast = self.forecast = Forecast(
+                profile(
+                    measured,
+                    self.inputs,
+                    self._pixels(),
+                    row_passes=self.run.train_rows_before(self.run.total_steps),
+                    device=self.cache.device,
+                    decode_seconds=self.decode_seconds,
+                    directory=self.cache.directory,
+                    max_bytes=self.cache.max_bytes,
+                    stored=self.cache.stored,
+                    codec=self.codec,
+                ),
+                self.run,
+                self.cache.rows,
+                self.cache.max_bytes,
+                codec=self.codec,
+                policy=self.policy,
+                start=self.step,
+                found=found,
+            )
+        how = f"in {duration(self.seconds['profile'])}"
+        if self.step:
+            how = f"in the first {measured.passes} steps, and the disk {how}"
+        names = self.cache.units.names
+        for line in plan_words(forecast.first, self.run, names, how, forecast.why_nothing):
+            self.tell(line)
+        if (roomy := forecast.with_more_room) is not None:
+            self.tell(room_words(roomy, self.cache.max_bytes))
+        self._carry_out(forecast, forecast.first)
+
+    def _plan_again(self, forecast: Forecast) -> Plan:
+        """After a freeze: with all that has been seen since the last."""
+        source = self._source(forecast)
+        forecast.observe_steps(self._step_seconds, self._frontier, source)
+        reading = self.cache.seconds_per_byte_read
+        if reading is not None and self.cache.boundary:  # pixels take more than reading
+            forecast.observe_reading(reading)
+        now = self.cache.units.frontier
+        found = {now} if self.cache.has(now) else frozenset()
+        return forecast.revise(self.step, source, found)
+
+    def _source(self, forecast: Forecast) -> Keep | None:
+        """Where rows come from now, as the planner names it; None is the network's input."""
+        if self.cache.store is None:
+            return None
+        return forecast.keep(self.cache.boundary, self.cache.store.description.codec)
+
+    def _carry_out(self, forecast: Forecast, plan: Plan) -> None:
+        """What the plan asks for at this step."""
+        for event in plan.events:
+            if event.step > self.step:
+                break
+            dropped = not isinstance(event, Move)
+            self._settle(forecast, dropped=dropped)
+            if not isinstance(event, Move):
+                self.cache.leave()
+            elif not self._materialize(forecast, event):
+                break  # what comes after it was to be made of it
+        self._served_from, self._step_seconds = self.cache.store, []
+
+    def _materialize(self, forecast: Forecast, move: Move) -> bool:
+        source, before = self._source(forecast), self.cache.prefix_seconds_per_row
+        with self._timed("materialize"):
+            done = self.cache.materialize(move.keep.boundary, move.keep.codec)
+        if done is None:
+            return False
+        forecast.observe_filling(source, move.keep, done)
+        spared = self.cache.prefix_seconds_per_row - before
+        unit = self.cache.units.names[done.boundary - 1] if done.boundary else "pixels"
+        filled = Filled(self.step, unit, move, done, spared)
+        forecast.add(filled)
+        self.tell(materialize_line(filled.as_json()))
+        return True
+
+    def _settle(self, forecast: Forecast, *, dropped: bool) -> None:
+        gone = dropped or self.cache.store is None
+        forecast.settle(self.cache.rows_served, self.cache.read_seconds, dropped=gone)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start

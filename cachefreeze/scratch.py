@@ -1,0 +1,83 @@
+"""What the disk under a cache takes, measured with a scratch store in the cache's own folder."""
+
+import contextlib
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cachefreeze.store import TRASH, Description, Layout, StoreWriter
+
+FIRST_SCRATCH_BYTES, MAX_SCRATCH_BYTES = 2**19, 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Seconds a byte; `store` is seconds. `problem`: why nothing can be kept at all."""
+
+    write: float = 0.0
+    read: float = 0.0
+    verify: float = 0.0
+    store: float = 0.0
+    problem: str | None = None
+
+
+def measure_disk(directory: Path, row_bytes: int, max_bytes: float, seconds: float) -> Disk:
+    """Write a scratch store into the cache's folder and read it, for about as long as given."""
+    most = int(min(max_bytes, MAX_SCRATCH_BYTES)) // row_bytes
+    few = min(max(FIRST_SCRATCH_BYTES // row_bytes, 1), most)
+    if few < 1:
+        return Disk(problem="there is no room for anything")
+    try:
+        start = time.perf_counter()
+        disk = _measure_scratch(directory, few, row_bytes)
+    except OSError as error:
+        return Disk(problem=error.strerror or str(error))
+    left = seconds - (time.perf_counter() - start)
+    per_row = (disk.write + disk.read + disk.verify) * row_bytes
+    rows = int(min(most, left / per_row))
+    if rows > 2 * few:
+        with contextlib.suppress(OSError):  # the disk is fuller than we may fill it
+            disk = _measure_scratch(directory, rows, row_bytes)
+    return disk
+
+
+def _measure_scratch(directory: Path, rows: int, row_bytes: int) -> Disk:
+    # Named so that what a killed run leaves of it is removed with the rest of its rubbish.
+    with tempfile.TemporaryDirectory(prefix=TRASH, dir=directory) as folder:
+        layout = Layout.of(rows, (row_bytes,), "uint8")
+        name = "0" * 32
+        about = Description(name, "", 0, "", "uint8", "uint8", time.time(), {"train": layout}, {})
+        content = np.random.default_rng(0).integers(0, 256, (min(rows, 64), row_bytes), np.uint8)
+        mark = time.perf_counter()
+        writer = StoreWriter(Path(folder), about)
+        store_seconds = time.perf_counter() - mark
+        try:
+            mark = time.perf_counter()
+            for start in range(0, rows, len(content)):
+                writer.append("train", content[: rows - start])
+            write = time.perf_counter() - mark
+            mark = time.perf_counter()
+            store = writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+        store_seconds += time.perf_counter() - mark
+        try:
+            mark = time.perf_counter()
+            damage = next(store.damage(), None)
+            verify = time.perf_counter() - mark
+            if damage is not None:
+                raise OSError(damage)
+            order = np.random.default_rng(0).permutation(rows)
+            mark = time.perf_counter()
+            for batch in np.array_split(order, -(-rows // 64)):
+                # Into new memory, as in training.
+                store.readers["train"].read(batch, np.empty((len(batch), row_bytes), np.uint8))
+            read = time.perf_counter() - mark
+        finally:
+            store.close()
+    size = rows * row_bytes
+    return Disk(write / size, read / size, verify / size, store_seconds)
