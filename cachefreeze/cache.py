@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefreeze.device import autocast, free_memory, numerics
+from cachefreeze.device import autocast, memory_for_rows, numerics, synchronize
 from cachefreeze.encoding import Encoding, name_of
 from cachefreeze.files import human_bytes, size_of_tree
 from cachefreeze.fingerprint import Sources, structure
@@ -30,6 +30,7 @@ from cachefreeze.store import (
     StoreTooLarge,
     StoreWriter,
     in_use,
+    is_committed,
     open_store,
     prepare_cache_dir,
     remove_rubbish,
@@ -39,10 +40,6 @@ from cachefreeze.store import (
 
 # Batches that the system is asked to have in memory before they are read.
 READ_AHEAD = 2
-# A store's files beside its chunks: four small ones, and a few numbers a chunk in the manifest.
-METADATA_BYTES, METADATA_BYTES_A_CHUNK = 16_000, 32
-# Of the memory that is free: what the decoded rows of a compressed store may take.
-MEMORY_SHARE = 0.5
 # Batches whose reading is compared with computing them.
 WATCHED_BATCHES = 20
 # Rows that the ranges of int8 are taken from.
@@ -100,9 +97,9 @@ class PrefixCache:
             while materialising.
         saved_seconds: an estimate from what materialising measured: time in the frozen units for
             the rows that were served, less the time that filling and reading the stores took.
-        read_seconds: that reading those rows took.
+        read_seconds: that reading those rows took (on a CPU; elsewhere it is not known).
         compute_seconds: that decoding and the frozen units took for the rows of training and
-            validation, so far.
+            validation, so far (likewise).
         unfrozen_rows: of training and validation before anything was frozen.
 
     Raises:
@@ -162,8 +159,10 @@ class PrefixCache:
 
     @property
     def seconds_per_byte_read(self) -> float | None:
-        """Of stored rows, decoding included: median of the last batches; None before any."""
-        if self._watched and self._store is not None:
+        """Of stored activations, decoding included: median of the last batches, also after their
+        store was left; None before any. On a CPU only."""
+        # Decoded pixels take more than reading.
+        if self._watched and self._store is not None and self.boundary:
             layout = next(iter(self._store.description.splits.values()))
             return statistics.median(self._watched) / layout.row_bytes
         return self._last_watched
@@ -180,14 +179,16 @@ class PrefixCache:
         """
         yield from self._serve(split, order, None)
 
-    def materialize(self, stop: int | None = None, codec: str = "raw") -> Materialization | None:
+    def materialize(
+        self, stop: int | None = None, codec: str = "raw", *, fill: bool = True
+    ) -> Materialization | None:
         """Move the boundary to `stop` (default: the frontier), through a store of all its rows.
 
         The store is filled from the present boundary, running only the units between; the store
         that served until now is removed afterwards. 0 keeps the decoded pixels. With `lz4` or
-        `zstd` the store is compressed, and its rows are served from memory. If a store cannot be
-        had (disk full, over the budget, in the hands of another run) nothing changes, `warn` is
-        told, and None is returned.
+        `zstd` the store is compressed, and its rows are served from memory. Without `fill` only a
+        store that is there already is taken. If a store cannot be had (disk full, over the budget,
+        in the hands of another run) nothing changes, `warn` is told, and None is returned.
         """
         stop = self.units.frontier if stop is None else stop
         pixels = stop == 0 and self._store is None and self.keeps_pixels
@@ -199,10 +200,10 @@ class PrefixCache:
         try:
             store = self._find(fingerprint)
             reused = store is not None
-            if store is None:
+            if store is None and fill:
                 store, computed = self._write(fingerprint, stop, codec)
-            if store is not None:
-                self._load(store)
+            if store is not None and not self._load(store):
+                store = None
         except BlockingIOError:
             self.warn(f"another run is using the store after {self._name(stop)}: not cached")
             return None
@@ -212,10 +213,10 @@ class PrefixCache:
                 f"they are still larger than {human_bytes(self.max_bytes)} allow (--cache-max-gb)"
             )
             return None
-        except OSError as error:
+        except (OSError, StoreError) as error:
+            reason = getattr(error, "strerror", None) or error
             self.warn(
-                f"the store after {self._name(stop)} cannot be written "
-                f"({error.strerror or error}): not cached"
+                f"the store after {self._name(stop)} cannot be written ({reason}): not cached"
             )
             return None
         finally:
@@ -243,9 +244,9 @@ class PrefixCache:
 
     def has(self, stop: int) -> bool:
         """Whether a committed store of the rows at boundary `stop` is on disk already."""
-        if self.directory is None or not store_folders(self.directory):
+        if self.directory is None:
             return False
-        return (self.directory / self.fingerprint(stop) / "COMMITTED").is_file()
+        return is_committed(self.directory / self.fingerprint(stop))
 
     def fingerprint(self, stop: int) -> str:
         """Of all that the rows at boundary `stop` depend on, to the last bit."""
@@ -288,7 +289,7 @@ class PrefixCache:
                         self._count(len(x), time.perf_counter() - mark)
                         mark = time.perf_counter()
                     x = self._run(x, boundary, self.units.frontier if stop is None else stop)
-                    if stop is None:
+                    if stop is None and self.device.type == "cpu":
                         self.compute_seconds += time.perf_counter() - mark
                     yield x
                     done += 1
@@ -311,13 +312,17 @@ class PrefixCache:
         """Of rows at the boundary, that they took so many seconds."""
         if self.units.frontier == 0:
             self.unfrozen_rows += rows
+        if self.device.type != "cpu":
+            # Work on a device is not done when it was asked for, and waiting would slow it down.
+            seconds = 0.0
         if self._store is None:
             self.compute_seconds += seconds
             return
         self.rows_served += rows
         self.read_seconds += seconds
         self.saved_seconds += rows * self.prefix_seconds_per_row - seconds
-        self._watched.append(seconds / rows)
+        if seconds:
+            self._watched.append(seconds / rows)
 
     def _watch(self) -> None:
         """Go back to computing rows if that is faster than reading them."""
@@ -356,12 +361,23 @@ class PrefixCache:
             return None
         return store
 
-    def _load(self, store: Store) -> None:
+    def _load(self, store: Store) -> bool:
+        """Decode the rows of a compressed store into memory; whether that could be done."""
+        about = store.description
+        if about.memory_bytes > memory_for_rows():
+            self.warn(
+                f"the store after {about.unit} is not used: decoded it would take "
+                f"{human_bytes(about.memory_bytes)} of memory"
+            )
+            store.close()
+            return False
         try:
             store.load()
-        except OSError:
+        except OSError as error:
+            self.warn(f"the store after {about.unit} cannot be read ({error.strerror or error})")
             store.remove()
-            raise
+            return False
+        return True
 
     def _write(self, fingerprint: str, stop: int, codec: str) -> tuple[Store | None, float]:
         """Fill a new store; None if it would not fit. Also the seconds for its rows."""
@@ -379,6 +395,7 @@ class PrefixCache:
                 mark = time.perf_counter()
                 waiting: list[Tensor] = []
                 for x in source:
+                    synchronize(self.device)
                     compute_seconds += time.perf_counter() - mark
                     waiting.append(x)
                     if writer is None:
@@ -446,7 +463,7 @@ class PrefixCache:
         too little. What no run uses goes, if it is not."""
         assert self.directory is not None
         compressed = description.codec != "raw"
-        if description.memory_bytes > MEMORY_SHARE * free_memory():
+        if description.memory_bytes > memory_for_rows():
             self.warn(
                 f"activations after {description.unit} are not cached: compressed rows are served "
                 f"from memory, and {human_bytes(description.memory_bytes)} are too much for it"
@@ -454,8 +471,7 @@ class PrefixCache:
             return None
         stores = {folder: in_use(folder) for folder in store_folders(self.directory)}
         taken = sum(size_of_tree(folder) for folder, used in stores.items() if used)
-        chunks = sum(layout.chunks for layout in description.splits.values())
-        room = self.max_bytes - taken - METADATA_BYTES - METADATA_BYTES_A_CHUNK * chunks
+        room = self.max_bytes - taken - description.overhead_bytes
         if room >= (0 if compressed else description.bytes):
             remove_rubbish(self.directory)
             for folder, used in stores.items():

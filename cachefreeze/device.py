@@ -77,6 +77,23 @@ def numerics(device: torch.device) -> dict[str, object]:
     }
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# Of the memory that is free: what the decoded rows of a compressed store may take.
+MEMORY_SHARE = 0.5
+
+
+def memory_for_rows() -> float:
+    """Bytes of memory that decoded rows may take."""
+    return MEMORY_SHARE * free_memory()
+
+
 def free_memory() -> int:
     """Bytes of memory that can be had without swapping; an estimate."""
     try:

@@ -12,8 +12,6 @@ from torch import Tensor
 from cachefreeze.models.units import canonical
 from cachefreeze.store import ARRAY_TYPES, Quantization
 
-# What activations may be stored as instead of their own type. All of them lose something.
-LOSSY = ("bfloat16", "int8")
 LEVELS = 255
 
 

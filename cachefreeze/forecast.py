@@ -69,7 +69,6 @@ class Forecast:
 
     Attributes:
         first: the plan made at the start.
-        plan: for what is left, as last made.
         filled: what was materialised.
     """
 
@@ -91,16 +90,17 @@ class Forecast:
         self.policy = policy
         self.start = start
         self.costs = profile.costs(splits, codec)
+        self._all_keeps = self.costs.keeps
         self._splits = splits
         self._read_correction = 1.0
         self.filled: list[Filled] = []
         # Those that the present source of rows was made of, and what had been served by then.
         self._chain: list[Filled] = []
         self._settled = (0, 0.0)
-        self.first = self.plan = self.revise(start, None, found)
+        self.first = self.revise(start, None, found)
 
     def revise(self, step: int, source: Keep | None, found: Set[int] = frozenset()) -> Plan:
-        """Make the plan for the run from `step` on anew, and return it.
+        """The plan for the run from `step` on, by what is known now.
 
         Args:
             step: the next one to be taken.
@@ -108,18 +108,16 @@ class Forecast:
             found: boundaries of stores that are on disk already.
         """
         if self.policy == "eager":
-            self.plan = eager_plan(self.costs, self.run, self.max_bytes, start=step, source=source)
-        else:
-            self.plan = cheapest_plan(
-                self.costs, self.run, self.max_bytes, start=step, source=source, found=found
-            )
-        return self.plan
+            return eager_plan(self.costs, self.run, self.max_bytes, start=step, source=source)
+        return cheapest_plan(
+            self.costs, self.run, self.max_bytes, start=step, source=source, found=found
+        )
 
     @property
     def why_nothing(self) -> str:
         """Why a plan may keep nothing."""
         if self.profile.problem is not None:
-            return f"the cache folder cannot be used ({self.profile.problem})"
+            return self.profile.problem
         sizes = [keep.row_bytes * self.run.rows for keep in self.costs.keeps if keep.boundary]
         if sizes and min(sizes) > self.max_bytes:
             return (
@@ -132,18 +130,26 @@ class Forecast:
     def with_more_room(self) -> Plan | None:
         """The plan made at the start, had the cache all the room that it can use; None if that
         would save less than a hundredth of the time."""
+        if self.profile.problem is not None or self.policy == "eager":
+            return None
         costs = self.profile.costs(self._splits, "raw")
         roomy = cheapest_plan(costs, self.run, math.inf, start=self.start)
-        return roomy if roomy.seconds < 0.99 * self.first.seconds else None
+        better = roomy.seconds < 0.99 * self.first.seconds
+        return roomy if better and roomy.peak_bytes > self.max_bytes else None
+
+    def forget(self, keep: Keep) -> None:
+        """It could not be had: plan neither it again nor anything that is larger."""
+        keeps = tuple(each for each in self.costs.keeps if each.row_bytes < keep.row_bytes)
+        self.costs = dataclasses.replace(self.costs, keeps=keeps)
 
     def keep(self, boundary: int, codec: str) -> Keep:
         """What is known of the costs of keeping a boundary in this way."""
-        same = [keep for keep in self.costs.keeps if keep.boundary == boundary]
-        for keep in same:
-            if keep.codec == codec:
+        for keep in self.costs.keeps:
+            if (keep.boundary, keep.codec) == (boundary, codec):
                 return keep
         # A store of another run may be encoded in a way that this one would not have chosen.
-        keep = dataclasses.replace(same[0], codec=codec, reserve=False)
+        same = (keep for keep in self._all_keeps if keep.boundary == boundary)
+        keep = dataclasses.replace(next(same), codec=codec, reserve=False)
         self.costs = dataclasses.replace(self.costs, keeps=(*self.costs.keeps, keep))
         return keep
 

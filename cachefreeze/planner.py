@@ -282,6 +282,8 @@ class _Search:
         self.read = np.array([costs.inputs, *(keep.read for keep in keeps)])
         self.bytes = np.array([0.0, *(keep.row_bytes * run.rows for keep in keeps)])
         self.fits = self._fits(max_bytes)
+        # Several changes at one moment can be cheaper than one only where the budget is small.
+        self.tight = bool((self.bytes[:, None] + self.bytes > max_bytes).any())
         # The cost of a change is a sum: one part depends on the old source, one on the new.
         once = np.array([np.inf, *(keep.write + keep.load for keep in keeps)])
         self.leave = run.rows * (self.read - self.forward[self.start_unit])
@@ -343,8 +345,6 @@ class _Search:
         """
         parents = np.arange(len(best))
         reach = int(np.searchsorted(self.start_unit, interval.frontier, side="right"))
-        # Several changes at one moment can be cheaper than one where the budget is small, hence
-        # the loop; it ends when nothing gets better.
         for _ in range(len(best)):
             lowest = int(np.argmin(best))
             changed = best[lowest] < best[0] - NOTHING
@@ -361,7 +361,7 @@ class _Search:
             better = total < best[:reach] - NOTHING
             best[:reach][better] = total[better]
             parents[:reach][better] = origin[better]
-            if not changed and not better.any():
+            if not self.tight or not (changed or better.any()):
                 break
         return parents
 

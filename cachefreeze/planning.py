@@ -15,6 +15,8 @@ from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
 from cachefreeze.profiler import Arithmetic, StepClock, measure, passes_for, profile
 from cachefreeze.report import duration, materialize_line, plan_words, room_words
 
+# Images that are decoded to measure with.
+SAMPLE_ROWS = 16
 # What a run without a cache spends on planning one.
 NO_PLANNING = {"profile": 0.0, "materialize": 0.0}
 
@@ -31,6 +33,7 @@ class Planning:
         decode_seconds: of an image; 0 if pixels lie in memory.
         policy, codec: see `Forecast`.
         tell: is given lines for the user.
+        record: is given the profile, in plain values.
 
     Attributes:
         forecast: once there is one. A run too short for a store to pay has none.
@@ -55,6 +58,7 @@ class Planning:
         policy: str,
         codec: str,
         tell: Callable[[str], None],
+        record: Callable[[dict[str, Any]], None],
     ) -> None:
         self.cache = cache
         self.model = model
@@ -65,6 +69,7 @@ class Planning:
         self.policy = policy
         self.codec = codec
         self.tell = tell
+        self.record = record
         self.forecast: Forecast | None = None
         self.seconds = dict(NO_PLANNING)
         self.step = 0
@@ -75,6 +80,7 @@ class Planning:
         self._served_from = cache.store
         # Of the steps before there was a plan.
         self._unplanned = 0.0
+        self._computed_before, self._rows_before = 0.0, 0
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -84,19 +90,26 @@ class Planning:
     def start(self) -> None:
         """Before the first step: measure and plan; or see to it that the first steps are measured,
         if the run is too short for anything else."""
-        if self.policy == "planned" and not pays_at_best(self.run, self.decode_seconds > 0):
-            self.tell("plan      nothing is kept: units freeze too late in the run to pay")
+        found = self.decode_seconds > 0 and self.cache.has(0)
+        if self.policy == "planned" and not (
+            found or pays_at_best(self.run, self.decode_seconds > 0)
+        ):
+            never = min(self.run.freeze_steps) >= self.run.total_steps
+            why = "nothing freezes" if never else "units freeze too late in the run to pay"
+            self.tell(f"plan      nothing is kept: {why}")
             return
         row_passes = self.run.train_rows_before(self.run.total_steps)
         passes = passes_for(row_passes, self.run.batch_size)
-        if passes < 2:
+        if passes < 2 and min(self.run.freeze_steps) > StepClock.STEPS:
             self._clock = StepClock(self.cache.units, self.optimizer, self.cache.device)
             return
         with self._timed("profile"):
+            pixels = self._pixels()
+            rows = torch.arange(self.run.batch_size) % len(pixels)
             measured = measure(
                 self.model,
-                self.inputs.from_pixels(self._pixels()),
-                passes=passes,
+                self.inputs.from_pixels(pixels[rows]),
+                passes=max(passes, 2),
                 device=self.cache.device,
                 autocast_dtype=self.cache.autocast_dtype,
             )
@@ -112,10 +125,10 @@ class Planning:
             self._step_seconds.append(seconds)
         if self.forecast is None:
             self._unplanned += seconds
-        if self._clock is not None and (self._clock.step_taken(seconds) or frontier):
-            measured, self._clock = self._clock.result(), None
-            # If a unit froze before enough was seen, the run goes on without: it is over soon.
-            if not frontier:
+        if self._clock is not None:
+            if self._clock.step_taken(seconds):
+                measured = self._clock.result()
+                self.stop()
                 self._plan(measured)
         elif frontier > self._frontier and self.forecast is not None:
             with self._timed("materialize"):
@@ -123,6 +136,12 @@ class Planning:
             self._carry_out(self.forecast, plan)
         if frontier > self._frontier:
             self._frontier, self._step_seconds = frontier, []
+
+    def stop(self) -> None:
+        """Measure no more: the run is over, or was given up."""
+        if self._clock is not None:
+            self._clock.stop()
+            self._clock = None
 
     def comparison(self, seconds: float) -> dict[str, Any] | None:
         """The plan made at the start beside what happened, at the end; None if there was none.
@@ -139,7 +158,9 @@ class Planning:
         freezing_only = seconds + cache.saved_seconds
         # A free cache would spare all of this, but for normalising what nothing is frozen before.
         wasted = self.seconds["materialize"] + cache.read_seconds + cache.compute_seconds
-        limit = seconds - wasted + cache.unfrozen_rows * forecast.profile.normalize
+        wasted -= self._computed_before
+        normalized = (cache.unfrozen_rows - self._rows_before) * forecast.profile.normalize
+        limit = seconds - wasted + normalized
         measured = seconds + self.seconds["profile"]
         return {
             "profile_seconds": self.seconds["profile"],
@@ -161,11 +182,16 @@ class Planning:
         }
 
     def _pixels(self) -> torch.Tensor:
-        return self.inputs.images.sample(self.run.batch_size).permute(0, 3, 1, 2)
+        """A few real images, decoded: arithmetic takes as long whatever it is done on, but how
+        small a codec makes its results depends on them."""
+        rows = SAMPLE_ROWS if self.codec == "raw" else self.run.batch_size
+        return self.inputs.images.sample(min(rows, self.run.batch_size)).permute(0, 3, 1, 2)
 
     def _plan(self, measured: Arithmetic) -> None:
         """Plan from here on, tell, and begin with it."""
         assert self.cache.directory is not None
+        self._computed_before = self.cache.compute_seconds
+        self._rows_before = self.cache.unfrozen_rows
         with self._timed("profile"):
             found = {0} if self.decode_seconds > 0 and self.cache.has(0) else frozenset()
             forecast = self.forecast = Forecast(
@@ -189,6 +215,7 @@ class Planning:
                 start=self.step,
                 found=found,
             )
+        self.record(forecast.profile.as_json())
         how = f"in {duration(self.seconds['profile'])}"
         if self.step:
             how = f"in the first {measured.passes} steps, and the disk {how}"
@@ -204,7 +231,7 @@ class Planning:
         source = self._source(forecast)
         forecast.observe_steps(self._step_seconds, self._frontier, source)
         reading = self.cache.seconds_per_byte_read
-        if reading is not None and self.cache.boundary:  # pixels take more than reading
+        if reading is not None:
             forecast.observe_reading(reading)
         now = self.cache.units.frontier
         found = {now} if self.cache.has(now) else frozenset()
@@ -221,19 +248,25 @@ class Planning:
         for event in plan.events:
             if event.step > self.step:
                 break
-            dropped = not isinstance(event, Move)
-            self._settle(forecast, dropped=dropped)
+            self._settle(forecast, dropped=not isinstance(event, Move))
             if not isinstance(event, Move):
                 self.cache.leave()
             elif not self._materialize(forecast, event):
-                break  # what comes after it was to be made of it
+                # What was found is not what it seemed to be, or what was to be made cannot be: the
+                # next best, which has it no more.
+                again = forecast.revise(self.step, self._source(forecast))
+                self._carry_out(forecast, again)
+                return
         self._served_from, self._step_seconds = self.cache.store, []
 
     def _materialize(self, forecast: Forecast, move: Move) -> bool:
         source, before = self._source(forecast), self.cache.prefix_seconds_per_row
+        keep = move.keep
         with self._timed("materialize"):
-            done = self.cache.materialize(move.keep.boundary, move.keep.codec)
+            done = self.cache.materialize(keep.boundary, keep.codec, fill=not move.found)
         if done is None:
+            if not move.found:
+                forecast.forget(keep)
             return False
         forecast.observe_filling(source, move.keep, done)
         spared = self.cache.prefix_seconds_per_row - before

@@ -3,10 +3,13 @@
 import copy
 import dataclasses
 import functools
+import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cachefreeze.device import autocast, free_memory
+from cachefreeze.device import autocast, memory_for_rows, synchronize
 from cachefreeze.encoding import Encoding
 from cachefreeze.models.units import Units, canonical, partition
 from cachefreeze.planner import Costs, Keep
@@ -33,8 +36,6 @@ MAX_PASSES = 6
 DISK_SHARE = 0.2
 # Rows of a boundary that codecs are tried on.
 CODEC_BYTES = 2**20
-# Of free memory: what the decoded rows of a compressed store may take.
-MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,12 @@ class Profile:
         self, boundary: int, shape: Sequence[int], dtype: str, splits: Mapping[str, int]
     ) -> Keep:
         layouts = [Layout.of(rows, shape, dtype) for rows in splits.values()]
-        on_disk = sum(layout.bytes for layout in layouts) / sum(splits.values())
+        on_disk = sum(layout.bytes + layout.overhead_bytes for layout in layouts)
         plain = prod(shape) * np.dtype(dtype).itemsize
         return Keep(
             boundary,
             "raw",
-            row_bytes=on_disk,
+            row_bytes=on_disk / sum(splits.values()),
             write=plain * self.write,
             read=plain * self.read,
             verify=plain * self.verify,
@@ -154,7 +155,7 @@ class Profile:
     ) -> Keep | None:
         """None if its rows would not fit into memory, from which they are served."""
         plain = prod(boundary.row_shape) * np.dtype(boundary.dtype).itemsize
-        if plain * sum(splits.values()) > MEMORY_SHARE * free_memory():
+        if plain * sum(splits.values()) > memory_for_rows():
             return None
         cost = boundary.codecs[codec]
         decode = plain * (cost.ratio * self.read + cost.decode)
@@ -214,8 +215,7 @@ def measure(
     as they are.
     """
     start = time.perf_counter()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # dropout draws from the global generators
+    with _same_random_state(device):  # dropout draws from the global generators
         copied = copy.deepcopy(model)
         bench = _Bench(copied, partition(copied), device, autocast_dtype)
         for _ in range(passes):
@@ -224,6 +224,15 @@ def measure(
     train, forward = bench.medians(len(x))
     seconds = time.perf_counter() - start
     return Arithmetic(train, forward, step, outputs, len(x), passes, seconds)
+
+
+@contextmanager
+def _same_random_state(device: torch.device) -> Iterator[None]:
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    if mps is not None:
+        torch.mps.set_rng_state(mps)
 
 
 class StepClock:
@@ -249,6 +258,7 @@ class StepClock:
         # When each unit's backward pass begins, and when the last one has ended.
         self._marks: list[list[float]] = [[] for _ in range(len(units) + 1)]
         self._steps: list[float] = []
+        self._rows: list[int] = []
         self._mark = 0.0
         self._handles = [optimizer.register_step_pre_hook(self._after_backward)]
         for number, unit in enumerate(units):
@@ -261,33 +271,40 @@ class StepClock:
         self._steps.append(seconds)
         return len(self._steps) == self.STEPS
 
-    def result(self) -> Arithmetic:
-        """Ends measuring."""
+    def stop(self) -> None:
+        """Measure no more."""
         for handle in self._handles:
             handle.remove()
+
+    def result(self) -> Arithmetic:
+        """What the steps took, once enough have been taken."""
         rows = len(self.outputs[0])
-        # Backward from the last unit to the first.
+        forward = [self._a_row(times) for times in self._forward]
+        # Backward passes go from the last unit to the first.
+        marks = [list(map(min, times, self._marks[0])) for times in self._marks]
         backward = [
-            [end - begin for begin, end in zip(self._marks[number + 1], ends, strict=True)]
-            for number, ends in enumerate(self._marks[:-1])
+            self._a_row([end - begin for begin, end in zip(begins, ends, strict=True)])
+            for ends, begins in pairwise(marks)
         ]
-        forward = [statistics.median(times[1:]) for times in self._forward]
-        train = [
-            f + statistics.median(times[1:]) for f, times in zip(forward, backward, strict=True)
-        ]
-        step = max(statistics.median(self._steps[1:]) - sum(train), 0.0)
+        train = [f + b for f, b in zip(forward, backward, strict=True)]
+        whole = self._a_row(self._steps)
         return Arithmetic(
-            train=tuple(seconds / rows for seconds in train),
-            forward=tuple(seconds / rows for seconds in forward),
-            step=step,
+            train=tuple(train),
+            forward=tuple(forward),
+            step=max(whole - sum(train), 0.0) * rows,
             outputs=tuple(self.outputs[:-1]),
             rows=rows,
             passes=len(self._steps),
             seconds=0.0,
         )
 
+    def _a_row(self, seconds: Sequence[float]) -> float:
+        """Of seconds by step: the median of all but the first, by its rows."""
+        by_row = [each / rows for each, rows in zip(seconds, self._rows, strict=True)]
+        return statistics.median(by_row[1:])
+
     def _now(self) -> float:
-        _wait(self.device)
+        synchronize(self.device)
         return time.perf_counter()
 
     def _before_forward(self, unit: nn.Module, args: tuple[Any, ...]) -> None:
@@ -300,8 +317,13 @@ class StepClock:
             return
         self._forward[number].append(self._now() - self._mark)
         self.outputs[number] = output.detach()
-        # Its gradient is there when the next unit's backward pass has ended.
-        output.register_hook(lambda gradient: self._marks[number + 1].append(self._now()))
+        if number == 0:
+            self._rows.append(len(output))
+        if output.requires_grad:
+            # Its gradient is there when the next unit's backward pass has ended.
+            output.register_hook(lambda gradient: self._marks[number + 1].append(self._now()))
+        else:  # units without parameters in front: a backward pass of no length, at the very end
+            self._marks[number + 1].append(math.inf)
 
     def _after_backward(self, optimizer: object, args: object, kwargs: object) -> None:
         self._marks[0].append(self._now())
@@ -369,18 +391,11 @@ def profile(
 
 def _timed(device: torch.device, work: Any) -> tuple[Any, float]:
     """What `work` returns, and the seconds that it took."""
-    _wait(device)
+    synchronize(device)
     mark = time.perf_counter()
     result = work()
-    _wait(device)
+    synchronize(device)
     return result, time.perf_counter() - mark
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 class _Bench:

@@ -167,7 +167,7 @@ def plan_table(plan: Plan, run: Run, units: Sequence[str], why_nothing: str) -> 
     for event in plan.events:
         when = [f"{event.step:,}", _epoch(event.step, run)]
         if isinstance(event, Drop):
-            rows.append([*when, "back to pixels, to make room", "", "", "", ""])
+            rows.append([*when, "back to pixels", "", "", "", ""])
             continue
         assert isinstance(event, Move)
         boundary = event.keep.boundary

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cachefreeze.store import TRASH, Description, Layout, StoreWriter
+from cachefreeze.files import size_of_tree
+from cachefreeze.store import TRASH, Description, Layout, StoreWriter, is_cache_dir
 
 FIRST_SCRATCH_BYTES, MAX_SCRATCH_BYTES = 2**19, 256 * 2**20
+
+
+# Too little for any store.
+LEAST_BYTES = 2**16
+MAX_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -24,24 +30,50 @@ class Disk:
     problem: str | None = None
 
 
+# A slow disk, where nothing can be tried. The first store that is filled tells how it is.
+ASSUMED = Disk(write=1e-8, read=1e-9, verify=1e-9, store=0.02)
+
+
 def measure_disk(directory: Path, row_bytes: int, max_bytes: float, seconds: float) -> Disk:
-    """Write a scratch store into the cache's folder and read it, for about as long as given."""
-    most = int(min(max_bytes, MAX_SCRATCH_BYTES)) // row_bytes
+    """Write a scratch store into the cache's folder and read it, for about as long as given.
+
+    Args:
+        directory: of the cache, or whatever folder is on the same disk.
+        row_bytes: of the rows to try with.
+        max_bytes: that the folder may hold, with all that it holds already.
+        seconds: to spend; no more than `MAX_SECONDS`.
+    """
+    if max_bytes < LEAST_BYTES:
+        return Disk(problem="--cache-max-gb leaves no room")
+    held = size_of_tree(directory) if is_cache_dir(directory) else 0
+    most = _rows_that_fit(min(max_bytes - held, MAX_SCRATCH_BYTES), row_bytes)
     few = min(max(FIRST_SCRATCH_BYTES // row_bytes, 1), most)
     if few < 1:
-        return Disk(problem="there is no room for anything")
+        # What earlier runs left goes when a store needs the room, but not for a measurement.
+        return ASSUMED
     try:
         start = time.perf_counter()
         disk = _measure_scratch(directory, few, row_bytes)
     except OSError as error:
-        return Disk(problem=error.strerror or str(error))
-    left = seconds - (time.perf_counter() - start)
+        return Disk(problem=f"the cache folder cannot be written: {error.strerror or error}")
+    left = min(seconds, MAX_SECONDS) - (time.perf_counter() - start)
     per_row = (disk.write + disk.read + disk.verify) * row_bytes
     rows = int(min(most, left / per_row))
     if rows > 2 * few:
         with contextlib.suppress(OSError):  # the disk is fuller than we may fill it
             disk = _measure_scratch(directory, rows, row_bytes)
     return disk
+
+
+def _rows_that_fit(room: float, row_bytes: int) -> int:
+    """Most rows whose store takes no more than `room` bytes."""
+    rows = max(int(room) // row_bytes, 0)
+    while rows > 0:
+        layout = Layout.of(rows, (row_bytes,), "uint8")
+        if layout.bytes + layout.overhead_bytes <= room:
+            break
+        rows -= max(rows // 50, 1)
+    return max(rows, 0)
 
 
 def _measure_scratch(directory: Path, rows: int, row_bytes: int) -> Disk:

@@ -116,6 +116,7 @@ class Trainer:
                 policy=settings.cache_policy,
                 codec=settings.codec,
                 tell=say,
+                record=lambda profile: self.folder.write_json("profile.json", profile),
             )
 
     def fit(self) -> dict[str, Any]:
@@ -132,6 +133,8 @@ class Trainer:
                     bar.update()
             return self._summary(metrics)
         finally:
+            if self.planning is not None:
+                self.planning.stop()
             self.cache.close()
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
@@ -239,8 +242,6 @@ class Trainer:
     def _summary(self, last: dict[str, Any]) -> dict[str, Any]:
         planning = self.planning
         plan = planning.comparison(sum(self.seconds.values())) if planning else None
-        if planning is not None and planning.forecast is not None:
-            self.folder.write_json("profile.json", planning.forecast.profile.as_json())
         return {
             **{f"{part}_seconds": seconds for part, seconds in self._spent().items()},
             "epochs": self.settings.epochs,

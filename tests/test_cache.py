@@ -1,6 +1,7 @@
 """PrefixCache: right rows from wherever they come, and nothing lost when a store cannot be had."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import zarr
 from torch import Tensor
 
 from cachefreeze import PrefixCache, Units, UserError, batches_of, partition
+from cachefreeze.files import size_of_tree
 from cachefreeze.models import build
-from cachefreeze.store import store_folders
+from cachefreeze.store import StoreError, store_folders
 
 from .conftest import Pixels, file_size_limit
 
@@ -298,6 +300,93 @@ def test_a_reused_store_knows_what_it_spares(units: Units, tmp_path: Path) -> No
     second = make_cache(units, tmp_path / "cache")
     second.materialize()
     assert second.prefix_seconds_per_row == first.prefix_seconds_per_row > 0
+
+
+def test_what_was_seen_of_reading_outlives_the_store(units: Units, tmp_path: Path) -> None:
+    units.freeze(1)
+    cache = make_cache(units, tmp_path / "cache")
+    assert cache.seconds_per_byte_read is None
+    cache.materialize()
+    everything(cache)
+    seen = cache.seconds_per_byte_read
+    assert seen is not None
+    cache.leave()
+    assert cache.seconds_per_byte_read == seen
+    assert cache.boundary == 0
+    assert store_folders(tmp_path / "cache") == []
+    assert_serves_what_is_computed(cache)
+
+
+def test_it_knows_what_is_on_the_disk_even_if_that_is_nothing_at_all(
+    units: Units, tmp_path: Path
+) -> None:
+    units.freeze(2)
+    cache = make_cache(units, tmp_path / "cache")
+    assert not cache.has(2)
+    cache.materialize()
+    assert cache.has(2)
+    assert not cache.has(1)
+    shutil.rmtree(tmp_path / "cache")
+    assert not cache.has(2)
+
+
+def test_without_filling_only_a_store_that_is_there_is_taken(units: Units, tmp_path: Path) -> None:
+    units.freeze(1)
+    first = make_cache(units, tmp_path / "cache")
+    assert first.materialize(fill=False) is None
+    first.materialize()
+    second = make_cache(units, tmp_path / "cache")
+    done = second.materialize(fill=False)
+    assert done is not None
+    assert done.reused
+
+
+@pytest.mark.parametrize("stored", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("codec", ["raw", "lz4", "zstd"])
+def test_a_store_takes_no_more_than_it_may(
+    units: Units, tmp_path: Path, stored: str | None, codec: str
+) -> None:
+    units.freeze(4)
+    cache = make_cache(units, tmp_path / "cache", stored=stored)
+    assert cache.materialize(codec=codec) is not None
+    assert cache.store is not None
+    about = cache.store.description
+    assert size_of_tree(cache.store.folder) <= cache.store.bytes + about.overhead_bytes
+    if codec == "raw":
+        assert size_of_tree(cache.store.folder) <= about.bytes + about.overhead_bytes
+
+
+def test_compressed_rows_that_do_not_fit_into_memory_are_not_kept(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units.freeze(1)
+    first = make_cache(units, tmp_path / "cache")
+    first.materialize(codec="zstd")
+    first.close()
+    monkeypatch.setattr("cachefreeze.cache.memory_for_rows", lambda: 1000)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    assert cache.materialize(codec="zstd") is None
+    assert "of memory" in told[0]
+    units.freeze(2)
+    assert cache.materialize(codec="lz4") is None
+    assert "too much for it" in told[1]
+    assert_serves_what_is_computed(cache)
+
+
+def test_a_store_that_cannot_be_opened_again_costs_only_itself(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed_meanwhile(*args: object) -> None:
+        raise StoreError("its marker does not fit its manifest")
+
+    monkeypatch.setattr("cachefreeze.store.write.Store", changed_meanwhile)
+    units.freeze(1)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    assert cache.materialize() is None
+    assert "marker does not fit" in told[0]
+    assert_serves_what_is_computed(cache)
 
 
 def test_nothing_is_written_with_the_cache_off(units: Units, tmp_path: Path) -> None:

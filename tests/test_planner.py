@@ -1,8 +1,6 @@
 """The plan is the cheapest there is, keeps to the budget, and adds up."""
 
-import itertools
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +84,12 @@ def allowed(costs: Costs, run: Run, budget: float, origin: Keep | None, keep: Ke
 
 
 def paths_at_a_freeze(
-    costs: Costs, run: Run, budget: float, frontier: int, source: Keep | None
+    costs: Costs,
+    run: Run,
+    budget: float,
+    frontier: int,
+    source: Keep | None,
+    found: Set[int] = frozenset(),
 ) -> Iterator[tuple[float, Keep | None]]:
     """Every way to change the source at one moment, several changes in a row included."""
 
@@ -101,23 +104,36 @@ def paths_at_a_freeze(
                 continue
             if allowed(costs, run, budget, source, keep):
                 more = filling(costs, run, source, keep)
+                if keep.boundary in found:
+                    more = min(more, run.rows * (keep.verify + keep.load) + costs.store)
                 yield from walk(seconds + more, keep, (*seen, keep))
 
     yield from walk(0.0, source, (source,))
 
 
-def brute_force(costs: Costs, run: Run, budget: float) -> float:
+def brute_force(
+    costs: Costs,
+    run: Run,
+    budget: float,
+    start: int = 0,
+    source: Keep | None = None,
+    found: Set[int] = frozenset(),
+) -> float:
     """Least seconds over all sequences, step by step."""
     per_epoch = -(-run.train_rows // run.batch_size)
-    best: dict[Keep | None, float] = {None: 0.0}
-    for step in range(run.total_steps):
+    best: dict[Keep | None, float] = {source: 0.0}
+    frontier = sum(freeze <= start for freeze in run.freeze_steps)
+    best = moved(costs, run, budget, frontier, best, found)
+    if start and start % per_epoch == 0:  # frozen after an epoch's last step: before validation
+        for each in best:
+            best[each] += validation(costs, run, each)
+    for step in range(start, run.total_steps):
         frontier = sum(freeze <= step for freeze in run.freeze_steps)
-        if step == 0 or step in run.freeze_steps:
+        if step > start and step in run.freeze_steps and step % per_epoch:
             best = moved(costs, run, budget, frontier, best)
         for source in best:
             best[source] += seconds_of(costs, run, step, source)
         if (step + 1) % per_epoch == 0:
-            # Whatever freezes after this step is frozen before the epoch's validation.
             if step + 1 in run.freeze_steps and step + 1 < run.total_steps:
                 after = sum(freeze <= step + 1 for freeze in run.freeze_steps)
                 best = moved(costs, run, budget, after, best)
@@ -127,13 +143,18 @@ def brute_force(costs: Costs, run: Run, budget: float) -> float:
 
 
 def moved(
-    costs: Costs, run: Run, budget: float, frontier: int, best: dict[Keep | None, float]
+    costs: Costs,
+    run: Run,
+    budget: float,
+    frontier: int,
+    best: dict[Keep | None, float],
+    found: Set[int] = frozenset(),
 ) -> dict[Keep | None, float]:
-    found: dict[Keep | None, float] = {}
+    reached: dict[Keep | None, float] = {}
     for source, seconds in best.items():
-        for more, target in paths_at_a_freeze(costs, run, budget, frontier, source):
-            found[target] = min(found.get(target, np.inf), seconds + more)
-    return found
+        for more, target in paths_at_a_freeze(costs, run, budget, frontier, source, found):
+            reached[target] = min(reached.get(target, np.inf), seconds + more)
+    return reached
 
 
 @settings(max_examples=120, deadline=None)
@@ -152,6 +173,25 @@ def test_nor_with_compressed_stores_where_raw_ones_do_not_fit(
     costs, run, budget = instance
     plan = cheapest_plan(costs, run, budget)
     assert plan.seconds == pytest.approx(brute_force(costs, run, budget), rel=1e-9, abs=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(instances(codecs=True), st.data())
+def test_nor_from_the_middle_of_a_run_with_stores_on_the_disk(
+    instance: tuple[Costs, Run, float], data: st.DataObject
+) -> None:
+    costs, run, budget = instance
+    starts = [interval.step for interval in run.intervals()]
+    start = data.draw(st.sampled_from(starts))
+    frontier = sum(step <= start for step in run.freeze_steps)
+    sources = [
+        k for k in costs.keeps if k.boundary <= frontier and k.row_bytes * run.rows <= budget
+    ]
+    source = data.draw(st.sampled_from([None, *sources]))
+    found = data.draw(st.sets(st.integers(0, frontier)))
+    plan = cheapest_plan(costs, run, budget, start=start, source=source, found=found)
+    best = brute_force(costs, run, budget, start, source, found)
+    assert plan.seconds == pytest.approx(best, rel=1e-9, abs=1e-6)
 
 
 @settings(max_examples=200, deadline=None)
@@ -294,16 +334,15 @@ def test_room_is_made_by_going_back_to_the_input_where_that_pays() -> None:
     assert kinds == [Move, Drop, Move, Drop, Move]
 
 
-def test_two_hundred_units_and_freezes_take_less_than_a_blink() -> None:
-    """50 ms is the aim; the test allows for a machine that is busy."""
+@pytest.mark.parametrize("budget", [float("inf"), 6000 * 1.5e5, 6000 * 3e5])
+def test_two_hundred_units_and_freezes_are_no_matter(budget: float) -> None:
+    """30 ms or less, see docs/log.md; what could go wrong at this size is the arithmetic."""
     run, costs = run_of(201, epochs=100), costs_of(201)
     assert len(run.intervals()) > 195
-    seconds = []
-    for budget in itertools.islice(itertools.cycle([float("inf"), 6000 * 1.5e5, 6000 * 3e5]), 6):
-        start = time.perf_counter()
-        cheapest_plan(costs, run, budget)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+    plan = cheapest_plan(costs, run, budget)
+    gained = sum(move.saving - move.cost for move in plan.moves)
+    assert gained == pytest.approx(plan.freezing_only - plan.seconds, rel=1e-9)
+    assert plan.peak_bytes <= budget
 
 
 def test_the_planner_knows_no_torch() -> None:

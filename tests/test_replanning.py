@@ -1,6 +1,7 @@
 """Whatever is planned, planned anew, given up or cut off by a budget: the weights are the same."""
 
 import random
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -243,6 +244,44 @@ def test_the_end_tells_predicted_beside_actual(
     assert 0.5 * whole < plan["actual"]["seconds"] < whole
     assert plan["actual"]["limit"] < plan["actual"]["seconds"]
     assert plan["predicted"]["limit"] < plan["predicted"]["freezing_only"]
+
+
+@pytest.mark.parametrize("t0", [0.1, 0.3, 0.5])
+def test_units_that_freeze_in_the_first_steps_are_no_obstacle(train: Train, t0: float) -> None:
+    options = ("--dataset", "digits", "--arch", "wrn10_1", "-b", 512, "--epochs", 4, "--t0", t0)
+    run = train(*options, "--cache-policy", "planned")
+    assert run.summary["plan"] is not None
+    assert_same_run(run, train(*options, "--no-cache"))
+
+
+def test_a_cache_folder_that_vanishes_costs_only_the_cache(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = forecast.Forecast.observe_steps
+
+    def remove_it_first(*args: object) -> None:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(forecast.Forecast, "observe_steps", remove_it_first)
+    for policy in ("planned", "eager"):
+        assert_same_run(train(*WRN, "--cache-policy", policy), train(*WRN, "--no-cache"))
+
+
+def test_damaged_pixels_of_an_earlier_run_are_found_out(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (*WRN, "--no-freeze", "--cache-policy", "planned")
+    first = train(*options)
+    (chunk, *_) = (tmp_path / "cache").glob("*/train/c.*")
+    content = bytearray(chunk.read_bytes())
+    content[1000] ^= 4
+    chunk.write_bytes(content)
+    capsys.readouterr()
+    second = train(*options)
+    assert "has a wrong checksum" in capsys.readouterr().out
+    assert_same_run(second, first)
+    assert not any(event["reused"] for event in second.summary["cache"]["boundaries"])
 
 
 def test_a_second_run_finds_the_decoded_pixels(train: Train) -> None:

@@ -48,6 +48,10 @@ FILL_VALUES: dict[str, float | int] = {
 }
 
 
+# Of each split beside its chunks: metadata, the manifest's checksums and sizes, ranges of int8.
+OVERHEAD_BYTES, OVERHEAD_BYTES_A_CHUNK, OVERHEAD_BYTES_A_CHANNEL = 8_000, 32, 80
+
+
 class StoreError(Exception):
     """A store that must not be read, and why."""
 
@@ -104,6 +108,16 @@ class Layout:
     def memory_bytes(self) -> int:
         """That reading takes: all rows if they have to be decoded, otherwise none."""
         return self.chunks * self.chunk_bytes if self.compressed else 0
+
+    @property
+    def overhead_bytes(self) -> int:
+        """No more than what describing this split takes on disk."""
+        channels = self.row_shape[-1] if self.dtype == "int8" and self.row_shape else 0
+        return (
+            OVERHEAD_BYTES
+            + OVERHEAD_BYTES_A_CHUNK * self.chunks
+            + OVERHEAD_BYTES_A_CHANNEL * channels
+        )
 
     def chunk_name(self, chunk: int) -> str:
         return ".".join(["c", str(chunk), *("0" for _ in self.row_shape)])
@@ -162,6 +176,11 @@ class Description:
     def bytes(self) -> int:
         """Of all chunk files, before compression; the metadata beside them are a few kB."""
         return sum(layout.bytes for layout in self.splits.values())
+
+    @property
+    def overhead_bytes(self) -> int:
+        """No more than what the store takes on disk beside its chunk files."""
+        return sum(layout.overhead_bytes for layout in self.splits.values())
 
     @property
     def memory_bytes(self) -> int:
