@@ -121,7 +121,8 @@ class Planning:
         frontier = self.cache.units.frontier
         if self.cache.store is not self._served_from:  # it was given up in the middle
             self._served_from, self._step_seconds = self.cache.store, []
-        elif rows == self.run.batch_size:
+        elif rows == self.run.batch_size and self.cache.device.type == "cpu":
+            # Elsewhere a step's time is that of asking for it.
             self._step_seconds.append(seconds)
         if self.forecast is None:
             self._unplanned += seconds
@@ -155,13 +156,16 @@ class Planning:
         self._settle(forecast, dropped=True)
         cache, plan = self.cache, forecast.first
         seconds = seconds - self._unplanned + self.seconds["materialize"]
-        freezing_only = seconds + cache.saved_seconds
-        # A free cache would spare all of this, but for normalising what nothing is frozen before.
-        wasted = self.seconds["materialize"] + cache.read_seconds + cache.compute_seconds
-        wasted -= self._computed_before
-        normalized = (cache.unfrozen_rows - self._rows_before) * forecast.profile.normalize
-        limit = seconds - wasted + normalized
         measured = seconds + self.seconds["profile"]
+        freezing_only = limit = reached = None
+        if cache.device.type == "cpu":  # elsewhere the parts of a step are not timed
+            freezing_only = seconds + cache.saved_seconds
+            # What a free cache would spare too. Normalising what nothing is frozen before stays.
+            wasted = self.seconds["materialize"] + cache.read_seconds + cache.compute_seconds
+            wasted -= self._computed_before
+            unfrozen = cache.unfrozen_rows - self._rows_before
+            limit = seconds - wasted + unfrozen * forecast.profile.normalize
+            reached = efficiency(freezing_only, measured, limit)
         return {
             "profile_seconds": self.seconds["profile"],
             "predicted": {
@@ -176,7 +180,7 @@ class Planning:
                 "seconds": seconds,
                 "freezing_only": freezing_only,
                 "limit": limit,
-                "efficiency": efficiency(freezing_only, measured, limit),
+                "efficiency": reached,
                 "materializations": len(forecast.filled),
             },
         }
