@@ -196,6 +196,13 @@ class Run:
     def steps_per_epoch(self) -> int:
         return -(-self.train_rows // self.batch_size)
 
+    @property
+    def row_passes(self) -> float:
+        """Training rows of the whole run, each counted by the share of the units that it trains:
+        about what the run takes, in training passes of a row through the whole network."""
+        units = len(self.freeze_steps)
+        return sum(i.train_rows * (units - i.frontier) / units for i in self.intervals())
+
     def train_rows_before(self, step: int) -> int:
         """Training rows gone through when `step` is about to be taken."""
         epochs, rest = divmod(step, self.steps_per_epoch)

@@ -98,8 +98,7 @@ class Planning:
             why = "nothing freezes" if never else "units freeze too late in the run to pay"
             self.tell(f"plan      nothing is kept: {why}")
             return
-        row_passes = self.run.train_rows_before(self.run.total_steps)
-        passes = passes_for(row_passes, self.run.batch_size)
+        passes = passes_for(self.run.row_passes, self.run.batch_size)
         if passes < 2 and min(self.run.freeze_steps) > StepClock.STEPS:
             self._clock = StepClock(self.cache.units, self.optimizer, self.cache.device)
             return
@@ -203,7 +202,7 @@ class Planning:
                     measured,
                     self.inputs,
                     self._pixels(),
-                    row_passes=self.run.train_rows_before(self.run.total_steps),
+                    row_passes=self.run.row_passes,
                     device=self.cache.device,
                     decode_seconds=self.decode_seconds,
                     directory=self.cache.directory,

@@ -195,7 +195,7 @@ def passes_for(row_passes: float, batch_size: int) -> int:
     """Passes over a batch (one in eval mode and one in training mode) that measuring may take.
 
     Args:
-        row_passes: training rows of the whole run, over all epochs.
+        row_passes: of the run, see `planner.Run.row_passes`.
     """
     affordable = SHARE * (1 - DISK_SHARE) * row_passes / PASS_STEPS / batch_size
     return int(min(affordable, MAX_PASSES))
@@ -348,7 +348,7 @@ def profile(
         arithmetic: measured by `measure` or a `StepClock`.
         inputs: knows the way from pixels to network input.
         pixels: uint8 (n, C, H, W), a batch or less.
-        row_passes: see `passes_for`; infinite measures as well as can be.
+        row_passes: of the run; infinite measures as well as can be.
         device: of the run.
         decode_seconds: of an image, known from reading the data.
         directory: of the cache, prepared; a scratch store is written there and removed.

@@ -271,6 +271,13 @@ def test_the_intervals_are_the_run(instance: tuple[Costs, Run, float], start: in
         assert sum(interval.validations for interval in intervals) == epochs
 
 
+def test_what_freezes_early_makes_a_run_shorter() -> None:
+    assert run_of(8, t0=1.0).row_passes == 50 * 5000
+    frozen_half_way = Run((1000, 2000), 2000, 5000, 1000, 128)
+    assert frozen_half_way.row_passes == 50 * 5000 * 0.75
+    assert run_of(8, t0=0.5).row_passes < run_of(8, t0=0.8).row_passes < 50 * 5000
+
+
 def costs_of(units: int, **changes: object) -> Costs:
     plain: dict[str, object] = {
         "train": (3e-3,) * units,
