@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from cachefreeze import config, train
@@ -86,6 +87,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.pin is not None:
         os.sched_setaffinity(0, {args.pin})
+        torch.set_num_threads(1)  # it has counted the cores already
     keep_freed_memory()
     found = []
     with tempfile.TemporaryDirectory(prefix="cachefreeze-grid-") as name:

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachefreeze.planner import Costs, Drop, Interval, Keep, Move, Plan, Run, cheapest_plan
+from cachefreeze.planner import (
+    Costs,
+    Drop,
+    Interval,
+    Keep,
+    Move,
+    Plan,
+    Run,
+    cheapest_plan,
+    eager_plan,
+)
 from cachefreeze.schedule import Schedule
 
 SECONDS = st.floats(0, 10, allow_nan=False)
@@ -339,6 +349,23 @@ def test_room_is_made_by_going_back_to_the_input_where_that_pays() -> None:
     plan = cheapest_plan(costs_of(4), run_of(4, epochs=100), 6000 * 1.5e5)
     kinds = [type(event) for event in plan.events]
     assert kinds == [Move, Drop, Move, Drop, Move]
+
+
+def test_two_changes_at_one_moment_where_one_does_not_fit() -> None:
+    """The large store at 3 does not fit beside that at 1, but both do beside the small one at 2."""
+    sizes = {1: 10, 2: 1, 3: 10}
+    keeps = tuple(Keep(b, "raw", size, 1e-3, 1e-5) for b, size in sizes.items())
+    costs = costs_of(5, keeps=keeps, forward=(9.0, 1e-3, 1.0, 1e-3, 1e-3))
+    run = Run((10, 50, 50, 4000, 4000), 4000, 100, 10, 1)
+    plan = cheapest_plan(costs, run, 11 * 110)
+    assert [(move.step, move.keep.boundary) for move in plan.moves] == [(10, 1), (50, 2), (50, 3)]
+    assert not any(isinstance(event, Drop) for event in plan.events)
+
+
+def test_eager_keeps_one_boundary_of_those_that_freeze_together() -> None:
+    run = Run((10, 50, 50, 50, 4000), 4000, 100, 10, 1)
+    plan = eager_plan(costs_of(5), run, float("inf"))
+    assert [(move.step, move.keep.boundary) for move in plan.moves] == [(10, 1), (50, 4)]
 
 
 @pytest.mark.parametrize("budget", [float("inf"), 6000 * 1.5e5, 6000 * 3e5])
