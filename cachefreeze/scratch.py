@@ -11,7 +11,7 @@ import numpy as np
 from cachefreeze.files import size_of_tree
 from cachefreeze.store import TRASH, Description, Layout, StoreWriter, is_cache_dir
 
-FIRST_SCRATCH_BYTES, MAX_SCRATCH_BYTES = 2**19, 256 * 2**20
+FIRST_SCRATCH_BYTES, MAX_SCRATCH_BYTES = 2**16, 256 * 2**20
 
 
 # Too little for any store.
