@@ -1,8 +1,6 @@
 """Runs a training loop's cache by plan: measures, plans, fills, and plans anew at every freeze."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from cachefreeze.data import InputRows
 from cachefreeze.forecast import Filled, Forecast, pays_at_best
 from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
 from cachefreeze.profiler import Arithmetic, StepClock, measure, passes_for, profile
-from cachefreeze.report import duration, materialize_line, plan_words, room_words
+from cachefreeze.report import duration, materialize_line, plan_words, room_words, timed
 
 # Images that are decoded to measure with.
 SAMPLE_ROWS = 16
@@ -102,7 +100,7 @@ class Planning:
         if passes < 2 and min(self.run.freeze_steps) > StepClock.STEPS:
             self._clock = StepClock(self.cache.units, self.optimizer, self.cache.device)
             return
-        with self._timed("profile"):
+        with timed(self.seconds, "profile"):
             pixels = self._pixels()
             rows = torch.arange(self.run.batch_size) % len(pixels)
             measured = measure(
@@ -131,7 +129,7 @@ class Planning:
                 self.stop()
                 self._plan(measured)
         elif frontier > self._frontier and self.forecast is not None:
-            with self._timed("materialize"):
+            with timed(self.seconds, "materialize"):
                 plan = self._plan_again(self.forecast)
             self._carry_out(self.forecast, plan)
         if frontier > self._frontier:
@@ -195,7 +193,7 @@ class Planning:
         assert self.cache.directory is not None
         self._computed_before = self.cache.compute_seconds
         self._rows_before = self.cache.unfrozen_rows
-        with self._timed("profile"):
+        with timed(self.seconds, "profile"):
             found = {0} if self.decode_seconds > 0 and self.cache.has(0) else frozenset()
             forecast = self.forecast = Forecast(
                 profile(
@@ -265,7 +263,7 @@ class Planning:
     def _materialize(self, forecast: Forecast, move: Move) -> bool:
         source, before = self._source(forecast), self.cache.prefix_seconds_per_row
         keep = move.keep
-        with self._timed("materialize"):
+        with timed(self.seconds, "materialize"):
             done = self.cache.materialize(keep.boundary, keep.codec, fill=not move.found)
         if done is None:
             if not move.found:
@@ -282,11 +280,3 @@ class Planning:
     def _settle(self, forecast: Forecast, *, dropped: bool) -> None:
         gone = dropped or self.cache.store is None
         forecast.settle(self.cache.rows_served, self.cache.read_seconds, dropped=gone)
-
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,16 @@ def progress_bar(description: str, total: int, unit: str, *, leave: bool = False
 def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
     """A bar around a pass over the images."""
     yield from tqdm(batches, "reading images", total, unit="batch", leave=False, disable=None)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Adds what is done inside to `seconds[what]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[what] += time.perf_counter() - start
 
 
 class RunFolder:

@@ -1,8 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from cachefreeze.report import (
     epoch_line,
     progress_bar,
     say,
+    timed,
 )
 from cachefreeze.rows import Indices, batches_of, epoch_order
 
@@ -180,7 +180,7 @@ class Trainer:
                 if self.planning is not None:
                     self.planning.after_step(seconds, len(indices))
                 bar.update(len(indices))
-        with self._timed("train"):
+        with timed(self.seconds, "train"):
             weights = torch.tensor([len(indices) for indices in order])
             return float(torch.stack(losses).cpu().double() @ weights.double()) / rows
 
@@ -199,7 +199,7 @@ class Trainer:
         rows = len(self.labels["val"])
         losses, correct = [], []
         order = batches_of(np.arange(rows), self.settings.batch_size)
-        with self._timed("validate"):
+        with timed(self.seconds, "validate"):
             for indices, x in zip(order, self.cache.batches("val", order), strict=True):
                 logits, labels = self._suffix(x), self._labels("val", indices)
                 losses.append(F.cross_entropy(logits, labels, reduction="sum"))
@@ -214,14 +214,6 @@ class Trainer:
 
     def _labels(self, split: str, indices: Indices) -> Tensor:
         return self.labels[split][torch.from_numpy(indices).to(self.device)]
-
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - start
 
     def _save(self, epoch: int) -> None:
         state = {
