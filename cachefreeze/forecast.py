@@ -155,13 +155,15 @@ class Forecast:
 
     def step_seconds(self, frontier: int, source: Keep | None) -> float:
         """Predicted seconds of a training step on a whole batch."""
-        costs, start = self.costs, source.boundary if source else 0
-        per_row = (
-            (source.read if source else costs.inputs)
-            + sum(costs.forward[start:frontier])
-            + sum(costs.train[frontier:])
-        )
+        costs = self.costs
+        per_row = self._prefix_seconds(source, frontier) + sum(costs.train[frontier:])
         return costs.step + min(self.run.batch_size, self.run.train_rows) * per_row
+
+    def _prefix_seconds(self, source: Keep | None, stop: int) -> float:
+        """Predicted seconds of a row from its source, through the units, to boundary `stop`."""
+        if source is None:
+            return self.costs.inputs + sum(self.costs.forward[:stop])
+        return source.read + sum(self.costs.forward[source.boundary : stop])
 
     def observe_steps(self, seconds: Sequence[float], frontier: int, source: Keep | None) -> None:
         """Correct what computing costs by steps that were all taken in the same state."""
@@ -174,10 +176,8 @@ class Forecast:
         """Correct what computing forward and writing cost by a materialisation."""
         if done.reused:
             return
-        costs, start = self.costs, source.boundary if source else 0
-        per_row = (source.read if source else costs.inputs) + sum(
-            costs.forward[start : keep.boundary]
-        )
+        costs = self.costs
+        per_row = self._prefix_seconds(source, keep.boundary)
         forward = correction(done.compute_seconds, done.rows * per_row)
         write = 1.0
         if keep.boundary:  # pixels are too few bytes to tell

@@ -6,6 +6,7 @@ all rows once, runs the units between, and writes. So a plan is a path through (
 and the best plan is a shortest path, found exactly. Pure arithmetic: no torch, no disk, no clock.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -313,9 +314,12 @@ class _Search:
     def spent(self, interval: Interval) -> NDArray[np.float64]:
         """Seconds of an interval by source; meaningless for boundaries beyond its frontier."""
         frontier = interval.frontier
-        validated = interval.validations * self.run.val_rows
         prefix = self.read + self.forward[frontier] - self.forward[self.start_unit]
-        return (interval.train_rows + validated) * prefix + self._suffix(interval, frontier)
+        return self._served(interval) * prefix + self._suffix(interval, frontier)
+
+    def _served(self, interval: Interval) -> int:
+        """Rows that an interval asks its source for."""
+        return interval.train_rows + interval.validations * self.run.val_rows
 
     def _suffix(self, interval: Interval, frontier: int) -> float:
         validated = interval.validations * self.run.val_rows
@@ -408,9 +412,9 @@ class _Search:
         seconds = 0.0
         held, next_change = now, 0
         peak = float(self.bytes[now])
-        chain: list[int] = []  # moves whose stores the present source goes back to
-        savings: dict[int, float] = {}
-        origins: dict[int, tuple[int, int]] = {}
+        # Of the moves whose stores the present source goes back to: event, origin and target.
+        chain: list[tuple[int, int, int]] = []
+        savings: defaultdict[int, float] = defaultdict(float)
         for index, interval in enumerate(intervals):
             while next_change < len(changes) and changes[next_change][0] == index:
                 _, origin, target = changes[next_change]
@@ -429,14 +433,11 @@ class _Search:
                 else:
                     found = False
                 seconds += cost
-                chain.append(len(events))
-                origins[len(events)] = (origin, target)
-                savings[len(events)] = 0.0
+                chain.append((len(events), origin, target))
                 size = float(self.bytes[target])
                 events.append(Move(interval.step, keep, size, cost, 0.0, found))
             seconds += float(spent[index][held])
-            for number in chain:
-                origin, target = origins[number]
+            for number, origin, target in chain:
                 savings[number] += float(spent[index][origin] - spent[index][target])
         return Plan(
             events=tuple(
@@ -446,19 +447,13 @@ class _Search:
             seconds=seconds,
             freezing_only=sum(float(each[0]) for each in spent),
             no_freezing=sum(
-                self._suffix(interval, 0)
-                + (interval.train_rows + interval.validations * self.run.val_rows)
-                * self.costs.inputs
+                self._suffix(interval, 0) + self._served(interval) * self.costs.inputs
                 for interval in intervals
             ),
             limit=sum(
                 self._suffix(interval, interval.frontier)
-                + (
-                    (interval.train_rows + interval.validations * self.run.val_rows)
-                    * self.costs.normalize
-                    if interval.frontier == 0
-                    else 0.0
-                )
+                # Where nothing is frozen, normalising pixels is left to do.
+                + (interval.frontier == 0) * self._served(interval) * self.costs.normalize
                 for interval in intervals
             ),
             peak_bytes=peak,

@@ -88,9 +88,9 @@ class Planning:
     def start(self) -> None:
         """Before the first step: measure and plan; or see to it that the first steps are measured,
         if the run is too short for anything else."""
-        found = self.decode_seconds > 0 and self.cache.has(0)
+        decoding = self.decode_seconds > 0
         if self.policy == "planned" and not (
-            found or pays_at_best(self.run, self.decode_seconds > 0)
+            pays_at_best(self.run, decoding) or (decoding and self.cache.has(0))
         ):
             never = min(self.run.freeze_steps) >= self.run.total_steps
             why = "nothing freezes" if never else "units freeze too late in the run to pay"

@@ -49,6 +49,11 @@ class Boundary:
     decode: float
     codecs: dict[str, "CodecCost"]
 
+    @property
+    def row_bytes(self) -> int:
+        """Of a stored row, before compression."""
+        return prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
 
 @dataclass(frozen=True)
 class CodecCost:
@@ -117,11 +122,12 @@ class Profile:
             )
             if codec in ("raw", "auto"):
                 keeps.append(raw)
-            names = [codec] if codec in boundary.codecs else []
-            for name in boundary.codecs if codec == "auto" else names:
-                compressed = self._compressed(raw, boundary, name, codec == "auto", splits)
-                if compressed is not None:
-                    keeps.append(compressed)
+            in_memory = boundary.row_bytes * sum(splits.values())
+            if boundary.codecs and in_memory > memory_for_rows():
+                continue  # decoded rows are served from memory, and would not fit
+            for name, cost in boundary.codecs.items():
+                if codec in (name, "auto"):
+                    keeps.append(self._compressed(raw, boundary, name, cost, codec == "auto"))
         return self._costs(tuple(keeps))
 
     def _costs(self, keeps: tuple[Keep, ...]) -> Costs:
@@ -151,13 +157,9 @@ class Profile:
         )
 
     def _compressed(
-        self, raw: Keep, boundary: Boundary, codec: str, reserve: bool, splits: Mapping[str, int]
-    ) -> Keep | None:
-        """None if its rows would not fit into memory, from which they are served."""
-        plain = prod(boundary.row_shape) * np.dtype(boundary.dtype).itemsize
-        if plain * sum(splits.values()) > memory_for_rows():
-            return None
-        cost = boundary.codecs[codec]
+        self, raw: Keep, boundary: Boundary, codec: str, cost: CodecCost, reserve: bool
+    ) -> Keep:
+        plain = boundary.row_bytes
         decode = plain * (cost.ratio * self.read + cost.decode)
         return dataclasses.replace(
             raw,
@@ -363,7 +365,7 @@ def profile(
     spent = arithmetic.seconds + time.perf_counter() - start
     predicted = row_passes * sum(arithmetic.train)
     row = pixels[0].nelement()
-    sizes = [prod(each.row_shape) * np.dtype(each.dtype).itemsize for each in boundaries]
+    sizes = [boundary.row_bytes for boundary in boundaries]
     disk = measure_disk(
         directory,
         int(statistics.median([row, *sizes])),

@@ -227,6 +227,12 @@ def format_table(
     ]
 
 
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The same in Markdown."""
+    widths = ["-" * max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [f"| {line} |" for line in format_table([rows[0], widths, *rows[1:]], divider=" | ")]
+
+
 def comparison_words(plan: Mapping[str, Any], boundaries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Predicted beside actual, of the run and of every materialisation."""
     predicted, actual = plan["predicted"], plan["actual"]

@@ -12,8 +12,6 @@ from cachefreeze.files import size_of_tree
 from cachefreeze.store import TRASH, Description, Layout, StoreWriter, is_cache_dir
 
 FIRST_SCRATCH_BYTES, MAX_SCRATCH_BYTES = 2**16, 256 * 2**20
-
-
 # Too little for any store.
 LEAST_BYTES = 2**16
 MAX_SECONDS = 2.0

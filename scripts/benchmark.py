@@ -36,7 +36,7 @@ from cachefreeze import config, train
 from cachefreeze.cache import Materialization, PrefixCache, StoredPixels, StoredRows
 from cachefreeze.encoding import channels_last
 from cachefreeze.planner import efficiency
-from cachefreeze.report import format_table
+from cachefreeze.report import markdown_table
 from cachefreeze.rows import Indices, Rows, batches_of
 
 MODES = {
@@ -197,9 +197,7 @@ def table(runs: Runs) -> list[str]:
                 f"{summaries[0]['cache']['prefix_unit_rows_computed']:,}",
             ]
         )
-    widths = ["-" * max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"| {line} |" for line in format_table([rows[0], widths, *rows[1:]], divider=" | ")]
-    return [*lines, "", *verdicts(runs)]
+    return [*markdown_table(rows), "", *verdicts(runs)]
 
 
 def verdicts(runs: Runs) -> list[str]:

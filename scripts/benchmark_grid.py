@@ -27,7 +27,7 @@ from PIL import Image
 
 from cachefreeze import config, train
 from cachefreeze.device import keep_freed_memory
-from cachefreeze.report import format_table
+from cachefreeze.report import markdown_table
 from cachefreeze.store import write
 
 WRN, DENSENET = ("--arch", "wrn10_1"), ("--arch", "densenet16_4")
@@ -100,13 +100,8 @@ def main() -> int:
     found.sort(reverse=True)
     header = ["setting (worst first)", "cached / freezing only", "the same run twice", "kept"]
     header += ["seconds"]
-    print("\n".join(f"| {line} |" for line in markdown([header, *(row for _, row in found)])))
+    print("\n".join(markdown_table([header, *(row for _, row in found)])))
     return 0
-
-
-def markdown(rows: list[list[str]]) -> list[str]:
-    widths = ["-" * max(map(len, column)) for column in zip(*rows, strict=True)]
-    return format_table([rows[0], widths, *rows[1:]], divider=" | ")
 
 
 def compare(setting: Setting, repeats: int, folder: Path) -> tuple[float, list[str]]:

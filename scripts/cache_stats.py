@@ -11,12 +11,12 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
-from cachefreeze.report import duration
+from cachefreeze.report import duration, format_table
 from cachefreeze.store import CacheReport, StoreReport, inspect_cache, remove_rubbish
 
 HEADER = ["store", "network", "boundary", "split", "rows", "shape", "type", "codec", "chunks"]
 HEADER += ["size", "state", "age"]
-RIGHT_ALIGNED = ("rows", "chunks", "size", "age")
+RIGHT_ALIGNED = [HEADER.index(title) for title in ("rows", "chunks", "size", "age")]
 
 
 def main() -> int:
@@ -97,7 +97,11 @@ def _store_as_json(store: StoreReport) -> dict[str, Any]:
 def as_text(report: CacheReport, pruned: int, verified: bool) -> list[str]:
     """A table with a line for each split of each store, then totals."""
     rows = [row for store in report.stores for row in _table_rows(store)]
-    lines = format_table([HEADER, *rows]) if rows else [f"no stores in {report.folder}"]
+    lines = (
+        format_table([HEADER, *rows], right=RIGHT_ALIGNED)
+        if rows
+        else [f"no stores in {report.folder}"]
+    )
     for store in report.stores:
         lines += [f"damaged: {store.folder.name}: {sentence}" for sentence in store.damage]
     if verified and rows and not report.damaged:
@@ -138,19 +142,6 @@ def _table_rows(store: StoreReport) -> list[list[str]]:
             place = f"{about.boundary} {about.unit}"
             rows.append([name, about.network, place, *what, store.state, age])
     return rows
-
-
-def format_table(rows: list[list[str]]) -> list[str]:
-    """Columns as wide as their widest cell; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [title in RIGHT_ALIGNED for title in rows[0]]
-    return [
-        "  ".join(
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
 
 
 if __name__ == "__main__":

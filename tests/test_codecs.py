@@ -35,7 +35,8 @@ from cachefreeze.store import format as store_format
 from cachefreeze.store.codecs import zstd_content_size
 from cachefreeze.store.format import sha256
 
-NAME = "0123456789abcdef" * 2
+from .test_store import NAME, delete_a_chunk, flip_a_bit, swap_two_chunks
+
 SHAPE = (4, 4, 8)
 ROW_BYTES = 4 * 4 * 8 * 4
 CHUNK_ROWS = 20
@@ -210,13 +211,6 @@ def test_closing_frees_the_memory_that_loading_took(cache_dir: Path, codec: str)
     assert left < 10_000
 
 
-def flip_a_bit(cache_dir: Path) -> None:
-    path = chunk_files(cache_dir)[2]
-    content = bytearray(path.read_bytes())
-    content[100] ^= 4
-    path.write_bytes(content)
-
-
 def flip_a_bit_of_the_checksum(cache_dir: Path) -> None:
     path = chunk_files(cache_dir)[2]
     content = bytearray(path.read_bytes())
@@ -236,17 +230,6 @@ def lengthen(cache_dir: Path) -> None:
 
 def empty(cache_dir: Path) -> None:
     chunk_files(cache_dir)[2].write_bytes(b"")
-
-
-def delete_a_chunk(cache_dir: Path) -> None:
-    chunk_files(cache_dir)[2].unlink()
-
-
-def swap_two_chunks(cache_dir: Path) -> None:
-    first, second = chunk_files(cache_dir)[:2]
-    content = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(content)
 
 
 @pytest.mark.parametrize(
