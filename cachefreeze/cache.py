@@ -8,42 +8,33 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cachefreeze.device import autocast, memory_for_rows, numerics, synchronize
-from cachefreeze.encoding import Encoding, name_of
-from cachefreeze.files import human_bytes, size_of_tree
+from cachefreeze.device import autocast, numerics
+from cachefreeze.errors import UserError
+from cachefreeze.files import human_bytes
 from cachefreeze.fingerprint import Sources, structure
 from cachefreeze.models.units import Units
-from cachefreeze.report import progress_bar
-from cachefreeze.rows import Indices, PixelRows, Rows, batches_of
+from cachefreeze.rows import Indices, PixelRows, Rows
 from cachefreeze.store import (
     FORMAT,
-    Description,
-    Layout,
-    SplitReader,
     Store,
     StoreError,
     StoreTooLarge,
-    StoreWriter,
-    in_use,
     is_committed,
-    open_store,
     prepare_cache_dir,
-    remove_rubbish,
-    remove_store,
-    store_folders,
 )
+from cachefreeze.stored_rows import StoredPixels, StoredRows
+from cachefreeze.stores import Source, Stores, encoding_of
 
-# Batches that the system is asked to have in memory before they are read.
-READ_AHEAD = 2
 # Batches whose reading is compared with computing them.
 WATCHED_BATCHES = 20
-# Rows that the ranges of int8 are taken from.
-RANGE_ROWS = 512
+# Of the largest value: what a row that is computed again may differ by, but for on a CPU.
+VERIFY_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,8 @@ class Materialization:
 
     `bytes` on disk. `seconds` in all, `compute_seconds` of them reading the rows before and running
     the units between. `reused`: a store of an earlier run held these very rows, and nothing was
-    computed. `lossy`: the rows are not, to the last bit, those that would be computed.
+    computed. `held`: rows that a killed run had written already. `lossy`: the rows are not, to the
+    last bit, those that would be computed.
     """
 
     boundary: int
@@ -61,6 +53,7 @@ class Materialization:
     seconds: float
     compute_seconds: float
     reused: bool
+    held: int
     codec: str
     lossy: bool
 
@@ -87,6 +80,8 @@ class PrefixCache:
             less room and loses precision: results are no longer those of a run without a cache.
         network: its name, for people who look into the cache.
         warn: is given one sentence when a store cannot be used; training goes on without.
+        stopping: asked while a store is filled; if it says so, `materialize` raises `Interrupted`,
+            and what was written is left for the next attempt.
 
     Attributes:
         boundary: where rows come from: 0 is the pixels.
@@ -124,6 +119,7 @@ class PrefixCache:
         stored: str | None = None,
         network: str = "",
         warn: Callable[[str], None] = warnings.warn,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.units = units
         self.inputs = dict(inputs)
@@ -134,7 +130,6 @@ class PrefixCache:
         self.directory = directory
         self.max_bytes = max_bytes
         self.stored = stored
-        self.network = network
         self.warn = warn
         self.boundary = 0
         self.rows_served = 0
@@ -147,10 +142,25 @@ class PrefixCache:
         self._last_watched: float | None = None
         self._sources = Sources(module for unit in units for module in unit.modules())
         self._store: Store | None = None
+        # What the last checkpoint on disk names, and stores that are out of use but for that.
+        self._checkpointed: str | None = None
+        self._retired: list[Store] = []
+        self._mended: Store | None = None
         self._rows: dict[str, Rows] = self.inputs
         self.prefix_seconds_per_row = 0.0
         if directory is not None:
             prepare_cache_dir(directory)
+            self._stores = Stores(
+                directory,
+                self.rows,
+                batch_size,
+                self.device,
+                max_bytes=max_bytes,
+                stored=stored,
+                network=network,
+                warn=warn,
+                stopping=stopping,
+            )
 
     @property
     def store(self) -> Store | None:
@@ -185,40 +195,52 @@ class PrefixCache:
         """Move the boundary to `stop` (default: the frontier), through a store of all its rows.
 
         The store is filled from the present boundary, running only the units between; the store
-        that served until now is removed afterwards. 0 keeps the decoded pixels. With `lz4` or
-        `zstd` the store is compressed, and its rows are served from memory. Without `fill` only a
-        store that is there already is taken. If a store cannot be had (disk full, over the budget,
-        in the hands of another run) nothing changes, `warn` is told, and None is returned.
+        that served until now is removed afterwards, unless a checkpoint names it (`release`). 0
+        keeps the decoded pixels. With `lz4` or `zstd` the store is compressed, and its rows are
+        served from memory. Without `fill` only a store that is there already is taken. If a store
+        cannot be had (disk full, over the budget, in the hands of another run) nothing changes,
+        `warn` is told, and None is returned.
+
+        Raises:
+            Interrupted: `stopping` says so.
         """
         stop = self.units.frontier if stop is None else stop
         pixels = stop == 0 and self._store is None and self.keeps_pixels
         if self.directory is None or (stop <= self.boundary and not pixels):
             return None
         start = time.perf_counter()
-        fingerprint = self.fingerprint(stop)
-        computed = 0.0
+        store, held, computed = None, 0, 0.0
         try:
-            store = self._find(fingerprint)
+            fingerprint = self.fingerprint(stop)
+            store = self._stores.find(fingerprint, self._source(stop))
             reused = store is not None
             if store is None and fill:
-                store, computed = self._write(fingerprint, stop, codec)
-            if store is not None and not self._load(store):
-                store = None
+                filling = self._stores.fill(
+                    fingerprint,
+                    stop,
+                    self._name(stop),
+                    codec,
+                    self._source(stop),
+                    self.prefix_seconds_per_row,
+                )
+                if filling is not None:
+                    store, held, computed = filling.store, filling.held, filling.compute_seconds
+                    store.load()
         except BlockingIOError:
             self.warn(f"another run is using the store after {self._name(stop)}: not cached")
-            return None
         except StoreTooLarge:
             self.warn(
                 f"activations after {self._name(stop)} are not cached: compressed with {codec} "
                 f"they are still larger than {human_bytes(self.max_bytes)} allow (--cache-max-gb)"
             )
-            return None
         except (OSError, StoreError) as error:
+            if store is not None:
+                store.remove()
+                store = None
             reason = getattr(error, "strerror", None) or error
             self.warn(
                 f"the store after {self._name(stop)} cannot be written ({reason}): not cached"
             )
-            return None
         finally:
             seconds = time.perf_counter() - start
             self.saved_seconds -= seconds
@@ -232,15 +254,91 @@ class PrefixCache:
             seconds=seconds,
             compute_seconds=computed,
             reused=reused,
+            held=held,
             codec=store.description.codec,
             lossy=store.description.lossy,
         )
 
     def leave(self) -> None:
-        """Go back to computing rows from the network's input; the store is removed."""
-        if self._store is not None:
-            self._store.remove()
+        """Go back to computing rows from the network's input; the store is removed, unless a
+        checkpoint names it."""
+        old = self._store
         self._leave_store()
+        self._retire(old)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint is to say of the cache: where rows come from. No rows."""
+        store = None if self._store is None else self._store.description
+        return {
+            "boundary": self.boundary,
+            "store": None if store is None else store.fingerprint,
+            "codec": None if store is None else store.codec,
+        }
+
+    def release(self) -> None:
+        """To be called when a checkpoint with the present `state_dict` is on disk: stores that only
+        an earlier one names are removed. A store that a checkpoint names stays until then, so
+        that whoever goes on from there finds it."""
+        self._checkpointed = self.state_dict()["store"]
+        for store in self._retired:
+            store.remove()
+        self._retired = []
+
+    @property
+    def holds_retired(self) -> bool:
+        """Whether there are stores that would be removed by `release`."""
+        return bool(self._retired)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Materialization | None:
+        """Go on with the store that a checkpoint names; None if it names none, or that one is not
+        there any more. Call it with the weights of the checkpoint loaded, and their units frozen.
+        """
+        if state["store"] is None:
+            return None
+        found = self.materialize(state["boundary"], fill=False)
+        self._checkpointed = self.state_dict()["store"]
+        return found
+
+    def verify(self, split: str, rows: Indices) -> None:
+        """Compute rows, at most a batch of them, from the network's input, and compare them with
+        those that are served: bit by bit on a CPU; elsewhere kernels may sum in another order, and
+        `VERIFY_TOLERANCE` of the largest value is allowed.
+
+        Raises:
+            UserError: they differ; names row, boundary, and the size of the difference.
+        """
+        if self._store is None:
+            return
+        x = next(iter(self.inputs[split].batches([rows])))
+        with autocast(self.device, self.autocast_dtype):
+            computed = self.units.run_frozen(x, 0, self.boundary, self.batch_size)
+        about = self._store.description
+        if about.lossy:
+            encoding = encoding_of(about)
+            room, view = encoding.empty(len(rows), about.splits[split].row_shape)
+            view[:] = encoding.encode(computed).reshape(len(rows), -1).view(np.uint8)
+            computed = encoding.decode(room, self.device)
+        (served,) = self._rows[split].batches([rows])
+        if (served.shape, served.dtype) != (computed.shape, computed.dtype):
+            raise UserError(
+                f"the cache is wrong: rows of {split} after {self._name(self.boundary)} are "
+                f"{tuple(served.shape[1:])} {served.dtype} and should be "
+                f"{tuple(computed.shape[1:])} {computed.dtype}: remove {self._store.folder}"
+            )
+        tolerance = 0.0
+        if self.device.type != "cpu":
+            tolerance = VERIFY_TOLERANCE * float(computed.abs().max())
+        # Equal, or both not a number; what is infinite on one side only is far away.
+        gaps = (served.double() - computed.double()).abs().nan_to_num(torch.inf)
+        same = (served == computed) | (served.isnan() & computed.isnan())
+        gaps = gaps.masked_fill(same, 0).flatten(1).amax(1).cpu()
+        if (gaps > tolerance).any():
+            row = int((gaps > tolerance).nonzero()[0])
+            raise UserError(
+                f"the cache is wrong: row {rows[row]} of {split} at boundary {self.boundary} "
+                f"(after {self._name(self.boundary)}) differs by up to {float(gaps[row]):.3g} from "
+                f"what is computed: remove {self._store.folder}, or use --no-cache"
+            )
 
     def has(self, stop: int) -> bool:
         """Whether a committed store of the rows at boundary `stop` is on disk already."""
@@ -273,9 +371,31 @@ class PrefixCache:
 
     def close(self) -> None:
         """Let go of the store. It stays on disk until a run with this folder needs the room."""
-        if self._store is not None:
-            self._store.close()
+        for store in (self._store, *self._retired):
+            if store is not None:
+                store.close()
+        self._retired = []
         self._leave_store()
+
+    def _source(self, stop: int, inputs: bool = False) -> Source:
+        """The rows that a store of boundary `stop` is to hold: made of those that come from the
+        present source, or of the network's `inputs`."""
+
+        def pixels(split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
+            rows = self.inputs[split]
+            assert isinstance(rows, PixelRows)
+            return rows.pixels(order)
+
+        def computed(split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
+            for x in self.inputs[split].batches(order):
+                yield self._run(x, 0, stop)
+
+        def served(split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
+            return self._serve(split, order, stop)
+
+        if stop == 0:
+            return pixels
+        return computed if inputs else served
 
     def _serve(self, split: str, order: Sequence[Indices], stop: int | None) -> Iterator[Tensor]:
         """Rows at boundary `stop`; None is the frontier, and counts as serving the run."""
@@ -301,7 +421,8 @@ class PrefixCache:
             except OSError as error:
                 if store is None:
                     raise
-                self._give_up_store(error)
+                if self._store is store:
+                    self._mend_or_leave(store, error)
 
     def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
         self.prefix_unit_rows_computed += len(x) * (stop - start)
@@ -340,158 +461,12 @@ class PrefixCache:
     def _name(self, boundary: int) -> str:
         return self.units.names[boundary - 1] if boundary else "pixels"
 
-    def _find(self, fingerprint: str) -> Store | None:
-        """A committed store of these very rows, verified from the first byte to the last."""
-        assert self.directory is not None
-        try:
-            store = open_store(self.directory, fingerprint)
-        except StoreError as error:
-            self.warn(f"the store {fingerprint} is not used: {error}")
-            return None
-        if store is None:
-            return None
-        damage = next(store.damage(), None)
-        if damage is None and self.rows != {
-            split: layout.rows for split, layout in store.description.splits.items()
-        }:
-            damage = "its rows are not those of the data set"
-        if damage is not None:
-            self.warn(f"the store {fingerprint} is damaged ({damage}): made anew")
-            store.close()
-            return None
-        return store
-
-    def _load(self, store: Store) -> bool:
-        """Decode the rows of a compressed store into memory; whether that could be done."""
-        about = store.description
-        if about.memory_bytes > memory_for_rows():
-            self.warn(
-                f"the store after {about.unit} is not used: decoded it would take "
-                f"{human_bytes(about.memory_bytes)} of memory"
-            )
-            store.close()
-            return False
-        try:
-            store.load()
-        except OSError as error:
-            self.warn(f"the store after {about.unit} cannot be read ({error.strerror or error})")
-            store.remove()
-            return False
-        return True
-
-    def _write(self, fingerprint: str, stop: int, codec: str) -> tuple[Store | None, float]:
-        """Fill a new store; None if it would not fit. Also the seconds for its rows."""
-        writer = None
-        written = 0
-        compute_seconds = 0.0
-        start = time.perf_counter()
-        bar = progress_bar(f"caching {self._name(stop)}", sum(self.rows.values()), "row")
-        try:
-            for split, rows in self.rows.items():
-                order = batches_of(np.arange(rows), self.batch_size)
-                source = (
-                    self._pixels(split, order) if stop == 0 else self._serve(split, order, stop)
-                )
-                mark = time.perf_counter()
-                waiting: list[Tensor] = []
-                for x in source:
-                    synchronize(self.device)
-                    compute_seconds += time.perf_counter() - mark
-                    waiting.append(x)
-                    if writer is None:
-                        # The ranges of int8 are taken from more rows than one batch may have.
-                        held = sum(map(len, waiting))
-                        if self.stored == "int8" and stop and held < min(RANGE_ROWS, rows):
-                            mark = time.perf_counter()
-                            continue
-                        encoding = Encoding.of(torch.cat(waiting), self.stored if stop else None)
-                        shape = encoding.encode(x[:1]).shape[1:]
-                        writer = self._writer(fingerprint, stop, encoding, shape, codec)
-                        if writer is None:
-                            return None, compute_seconds
-                    for batch in waiting:
-                        plain = encoding.encode(batch)
-                        writer.append(split, plain)
-                        written += plain.nbytes
-                        rate = written / (time.perf_counter() - start)
-                        bar.set_postfix_str(f"{human_bytes(rate)}/s", refresh=False)
-                        bar.update(len(plain))
-                    waiting = []
-                    mark = time.perf_counter()
-            assert writer is not None
-            per_row = self.prefix_seconds_per_row + compute_seconds / sum(self.rows.values())
-            return writer.commit({"prefix_seconds_per_row": per_row}), compute_seconds
-        except BaseException:
-            if writer is not None:
-                writer.abort()
-            raise
-        finally:
-            bar.close()
-
-    def _pixels(self, split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
-        rows = self.inputs[split]
-        assert isinstance(rows, PixelRows)
-        return rows.pixels(order)
-
-    def _writer(
-        self, fingerprint: str, stop: int, encoding: Encoding, shape: tuple[int, ...], codec: str
-    ) -> StoreWriter | None:
-        """A writer for a store that will fit, or may, if it is compressed; else None."""
-        assert self.directory is not None
-        description = Description(
-            fingerprint=fingerprint,
-            network=self.network,
-            boundary=stop,
-            unit=self._name(stop),
-            values=name_of(encoding.values),
-            stored=encoding.stored,
-            created=time.time(),
-            splits={
-                split: Layout.of(rows, shape, encoding.array_type, codec)
-                for split, rows in self.rows.items()
-            },
-            details={"batch_size": str(self.batch_size), "torch": torch.__version__},
-            quantization=encoding.quantization,
-        )
-        room = self._make_room(description)
-        if room is None:
-            return None
-        return StoreWriter(self.directory, description, max_bytes=room)
-
-    def _make_room(self, description: Description) -> float | None:
-        """Bytes that the chunks of a new store may take beside the stores in use; None if that is
-        too little. What no run uses goes, if it is not."""
-        assert self.directory is not None
-        compressed = description.codec != "raw"
-        if description.memory_bytes > memory_for_rows():
-            self.warn(
-                f"activations after {description.unit} are not cached: compressed rows are served "
-                f"from memory, and {human_bytes(description.memory_bytes)} are too much for it"
-            )
-            return None
-        stores = {folder: in_use(folder) for folder in store_folders(self.directory)}
-        taken = sum(size_of_tree(folder) for folder, used in stores.items() if used)
-        room = self.max_bytes - taken - description.overhead_bytes
-        if room >= (0 if compressed else description.bytes):
-            remove_rubbish(self.directory)
-            for folder, used in stores.items():
-                if not used:
-                    remove_store(folder)
-            return room
-        self.warn(
-            f"activations after {description.unit} are not cached: "
-            f"{human_bytes(description.bytes)} beside {human_bytes(taken)} in use would exceed "
-            f"{human_bytes(self.max_bytes)} (--cache-max-gb)"
-        )
-        return None
-
     def _switch(self, store: Store, boundary: int) -> None:
         self._forget_reading()
         old, self._store = self._store, store
         about = store.description
-        encoding = Encoding(getattr(torch, about.values), about.stored, about.quantization)
         stored = {
-            name: StoredRows(reader, encoding, self.device, about.fingerprint)
+            name: StoredRows(reader, encoding_of(about), self.device, about.fingerprint)
             for name, reader in store.readers.items()
         }
         self._rows = dict(stored)
@@ -502,13 +477,34 @@ class PrefixCache:
             }
         self.boundary = boundary
         self.prefix_seconds_per_row = store.notes.get("prefix_seconds_per_row", 0.0)
-        if old is not None:
-            old.remove()
+        self._retire(old)
 
-    def _give_up_store(self, error: OSError) -> None:
+    def _retire(self, store: Store | None) -> None:
+        """Done with a store: it goes, now or when no checkpoint names it any more."""
+        if store is None:
+            return
+        if store.description.fingerprint == self._checkpointed:
+            store.put_away()
+            self._retired.append(store)
+        else:
+            store.remove()
+
+    def _mend_or_leave(self, store: Store, error: OSError) -> None:
+        """A row could not be read. What is damaged is mended, once; a disk that goes on failing is
+        not read from any more."""
+        reason = error.strerror or error
+        if self._mended is not store:
+            self._mended = store
+            try:
+                damaged = list(store.damage())
+                source = self._source(self.boundary, inputs=True)
+                if damaged and self._stores.mend(store, damaged, source):
+                    return
+            except OSError as failure:
+                reason = failure.strerror or failure
         self.warn(
-            f"the store after {self._name(self.boundary)} cannot be read "
-            f"({error.strerror or error}): its rows are computed instead"
+            f"the store after {self._name(self.boundary)} cannot be read ({reason}): its rows are "
+            "computed instead"
         )
         self.leave()
 
@@ -524,44 +520,3 @@ class PrefixCache:
     def _forget_reading(self) -> None:
         self._last_watched = self.seconds_per_byte_read
         self._watched.clear()
-
-
-class StoredRows:
-    """Rows of one split from a store, on the training device."""
-
-    def __init__(
-        self, reader: SplitReader, encoding: Encoding, device: torch.device, identity: str
-    ) -> None:
-        self.reader = reader
-        self.encoding = encoding
-        self.device = device
-        self.identity = identity
-
-    def __len__(self) -> int:
-        return self.reader.layout.rows
-
-    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        for rows in order[:READ_AHEAD]:
-            self.reader.will_need(rows)
-        for position, rows in enumerate(order):
-            for coming in order[position + READ_AHEAD : position + READ_AHEAD + 1]:
-                self.reader.will_need(coming)
-            # A new tensor each time: whoever keeps a batch keeps its values.
-            stored, room = self.encoding.empty(len(rows), self.reader.layout.row_shape)
-            self.reader.read(rows, room)
-            yield self.encoding.decode(stored, self.device)
-
-
-class StoredPixels:
-    """Network input from decoded pixels that are kept in a store."""
-
-    def __init__(self, stored: StoredRows, inputs: PixelRows) -> None:
-        self.stored = stored
-        self.inputs = inputs
-        self.identity = inputs.identity
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        return map(self.inputs.from_pixels, self.stored.batches(order))

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""What ends a run early and is no bug."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with code 2; everything else that is
     raised is a bug and keeps its traceback.
     """
+
+
+class Interrupted(Exception):  # noqa: N818
+    """The user or the system asked to stop. Nothing is wrong, and nothing is lost."""

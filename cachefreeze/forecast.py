@@ -174,7 +174,7 @@ class Forecast:
 
     def observe_filling(self, source: Keep | None, keep: Keep, done: Materialization) -> None:
         """Correct what computing forward and writing cost by a materialisation."""
-        if done.reused:
+        if done.reused or done.held:
             return
         costs = self.costs
         per_row = self._prefix_seconds(source, keep.boundary)

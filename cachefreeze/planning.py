@@ -11,7 +11,8 @@ from cachefreeze.data import InputRows
 from cachefreeze.forecast import Filled, Forecast, pays_at_best
 from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
 from cachefreeze.profiler import Arithmetic, StepClock, measure, passes_for, profile
-from cachefreeze.report import duration, materialize_line, plan_words, room_words, timed
+from cachefreeze.report import duration, materialize_line, plan_words, room_words
+from cachefreeze.timing import timed
 
 # Images that are decoded to measure with.
 SAMPLE_ROWS = 16

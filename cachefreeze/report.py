@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,16 +36,6 @@ def progress_bar(description: str, total: int, unit: str, *, leave: bool = False
 def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
     """A bar around a pass over the images."""
     yield from tqdm(batches, "reading images", total, unit="batch", leave=False, disable=None)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    """Adds what is done inside to `seconds[what]`."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[what] += time.perf_counter() - start
 
 
 class RunFolder:
@@ -124,6 +113,8 @@ def materialize_line(event: Mapping[str, Any]) -> str:
     what = "decoded pixels" if event["boundary"] == 0 else f"activations after {event['unit']}"
     kind = "" if event["codec"] == "raw" else f" ({event['codec']})"
     lossy = ", at a loss of precision" if event["lossy"] else ""
+    if event["held"]:
+        lossy += f", {event['held']:,} rows of it before it was interrupted"
     return (
         f"  step {event['step']}: {what} {verb}: {event['rows']:,} rows, "
         f"{human_bytes(event['bytes'])}{kind}{lossy}, {event['seconds']:.1f} s "

@@ -100,7 +100,7 @@ def _measure_scratch(directory: Path, rows: int, row_bytes: int) -> Disk:
             damage = next(store.damage(), None)
             verify = time.perf_counter() - mark
             if damage is not None:
-                raise OSError(damage)
+                raise OSError(str(damage))
             order = np.random.default_rng(0).permutation(rows)
             mark = time.perf_counter()
             for batch in np.array_split(order, -(-rows // 64)):

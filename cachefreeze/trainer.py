@@ -19,14 +19,9 @@ from cachefreeze.hashing import weights_sha256
 from cachefreeze.models.units import partition
 from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
-from cachefreeze.report import (
-    RunFolder,
-    epoch_line,
-    progress_bar,
-    say,
-    timed,
-)
+from cachefreeze.report import RunFolder, epoch_line, progress_bar, say
 from cachefreeze.rows import Indices, batches_of, epoch_order
+from cachefreeze.timing import timed
 
 
 class Trainer:

@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 
 from cachefreeze import config, train
-from cachefreeze.cache import Materialization, PrefixCache, StoredPixels, StoredRows
+from cachefreeze.cache import Materialization, PrefixCache
 from cachefreeze.encoding import channels_last
 from cachefreeze.planner import efficiency
 from cachefreeze.report import markdown_table
 from cachefreeze.rows import Indices, Rows, batches_of
+from cachefreeze.stored_rows import StoredPixels, StoredRows
 
 MODES = {
     "no freezing": ["--no-freeze", "--no-cache"],
@@ -140,8 +141,7 @@ class MemoryCache(PrefixCache):
         size = 0
         for split, count in self.rows.items():
             order = batches_of(np.arange(count), self.batch_size)
-            source = self._pixels(split, order) if stop == 0 else self._serve(split, order, stop)
-            rows = torch.cat([channels_last(x) for x in source])
+            rows = torch.cat([channels_last(x) for x in self._source(stop)(split, order)])
             size += rows.nbytes
             memory = MemoryRows(rows, self.device)
             filled[split] = memory
@@ -150,7 +150,7 @@ class MemoryCache(PrefixCache):
         self._rows, self.boundary = filled, stop
         seconds = time.perf_counter() - start
         rows_in_all = sum(self.rows.values())
-        return Materialization(stop, rows_in_all, size, seconds, seconds, False, codec, False)
+        return Materialization(stop, rows_in_all, size, seconds, seconds, False, 0, codec, False)
 
 
 class MemoryRows(StoredRows):

@@ -141,8 +141,9 @@ def test_the_boundary_may_move_in_the_middle_of_an_epoch(units: Units, tmp_path:
     assert cache.rows_served == 37 - 2 * BATCH
 
 
-def test_a_damaged_store_is_given_up_in_the_middle_of_an_epoch(
-    units: Units, tmp_path: Path
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_store_that_is_damaged_in_the_middle_of_an_epoch_is_mended_or_given_up(
+    units: Units, tmp_path: Path, writable: bool
 ) -> None:
     units.freeze(2)
     told: list[str] = []
@@ -150,22 +151,47 @@ def test_a_damaged_store_is_given_up_in_the_middle_of_an_epoch(
     cache.materialize()
     assert cache.store is not None
     folder = cache.store.folder
-    order = batches_of(ORDERS["train"], BATCH)
     found = []
-    for batch in cache.batches("train", order):
-        found.append(batch)
-        if len(found) == 2:
-            for path in (folder / "train").glob("c.*"):
-                os.truncate(path, 1000)
+    with file_size_limit(2**40 if writable else 2000):
+        for batch in cache.batches("train", batches_of(ORDERS["train"], BATCH)):
+            found.append(batch)
+            if len(found) == 2:
+                for path in (folder / "train").glob("c.*"):
+                    os.truncate(path, 1000)
     assert torch.equal(torch.cat(found), everything(make_cache(units, None))["train"])
     assert len(told) == 1
     assert "group1_block1" in told[0]
-    assert "computed instead" in told[0]
-    assert cache.boundary == 0
-    assert not folder.exists()
-    # And it may try again.
-    assert cache.materialize() is not None
+    if writable:
+        assert "computed and written once more" in told[0]
+        assert list(cache.store.damage()) == []
+        assert cache.prefix_unit_rows_computed == 2 * (47 + 37)
+    else:
+        assert "File too large" in told[0]
+        assert "computed instead" in told[0]
+        assert cache.boundary == 0
+        assert not folder.exists()
+        # And it may try again.
+        assert cache.materialize() is not None
     assert_serves_what_is_computed(cache)
+
+
+def test_a_store_that_is_damaged_again_and_again_is_given_up(units: Units, tmp_path: Path) -> None:
+    units.freeze(2)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    cache.materialize()
+    assert cache.store is not None
+    folder = cache.store.folder
+    found = []
+    for batch in cache.batches("train", batches_of(ORDERS["train"], BATCH)):
+        found.append(batch)
+        for path in (folder / "train").glob("c.*"):
+            path.unlink()
+            path.touch()
+        cache.store and cache.store.put_away()  # what is open is still whole
+    assert torch.equal(torch.cat(found), everything(make_cache(units, None))["train"])
+    assert ["written once more" in told[0], "computed instead" in told[1]] == [True, True]
+    assert len(told) == 2
 
 
 def test_what_would_exceed_the_budget_is_not_cached_and_said_in_one_line(
@@ -244,21 +270,51 @@ def test_the_last_store_of_a_finished_run_goes_when_the_next_materialises(
     second.close()
 
 
-def test_a_damaged_store_of_an_earlier_run_is_made_anew(units: Units, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("codec", "stored"), [("raw", None), ("zstd", None), ("lz4", "int8")])
+def test_a_damaged_chunk_of_an_earlier_run_is_computed_and_written_once_more(
+    units: Units, tmp_path: Path, codec: str, stored: str | None
+) -> None:
     units.freeze(2)
-    first = make_cache(units, tmp_path / "cache")
-    first.materialize()
+    first = make_cache(units, tmp_path / "cache", stored=stored)
+    first.materialize(codec=codec)
+    rows = everything(first)
     first.close()
     chunk = next((store_folders(tmp_path / "cache")[0] / "val").glob("c.*"))
-    content = bytearray(chunk.read_bytes())
+    whole = chunk.read_bytes()
+    content = bytearray(whole)
     content[500] ^= 1
     chunk.write_bytes(content)
     told: list[str] = []
+    second = make_cache(units, tmp_path / "cache", stored=stored, warn=told.append)
+    assert second.materialize(codec=codec).reused  # type: ignore[union-attr]
+    (sentence,) = told
+    assert "1 of 2 chunks of the store after group1_block1 is damaged" in sentence
+    assert "val: c.0.0.0.0 has a wrong checksum" in sentence
+    assert chunk.read_bytes() == whole
+    assert second.prefix_unit_rows_computed == 10 * 2, "no row but those of the chunk"
+    assert_same(everything(second), rows)
+    if stored is None:
+        assert_serves_what_is_computed(second)
+
+
+def test_a_chunk_that_cannot_be_computed_as_it_was_makes_the_whole_store_anew(
+    units: Units, tmp_path: Path
+) -> None:
+    """As on a device whose kernels sum in another order from time to time."""
+    units.freeze(1)
+    first = make_cache(units, tmp_path / "cache")
+    first.materialize()
+    first.close()
+    for chunk in store_folders(tmp_path / "cache")[0].glob("*/c.*"):
+        chunk.unlink()
+    told: list[str] = []
     second = make_cache(units, tmp_path / "cache", warn=told.append)
-    assert not second.materialize().reused  # type: ignore[union-attr]
-    assert len(told) == 1
-    assert "val: c.0.0.0.0 has a wrong checksum" in told[0]
-    assert_serves_what_is_computed(second)
+    second.inputs["val"].values[0, 0, 0, 0] += 1  # type: ignore[attr-defined]
+    done = second.materialize()
+    assert done is not None
+    assert not done.reused
+    assert "what is computed now is not what it held" in told[0]
+    second.verify("val", np.arange(10)[:BATCH])
 
 
 def test_folders_that_are_not_stores_are_left_alone_whatever_their_names(
@@ -363,7 +419,7 @@ def test_compressed_rows_that_do_not_fit_into_memory_are_not_kept(
     first = make_cache(units, tmp_path / "cache")
     first.materialize(codec="zstd")
     first.close()
-    monkeypatch.setattr("cachefreeze.cache.memory_for_rows", lambda: 1000)
+    monkeypatch.setattr("cachefreeze.stores.memory_for_rows", lambda: 1000)
     told: list[str] = []
     cache = make_cache(units, tmp_path / "cache", warn=told.append)
     assert cache.materialize(codec="zstd") is None

@@ -196,7 +196,7 @@ def test_orphans_of_killed_runs_are_counted_and_pruned(cache_dir: Path) -> None:
     assert running.returncode == 0
     assert "being written" in running.stdout
     assert "orphans of killed" not in running.stdout
-    writer._lock.release()  # as if its process had been killed
+    writer.suspend()  # as if its process had been killed
 
     result = stats(cache_dir)
     assert result.returncode == 0

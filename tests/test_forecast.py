@@ -56,6 +56,7 @@ def done(keep_boundary: int, seconds: float, compute: float, **changes: object) 
         "seconds": seconds,
         "compute_seconds": compute,
         "reused": False,
+        "held": 0,
         "codec": "raw",
         "lossy": False,
     }

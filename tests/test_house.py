@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
-    ["errors", "files", "hashing", "rows", "schedule", "planner"],
+    ["errors", "files", "hashing", "rows", "schedule", "planner", "timing"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint"],
     ["encoding", "scratch"],
-    ["config", "freezeout", "cache", "profiler"],
+    ["config", "freezeout", "stored_rows", "stores", "profiler"],
+    ["cache"],
     ["forecast"],
     ["planning"],
     ["trainer", "preview"],

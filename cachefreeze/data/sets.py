@@ -17,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from cachefreeze.data.images import ArrayImages, FolderImages, Images
 from cachefreeze.errors import UserError
 from cachefreeze.rows import Indices, batches_of
+from cachefreeze.timing import Clock
 
 # Per channel, of the 50,000 training images scaled to 0 .. 1.
 CIFAR_STATISTICS = {
@@ -227,20 +228,6 @@ def load_folder(
     seconds = clock.seconds / (len(train) + len(val))
     name = f"imagefolder {root.name}"
     return DataSet(name, classes, train, val, (3, size, size), mean, std, seconds)
-
-
-class Clock:
-    """Counts the seconds that an iterator takes to give its items."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def around(self, items: Iterator[Tensor]) -> Iterator[Tensor]:
-        mark = time.perf_counter()
-        for item in items:
-            self.seconds += time.perf_counter() - mark
-            yield item
-            mark = time.perf_counter()
 
 
 def find_images(

@@ -6,6 +6,7 @@
                             val/
                             manifest.json  checksum of every chunk and every zarr.json
                             COMMITTED      SHA-256 of the manifest; written last
+                            journal        the chunks so far, until it is committed
                             lock           held shared by readers, exclusively by the writer
 
 An uncompressed chunk file is its rows' bytes in C order, and the checksum in four bytes more. So
@@ -40,8 +41,8 @@ from cachefreeze.store.format import (
     StoreError,
 )
 from cachefreeze.store.inspect import CacheReport, StoreReport, inspect_cache
-from cachefreeze.store.read import SplitReader, Store, open_store
-from cachefreeze.store.write import StoreTooLarge, StoreWriter
+from cachefreeze.store.read import Damage, SplitReader, Store, open_store
+from cachefreeze.store.write import StoreTooLarge, StoreWriter, mend_chunk
 
 __all__ = [
     "ARRAY_TYPES",
@@ -50,6 +51,7 @@ __all__ = [
     "TRASH",
     "CacheReport",
     "Codec",
+    "Damage",
     "Description",
     "Layout",
     "Quantization",
@@ -66,6 +68,7 @@ __all__ = [
     "inspect_cache",
     "is_cache_dir",
     "is_committed",
+    "mend_chunk",
     "open_store",
     "prepare_cache_dir",
     "remove_rubbish",

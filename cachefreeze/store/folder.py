@@ -1,11 +1,13 @@
 """The cache folder: its tag, its stores, who uses them, and their removal."""
 
+import errno
 import fcntl
 import os
 import re
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from cachefreeze.errors import UserError
@@ -13,6 +15,7 @@ from cachefreeze.files import why_not_writable, write_atomically
 
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 TRASH = ".trash-"
+PARTIAL = ".partial"
 TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# This folder holds activations cached by cachefreeze. It may be deleted at any time.\n"
@@ -28,6 +31,8 @@ class Lock:
     def __init__(self, folder: Path, *, exclusive: bool) -> None:
         """Raises BlockingIOError if others hold it, FileNotFoundError if there is no such store."""
         path = folder / "lock"
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, f"{folder} is a symbolic link")
         how = os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY
         self._file = os.open(path, how | os.O_NOFOLLOW, 0o666)
         try:
@@ -168,14 +173,24 @@ def rubbish(cache_dir: Path) -> list[Path]:
             found.append(Path(entry.path))
     found += cache_dir.glob("CACHEDIR.TAG.*.partial")
     for folder in filter(is_committed, stores):
-        found += folder.glob("*.partial")
+        if not in_use(folder):  # whoever uses it may be mending it
+            found += partial_files(folder)
     return sorted(found)
 
 
-def remove_rubbish(cache_dir: Path) -> int:
-    """Remove `rubbish`; returns how many files and folders went."""
+def partial_files(folder: Path) -> Iterator[Path]:
+    """Files below a store that were not written to their end. Links are not followed."""
+    for root, _, names in os.walk(folder):
+        yield from (Path(root, name) for name in names if name.endswith(PARTIAL))
+
+
+def remove_rubbish(cache_dir: Path, keep: str = "") -> int:
+    """Remove `rubbish`, but for the store that is called `keep`; returns how many files and folders
+    went."""
     removed = 0
     for path in rubbish(cache_dir):
+        if path.name == keep:
+            continue
         if FINGERPRINT.fullmatch(path.name):
             remove_store(path)
         elif path.is_dir():

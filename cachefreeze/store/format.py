@@ -1,10 +1,12 @@
 """The store's format: what its files say, and how they are checked before they are believed."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,8 +20,10 @@ from cachefreeze.store.codecs import CHECKSUM_BYTES, CODECS
 FORMAT = 2
 # Whole rows, near this size: few files, and not much more than a split that is small.
 CHUNK_BYTES = 8 * 2**20
-# Nothing that we write comes near: a larger file is not ours, and is not parsed.
-METADATA_BYTES = 64 * 2**20
+# Nothing that we write comes near: a larger file is not ours, and is not parsed. (A manifest has
+# 12 bytes or so for each chunk: this is enough for tens of terabytes.)
+METADATA_BYTES, MANIFEST_BYTES = 2**20, 2**24
+MAX_DIMENSIONS = 8
 # Nor does a row, and a chunk is larger than `CHUNK_BYTES` only if a row is: one that claims more is
 # neither read nor decoded.
 MAX_CHUNK_BYTES = 2**30
@@ -48,8 +52,9 @@ FILL_VALUES: dict[str, float | int] = {
 }
 
 
-# Of each split beside its chunks: metadata, the manifest's checksums and sizes, ranges of int8.
-OVERHEAD_BYTES, OVERHEAD_BYTES_A_CHUNK, OVERHEAD_BYTES_A_CHANNEL = 8_000, 32, 80
+# Of each split beside its chunks: metadata, the manifest's and the journal's checksums and sizes,
+# ranges of int8.
+OVERHEAD_BYTES, OVERHEAD_BYTES_A_CHUNK, OVERHEAD_BYTES_A_CHANNEL = 8_000, 80, 80
 
 
 class StoreError(Exception):
@@ -98,6 +103,13 @@ class Layout:
     def chunk_file_bytes(self) -> int:
         """Of every chunk file; if `compressed`, before compression."""
         return self.chunk_bytes + CHECKSUM_BYTES
+
+    def may_have_size(self, size: int) -> bool:
+        """Whether a chunk file can be of so many bytes."""
+        if not self.compressed:
+            return size == self.chunk_file_bytes
+        # No codec makes a chunk larger by more than a percent, and a header of a few bytes.
+        return size <= 2 * self.chunk_file_bytes + 128
 
     @property
     def bytes(self) -> int:
@@ -194,7 +206,9 @@ def read_description(folder: Path) -> Description:
     Raises:
         StoreError: it says nothing that we would have written.
     """
-    group = _read_json(folder / "zarr.json")
+    if folder.is_symlink():
+        raise StoreError("it is a symbolic link")
+    group = _parse(read_file(folder / "zarr.json"), "zarr.json")
     try:
         attributes = dict(group["attributes"]["cachefreeze"])
         version = attributes.pop("format")
@@ -225,7 +239,45 @@ def read_description(folder: Path) -> Description:
         raise StoreError("its zarr.json does not say what its int8 elements stand for")
     if description.fingerprint != folder.name:
         raise StoreError("its fingerprint is not the name of its folder")
+    for name in description.splits:
+        if (folder / name).is_symlink():
+            raise StoreError(f"its folder {name} is a symbolic link")
     return description
+
+
+def check_array(folder: Path, layout: Layout) -> None:
+    """See that the zarr array of a split is the one that we write for this layout.
+
+    Its rows are read and decoded by the layout alone; but what other tools would read by these
+    metadata must be the same rows, and must not make them run anything.
+
+    Raises:
+        StoreError: it is not.
+    """
+    found = _parse(read_file(folder / "zarr.json"), f"{folder.name}/zarr.json")
+    compressors = {"raw": [], "lz4": ["blosc"], "zstd": ["zstd"]}[layout.codec]
+    expected = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [layout.rows, *layout.row_shape],
+        "data_type": layout.dtype,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [layout.rows_per_chunk, *layout.row_shape]},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+    }
+    try:
+        same = all(found[key] == value for key, value in expected.items())
+        same &= not found.get("storage_transformers")
+        codecs = [codec["name"] for codec in found["codecs"]]
+        endian = found["codecs"][0].get("configuration", {}).get("endian", "little")
+    except (KeyError, TypeError, AttributeError, IndexError):
+        same = False
+    if not same or codecs != ["bytes", *compressors, "crc32c"] or endian != "little":
+        raise StoreError(
+            f"its {folder.name}/zarr.json describes an array that cachefreeze does not write"
+        )
 
 
 def _read_quantization(content: Any) -> Quantization | None:
@@ -245,6 +297,7 @@ def _is_written(description: Description) -> bool:
             re.fullmatch(r"[a-z]+", name)
             and layout.codec in CODECS
             and layout.dtype == ARRAY_TYPES[stored]
+            and len(layout.row_shape) <= MAX_DIMENSIONS
             and layout.chunk_bytes <= MAX_CHUNK_BYTES
             for name, layout in description.splits.items()
         )
@@ -274,20 +327,20 @@ def read_manifest(folder: Path, description: Description) -> Manifest:
     Raises:
         StoreError: they do not.
     """
-    content = _read_file(folder / "manifest.json")
-    if _read_file(folder / "COMMITTED") != sha256(content).encode():
+    content = read_file(folder / "manifest.json", MANIFEST_BYTES)
+    if read_file(folder / "COMMITTED") != sha256(content).encode():
         raise StoreError("its marker does not fit its manifest")
     manifest = _parse(content, "manifest.json")
     try:
         for name in ["zarr.json", *(f"{split}/zarr.json" for split in description.splits)]:
-            if sha256(_read_file(folder / name)) != manifest["sha256"][name]:
+            if sha256(read_file(folder / name)) != manifest["sha256"][name]:
                 raise StoreError(f"its {name} was changed after it was committed")
         checksums = {
             name: [_whole(checksum, least=0) for checksum in manifest["crc32c"][name]]
             for name in description.splits
         }
         sizes = {
-            name: _read_sizes(manifest["bytes"][name], layout)
+            name: _sizes(manifest["bytes"][name], layout)
             if layout.compressed
             else [layout.chunk_file_bytes] * len(checksums[name])
             for name, layout in description.splits.items()
@@ -298,13 +351,12 @@ def read_manifest(folder: Path, description: Description) -> Manifest:
     for name, layout in description.splits.items():
         if not len(checksums[name]) == len(sizes[name]) == layout.chunks:
             raise StoreError(f"its manifest does not list the chunks of {name}")
+        check_array(folder / name, layout)
     return Manifest(checksums, sizes, notes)
 
 
-def _read_sizes(sizes: Any, layout: Layout) -> list[int]:
-    # No codec makes a chunk larger by more than a percent, and a header of a few bytes.
-    most = 2 * layout.chunk_file_bytes + 128
-    if not all(_whole(size) <= most for size in sizes):
+def _sizes(sizes: Any, layout: Layout) -> list[int]:
+    if not all(layout.may_have_size(_whole(size)) for size in sizes):
         raise ValueError("a chunk file is larger than a codec makes it")
     return list(sizes)
 
@@ -321,17 +373,13 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
-def _read_json(path: Path) -> Any:
-    return _parse(_read_file(path), path.name)
-
-
-def _read_file(path: Path) -> bytes:
+def read_file(path: Path, most: int = METADATA_BYTES) -> bytes:
     try:
         with open(path, "rb", opener=open_without_following) as file:
-            content = file.read(METADATA_BYTES + 1)
+            content = file.read(most + 1)
     except OSError as error:
         raise StoreError(f"its {path.name} cannot be read ({error.strerror})") from error
-    if len(content) > METADATA_BYTES:
+    if len(content) > most:
         raise StoreError(f"its {path.name} is too large to be one of cachefreeze")
     return content
 
@@ -348,5 +396,9 @@ def sha256(content: bytes) -> str:
 
 
 def open_without_following(path: str | Path, flags: int) -> int:
-    """A symbolic link in a store is not ours, and may lead anywhere."""
-    return os.open(path, flags | os.O_NOFOLLOW)
+    """A symbolic link in a store is not ours, and may lead anywhere; a pipe would block."""
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file

@@ -120,7 +120,7 @@ def _look(folder: Path, verify: bool, used: bool) -> StoreReport:
                     damage.append(f"{split}: {missing} of {layout.chunks} chunks are missing")
                 if verify:
                     reader = split_reader(folder / split, layout, manifest)
-                    damage += [f"{split}: {sentence}" for sentence in reader.damage()]
+                    damage += map(str, reader.damage())
     except StoreError as error:
         # A store that is not complete may well lack its description: that is no damage.
         if committed:

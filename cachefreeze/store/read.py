@@ -4,6 +4,7 @@ import os
 import resource
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,22 +60,37 @@ class Store:
         for reader in self.readers.values():
             reader.load()
 
-    def damage(self) -> Iterator[str]:
-        """Reads everything; yields one sentence for each chunk that is not what was written."""
-        for name, reader in self.readers.items():
-            for sentence in reader.damage():
-                yield f"{name}: {sentence}"
+    def damage(self) -> Iterator["Damage"]:
+        """Reads everything; yields every chunk that is not what was written."""
+        for reader in self.readers.values():
+            yield from reader.damage()
+
+    def put_away(self) -> None:
+        """Let go of files and memory, and still keep others from removing the store."""
+        for reader in self.readers.values():
+            reader.close()
 
     def close(self) -> None:
         """Done reading; the store stays, and the memory that its rows took is free."""
-        for reader in self.readers.values():
-            reader.close()
+        self.put_away()
         self._lock.release()
 
     def remove(self) -> bool:
         """Done reading; the store goes, unless others read it. Returns whether it went."""
         self.close()
         return remove_store(self.folder)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A chunk whose bytes are not those that were written, and how that shows."""
+
+    split: str
+    chunk: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.split}: {self.reason}"
 
 
 class SplitReader(ABC):
@@ -109,19 +125,19 @@ class SplitReader(ABC):
     def will_need(self, indices: Indices) -> None:
         """Ask the system to have these rows in memory soon."""
 
-    def damage(self) -> Iterator[str]:
-        """One sentence for each chunk whose bytes are not those that were written."""
+    def damage(self) -> Iterator[Damage]:
+        """Every chunk whose bytes are not those that were written."""
         for chunk in range(len(self.checksums)):
             try:
                 self._content(chunk)
             except OSError as error:
-                yield str(error)
+                yield Damage(self.folder.name, chunk, str(error))
 
     @abstractmethod
     def close(self) -> None:
         """Let go of files and memory."""
 
-    def _path(self, chunk: int) -> Path:
+    def chunk_path(self, chunk: int) -> Path:
         return self.folder / self.layout.chunk_name(chunk)
 
     def _content(self, chunk: int) -> NDArray[np.uint8]:
@@ -130,7 +146,7 @@ class SplitReader(ABC):
         Raises:
             OSError: they are not; a sentence.
         """
-        path, right = self._path(chunk), self.sizes[chunk]
+        path, right = self.chunk_path(chunk), self.sizes[chunk]
         try:
             with open(path, "rb", opener=open_without_following) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -162,7 +178,7 @@ class RawReader(SplitReader):
         size = self.layout.row_bytes
         for position, (chunk, row) in enumerate(self._places(indices)):
             if os.preadv(self._file(chunk), (out[position],), row * size) != size:
-                raise OSError(f"{self._path(chunk)} is cut short")
+                raise OSError(f"{self.chunk_path(chunk)} is cut short")
 
     def will_need(self, indices: Indices) -> None:
         """Five times the speed when they are not in memory, a percent of a step when they are."""
@@ -186,7 +202,7 @@ class RawReader(SplitReader):
         if file is None:
             if len(self._open) >= OPEN_CHUNKS:
                 os.close(self._open.pop(next(iter(self._open))))
-            file = self._open[chunk] = open_without_following(self._path(chunk), os.O_RDONLY)
+            file = self._open[chunk] = open_without_following(self.chunk_path(chunk), os.O_RDONLY)
         return file
 
 
@@ -229,7 +245,7 @@ class DecodedReader(SplitReader):
             try:
                 codec.decode(self._content(chunk), out)
             except ValueError as error:
-                raise OSError(f"{self._path(chunk).name} is damaged: {error}") from error
+                raise OSError(f"{self.chunk_path(chunk).name} is damaged: {error}") from error
         return memory.reshape(-1, layout.row_bytes)
 
 

@@ -3,9 +3,10 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,31 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from cachefreeze.files import human_bytes, write_atomically
-from cachefreeze.store.codecs import CHECKSUM_BYTES, codec_for
-from cachefreeze.store.folder import Lock, remove_locked
-from cachefreeze.store.format import FILL_VALUES, FORMAT, Description, Layout, sha256
-from cachefreeze.store.read import Store
+from cachefreeze.store.codecs import CHECKSUM_BYTES, Bytes, codec_for
+from cachefreeze.store.folder import PARTIAL, Lock, is_committed, remove_locked
+from cachefreeze.store.format import (
+    FILL_VALUES,
+    FORMAT,
+    MANIFEST_BYTES,
+    Description,
+    Layout,
+    Manifest,
+    StoreError,
+    check_array,
+    read_description,
+    read_file,
+    sha256,
+)
+from cachefreeze.store.read import Damage, Store, split_reader
 
 # Of one write call. From 2 MiB on Linux fills the page cache with pages of 2 MiB; in smaller pieces
 # it takes memory that was in use a moment ago, which is faster in a virtual machine.
 WRITE_BYTES = 2**20
+JOURNAL = "journal"
+JOURNAL_LINE = re.compile(r"([a-z]+) (\d{1,12}) (\d{1,12}) (\d{1,12})")
+
+# Of a chunk file: CRC32C of its encoded rows, and its size.
+Chunk = tuple[int, int]
 
 
 class StoreTooLarge(OSError):  # noqa: N818
@@ -35,19 +53,23 @@ class StoreTooLarge(OSError):  # noqa: N818
 
 
 class StoreWriter:
-    """Writes a new store; nothing reads it before `commit`.
+    """Writes a store; nothing reads it before `commit`.
+
+    Where an earlier writer of the same description was killed, this one goes on: `held` says how
+    many rows of each split are there already.
 
     Args:
         cache_dir: prepared by `prepare_cache_dir`.
-        description: of the store; what an earlier writer left under its fingerprint is removed.
+        description: of the store; anything else under its fingerprint is removed.
         max_bytes: that its chunk files may take; the metadata beside them are a few kB.
 
     Attributes:
-        bytes: of the chunk files written so far.
+        bytes: of the chunk files so far.
+        held: rows of each split that were there at the start.
 
     Raises:
         BlockingIOError: another process is writing or reading a store of this fingerprint.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or is none of ours.
     """
 
     def __init__(
@@ -58,21 +80,22 @@ class StoreWriter:
         self.bytes = 0
         self.folder = cache_dir / description.fingerprint
         self.folder.mkdir(exist_ok=True)
+        if not os.path.lexists(self.folder / "lock") and any(os.scandir(self.folder)):
+            raise FileExistsError(errno.EEXIST, f"{self.folder} holds other files")
         self._lock = Lock(self.folder, exclusive=True)
+        self._journal: FileIO | None = None
         try:
-            # The marker first: it must never stand over rows that are half removed.
-            (self.folder / "COMMITTED").unlink(missing_ok=True)
-            for entry in os.scandir(self.folder):
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                elif entry.name != "lock":
-                    os.unlink(entry.path)
-            attributes = {"cachefreeze": {"format": FORMAT, **asdict(description)}}
-            group = zarr.create_group(self.folder, attributes=attributes)
+            chunks = self._whole_chunks()
+            if not any(chunks.values()):
+                self._start()
             self._splits = {
-                name: _SplitWriter(group, self.folder / name, layout, self._reserve)
+                name: _SplitWriter(self.folder / name, layout, chunks[name], self._write_chunk)
                 for name, layout in description.splits.items()
             }
+            self.held = {name: split.written for name, split in self._splits.items()}
+            self.bytes = sum(size for held in chunks.values() for _, size in held)
+            self._clear(chunks)
+            self._write_journal(chunks)
         except BaseException:
             self.abort()
             raise
@@ -86,11 +109,6 @@ class StoreWriter:
         """
         self._splits[split].append(rows)
 
-    def _reserve(self, size: int) -> None:
-        if self.bytes + size > self.max_bytes:
-            raise StoreTooLarge(self.max_bytes)
-        self.bytes += size
-
     def commit(self, notes: dict[str, float] | None = None) -> Store:
         """Declare the store complete: from here on it may be read, by this run and by others.
 
@@ -103,21 +121,130 @@ class StoreWriter:
             "format": FORMAT,
             "fingerprint": self.description.fingerprint,
             "sha256": {name: sha256((self.folder / name).read_bytes()) for name in metadata},
-            "crc32c": {name: split.checksums for name, split in self._splits.items()},
+            "crc32c": {
+                name: [checksum for checksum, _ in split.chunks]
+                for name, split in self._splits.items()
+            },
             "bytes": {
-                name: split.sizes for name, split in self._splits.items() if split.layout.compressed
+                name: [size for _, size in split.chunks]
+                for name, split in self._splits.items()
+                if split.layout.compressed
             },
             "notes": notes or {},
         }
         content = json.dumps(manifest).encode()
         write_atomically(self.folder / "manifest.json", content)
         write_atomically(self.folder / "COMMITTED", sha256(content).encode())
+        self._close_journal()
+        (self.folder / JOURNAL).unlink()
         self._lock.share()
         return Store(self.folder, self._lock)
 
     def abort(self) -> None:
         """Remove what was written so far."""
+        self._close_journal()
         remove_locked(self.folder, self._lock)
+
+    def suspend(self) -> None:
+        """Leave what was written so far to a later writer."""
+        self._close_journal()
+        self._lock.release()
+
+    def _whole_chunks(self) -> dict[str, list[Chunk]]:
+        """Checksum and size of the chunks by split that a killed writer of the same rows left, as
+        far as they are whole and follow one another."""
+        about = self.description
+        chunks: dict[str, list[Chunk]] = {name: [] for name in about.splits}
+        try:
+            if is_committed(self.folder):
+                return chunks
+            if replace(read_description(self.folder), created=about.created) != about:
+                return chunks
+            for name, layout in about.splits.items():
+                check_array(self.folder / name, layout)
+            journal = read_file(self.folder / JOURNAL, MANIFEST_BYTES).decode(errors="replace")
+        except StoreError:
+            return chunks
+        lines = map(JOURNAL_LINE.fullmatch, journal.splitlines())
+        for name, layout in about.splits.items():
+            for number, line in zip(range(layout.chunks), lines, strict=False):
+                if line is None or line[1] != name or int(line[2]) != number:
+                    break  # the last line may be half written
+                chunk = int(line[3]), int(line[4])
+                if not layout.may_have_size(chunk[1]):
+                    break
+                chunks[name].append(chunk)
+            checksums, sizes = ([chunk[i] for chunk in chunks[name]] for i in (0, 1))
+            manifest = Manifest({name: checksums}, {name: sizes}, {})
+            damage = next(split_reader(self.folder / name, layout, manifest).damage(), None)
+            if damage is not None:
+                del chunks[name][damage.chunk :]
+            if len(chunks[name]) < layout.chunks:
+                break
+        return chunks
+
+    def _start(self) -> None:
+        """From nothing: remove what is there, and have zarr make the group and its arrays."""
+        # The marker first: it must never stand over rows that are half removed.
+        (self.folder / "COMMITTED").unlink(missing_ok=True)
+        for entry in os.scandir(self.folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            elif entry.name != "lock":
+                os.unlink(entry.path)
+        attributes = {"cachefreeze": {"format": FORMAT, **asdict(self.description)}}
+        group = zarr.create_group(self.folder, attributes=attributes)
+        for name, layout in self.description.splits.items():
+            images = len(layout.row_shape) == 3
+            group.create_array(
+                name,
+                shape=(layout.rows, *layout.row_shape),
+                chunks=(layout.rows_per_chunk, *layout.row_shape),
+                dtype=layout.dtype,
+                filters=None,
+                compressors=[*codec_for(layout.codec, layout.dtype).zarr, Crc32cCodec()],
+                fill_value=FILL_VALUES[layout.dtype],
+                chunk_key_encoding={"name": "default", "separator": "."},
+                dimension_names=("row", "y", "x", "channel") if images else None,
+            )
+
+    def _clear(self, chunks: dict[str, list[Chunk]]) -> None:
+        """Remove whatever is neither metadata nor one of these chunks."""
+        wanted = {self.folder / name for name in ("lock", "zarr.json")}
+        for name, layout in self.description.splits.items():
+            wanted.add(self.folder / name / "zarr.json")
+            wanted |= {
+                self.folder / name / layout.chunk_name(chunk) for chunk in range(len(chunks[name]))
+            }
+        for root, _, names in os.walk(self.folder):
+            for path in (Path(root, name) for name in names):
+                if path not in wanted:
+                    path.unlink()
+
+    def _write_journal(self, chunks: dict[str, list[Chunk]]) -> None:
+        """Anew: the last line of the old one may be half written."""
+        self._journal = FileIO(self.folder / JOURNAL, "x")
+        for name, held in chunks.items():
+            for number, chunk in enumerate(held):
+                self._note(name, number, chunk)
+
+    def _note(self, split: str, number: int, chunk: Chunk) -> None:
+        assert self._journal is not None
+        line = f"{split} {number} {chunk[0]} {chunk[1]}\n"
+        _write_all(self._journal, memoryview(line.encode()))
+
+    def _write_chunk(self, path: Path, number: int, content: Bytes) -> Chunk:
+        size = len(content) + CHECKSUM_BYTES
+        if self.bytes + size > self.max_bytes:
+            raise StoreTooLarge(self.max_bytes)
+        self.bytes += size
+        chunk = write_chunk_file(path, content), size
+        self._note(path.parent.name, number, chunk)
+        return chunk
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
 
 
 class _SplitWriter:
@@ -126,32 +253,23 @@ class _SplitWriter:
     zarr makes the array; the chunk files, whose format is as plain as can be, are written here: by
     way of zarr's event loop and codecs it took twice the time.
 
-    `reserve` is told the size of every chunk file before it is written, and may refuse it.
+    `chunks` are those that are there already; `write` takes path, number and encoded rows.
     """
 
     def __init__(
-        self, group: zarr.Group, folder: Path, layout: Layout, reserve: Callable[[int], None]
+        self,
+        folder: Path,
+        layout: Layout,
+        chunks: list[Chunk],
+        write: Callable[[Path, int, Bytes], Chunk],
     ) -> None:
         self.folder = folder
         self.layout = layout
         self.codec = codec_for(layout.codec, layout.dtype)
-        self.reserve = reserve
-        images = len(layout.row_shape) == 3
-        group.create_array(
-            folder.name,
-            shape=(layout.rows, *layout.row_shape),
-            chunks=(layout.rows_per_chunk, *layout.row_shape),
-            dtype=layout.dtype,
-            filters=None,
-            compressors=[*self.codec.zarr, Crc32cCodec()],
-            fill_value=FILL_VALUES[layout.dtype],
-            chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("row", "y", "x", "channel") if images else None,
-        )
+        self.chunks = list(chunks)
+        self.write = write
         self.chunk = np.empty((layout.rows_per_chunk, *layout.row_shape), layout.dtype)
-        self.written = 0
-        self.checksums: list[int] = []
-        self.sizes: list[int] = []
+        self.written = min(len(chunks) * layout.rows_per_chunk, layout.rows)
 
     def append(self, rows: NDArray[Any]) -> None:
         while len(rows):
@@ -163,22 +281,51 @@ class _SplitWriter:
             rows = rows[len(part) :]
             if held == self.layout.rows_per_chunk or self.written == self.layout.rows:
                 self.chunk[held:] = FILL_VALUES[self.layout.dtype]
-                self._write_chunk()
+                number = len(self.chunks)
+                path = self.folder / self.layout.chunk_name(number)
+                self.chunks.append(self.write(path, number, self.codec.encode(self.chunk)))
 
-    def _write_chunk(self) -> None:
-        content = self.codec.encode(self.chunk)
-        size = len(content) + CHECKSUM_BYTES
-        self.reserve(size)
-        checksum = CRC32C.checksum(content)
-        path = self.folder / self.layout.chunk_name(len(self.checksums))
-        temporary = path.with_name(path.name + ".partial")
-        with temporary.open("wb", buffering=0) as file:
+
+def mend_chunk(store: Store, damage: Damage, rows: NDArray[Any]) -> bool:
+    """Write a damaged chunk of a store once more, from its rows (n, *row_shape).
+
+    Returns False, and writes nothing, if these are not the rows that were written: they do not have
+    the checksum that the manifest lists.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    reader = store.readers[damage.split]
+    layout = reader.layout
+    if (rows.dtype.name, rows.shape[1:]) != (layout.dtype, layout.row_shape):
+        return False
+    shape = (layout.rows_per_chunk, *layout.row_shape)
+    chunk = np.full(shape, FILL_VALUES[layout.dtype], layout.dtype)
+    chunk[: len(rows)] = rows
+    content = codec_for(layout.codec, layout.dtype).encode(chunk)
+    if CRC32C.checksum(content) != reader.checksums[damage.chunk]:
+        return False
+    reader.close()  # what is open is the old file
+    write_chunk_file(reader.chunk_path(damage.chunk), content)
+    return True
+
+
+def write_chunk_file(path: Path, content: Bytes) -> int:
+    """Encoded rows and their checksum, which is returned. Whole or not there."""
+    checksum = CRC32C.checksum(content)
+    # Two runs may mend one chunk at a time.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open("xb", buffering=0) as file:
             for start in range(0, len(content), WRITE_BYTES):
                 _write_all(file, content[start : start + WRITE_BYTES].data)
             _write_all(file, memoryview(checksum.to_bytes(CHECKSUM_BYTES, "little")))
         temporary.rename(path)
-        self.checksums.append(checksum)
-        self.sizes.append(size)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return checksum
 
 
 def _write_all(file: FileIO, content: memoryview) -> None:

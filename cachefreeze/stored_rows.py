@@ -1,0 +1,54 @@
+"""Rows that are served from a store."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cachefreeze.encoding import Encoding
+from cachefreeze.rows import Indices, PixelRows
+from cachefreeze.store import SplitReader
+
+# Batches that the system is asked to have in memory before they are read.
+READ_AHEAD = 2
+
+
+class StoredRows:
+    """Rows of one split from a store, on the training device."""
+
+    def __init__(
+        self, reader: SplitReader, encoding: Encoding, device: torch.device, identity: str
+    ) -> None:
+        self.reader = reader
+        self.encoding = encoding
+        self.device = device
+        self.identity = identity
+
+    def __len__(self) -> int:
+        return self.reader.layout.rows
+
+    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        for rows in order[:READ_AHEAD]:
+            self.reader.will_need(rows)
+        for position, rows in enumerate(order):
+            for coming in order[position + READ_AHEAD : position + READ_AHEAD + 1]:
+                self.reader.will_need(coming)
+            # A new tensor each time: whoever keeps a batch keeps its values.
+            stored, room = self.encoding.empty(len(rows), self.reader.layout.row_shape)
+            self.reader.read(rows, room)
+            yield self.encoding.decode(stored, self.device)
+
+
+class StoredPixels:
+    """Network input from decoded pixels that are kept in a store."""
+
+    def __init__(self, stored: StoredRows, inputs: PixelRows) -> None:
+        self.stored = stored
+        self.inputs = inputs
+        self.identity = inputs.identity
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        return map(self.inputs.from_pixels, self.stored.batches(order))

@@ -1,0 +1,302 @@
+"""The stores of one run: found, verified, mended and filled. Knows no network."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefreeze.device import memory_for_rows, synchronize
+from cachefreeze.encoding import Encoding, name_of
+from cachefreeze.errors import Interrupted
+from cachefreeze.files import human_bytes, size_of_tree
+from cachefreeze.report import progress_bar
+from cachefreeze.rows import Indices, batches_of
+from cachefreeze.store import (
+    Damage,
+    Description,
+    Layout,
+    Store,
+    StoreError,
+    StoreWriter,
+    in_use,
+    mend_chunk,
+    open_store,
+    remove_rubbish,
+    remove_store,
+    store_folders,
+)
+from cachefreeze.timing import Clock
+
+# Rows that the ranges of int8 are taken from.
+RANGE_ROWS = 512
+
+# The rows that a store is to hold: of a split, a batch for each array of row indices.
+Source = Callable[[str, Sequence[Indices]], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What it took to fill a store. Rows that a killed run had written already are `held`."""
+
+    store: Store
+    held: int
+    compute_seconds: float
+
+
+class Stores:
+    """The stores of one run in a cache folder.
+
+    Args:
+        directory: of the cache, prepared.
+        rows: of each split.
+        batch_size: in which rows are computed.
+        device: where they are computed.
+        max_bytes, stored, network, warn, stopping: see `PrefixCache`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        rows: Mapping[str, int],
+        batch_size: int,
+        device: torch.device,
+        *,
+        max_bytes: float,
+        stored: str | None,
+        network: str,
+        warn: Callable[[str], None],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.directory = directory
+        self.rows = dict(rows)
+        self.batch_size = batch_size
+        self.device = device
+        self.max_bytes = max_bytes
+        self.stored = stored
+        self.network = network
+        self.warn = warn
+        self.stopping = stopping
+
+    def find(self, fingerprint: str, source: Source) -> Store | None:
+        """A committed store of these very rows, if there is one that can be used.
+
+        It is verified from the first byte to the last. Damaged chunks are computed and written
+        once more.
+
+        Raises:
+            BlockingIOError: another process is writing it.
+            OSError: it cannot be written where it has to be.
+        """
+        try:
+            store = open_store(self.directory, fingerprint)
+        except StoreError as error:
+            self.warn(f"the store {fingerprint} is not used: {error}")
+            return None
+        if store is None:
+            return None
+        usable = False
+        try:
+            usable = self._is_usable(store, source)
+        finally:
+            if not usable:
+                store.close()
+        return store if usable else None
+
+    def _is_usable(self, store: Store, source: Source) -> bool:
+        about = store.description
+        if self.rows != {split: layout.rows for split, layout in about.splits.items()}:
+            self.warn(f"the store after {about.unit} is not used: its rows are not the data set's")
+            return False
+        if about.memory_bytes > memory_for_rows():
+            self.warn(
+                f"the store after {about.unit} is not used: decoded it would take "
+                f"{human_bytes(about.memory_bytes)} of memory"
+            )
+            return False
+        try:
+            if about.memory_bytes:
+                store.load()  # verifies on the way
+                return True
+        except OSError:
+            pass
+        if not self.mend(store, list(store.damage()), source):
+            return False
+        try:
+            store.load()
+        except OSError as error:
+            self.warn(f"the store after {about.unit} is not used: {error.strerror or error}")
+            return False
+        return True
+
+    def mend(self, store: Store, damaged: Sequence[Damage], source: Source) -> bool:
+        """Compute damaged chunks and write them once more; whether the store is whole now.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        if not damaged:
+            return True
+        about = store.description
+        chunks = sum(layout.chunks for layout in about.splits.values())
+        damage = f"{len(damaged)} of {chunks} chunks of the store after {about.unit}"
+        damage += f" {'is' if len(damaged) == 1 else 'are'} damaged ({damaged[0]})"
+        encoding = encoding_of(about)
+        for each in damaged:
+            layout = about.splits[each.split]
+            start = each.chunk * layout.rows_per_chunk
+            rows = np.arange(start, min(start + layout.rows_per_chunk, layout.rows))
+            batches = source(each.split, batches_of(rows, self.batch_size))
+            computed = np.concatenate([encoding.encode(x) for x in batches])
+            if not mend_chunk(store, each, computed):
+                self.warn(f"{damage}, and what is computed now is not what it held: not used")
+                return False
+        self.warn(f"{damage}: computed and written once more")
+        return True
+
+    def fill(
+        self,
+        fingerprint: str,
+        boundary: int,
+        unit: str,
+        codec: str,
+        source: Source,
+        seconds_per_row: float,
+    ) -> Filling | None:
+        """Fill a new store, or go on where a killed run was filling it; None if it would not fit.
+
+        Args:
+            fingerprint, boundary, unit, codec: of the store.
+            source: of its rows.
+            seconds_per_row: that rows took on their way to `source`.
+
+        Raises:
+            BlockingIOError: another process is writing it.
+            OSError: it cannot be written; nothing is left of it.
+            Interrupted: `stopping` says so; what was written is left for the next attempt.
+        """
+        clock = Clock()
+        start, written, computed = time.perf_counter(), 0, 0
+
+        def rows_from(split: str, first: int) -> Iterator[Tensor]:
+            order = batches_of(np.arange(first, self.rows[split]), self.batch_size)
+            yield from clock.around(self._synchronized(source(split, order)))
+
+        first_split = next(iter(self.rows))
+        batches = rows_from(first_split, 0)
+        # The ranges of int8 are taken from more rows than one batch may have.
+        enough = RANGE_ROWS if self.stored == "int8" and boundary else 1
+        waiting: list[Tensor] = []
+        for x in batches:
+            waiting.append(x)
+            if sum(map(len, waiting)) >= min(enough, self.rows[first_split]):
+                break
+        encoding = Encoding.of(torch.cat(waiting), self.stored if boundary else None)
+        shape = encoding.encode(waiting[0][:1]).shape[1:]
+        writer = self._writer(fingerprint, boundary, unit, encoding, shape, codec)
+        if writer is None:
+            return None
+        bar = progress_bar(f"caching {unit}", sum(self.rows.values()), "row")
+        try:
+            for split in self.rows:
+                held = writer.held[split]
+                bar.update(held)
+                if split != first_split or held:
+                    waiting, batches = [], rows_from(split, held)
+                for x in itertools.chain(waiting, batches):
+                    plain = encoding.encode(x)
+                    writer.append(split, plain)
+                    written += plain.nbytes
+                    computed += len(plain)
+                    rate = written / (time.perf_counter() - start)
+                    bar.set_postfix_str(f"{human_bytes(rate)}/s", refresh=False)
+                    bar.update(len(plain))
+                    if self.stopping():
+                        raise Interrupted
+            if computed:
+                seconds_per_row += clock.seconds / computed
+            store = writer.commit({"prefix_seconds_per_row": seconds_per_row})
+            return Filling(store, sum(writer.held.values()), clock.seconds)
+        except (Interrupted, KeyboardInterrupt):
+            writer.suspend()
+            raise
+        except BaseException:
+            writer.abort()
+            raise
+        finally:
+            bar.close()
+
+    def _synchronized(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        for x in batches:
+            synchronize(self.device)
+            yield x
+
+    def _writer(
+        self,
+        fingerprint: str,
+        boundary: int,
+        unit: str,
+        encoding: Encoding,
+        shape: tuple[int, ...],
+        codec: str,
+    ) -> StoreWriter | None:
+        """A writer for a store that will fit, or may, if it is compressed; else None."""
+        description = Description(
+            fingerprint=fingerprint,
+            network=self.network,
+            boundary=boundary,
+            unit=unit,
+            values=name_of(encoding.values),
+            stored=encoding.stored,
+            created=time.time(),
+            splits={
+                split: Layout.of(rows, shape, encoding.array_type, codec)
+                for split, rows in self.rows.items()
+            },
+            details={"batch_size": str(self.batch_size), "torch": torch.__version__},
+            quantization=encoding.quantization,
+        )
+        room = self._make_room(description)
+        if room is None:
+            return None
+        return StoreWriter(self.directory, description, max_bytes=room)
+
+    def _make_room(self, description: Description) -> float | None:
+        """Bytes that the chunks of a new store may take beside the stores in use; None if that is
+        too little. What no run uses goes, if it is not."""
+        compressed = description.codec != "raw"
+        if description.memory_bytes > memory_for_rows():
+            self.warn(
+                f"activations after {description.unit} are not cached: compressed rows are served "
+                f"from memory, and {human_bytes(description.memory_bytes)} are too much for it"
+            )
+            return None
+        own = description.fingerprint
+        stores = {
+            folder: in_use(folder)
+            for folder in store_folders(self.directory)
+            if folder.name != own  # what is there of it may be gone on with
+        }
+        taken = sum(size_of_tree(folder) for folder, used in stores.items() if used)
+        room = self.max_bytes - taken - description.overhead_bytes
+        if room >= (0 if compressed else description.bytes):
+            remove_rubbish(self.directory, keep=own)
+            for folder, used in stores.items():
+                if not used:
+                    remove_store(folder)
+            return room
+        self.warn(
+            f"activations after {description.unit} are not cached: "
+            f"{human_bytes(description.bytes)} beside {human_bytes(taken)} in use would exceed "
+            f"{human_bytes(self.max_bytes)} (--cache-max-gb)"
+        )
+        return None
+
+
+def encoding_of(about: Description) -> Encoding:
+    """How the rows of a store are encoded."""
+    return Encoding(getattr(torch, about.values), about.stored, about.quantization)
