@@ -168,6 +168,11 @@ class PrefixCache:
         return self._store
 
     @property
+    def unit(self) -> str:
+        """Whose output rows come as from where they come; `pixels` if no unit's."""
+        return self._name(self.boundary)
+
+    @property
     def seconds_per_byte_read(self) -> float | None:
         """Of stored activations, decoding included: median of the last batches, also after their
         store was left; None before any. On a CPU only."""

@@ -1,29 +1,168 @@
-"""Checkpoints that are whole or not there, and load without running code."""
+"""Checkpoints that are whole or not there, say if they were damaged, and load without running code.
 
+last.pt      of the last moment that was saved
+previous.pt  the one before
+best.pt      of the epoch with the best validation accuracy so far
+"""
+
+import hashlib
 import io
-from collections.abc import Mapping
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from cachefreeze.files import write_atomically
+from cachefreeze.errors import UserError
+from cachefreeze.files import sync_folder, write_partial
+from cachefreeze.hashing import tensors_sha256
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+CHECKSUM = "sha256"
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Replace `path` by `state`: tensors, numbers, strings, lists and dicts of them.
+def save_checkpoint(folder: Path, state: Mapping[str, Any], *, best: bool = False) -> None:
+    """Replace `last.pt` in a folder by `state`: tensors, numbers, strings, lists and dicts of them.
+
+    What was `last.pt` becomes `previous.pt`; with `best`, `best.pt` becomes the same as `last.pt`.
+    Whenever this is cut off, `last.pt` is the old one or the new one, and `best.pt` is no older
+    than it.
 
     Raises:
-        OSError: the file cannot be written; the old one is untouched.
+        OSError: it cannot be written; the old files are untouched.
     """
     # Through memory: on a full disk torch.save raises a RuntimeError that names no reason. And
     # through a copy: an error with a view of the buffer in its traceback crashed Python 3.12.1.
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    write_atomically(path, buffer.getvalue())
+    torch.save({**state, CHECKSUM: checksum(state)}, buffer)
+    last = folder / LAST
+    with write_partial(last, buffer.getvalue()) as written:
+        if best:
+            _share(written, folder / BEST)
+        if last.exists():
+            _share(last, folder / PREVIOUS)
+        written.replace(last)
+    sync_folder(folder)
+
+
+def _share(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`; files are replaced here, never written into."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `save_checkpoint` saved. Nothing in the file can run code."""
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    """What `save_checkpoint` saved. Nothing in the file can run code.
+
+    Raises:
+        UserError: it cannot be read, is none of ours, or was damaged since.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # whatever a file with any content at all may lead to
+        raise UserError(
+            f"{path} is no checkpoint of cachefreeze, or was damaged ({type(error).__name__}): "
+            "nothing in it was run"
+        ) from error
+    if not isinstance(state, dict) or CHECKSUM not in state:
+        raise UserError(f"{path} is no checkpoint of cachefreeze: it has no {CHECKSUM}")
+    saved = state.pop(CHECKSUM)
+    # torch does not check what it reads.
+    if saved != checksum(state):
+        raise UserError(f"{path} was damaged: its content does not have the checksum that it names")
     return state
+
+
+def load_last_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """`last.pt` of a folder, or `previous.pt` where that cannot be used; None if there is neither.
+
+    `warn` is told if it is not the last.
+
+    Raises:
+        UserError: there are checkpoints, and none can be used.
+    """
+    failures = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            state = load_checkpoint(path)
+        except UserError as error:
+            failures.append(str(error))
+            continue
+        if failures:
+            warn(f"{failures[0]}: going on from {path.name}")
+        return state
+    if failures:
+        raise UserError(f"{failures[0]}: there is nothing to go on from; start a new run")
+    return None
+
+
+def checksum(value: Any) -> str:
+    """SHA-256 of nested dicts and lists of tensors and plain values, by types and bits."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"tensor {tensors_sha256([('', value)])}\n".encode())
+        elif isinstance(value, Mapping):
+            digest.update(f"dict {len(value)}\n".encode())
+            for key, item in value.items():
+                digest.update(f"{key!r}\n".encode())
+                add(item)
+        elif isinstance(value, list | tuple):
+            digest.update(f"list {len(value)}\n".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(f"{type(value).__name__} {value!r}\n".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of all generators that anything may draw from: torch's on every device, Python's, NumPy's."""
+    version, internal, gauss = random.getstate()
+    numpy: Any = np.random.get_state(legacy=False)
+    key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [key, numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Go on drawing where `random_state` was taken."""
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    key, position, has_gauss, gauss = state["numpy"]
+    words = key.cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, position, has_gauss, gauss))
+    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"].cpu())

@@ -71,6 +71,8 @@ class Settings:
     device: str
     precision: str
     workers: int
+    checkpoint_every: int | None
+    verify_cache: bool
     output_dir: Path
 
     @property
@@ -100,6 +102,22 @@ class Settings:
         """Names and plain values."""
         fields = dataclasses.asdict(self)
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
+
+
+def split_resume(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What a command line says to resume, and its other words."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    known, others = parser.parse_known_args(list(argv))
+    return known.resume, others
+
+
+def split_output_dir(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The folder that a command line names, and its other words: a run's folder is its own."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output-dir", type=Path)
+    known, others = parser.parse_known_args(list(argv))
+    return known.output_dir, others
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -171,6 +189,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         device=args.device,
         precision=args.precision,
         workers=args.workers,
+        checkpoint_every=args.checkpoint_every,
+        verify_cache=args.verify_cache,
         output_dir=args.output_dir or _new_output_dir(f"{args.arch}-{args.dataset}"),
     )
     _check(settings)
@@ -257,6 +277,12 @@ def _check(settings: Settings) -> None:
             settings.cache_max_gb,
             settings.cache_max_gb is None or settings.cache_max_gb >= 0,
             "0 or more",
+        ),
+        (
+            "--checkpoint-every",
+            settings.checkpoint_every,
+            (settings.checkpoint_every or 1) >= 1,
+            "1 or more",
         ),
         ("--rows", settings.rows, min(settings.rows or (1,)) >= 1, "1 or more of each"),
         ("--classes", settings.classes, (settings.classes or 2) >= 2, "2 or more"),
@@ -402,6 +428,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--classes", type=int, help="likewise: how many classes")
 
+    group.add_argument(
+        "--verify-cache",
+        action="store_true",
+        help="compute a batch of rows of each split anew in every epoch, and stop if they differ "
+        "from those that the cache serves",
+    )
+
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, help="passes over the data (default: by data set)")
     group.add_argument(
@@ -429,5 +462,17 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output-dir", type=Path, help="of this run (default: runs/DATE-TIME-ARCH-DATASET)"
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="N",
+        help="save every N steps too (default: after every epoch, and when interrupted)",
+    )
+    group.add_argument(
+        "--resume",
+        metavar="RUN_DIR|auto",
+        help="go on with a run and its settings; auto: with the newest one of these settings that "
+        "has not come to its end (or with the one in --output-dir), else start one",
     )
     return parser

@@ -10,4 +10,11 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The user or the system asked to stop. Nothing is wrong, and nothing is lost."""
+    """The user or the system asked to stop. Nothing is wrong, and nothing is lost.
+
+    `str` says where, once whoever saves the state has; `exit_code` is 128 and the signal's number.
+    """
+
+    def __init__(self, sentence: str = "", exit_code: int = 130) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code

@@ -1,7 +1,10 @@
 """Files that are whole or not there at all."""
 
 import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -11,22 +14,50 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the file cannot be written; the old one is untouched.
     """
+    with write_partial(path, content) as written:
+        written.replace(path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def write_partial(path: Path, content: bytes) -> Iterator[Path]:
+    """A file beside `path` with this content, all of it on the disk, to be renamed inside; it is
+    removed if that fails."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Never through what may lie there already: it may be a link.
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        yield temporary
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The rename is on the disk only when the folder is.
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is on the disk only when its folder is."""
+    file = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(file)
     finally:
-        os.close(folder)
+        os.close(file)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """An advisory lock on a folder that dies with its process: a file descriptor that holds it, or
+    None if another process does."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def nearest_folder(path: Path) -> Path:

@@ -65,6 +65,7 @@ class Forecast:
         codec: see `Profile.costs`.
         policy: `planned`, the cheapest plan there is, or `eager`.
         start: the step from which on to plan.
+        source: boundary and codec of the store that rows come from at the start, if any.
         found: boundaries of stores that are on disk already.
 
     Attributes:
@@ -82,6 +83,7 @@ class Forecast:
         codec: str = "raw",
         policy: str = "planned",
         start: int = 0,
+        source: tuple[int, str] | None = None,
         found: Set[int] = frozenset(),
     ) -> None:
         self.profile = profile
@@ -97,7 +99,7 @@ class Forecast:
         # Those that the present source of rows was made of, and what had been served by then.
         self._chain: list[Filled] = []
         self._settled = (0, 0.0)
-        self.first = self.revise(start, None, found)
+        self.first = self.revise(start, None if source is None else self.keep(*source), found)
 
     def revise(self, step: int, source: Keep | None, found: Set[int] = frozenset()) -> Plan:
         """The plan for the run from `step` on, by what is known now.
@@ -148,8 +150,10 @@ class Forecast:
             if (keep.boundary, keep.codec) == (boundary, codec):
                 return keep
         # A store of another run may be encoded in a way that this one would not have chosen.
-        same = (keep for keep in self._all_keeps if keep.boundary == boundary)
-        keep = dataclasses.replace(next(same), codec=codec, reserve=False)
+        same = [keep for keep in self._all_keeps if keep.boundary == boundary]
+        # Or what is known of it is that it is there: reading it costs nothing, for all we know.
+        known = same[0] if same else Keep(boundary, codec, 0.0, 0.0, 0.0, 0.0)
+        keep = dataclasses.replace(known, codec=codec, reserve=False)
         self.costs = dataclasses.replace(self.costs, keeps=(*self.costs.keeps, keep))
         return keep
 

@@ -1,6 +1,6 @@
 """Runs a training loop's cache by plan: measures, plans, fills, and plans anew at every freeze."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from cachefreeze.cache import PrefixCache
 from cachefreeze.data import InputRows
 from cachefreeze.forecast import Filled, Forecast, pays_at_best
 from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
-from cachefreeze.profiler import Arithmetic, StepClock, measure, passes_for, profile
+from cachefreeze.profiler import Arithmetic, Profile, StepClock, measure, passes_for, profile
 from cachefreeze.report import duration, materialize_line, plan_words, room_words
 from cachefreeze.timing import timed
 
@@ -33,6 +33,8 @@ class Planning:
         policy, codec: see `Forecast`.
         tell: is given lines for the user.
         record: is given the profile, in plain values.
+        checkpoint: called when a store went out of use that an earlier checkpoint names: a new one
+            lets it go (`PrefixCache.release`).
 
     Attributes:
         forecast: once there is one. A run too short for a store to pay has none.
@@ -58,6 +60,7 @@ class Planning:
         codec: str,
         tell: Callable[[str], None],
         record: Callable[[dict[str, Any]], None],
+        checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self.cache = cache
         self.model = model
@@ -69,6 +72,7 @@ class Planning:
         self.codec = codec
         self.tell = tell
         self.record = record
+        self.checkpoint = checkpoint
         self.forecast: Forecast | None = None
         self.seconds = dict(NO_PLANNING)
         self.step = 0
@@ -86,6 +90,30 @@ class Planning:
         """Every materialisation as predicted and as it happened, in plain values."""
         return [] if self.forecast is None else [each.as_json() for each in self.forecast.filled]
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint is to say of it: what was measured, and where rows come from."""
+        profile = None if self.forecast is None else self.forecast.profile.as_json()
+        return {"profile": profile, "codec": self.codec, "cache": self.cache.state_dict()}
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+        """Instead of `start`, where a checkpoint was loaded: go on with the store that it names,
+        and plan the rest of the run from `step` on, by what was measured then.
+
+        Raises:
+            Interrupted: see `PrefixCache.materialize`.
+        """
+        self.step, self._frontier = step, self.cache.units.frontier
+        with timed(self.seconds, "materialize"):
+            found = self.cache.load_state_dict(state["cache"])
+        if found is not None:
+            self._served_from = self.cache.store
+            unit = self.cache.unit
+            self.tell(f"  step {step}: the store after {unit} is still there: {found.rows:,} rows")
+        if state["profile"] is None or state["codec"] != self.codec:
+            self.start()
+        else:
+            self._plan(Profile.from_json(state["profile"]), "before it was interrupted")
+
     def start(self) -> None:
         """Before the first step: measure and plan; or see to it that the first steps are measured,
         if the run is too short for anything else."""
@@ -98,7 +126,7 @@ class Planning:
             self.tell(f"plan      nothing is kept: {why}")
             return
         passes = passes_for(self.run.row_passes, self.run.batch_size)
-        if passes < 2 and min(self.run.freeze_steps) > StepClock.STEPS:
+        if passes < 2 and min(self.run.freeze_steps) > self.step + StepClock.STEPS:
             self._clock = StepClock(self.cache.units, self.optimizer, self.cache.device)
             return
         with timed(self.seconds, "profile"):
@@ -111,7 +139,7 @@ class Planning:
                 device=self.cache.device,
                 autocast_dtype=self.cache.autocast_dtype,
             )
-        self._plan(measured)
+        self._measure_the_rest(measured)
 
     def after_step(self, seconds: float, rows: int) -> None:
         """After every step and what the schedule froze then: its seconds, and its batch's rows."""
@@ -128,7 +156,7 @@ class Planning:
             if self._clock.step_taken(seconds):
                 measured = self._clock.result()
                 self.stop()
-                self._plan(measured)
+                self._measure_the_rest(measured)
         elif frontier > self._frontier and self.forecast is not None:
             with timed(self.seconds, "materialize"):
                 plan = self._plan_again(self.forecast)
@@ -165,6 +193,7 @@ class Planning:
             limit = seconds - wasted + unfrozen * forecast.profile.normalize
             reached = efficiency(freezing_only, measured, limit)
         return {
+            "from_step": forecast.start,
             "profile_seconds": self.seconds["profile"],
             "predicted": {
                 "seconds": plan.seconds,
@@ -189,38 +218,47 @@ class Planning:
         rows = SAMPLE_ROWS if self.codec == "raw" else self.run.batch_size
         return self.inputs.images.sample(min(rows, self.run.batch_size)).permute(0, 3, 1, 2)
 
-    def _plan(self, measured: Arithmetic) -> None:
-        """Plan from here on, tell, and begin with it."""
+    def _measure_the_rest(self, measured: Arithmetic) -> None:
+        """Arithmetic is measured; measure the disk, and plan."""
         assert self.cache.directory is not None
+        with timed(self.seconds, "profile"):
+            profiled = profile(
+                measured,
+                self.inputs,
+                self._pixels(),
+                row_passes=self.run.row_passes,
+                device=self.cache.device,
+                decode_seconds=self.decode_seconds,
+                directory=self.cache.directory,
+                max_bytes=self.cache.max_bytes,
+                stored=self.cache.stored,
+                codec=self.codec,
+            )
+        self.record(profiled.as_json())
+        how = f"in {duration(self.seconds['profile'])}"
+        if measured.seconds == 0:
+            how = f"in {measured.passes} steps of the run, and the disk {how}"
+        self._plan(profiled, how)
+
+    def _plan(self, profiled: Profile, how: str) -> None:
+        """Plan from here on, tell, and begin with it; `how` it was measured."""
         self._computed_before = self.cache.compute_seconds
         self._rows_before = self.cache.unfrozen_rows
+        frontier = self.cache.units.frontier
+        kept = {0, frontier} if self.decode_seconds > 0 else {frontier} - {0}
+        store = self.cache.store
         with timed(self.seconds, "profile"):
-            found = {0} if self.decode_seconds > 0 and self.cache.has(0) else frozenset()
             forecast = self.forecast = Forecast(
-                profile(
-                    measured,
-                    self.inputs,
-                    self._pixels(),
-                    row_passes=self.run.row_passes,
-                    device=self.cache.device,
-                    decode_seconds=self.decode_seconds,
-                    directory=self.cache.directory,
-                    max_bytes=self.cache.max_bytes,
-                    stored=self.cache.stored,
-                    codec=self.codec,
-                ),
+                profiled,
                 self.run,
                 self.cache.rows,
                 self.cache.max_bytes,
                 codec=self.codec,
                 policy=self.policy,
                 start=self.step,
-                found=found,
+                source=None if store is None else (self.cache.boundary, store.description.codec),
+                found={boundary for boundary in kept if self.cache.has(boundary)},
             )
-        self.record(forecast.profile.as_json())
-        how = f"in {duration(self.seconds['profile'])}"
-        if self.step:
-            how = f"in the first {measured.passes} steps, and the disk {how}"
         names = self.cache.units.names
         for line in plan_words(forecast.first, self.run, names, how, forecast.why_nothing):
             self.tell(line)
@@ -253,6 +291,7 @@ class Planning:
             self._settle(forecast, dropped=not isinstance(event, Move))
             if not isinstance(event, Move):
                 self.cache.leave()
+                self._let_go()
             elif not self._materialize(forecast, event):
                 # What was found is not what it seemed to be, or what was to be made cannot be: the
                 # next best, which has it no more.
@@ -272,11 +311,17 @@ class Planning:
             return False
         forecast.observe_filling(source, move.keep, done)
         spared = self.cache.prefix_seconds_per_row - before
-        unit = self.cache.units.names[done.boundary - 1] if done.boundary else "pixels"
-        filled = Filled(self.step, unit, move, done, spared)
+        filled = Filled(self.step, self.cache.unit, move, done, spared)
         forecast.add(filled)
         self.tell(materialize_line(filled.as_json()))
+        self._let_go()
         return True
+
+    def _let_go(self) -> None:
+        # At once: the plan counts on the room of the old store, and a store that took long to fill
+        # is worth a checkpoint.
+        if self.cache.holds_retired:
+            self.checkpoint()
 
     def _settle(self, forecast: Forecast, *, dropped: bool) -> None:
         gone = dropped or self.cache.store is None

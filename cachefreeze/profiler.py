@@ -102,6 +102,22 @@ class Profile:
         """Names and plain values."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Profile":
+        """What `as_json` gave."""
+        boundaries = tuple(
+            Boundary(
+                **{
+                    **boundary,
+                    "row_shape": tuple(boundary["row_shape"]),
+                    "codecs": {n: CodecCost(**cost) for n, cost in boundary["codecs"].items()},
+                }
+            )
+            for boundary in content["boundaries"]
+        )
+        units = {name: tuple(content[name]) for name in ("train", "forward")}
+        return cls(**{**content, **units, "boundaries": boundaries})
+
     def costs(self, splits: Mapping[str, int], codec: str) -> Costs:
         """What the planner takes.
 

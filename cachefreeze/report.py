@@ -1,6 +1,7 @@
 """What a run tells: lines and bars on the terminal, and the files in its folder."""
 
 import json
+import os
 import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import human_bytes, why_not_writable, write_atomically
+from cachefreeze.files import human_bytes, lock_folder, why_not_writable, write_atomically
 from cachefreeze.planner import Drop, Move, Plan, Run
 
 
@@ -39,34 +40,49 @@ def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
 
 
 class RunFolder:
-    """The folder of one run: args.json, profile.json, metrics.jsonl, summary.json, last.pt.
+    """The folder of one run: args.json, profile.json, metrics.jsonl, summary.json, checkpoints.
 
     Nothing is written before `create`.
 
+    Args:
+        path: of the folder.
+        resume: it holds the run that is to go on.
+
     Raises:
-        UserError: here and later: it holds a run already, or cannot be written.
+        UserError: here and later: it holds another run, or cannot be written.
     """
 
     # args.json alone is of a run that ended before its first epoch: there is nothing to lose.
     RESULTS = ("metrics.jsonl", "summary.json", "last.pt")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
+        self._lock: int | None = None
         problem = why_not_writable(path)
         if problem is not None:
             raise self._cannot_be_written(problem)
         held = [name for name in self.RESULTS if (path / name).exists()]
-        if held:
+        if held and not resume:
             raise UserError(
-                f"{path} holds a run already ({', '.join(held)}): choose another --output-dir, "
-                "or remove that one"
+                f"{path} holds a run already ({', '.join(held)}): go on with it (--resume {path}), "
+                "choose another --output-dir, or remove that one"
             )
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder, with the run's settings in args.json."""
+        """Make the folder, unless it is there, with the run's settings in args.json. From here on
+        until `close` no other process may."""
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.path)
+        if self._lock is None:
+            raise UserError(f"another process is training in {self.path}: wait for it, or stop it")
         self.write_json("args.json", settings)
+
+    def close(self) -> None:
+        """Let another process have it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         with self.writing():
@@ -76,6 +92,12 @@ class RunFolder:
         """One more line of metrics.jsonl."""
         with self.writing(), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """All of metrics.jsonl anew: what came after a checkpoint comes again."""
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        with self.writing():
+            write_atomically(self.path / "metrics.jsonl", content.encode())
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -228,8 +250,9 @@ def comparison_words(plan: Mapping[str, Any], boundaries: Sequence[Mapping[str, 
     """Predicted beside actual, of the run and of every materialisation."""
     predicted, actual = plan["predicted"], plan["actual"]
     off = actual["seconds"] / predicted["seconds"] - 1
+    when = f"for what follows step {plan['from_step']}" if plan["from_step"] > 3 else "at the start"
     line = (
-        f"plan      {duration(predicted['seconds'])} predicted at the start, "
+        f"plan      {duration(predicted['seconds'])} predicted {when}, "
         f"{duration(actual['seconds'])} taken ({off:+.0%})"
     )
     shares = [
@@ -334,7 +357,7 @@ def closing_words(
             "more --epochs or a smaller --t0 leave more to save"
         )
     lines += [
-        f"run       {folder} (args.json, metrics.jsonl, summary.json, last.pt)",
+        f"run       {folder} (args.json, metrics.jsonl, summary.json, last.pt, best.pt)",
         f"weights   SHA-256 {summary['weights_sha256'][:16]}...",
     ]
     hints = []

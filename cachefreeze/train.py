@@ -1,5 +1,6 @@
 """`python -m cachefreeze.train`: parse, build, fit, report."""
 
+import shlex
 import shutil
 import sys
 import time
@@ -9,15 +10,17 @@ from typing import Any
 
 import torch
 
-from cachefreeze import config, data
+from cachefreeze import data
 from cachefreeze.cache import PrefixCache
+from cachefreeze.checkpoint import LAST
 from cachefreeze.config import Settings
 from cachefreeze.device import keep_freed_memory, resolve_device, resolve_precision
-from cachefreeze.errors import UserError
+from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.files import nearest_folder, size_of_tree
 from cachefreeze.models import build
 from cachefreeze.preview import preview
 from cachefreeze.report import RunFolder, closing_words, opening_words, say, track
+from cachefreeze.resume import Start, start_of
 from cachefreeze.store import check_cache_dir
 from cachefreeze.trainer import Trainer
 
@@ -28,43 +31,54 @@ FREE_DISK_SHARE = 0.8
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    start = None
     try:
-        settings = config.parse(argv)
+        start = start_of(argv, say)
         keep_freed_memory()
-        if settings.plan:
-            preview(settings, cache_budget(settings))
+        if start.settings.plan:
+            preview(start.settings, cache_budget(start.settings))
+        elif start.finished:
+            say(f"{start.settings.output_dir} has come to its end: see its summary.json")
         else:
-            run(settings, argv)
+            run(start)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        assert start is not None
+        print(f"{stop}; to go on: {how_to_resume(start)}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
-        last = settings.output_dir / "last.pt"
-        kept = f"{last} is of the last whole epoch" if last.exists() else "nothing was saved yet"
-        print(f"interrupted: {kept}", file=sys.stderr)
+        kept = "nothing was saved yet"
+        if start is not None and (start.settings.output_dir / LAST).exists():
+            last = start.settings.output_dir / LAST
+            kept = f"{last} is as it was saved last; to go on: {how_to_resume(start)}"
+        print(f"stopped at once: {kept}", file=sys.stderr)
         return 130
     return 0
 
 
-def run(
-    settings: Settings,
-    argv: Sequence[str] = (),
-    make_cache: Callable[..., PrefixCache] = PrefixCache,
-) -> dict[str, Any]:
-    """Train as the settings say; returns what is in summary.json.
+def how_to_resume(start: Start) -> str:
+    """The command that goes on with a run."""
+    folder = shlex.quote(str(start.settings.output_dir))
+    return f"{this_python()} -m cachefreeze.train --resume {folder}"
+
+
+def run(start: Start, make_cache: Callable[..., PrefixCache] = PrefixCache) -> dict[str, Any]:
+    """Train; returns what is in summary.json.
 
     Args:
-        settings: of the run.
-        argv: the words they were parsed from, to tell the user what to type next.
+        start: the settings of the run, and where it stands.
         make_cache: see `Trainer`.
 
     Raises:
         UserError: something is not there, does not fit, or cannot be written.
+        Interrupted: the user or the system asked to stop, and the state was saved.
     """
-    start = time.perf_counter()
+    settings, began = start.settings, time.perf_counter()
     device = resolve_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
-    folder = RunFolder(settings.output_dir)
+    folder = RunFolder(settings.output_dir, resume=start.resuming)
     if settings.cache:
         check_cache_dir(settings.cache_dir)
     sizes = settings.network_sizes()
@@ -82,17 +96,24 @@ def run(
     torch.manual_seed(settings.seed)
     model = build(settings.arch, len(images.classes), **sizes)
     budget = cache_budget(settings)
-    trainer = Trainer(settings, images, model, device, dtype, folder, budget, make_cache)
-    facts = {**settings.as_json(), "network": settings.network, "command": without_output_dir(argv)}
+    command = start.command
+    trainer = Trainer(settings, images, model, device, dtype, folder, budget, make_cache, command)
+    trainer.started = began
+    facts = {**settings.as_json(), "network": settings.network, "command": command}
     folder.create(facts)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
     about = images.outline.description
     for line in opening_words(facts, len(model), parameters, about, where):
         say(line)
-    summary = {"wall_seconds": 0.0, **trainer.fit()}
-    summary["wall_seconds"] = time.perf_counter() - start
-    folder.write_json("summary.json", summary)
+    try:
+        if start.state is not None:
+            trainer.resume(start.state)
+            say(f"resume    after {trainer.place}")
+        summary = trainer.fit()
+        folder.write_json("summary.json", summary)
+    finally:
+        folder.close()
     for line in closing_words(summary, facts, folder.path, this_python(), device.type == "cpu"):
         say(line)
     return summary
@@ -105,15 +126,6 @@ def cache_budget(settings: Settings) -> float:
     # What lies in the folder already is not free, but the cache's to use.
     free = shutil.disk_usage(nearest_folder(settings.cache_dir)).free
     return FREE_DISK_SHARE * (free + size_of_tree(settings.cache_dir))
-
-
-def without_output_dir(argv: Sequence[str]) -> list[str]:
-    """The words of a command line that may be given once more: a run's folder is its own."""
-    words = [word for word in argv if not word.startswith("--output-dir=")]
-    if "--output-dir" in words:
-        place = words.index("--output-dir")
-        del words[place : place + 2]
-    return words
 
 
 def this_python() -> str:

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,18 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefreeze.cache import PrefixCache
-from cachefreeze.checkpoint import save_checkpoint
+from cachefreeze.checkpoint import LAST, random_state, save_checkpoint, set_random_state
 from cachefreeze.config import Settings
 from cachefreeze.data import DataSet, InputRows
-from cachefreeze.device import autocast
+from cachefreeze.device import autocast, numerics
+from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
 from cachefreeze.hashing import weights_sha256
+from cachefreeze.interrupts import Interrupts
 from cachefreeze.models.units import partition
 from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
 from cachefreeze.report import RunFolder, epoch_line, progress_bar, say
 from cachefreeze.rows import Indices, batches_of, epoch_order
 from cachefreeze.timing import timed
+
+# What the cache counts: added up over the processes of a run that was cut off.
+COUNTED = (
+    "rows_served",
+    "prefix_unit_rows_computed",
+    "saved_seconds",
+    "read_seconds",
+    "compute_seconds",
+)
 
 
 class Trainer:
@@ -36,6 +47,13 @@ class Trainer:
         folder: of the run, created.
         max_cache_bytes: what the cache folder may take.
         make_cache: what serves the rows, made with the arguments of `PrefixCache`.
+        command: the words that the settings were given by, for whoever resumes the run.
+
+    Attributes:
+        epoch, position, step: whole epochs, batches of the present one, and steps in all, so far.
+        metrics: a line for each whole epoch.
+        started: when the clock of this process began; whoever did something for the run before may
+            set it back.
     """
 
     def __init__(
@@ -48,8 +66,11 @@ class Trainer:
         folder: RunFolder,
         max_cache_bytes: float,
         make_cache: Callable[..., PrefixCache] = PrefixCache,
+        command: Sequence[str] = (),
     ) -> None:
         self.settings = settings
+        self.command = list(command)
+        self.interrupts = Interrupts()
         self.device = device
         self.autocast_dtype = autocast_dtype
         self.folder = folder
@@ -72,6 +93,7 @@ class Trainer:
             stored=settings.stored,
             network=settings.network,
             warn=lambda sentence: say(f"  {sentence}"),
+            stopping=lambda: bool(self.interrupts),
         )
         self.steps_per_epoch = -(-len(data.train) // settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
@@ -90,9 +112,16 @@ class Trainer:
             shape=settings.schedule,
             scale_lr=settings.scale_lr,
         )
-        self.step = 0
-        self.best_val_accuracy = 0.0
+        self.data = data.content
+        self.epoch = self.position = self.step = 0
+        self.metrics: list[dict[str, Any]] = []
+        # Of the steps of this epoch. Kept on the device: `.item()` in every step would wait for it.
+        self._losses: list[Tensor] = []
         self.seconds = {"train": 0.0, "validate": 0.0}
+        # What this run had come to when it was cut off, in this and in earlier processes.
+        self._earlier: dict[str, Any] = {"seconds": {}, "cache": {}, "events": [], "resumed": []}
+        self.started = time.perf_counter()
+        self._state: Mapping[str, Any] | None = None
         self.planning = None
         if settings.cache:
             self.planning = Planning(
@@ -112,72 +141,212 @@ class Trainer:
                 codec=settings.codec,
                 tell=say,
                 record=lambda profile: self.folder.write_json("profile.json", profile),
+                checkpoint=self._save,
             )
+        self._epoch_start = self._spent()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take the place of a run that was cut off where `state` was saved.
+
+        Raises:
+            UserError: the data or the device are not what they were, or the state does not fit.
+        """
+        try:
+            self._check_same(state)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])  # freezes what was frozen
+            self.epoch, self.position = state["epoch"], state["position"]
+            self.step = self.epoch * self.steps_per_epoch + self.position
+            self.metrics = list(state["metrics"])
+            self._losses = list(state["losses"].to(self.device))
+            self._earlier = {**state["totals"], "resumed": [*state["totals"]["resumed"], self.step]}
+            self._epoch_start = state["epoch_start"]
+            set_random_state(state["random"])
+        except UserError:
+            raise
+        except Exception as error:  # whatever content of a file may lead to
+            raise UserError(
+                f"{self.folder.path / LAST} does not fit this run "
+                f"({type(error).__name__}: {error}): start a new one"
+            ) from error
+        self.folder.write_metrics(self.metrics)
+        self._state = state
+
+    def _check_same(self, state: Mapping[str, Any]) -> None:
+        if state["data"] != self.data:
+            raise UserError(
+                "the images are not those that the run was started with: bring them back as they "
+                "were, or start a new run"
+            )
+        here = self._numerics()
+        for name, option in (("device", "--device"), ("precision", "--precision")):
+            if state["numerics"][name] != here[name]:
+                raise UserError(
+                    f"the run was started with {option} {state['numerics'][name]}, and {here[name]}"
+                    " would change its results: go on with it there, or start a new run"
+                )
+        changed = [name for name in here if state["numerics"].get(name) != here[name]]
+        if changed:
+            was = ", ".join(f"{name} {state['numerics'].get(name)}" for name in changed)
+            say(f"  not as it was before ({was}): the last bits of the results may differ")
+
+    def _numerics(self) -> dict[str, str]:
+        """What decides the last bits besides the settings."""
+        own = {"precision": "bf16" if self.autocast_dtype else "fp32"}
+        return own | {name: str(value) for name, value in numerics(self.device).items()}
+
+    @property
+    def place(self) -> str:
+        """How far it has come, for people."""
+        epoch = min(self.epoch + 1, self.settings.epochs)
+        return f"step {self.step:,} of {self.total_steps:,} (epoch {epoch})"
 
     def fit(self) -> dict[str, Any]:
-        """Train all epochs; returns what goes into summary.json, but for `wall_seconds`."""
-        try:
-            if self.planning is not None:
-                self.planning.start()
-            with progress_bar("epochs", self.settings.epochs, "epoch", leave=True) as bar:
-                for epoch in range(self.settings.epochs):
-                    metrics = self._epoch(epoch)
-                    self.folder.add_metrics(metrics)
-                    self._save(epoch + 1)
-                    say(epoch_line(metrics, self.settings.epochs, self.units.names))
-                    bar.update()
-            return self._summary(metrics)
-        finally:
-            if self.planning is not None:
-                self.planning.stop()
-            self.cache.close()
+        """Train all epochs that are left; returns what goes into summary.json.
 
-    def _epoch(self, epoch: int) -> dict[str, Any]:
-        before = self._spent()
-        train_loss = self._train(epoch)
-        val_loss, val_accuracy = self._validate()
-        self.best_val_accuracy = max(self.best_val_accuracy, val_accuracy)
-        spent = {name: seconds - before[name] for name, seconds in self._spent().items()}
-        return {
-            "epoch": epoch + 1,
-            "step": self.step,
-            "train_loss": train_loss,
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
-            "lr": [float(rate) for rate in self.scheduler.get_last_lr()],
-            "frozen_units": self.units.frontier,
-            "boundary": self.cache.boundary,
-            "source": "pixels" if self.cache.boundary == 0 else "cache",
-            "seconds": spent["train"] + spent["materialize"] + spent["validate"],
-            "train_seconds": spent["train"],
-            "materialize_seconds": spent["materialize"],
-            "validate_seconds": spent["validate"],
-            "images_per_second": len(self.labels["train"]) / spent["train"],
-        }
+        Raises:
+            Interrupted: the user or the system asked to stop; the state was saved.
+            UserError: the loss is no number any more, or the run's folder cannot be written.
+        """
+        with self.interrupts:
+            try:
+                if self.planning is not None and self.step < self.total_steps:
+                    if self._state is None:
+                        self.planning.start()
+                    else:
+                        self.planning.resume(self.step, self._state["planning"])
+                self._state = None
+                epochs = self.settings.epochs
+                with progress_bar("epochs", epochs, "epoch", leave=True) as bar:
+                    bar.update(self.epoch)
+                    while self.epoch < epochs:
+                        self._epoch()
+                        say(epoch_line(self.metrics[-1], epochs, self.units.names))
+                        bar.update()
+                return self._summary()
+            except Interrupted:
+                self._save()
+                received = self.interrupts.received
+                assert received is not None
+                where = self.folder.path / LAST
+                raise Interrupted(
+                    f"interrupted at {self.place}: saved in {where}", 128 + received
+                ) from None
+            finally:
+                if self.planning is not None:
+                    self.planning.stop()
+                self.cache.close()
 
-    def _train(self, epoch: int) -> float:
-        """One pass over the training rows; returns the mean loss."""
-        self.model.train()
-        self.inputs["train"].epoch = epoch
+    def _epoch(self) -> None:
+        """What is left of an epoch: steps, validation, a line of metrics, a checkpoint."""
+        self._train()
         rows = len(self.labels["train"])
-        order = batches_of(epoch_order(rows, self.settings.seed, epoch), self.settings.batch_size)
+        with timed(self.seconds, "train"):
+            weights = torch.full((len(self._losses),), float(self.settings.batch_size)).double()
+            weights[-1] = rows - weights[:-1].sum()
+            train_loss = float(torch.stack(self._losses).cpu().double() @ weights) / rows
+        self._refuse_what_is_not_finite()
+        val_loss, val_accuracy = self._validate()
+        if not np.isfinite(val_loss):
+            raise self._not_finite("validation loss", val_loss, self.step)
+        if self.settings.verify_cache:
+            self._verify_cache()
+        spent = {name: s - self._epoch_start[name] for name, s in self._spent().items()}
+        best = not self.metrics or val_accuracy > self.best_val_accuracy
+        self.metrics.append(
+            {
+                "epoch": self.epoch + 1,
+                "step": self.step,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+                "lr": [float(rate) for rate in self.scheduler.get_last_lr()],
+                "frozen_units": self.units.frontier,
+                "boundary": self.cache.boundary,
+                "source": "pixels" if self.cache.boundary == 0 else "cache",
+                "seconds": spent["train"] + spent["materialize"] + spent["validate"],
+                "train_seconds": spent["train"],
+                "materialize_seconds": spent["materialize"],
+                "validate_seconds": spent["validate"],
+                "images_per_second": rows / spent["train"],
+            }
+        )
+        self.epoch, self.position, self._losses = self.epoch + 1, 0, []
+        self._epoch_start = self._spent()
+        self.folder.add_metrics(self.metrics[-1])
+        self._save(best=best)
+
+    @property
+    def best_val_accuracy(self) -> float:
+        """Of the epochs so far."""
+        return max(line["val_accuracy"] for line in self.metrics)
+
+    def _train(self) -> None:
+        """The steps that are left of an epoch."""
+        self.model.train()
+        self.inputs["train"].epoch = self.epoch
+        rows, batch_size = len(self.labels["train"]), self.settings.batch_size
+        order = batches_of(epoch_order(rows, self.settings.seed, self.epoch), batch_size)
+        order = order[self.position :]
         batches = self.cache.batches("train", order)
-        # Kept on the device and read once: `.item()` in every step would wait for it.
-        losses = []
-        with progress_bar(f"epoch {epoch + 1}", rows, "img") as bar:
+        every = self.settings.checkpoint_every
+        with progress_bar(f"epoch {self.epoch + 1}", rows, "img") as bar:
+            bar.update(self.position * batch_size)
             for indices in order:
                 mark = time.perf_counter()
-                losses.append(self._step(next(batches), indices))
+                self._losses.append(self._step(next(batches), indices))
                 self.scheduler.step()
                 self.step += 1
+                self.position += 1
                 seconds = time.perf_counter() - mark
                 self.seconds["train"] += seconds
+                if self.device.type == "cpu":  # elsewhere it would wait for the device
+                    self._refuse_what_is_not_finite(last_loss_only=True)
                 if self.planning is not None:
                     self.planning.after_step(seconds, len(indices))
                 bar.update(len(indices))
-        with timed(self.seconds, "train"):
-            weights = torch.tensor([len(indices) for indices in order])
-            return float(torch.stack(losses).cpu().double() @ weights.double()) / rows
+                self._stop_if_asked()
+                if every is not None and self.step % every == 0:
+                    self._save()
+
+    def _stop_if_asked(self) -> None:
+        if self.interrupts:
+            raise Interrupted
+
+    def _refuse_what_is_not_finite(self, last_loss_only: bool = False) -> None:
+        """Raises UserError if a loss of this epoch, or a weight, is not a number or infinite."""
+        losses = self._losses[-1:] if last_loss_only else self._losses
+        if losses and not (finite := torch.stack(losses).isfinite()).all():
+            index = int((~finite).nonzero()[0])
+            step = self.step - len(losses) + index + 1
+            raise self._not_finite("loss", float(losses[index]), step)
+        if not last_loss_only:
+            for name, tensor in self.model.state_dict().items():
+                if not tensor.isfinite().all():
+                    raise self._not_finite(f"weight {name}", float("nan"), self.step)
+
+    def _not_finite(self, what: str, value: float, step: int) -> UserError:
+        schedule, names = self.scheduler.schedule, self.units.names
+        rates = [base * schedule.factor(u, step - 1) for u, base in enumerate(self._base_rates)]
+        last = self.folder.path / LAST
+        kept = f"; {last} is from before" if last.exists() else ""
+        return UserError(
+            f"the {what} is {value} at step {step:,} (epoch {self.epoch + 1}), with "
+            f"{schedule.frontier(step - 1)} of {len(names)} units frozen and rates from "
+            f"{rates[0]:.3g} ({names[0]}) to {rates[-1]:.3g} ({names[-1]}): try a smaller "
+            f"--lr{kept}"
+        )
+
+    @property
+    def _base_rates(self) -> list[float]:
+        return [float(rate) for rate in self.scheduler.base_lrs]
+
+    def _verify_cache(self) -> None:
+        for number, (split, rows) in enumerate(self.cache.rows.items()):
+            random = np.random.default_rng([self.settings.seed, self.epoch, 2, number])
+            count = min(self.settings.batch_size, rows)
+            self.cache.verify(split, random.choice(rows, count, replace=False))
 
     def _step(self, x: Tensor, indices: Indices) -> Tensor:
         """One optimiser step on a batch at the frontier; returns its mean loss."""
@@ -196,6 +365,7 @@ class Trainer:
         order = batches_of(np.arange(rows), self.settings.batch_size)
         with timed(self.seconds, "validate"):
             for indices, x in zip(order, self.cache.batches("val", order), strict=True):
+                self._stop_if_asked()
                 logits, labels = self._suffix(x), self._labels("val", indices)
                 losses.append(F.cross_entropy(logits, labels, reduction="sum"))
                 correct.append((logits.argmax(1) == labels).sum())
@@ -210,27 +380,61 @@ class Trainer:
     def _labels(self, split: str, indices: Indices) -> Tensor:
         return self.labels[split][torch.from_numpy(indices).to(self.device)]
 
-    def _save(self, epoch: int) -> None:
-        state = {
-            "epoch": epoch,
-            "step": self.step,
+    def _save(self, *, best: bool = False) -> None:
+        """A checkpoint of this very moment, unless it holds what is no number."""
+        self._refuse_what_is_not_finite()
+        with self.folder.writing():
+            save_checkpoint(self.folder.path, self._state_dict(), best=best)
+        self.cache.release()
+
+    def _state_dict(self) -> dict[str, Any]:
+        losses = torch.stack(self._losses).cpu() if self._losses else torch.zeros(0)
+        return {
             "settings": self.settings.as_json(),
+            "command": self.command,
+            "data": self.data,
+            "numerics": self._numerics(),
+            "epoch": self.epoch,
+            "position": self.position,
+            "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "random": random_state(self.device),
+            "losses": losses,
+            "metrics": self.metrics,
+            "planning": self._planning_state(),
+            "totals": self._totals(),
+            "epoch_start": self._epoch_start,
         }
-        with self.folder.writing():
-            save_checkpoint(self.folder.path / "last.pt", state)
+
+    def _planning_state(self) -> dict[str, Any]:
+        if self.planning is None:
+            return {"profile": None, "codec": None, "cache": self.cache.state_dict()}
+        return self.planning.state_dict()
 
     def _spent(self) -> dict[str, float]:
-        """Seconds so far, by what they were spent on."""
-        return {**(self.planning.seconds if self.planning else NO_PLANNING), **self.seconds}
+        """Seconds so far, by what they were spent on, in all processes."""
+        planned = self.planning.seconds if self.planning is not None else NO_PLANNING
+        wall = time.perf_counter() - self.started
+        return added({**planned, **self.seconds, "wall": wall}, self._earlier["seconds"])
 
-    def _summary(self, last: dict[str, Any]) -> dict[str, Any]:
-        planning = self.planning
+    def _totals(self) -> dict[str, Any]:
+        """What has come together so far, in all processes."""
+        counted = {name: getattr(self.cache, name) for name in COUNTED}
+        events = self.planning.events if self.planning is not None else []
+        return {
+            "seconds": self._spent(),
+            "cache": added(counted, self._earlier["cache"]),
+            "events": [*self._earlier["events"], *events],
+            "resumed": self._earlier["resumed"],
+        }
+
+    def _summary(self) -> dict[str, Any]:
+        planning, last, totals = self.planning, self.metrics[-1], self._totals()
         plan = planning.comparison(sum(self.seconds.values())) if planning else None
         return {
-            **{f"{part}_seconds": seconds for part, seconds in self._spent().items()},
+            **{f"{part}_seconds": seconds for part, seconds in totals["seconds"].items()},
             "epochs": self.settings.epochs,
             "steps": self.step,
             "val_accuracy": last["val_accuracy"],
@@ -241,13 +445,15 @@ class Trainer:
             "units": list(self.units.names),
             "cache": {
                 "enabled": self.settings.cache,
-                "boundaries": planning.events if planning else [],
-                "rows_served": self.cache.rows_served,
-                "prefix_unit_rows_computed": self.cache.prefix_unit_rows_computed,
-                "saved_seconds": self.cache.saved_seconds,
-                "read_seconds": self.cache.read_seconds,
-                "compute_seconds": self.cache.compute_seconds,
+                "boundaries": totals["events"],
+                **totals["cache"],
                 "store": None if self.cache.store is None else str(self.cache.store.folder),
             },
             "plan": plan,
+            "resumed_at": totals["resumed"],
         }
+
+
+def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Sums by name."""
+    return {name: value + other.get(name, 0) for name, value in one.items()}

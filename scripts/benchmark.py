@@ -37,6 +37,7 @@ from cachefreeze.cache import Materialization, PrefixCache
 from cachefreeze.encoding import channels_last
 from cachefreeze.planner import efficiency
 from cachefreeze.report import markdown_table
+from cachefreeze.resume import Start
 from cachefreeze.rows import Indices, Rows, batches_of
 from cachefreeze.stored_rows import StoredPixels, StoredRows
 
@@ -75,7 +76,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.limit:
         settings = dataclasses.replace(config.parse(args.options), cache_max_gb=1e6)
-        train.run(settings, args.options, MemoryCache)
+        train.run(Start(settings, args.options), MemoryCache)
         return 0
     if args.pin is not None:
         os.sched_setaffinity(0, {args.pin})

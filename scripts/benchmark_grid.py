@@ -28,6 +28,7 @@ from PIL import Image
 from cachefreeze import config, train
 from cachefreeze.device import keep_freed_memory
 from cachefreeze.report import markdown_table
+from cachefreeze.resume import Start
 from cachefreeze.store import write
 
 WRN, DENSENET = ("--arch", "wrn10_1"), ("--arch", "densenet16_4")
@@ -130,7 +131,7 @@ def run_once(setting: Setting, folder: Path, switch: str) -> dict[str, Any]:
         options += ["--data-dir", str(folder / "images")]
     output = folder / "run"
     with slow_disk(setting.disk), contextlib.redirect_stdout(io.StringIO()):
-        summary = train.run(config.parse([*options, "--output-dir", str(output)]))
+        summary = train.run(Start(config.parse([*options, "--output-dir", str(output)]), options))
     shutil.rmtree(output)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     return summary

@@ -1,6 +1,7 @@
 """The decoded pixels of one split: in memory, or from image files."""
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ class Images(Protocol):
     """The decoded pixels of one split and their labels."""
 
     labels: Tensor  # (N,) int64, on the CPU
-    identity: str
+    identity: str  # changes whenever a decoded pixel may have changed
+    content: str  # the same, but does not change when files are only copied or touched
 
     def __len__(self) -> int: ...
 
@@ -46,7 +48,7 @@ class ArrayImages:
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
         digest.update(self.pixels.data)
         digest.update(self.labels.numpy().data)
-        self.identity = digest.hexdigest()
+        self.identity = self.content = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -102,12 +104,13 @@ class FolderImages:
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.workers = workers
         how = f"resize and centre crop to {size}, bilinear, Pillow {PIL.__version__}"
-        digest = hashlib.sha256(how.encode())
+        digest, content = hashlib.sha256(how.encode()), hashlib.sha256(how.encode())
         for path, label in zip(paths, labels, strict=True):
             stat = path.stat()
             name = path.relative_to(root).as_posix()
             digest.update(f"\n{name}\0{stat.st_size} {stat.st_mtime_ns} {label}".encode())
-        self.identity = digest.hexdigest()
+            content.update(f"\n{name}\0{stat.st_size} {label}".encode())
+        self.identity, self.content = digest.hexdigest(), content.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,11 +124,19 @@ class FolderImages:
             batch_size=None,
             num_workers=min(self.workers, len(order)),
             generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_the_parent,
         )
         yield from map(undamaged, loader)
 
     def sample(self, rows: int) -> Tensor:
         return undamaged(self.files[spread(rows, len(self))])
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches workers too, and would kill them under a parent that means to finish its step;
+    SIGTERM is from the parent, whose handler they may have inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def undamaged(batch: Tensor | DamagedImage) -> Tensor:

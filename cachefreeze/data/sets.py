@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,13 @@ class DataSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     decode_seconds: float = 0.0
+
+    @property
+    def content(self) -> list[Any]:
+        """What is trained on, to tell whether it is the same as before: which images with which
+        labels, and the statistics of all training pixels."""
+        statistics = [list(self.mean), list(self.std)]
+        return [list(self.classes), self.train.content, self.val.content, *statistics]
 
     @property
     def outline(self) -> "Outline":

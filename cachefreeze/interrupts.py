@@ -1,0 +1,41 @@
+"""Ctrl-C and the system's request to stop, as a question that can be asked between two steps."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Interrupts:
+    """While it is entered, the first SIGINT or SIGTERM is only noted; the second interrupts at
+    once, with a KeyboardInterrupt.
+
+    Outside the main thread, where Python lets nobody handle signals, nothing is noted.
+
+    Attributes:
+        received: the signal that was noted, or None.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __bool__(self) -> bool:
+        """Whether to stop."""
+        return self.received is not None
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._handle) for each in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

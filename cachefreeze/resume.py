@@ -1,0 +1,179 @@
+"""`--resume`: which run to go on with, where it stood, and with what settings."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachefreeze import config
+from cachefreeze.checkpoint import load_last_checkpoint
+from cachefreeze.config import Settings
+from cachefreeze.errors import UserError
+from cachefreeze.files import lock_folder
+
+RUNS = Path("runs")
+# Settings that may be changed in the middle of a run: they change its time, or what it leaves, but
+# not one bit of its weights. (Where the data lie may change; what they are is compared.)
+FREE = {
+    "data_dir",
+    "cache",
+    "cache_dir",
+    "cache_max_gb",
+    "cache_policy",
+    "cache_codec",
+    "cache_dtype",
+    "checkpoint_every",
+    "verify_cache",
+    "workers",
+    "output_dir",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a command line asks to be done.
+
+    Args:
+        settings: of the run.
+        command: the words that say so, without those that name its folder.
+        resuming: the folder holds it already.
+        state: of its checkpoint; None starts at the beginning.
+        finished: there is nothing left to do.
+    """
+
+    settings: Settings
+    command: list[str]
+    resuming: bool = False
+    state: dict[str, Any] | None = None
+    finished: bool = False
+
+
+def start_of(argv: Sequence[str], warn: Callable[[str], None]) -> Start:
+    """What a command line asks for: a new run, or an old one to go on with.
+
+    Raises:
+        UserError: a setting makes no sense, there is no such run, its files cannot be used, or a
+            setting was changed that would change its results.
+    """
+    target, words = config.split_resume(argv)
+    output_dir, words = config.split_output_dir(words)
+    named = [] if output_dir is None else ["--output-dir", str(output_dir)]
+    if target is None:
+        return Start(config.parse([*words, *named]), words)
+    if "--plan" in words:
+        raise UserError("--plan shows what a new run would keep: leave out --resume")
+    if target == "auto":
+        settings = config.parse([*words, *named])
+        folder = output_dir if output_dir is not None else newest_unfinished(settings)
+        if folder is None or not (folder / "args.json").exists():
+            return Start(settings, words)
+    else:
+        folder = Path(target)
+        if output_dir not in (None, folder):
+            raise UserError(f"--resume {folder} goes on in that folder: leave out --output-dir")
+    return _go_on(folder, words, warn)
+
+
+def newest_unfinished(settings: Settings) -> Path | None:
+    """The newest folder in `runs` of a run with the same results that was cut off, and that no
+    process is at work on."""
+    if not RUNS.is_dir():
+        return None
+    for folder in sorted(RUNS.iterdir(), reverse=True):  # their names begin with the time
+        if not (folder / "args.json").is_file() or (folder / "summary.json").exists():
+            continue
+        try:
+            stored, _ = _read_args(folder)
+        except UserError:
+            continue
+        if not differences(stored, settings.as_json()) and _is_idle(folder):
+            return folder
+    return None
+
+
+def _is_idle(folder: Path) -> bool:
+    lock = lock_folder(folder)
+    if lock is None:
+        return False
+    os.close(lock)
+    return True
+
+
+def _go_on(folder: Path, words: list[str], warn: Callable[[str], None]) -> Start:
+    state = load_last_checkpoint(folder, warn)
+    if state is None:
+        stored, command = _read_args(folder)
+    else:
+        try:
+            stored, command = _parts(state)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}/last.pt is no checkpoint that can be gone on from: start a new run"
+            ) from error
+    place = ["--output-dir", str(folder)]
+    before = config.parse([*command, *place])
+    settings = config.parse([*command, *words, *place])
+    changed = differences(before.as_json(), settings.as_json())
+    if changed:
+        was, asked = (getattr(each, changed[0]) for each in (before, settings))
+        raise UserError(
+            f"{_option(changed[0])} {asked} would change the results of {folder}, which was "
+            f"started with {was}: leave it out, or start a new run"
+        )
+    moved = differences(stored, before.as_json())
+    if moved:
+        raise UserError(
+            f"{folder} was started by a version of cachefreeze in which {_option(moved[0])} was "
+            f"{stored.get(moved[0])}: start a new run, or use that version"
+        )
+    if dataclasses.replace(settings, output_dir=before.output_dir) != before:
+        command = [*command, *words]
+    finished = (folder / "summary.json").exists()
+    return Start(settings, command, True, state, finished)
+
+
+def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Settings and command line from a run's args.json."""
+    path = folder / "args.json"
+    try:
+        return _parts(json.loads(path.read_bytes()))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no run to go on with: name the folder that a run was given, or "
+            "--resume auto"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} does not describe a run: start a new one") from error
+
+
+def _parts(content: Any) -> tuple[dict[str, Any], list[str]]:
+    command, settings = content["command"], content.get("settings", content)
+    if not isinstance(settings, dict) or not isinstance(command, list):
+        raise TypeError("not settings and words")
+    return settings, [str(word) for word in command]
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Settings in which two runs differ so that their results do."""
+    names = [field.name for field in dataclasses.fields(Settings) if field.name not in FREE]
+    if _lossy(one) or _lossy(other):
+        # What is rounded, and when, is part of the result then.
+        names += ["cache", "cache_codec", "cache_dtype", "cache_policy"]
+    return [name for name in names if _plain(one.get(name)) != _plain(other.get(name))]
+
+
+def _lossy(settings: dict[str, Any]) -> bool:
+    return settings.get("cache_codec") == "int8" or settings.get("cache_dtype") == "bf16"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
