@@ -28,8 +28,10 @@ def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None
     run = train(*SHORT, "--lr", 0.05)
     assert sorted(path.name for path in run.folder.iterdir()) == [
         "args.json",
+        "best.pt",
         "last.pt",
         "metrics.jsonl",
+        "previous.pt",
         "profile.json",
         "summary.json",
     ]

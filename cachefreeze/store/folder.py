@@ -69,10 +69,15 @@ def check_cache_dir(folder: Path) -> None:
     A folder that holds anything must carry our tag: what is in a cache may be deleted.
     """
     problem = why_not_writable(folder)
-    if problem is None and folder.is_dir() and any(folder.iterdir()) and not is_cache_dir(folder):
+    if problem is None and folder.is_dir() and not is_cache_dir(folder) and _holds_files(folder):
         problem = "it holds other files, and what is in a cache may be deleted"
     if problem is not None:
         raise _cannot_be_used(folder, problem)
+
+
+def _holds_files(folder: Path) -> bool:
+    # A process that was killed while it made the folder left a part of the tag.
+    return any(not path.match("CACHEDIR.TAG.*.partial") for path in folder.iterdir())
 
 
 def prepare_cache_dir(folder: Path) -> None:
