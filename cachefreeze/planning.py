@@ -77,6 +77,9 @@ class Planning:
         self.seconds = dict(NO_PLANNING)
         self.step = 0
         self._clock: StepClock | None = None
+        # Of a checkpoint.
+        self._cache_state: dict[str, Any] | None = None
+        self._measured_before: Profile | None = None
         self._frontier = cache.units.frontier
         # Of the whole batches since the frontier or the source of rows moved.
         self._step_seconds: list[float] = []
@@ -95,28 +98,27 @@ class Planning:
         profile = None if self.forecast is None else self.forecast.profile.as_json()
         return {"profile": profile, "codec": self.codec, "cache": self.cache.state_dict()}
 
-    def resume(self, step: int, state: Mapping[str, Any]) -> None:
-        """Instead of `start`, where a checkpoint was loaded: go on with the store that it names,
-        and plan the rest of the run from `step` on, by what was measured then.
+    def load_state_dict(self, step: int, state: Mapping[str, Any]) -> None:
+        """To be called before `start`, where a run goes on after `step` steps: with the weights of
+        its checkpoint loaded and their units frozen."""
+        self.step, self._frontier = step, self.cache.units.frontier
+        if state["profile"] is not None and state["codec"] == self.codec:
+            self._measured_before = Profile.from_json(state["profile"])
+        self._cache_state = {name: state["cache"][name] for name in ("boundary", "store")}
+
+    def start(self) -> None:
+        """Before the first step: measure and plan; or see to it that the first steps are measured,
+        if the run is too short for anything else. Where a run goes on, it goes on with the store
+        that its checkpoint names, and by what was measured then.
 
         Raises:
             Interrupted: see `PrefixCache.materialize`.
         """
-        self.step, self._frontier = step, self.cache.units.frontier
-        with timed(self.seconds, "materialize"):
-            found = self.cache.load_state_dict(state["cache"])
-        if found is not None:
-            self._served_from = self.cache.store
-            unit = self.cache.unit
-            self.tell(f"  step {step}: the store after {unit} is still there: {found.rows:,} rows")
-        if state["profile"] is None or state["codec"] != self.codec:
-            self.start()
-        else:
-            self._plan(Profile.from_json(state["profile"]), "before it was interrupted")
-
-    def start(self) -> None:
-        """Before the first step: measure and plan; or see to it that the first steps are measured,
-        if the run is too short for anything else."""
+        if self._cache_state is not None:
+            self._take_up(self._cache_state)
+        if self._measured_before is not None:
+            self._plan(self._measured_before, "before it was interrupted")
+            return
         decoding = self.decode_seconds > 0
         if self.policy == "planned" and not (
             pays_at_best(self.run, decoding) or (decoding and self.cache.has(0))
@@ -211,6 +213,14 @@ class Planning:
                 "materializations": len(forecast.filled),
             },
         }
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        with timed(self.seconds, "materialize"):
+            found = self.cache.load_state_dict(state)
+        if found is not None:
+            self._served_from = self.cache.store
+            what = "pixels" if found.boundary == 0 else f"activations after {self.cache.unit}"
+            self.tell(f"  step {self.step}: {what} are still in the cache: {found.rows:,} rows")
 
     def _pixels(self) -> torch.Tensor:
         """A few real images, decoded: arithmetic takes as long whatever it is done on, but how

@@ -121,7 +121,6 @@ class Trainer:
         # What this run had come to when it was cut off, in this and in earlier processes.
         self._earlier: dict[str, Any] = {"seconds": {}, "cache": {}, "events": [], "resumed": []}
         self.started = time.perf_counter()
-        self._state: Mapping[str, Any] | None = None
         self.planning = None
         if settings.cache:
             self.planning = Planning(
@@ -158,20 +157,25 @@ class Trainer:
             self.scheduler.load_state_dict(state["scheduler"])  # freezes what was frozen
             self.epoch, self.position = state["epoch"], state["position"]
             self.step = self.epoch * self.steps_per_epoch + self.position
+            if not 0 <= self.position <= self.steps_per_epoch:
+                raise ValueError("it is at no step of an epoch")
             self.metrics = list(state["metrics"])
+            if self.epoch != len([line["val_accuracy"] for line in self.metrics]):
+                raise ValueError("it has not a line of metrics for each epoch")
             self._losses = list(state["losses"].to(self.device))
             self._earlier = {**state["totals"], "resumed": [*state["totals"]["resumed"], self.step]}
             self._epoch_start = state["epoch_start"]
+            if self.planning is not None:
+                self.planning.load_state_dict(self.step, state["planning"])
             set_random_state(state["random"])
         except UserError:
             raise
         except Exception as error:  # whatever content of a file may lead to
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"{self.folder.path / LAST} does not fit this run "
-                f"({type(error).__name__}: {error}): start a new one"
+                f"{self.folder.path / LAST} does not fit this run ({reason}): start a new one"
             ) from error
         self.folder.write_metrics(self.metrics)
-        self._state = state
 
     def _check_same(self, state: Mapping[str, Any]) -> None:
         if state["data"] != self.data:
@@ -212,11 +216,7 @@ class Trainer:
         with self.interrupts:
             try:
                 if self.planning is not None and self.step < self.total_steps:
-                    if self._state is None:
-                        self.planning.start()
-                    else:
-                        self.planning.resume(self.step, self._state["planning"])
-                self._state = None
+                    self.planning.start()
                 epochs = self.settings.epochs
                 with progress_bar("epochs", epochs, "epoch", leave=True) as bar:
                     bar.update(self.epoch)

@@ -1,0 +1,565 @@
+"""A run that is cut off anywhere and resumed ends with the weights of one that was not."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cachefreeze.checkpoint import load_checkpoint, save_checkpoint
+from cachefreeze.files import lock_folder
+from cachefreeze.store import Store
+from cachefreeze.store import format as store_format
+from cachefreeze.stores import Stores
+from cachefreeze.train import main
+from cachefreeze.trainer import Trainer
+
+from .conftest import Run, Train, write_images
+from .test_parity import NETWORKS, SCHEDULE, assert_same_run
+
+WRN = (*NETWORKS["wrn"], *SCHEDULE)
+Fails = Callable[..., str]
+
+
+def send(number: int, times: int = 1) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), number)
+
+
+class Interrupter:
+    """Sends signals to this process in the middle of a step, a batch of filling, or validation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def __call__(
+        self, at: int, where: str = "step", number: int = signal.SIGINT, times: int = 1
+    ) -> None:
+        owner, name = {
+            "step": (Trainer, "_step"),
+            "validation": (Trainer, "_validate"),
+            "filling": (Stores, "_synchronized"),
+        }[where]
+        real, calls = getattr(owner, name), 0
+
+        def interrupted(*args: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                send(number, times)
+            return real(*args)
+
+        self.monkeypatch.setattr(owner, name, interrupted)
+
+    def no_more(self) -> None:
+        self.monkeypatch.undo()
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Interrupter]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield Interrupter(monkeypatch)
+
+
+@pytest.fixture
+def argv(images: Path, tmp_path: Path) -> list[str]:
+    """A run of the program in `tmp_path/run`."""
+    return command(images, tmp_path, "wrn")
+
+
+def command(images: Path, folder: Path, arch: str) -> list[str]:
+    options = ["-b", 32, "-j", 0, "--precision", "fp32", "--cache-policy", "eager"]
+    options += ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32]
+    options += ["--cache-dir", folder / "cache", "--output-dir", folder / "run"]
+    return [str(option) for option in (*options, *NETWORKS[arch], *SCHEDULE)]
+
+
+def resume(folder: Path, *options: object) -> Run:
+    assert main(["--resume", str(folder), *map(str, options)]) == 0
+    return Run.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("arch", "where", "at"),
+    [
+        *(("wrn", "step", step) for step in (1, 3, 5, 12, 30)),
+        *(("wrn", "validation", epoch) for epoch in (1, 4)),
+        *(("wrn", "filling", split) for split in (2, 4, 9)),
+        ("densenet", "step", 13),
+        ("densenet", "filling", 5),
+        ("vgg", "step", 14),
+        ("vgg", "filling", 4),
+    ],
+)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+    train: Train,
+    images: Path,
+    tmp_path: Path,
+    interrupt: Interrupter,
+    arch: str,
+    where: str,
+    at: int,
+) -> None:
+    interrupt(at, where)
+    assert main(command(images, tmp_path, arch)) == 130
+    interrupt.no_more()
+    assert (tmp_path / "run" / "last.pt").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    resumed = resume(tmp_path / "run")
+    assert len(resumed.summary["resumed_at"]) == 1
+    assert_same_run(resumed, reference(train, arch))
+
+
+REFERENCES: dict[str, Run] = {}
+
+
+def reference(train: Train, arch: str) -> Run:
+    """Of each network once."""
+    if arch not in REFERENCES:
+        REFERENCES[arch] = train(*NETWORKS[arch], *SCHEDULE, "--no-cache")
+    return REFERENCES[arch]
+
+
+def test_ctrl_c_is_one_line_with_a_command_that_goes_on(
+    argv: list[str], tmp_path: Path, interrupt: Interrupter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(7)
+    assert main(argv) == 130
+    interrupt.no_more()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "interrupted at step 7 of 30 (epoch 2): saved in" in told
+    command = told.strip().partition("to go on: ")[2].split()
+    assert command[1:4] == ["-m", "cachefreeze.train", "--resume"]
+    assert main(command[3:]) == 0
+    out = capsys.readouterr().out
+    assert "resume    after step 7 of 30 (epoch 2)" in out
+    assert "epoch 1/6" not in out, "what is done is not done again"
+    assert main(command[3:]) == 0
+    assert "has come to its end" in capsys.readouterr().out
+
+
+def test_sigterm_saves_too_and_has_its_own_exit_code(
+    train: Train, argv: list[str], tmp_path: Path, interrupt: Interrupter
+) -> None:
+    interrupt(8, number=signal.SIGTERM)
+    assert main(argv) == 128 + signal.SIGTERM
+    interrupt.no_more()
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
+    assert_same_run(resume(tmp_path / "run"), reference(train, "wrn"))
+
+
+@pytest.mark.parametrize("where", ["step", "filling"])
+def test_a_second_ctrl_c_stops_at_once_and_the_run_can_still_go_on(
+    train: Train,
+    argv: list[str],
+    tmp_path: Path,
+    interrupt: Interrupter,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    interrupt(8, where, times=2)
+    assert main(argv) == 130
+    interrupt.no_more()
+    told = capsys.readouterr().err
+    assert told.startswith("stopped at once: ")
+    assert told.count("\n") == 1
+    assert "--resume" in told
+    assert_same_run(resume(tmp_path / "run"), reference(train, "wrn"))
+
+
+def test_signals_are_as_before_once_a_run_has_ended(
+    argv: list[str], interrupt: Interrupter
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    interrupt(1)
+    main(argv)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_workers_that_decode_images_outlive_ctrl_c(
+    train: Train, argv: list[str], tmp_path: Path, interrupt: Interrupter
+) -> None:
+    """A terminal sends it to all processes of its foreground group."""
+    real = send
+
+    def to_all(number: int, times: int = 1) -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        assert children
+        for child in children:
+            os.kill(int(child), number)
+        time.sleep(0.2)
+        real(number, times)
+
+    interrupt.monkeypatch.setitem(globals(), "send", to_all)
+    interrupt(1)
+    assert main([*argv, "-j", "1"]) == 130
+    interrupt.no_more()
+    assert_same_run(resume(tmp_path / "run"), reference(train, "wrn"))
+
+
+def test_a_store_that_was_half_written_goes_on_from_its_last_whole_chunk(
+    train: Train,
+    argv: list[str],
+    tmp_path: Path,
+    interrupt: Interrupter,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(store_format, "CHUNK_BYTES", 2**18)  # 4 rows after the stem
+    real, seen = Stores._synchronized, 0
+
+    def interrupted(stores: Stores, batches: object) -> object:
+        nonlocal seen
+        for x in real(stores, batches):  # type: ignore[arg-type]
+            seen += len(x)
+            # Pixels, and then 70 rows and more of the store after the stem.
+            if seen >= 183 + 70 and x.shape[1] == 16:
+                send(signal.SIGINT)
+                seen = -1000
+            yield x
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stores, "_synchronized", interrupted)
+        assert main(argv) == 130
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["planning"]["cache"]["boundary"] == 0
+    (half,) = [p.parent for p in (tmp_path / "cache").glob("*/journal")]
+    chunks = len(list((half / "train").glob("c.*")))
+    assert 16 <= chunks < 38
+    capsys.readouterr()
+    resumed = resume(tmp_path / "run")
+    told = capsys.readouterr().out
+    assert f"{4 * chunks} rows of it before it was interrupted" in told
+    assert not (half / "journal").exists()
+    assert_same_run(resumed, reference(train, "wrn"))
+
+
+def test_an_old_store_goes_only_once_a_checkpoint_that_does_not_name_it_is_on_disk(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removed = Store.remove, []
+
+    def remove(store: Store) -> bool:
+        # In the middle of a run: the checkpoint on disk is that of the moment.
+        state = load_checkpoint(tmp_path / "run1" / "last.pt")
+        assert state["planning"]["cache"]["store"] != store.description.fingerprint
+        removed.append(state["step"])
+        return real(store)
+
+    monkeypatch.setattr(Store, "remove", remove)
+    run = train(*WRN)
+    events = [event["step"] for event in run.summary["cache"]["boundaries"]]
+    assert removed == events[1:], "and it goes as soon as that"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    train: Train, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", killed)
+        assert main(argv) == 130
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["args.json"]
+    assert_same_run(resume(tmp_path / "run"), reference(train, "wrn"))
+
+
+def test_steps_after_the_last_checkpoint_are_taken_once_more_and_told_once(
+    train: Train, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Trainer._step, 0
+
+    def killed(trainer: Trainer, *args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 14:
+            raise KeyboardInterrupt
+        return real(trainer, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", killed)
+        assert main([*argv, "--checkpoint-every", "3"]) == 130
+    # As if it had been killed between writing its metrics and its checkpoint.
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "of": "another world"}\n{"ep')
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 12
+    resumed = resume(tmp_path / "run")
+    assert [line["epoch"] for line in resumed.metrics] == [1, 2, 3, 4, 5, 6]
+    assert resumed.summary["resumed_at"] == [12]
+    assert_same_run(resumed, reference(train, "wrn"))
+
+
+@pytest.fixture(scope="module")
+def once_cut_off(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("once")
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        Interrupter(monkeypatch)(12)
+        assert main(command(images, folder, "wrn")) == 130
+    return folder / "run"
+
+
+@pytest.fixture
+def cut_off(once_cut_off: Path, tmp_path: Path) -> Path:
+    """The folder of a run that was interrupted at step 12."""
+    return Path(shutil.copytree(once_cut_off, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--lr", 0.2),
+        ("--epochs", 7),
+        ("--seed", 1),
+        ("--batch-size", 16),
+        ("--t0", 0.5),
+        ("--schedule", "cubic"),
+        ("--width", 2),
+        ("--dropout", 0.1),
+        ("--momentum", 0.8),
+        ("--weight-decay", 0),
+        ("--image-size", 40),
+        ("--precision", "bf16"),
+        ("--cache-codec", "int8"),
+        ("--cache-dtype", "bf16"),
+    ],
+)
+def test_a_setting_that_would_change_the_results_is_refused_by_name(
+    cut_off: Path, fails: Fails, option: str, value: object
+) -> None:
+    before = {path.name: path.read_bytes() for path in cut_off.iterdir()}
+    arch = ("--arch", "wrn10") if option == "--width" else ()
+    assert option in fails("--resume", cut_off, *arch, option, value)
+    assert {path.name: path.read_bytes() for path in cut_off.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--no-cache",),
+        ("--cache-codec", "zstd"),
+        ("--cache-max-gb", 0.001),
+        ("--cache-policy", "planned"),
+        ("--checkpoint-every", 2),
+        ("--verify-cache",),
+        ("-j", 1),
+        ("--cache-dir", "another"),
+        ("--lr", 0.05),  # as it was
+    ],
+)
+def test_settings_that_change_no_result_may_change(
+    train: Train,
+    cut_off: Path,
+    options: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    resumed = resume(cut_off, *options)
+    assert_same_run(resumed, reference(train, "wrn"))
+    if options[0] == "--no-cache":
+        assert resumed.args["cache"] is False
+        assert resumed.metrics[-1]["boundary"] == 0
+
+
+def test_a_run_without_a_cache_may_go_on_with_one(
+    train: Train, argv: list[str], tmp_path: Path, interrupt: Interrupter
+) -> None:
+    interrupt(12)
+    assert main([*argv, "--no-cache"]) == 130
+    interrupt.no_more()
+    resumed = resume(tmp_path / "run", "--cache")
+    assert resumed.summary["cache"]["rows_served"] > 150
+    assert_same_run(resumed, reference(train, "wrn"))
+
+
+def test_images_that_were_only_touched_are_the_same_and_others_are_refused(
+    train: Train,
+    argv: list[str],
+    images: Path,
+    tmp_path: Path,
+    interrupt: Interrupter,
+    fails: Fails,
+) -> None:
+    copied = tmp_path / "images"
+    shutil.copytree(images, copied)
+    interrupt(12)
+    assert main([*argv, "--data-dir", str(copied)]) == 130
+    interrupt.no_more()
+    victim = next((copied / "train").rglob("*.jpg"))
+    content = victim.read_bytes()
+    write_images(tmp_path / "others", 1, seed=9)
+    other = next((tmp_path / "others").rglob("*.jpg"))
+    shutil.copy(other, victim)
+    assert "the images are not those" in fails("--resume", tmp_path / "run")
+    victim.unlink()
+    assert "the images are not those" in fails("--resume", tmp_path / "run")
+    victim.write_bytes(content)
+    assert_same_run(resume(tmp_path / "run"), reference(train, "wrn"))
+
+
+def test_a_checkpoint_of_another_device_is_refused(cut_off: Path, fails: Fails) -> None:
+    state = load_checkpoint(cut_off / "last.pt")
+    state["numerics"]["device"] = "cuda"
+    save_checkpoint(cut_off, state)
+    assert "--device cuda" in fails("--resume", cut_off)
+
+
+def test_other_numerics_are_said(cut_off: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = load_checkpoint(cut_off / "last.pt")
+    state["numerics"]["torch"] = "1.0"
+    save_checkpoint(cut_off, state)
+    resume(cut_off)
+    assert "not as it was before (torch 1.0)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model",
+        "optimizer",
+        "scheduler",
+        "random",
+        "metrics",
+        "epoch",
+        "planning",
+        "command",
+        "totals",
+    ],
+)
+@pytest.mark.parametrize("value", [None, [1], {"weight": torch.zeros(3)}])
+def test_a_forged_checkpoint_is_one_sentence(
+    cut_off: Path, fails: Fails, key: str, value: object
+) -> None:
+    state = load_checkpoint(cut_off / "last.pt")
+    state[key] = value
+    save_checkpoint(cut_off, state)
+    sentence = fails("--resume", cut_off)
+    assert "start a new" in sentence or key == "command"
+
+
+def test_a_folder_without_a_run_is_one_sentence(fails: Fails, tmp_path: Path) -> None:
+    for name in ("missing", "empty"):
+        assert "holds no run" in fails("--resume", tmp_path / name)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+    (tmp_path / "empty" / "args.json").write_text('{"command": 3}')
+    assert "does not describe a run" in fails("--resume", tmp_path / "empty")
+    assert "--output-dir" in fails("--resume", tmp_path / "a", "--output-dir", tmp_path / "b")
+    assert "--plan" in fails("--resume", tmp_path / "empty", "--plan")
+
+
+def test_two_processes_do_not_train_in_one_folder(cut_off: Path, fails: Fails) -> None:
+    other = lock_folder(cut_off)
+    assert other is not None
+    assert "another process is training" in fails("--resume", cut_off)
+    os.close(other)
+    resume(cut_off)
+
+
+def test_auto_goes_on_with_the_newest_run_of_these_settings_or_starts_one(
+    argv: list[str], interrupt: Interrupter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = argv.index("--output-dir")
+    argv = [*argv[:place], *argv[place + 2 :], "--epochs", "2", "--resume", "auto"]
+    interrupt(3)
+    assert main(argv) == 130  # nothing to go on with: one was started
+    interrupt.no_more()
+    (first,) = Path("runs").iterdir()
+    interrupt(2)
+    assert main([*argv, "--seed", "5"]) == 130  # another run
+    interrupt.no_more()
+    assert len(list(Path("runs").iterdir())) == 2
+    assert main([*argv, "--no-cache"]) == 0  # the first, with another cache
+    assert (first / "summary.json").exists()
+    assert len(list(Path("runs").iterdir())) == 2
+    interrupt(1)
+    assert main(argv) == 130  # that one is done: a new one
+    assert len(list(Path("runs").iterdir())) == 3
+
+
+def test_auto_goes_on_in_the_folder_that_is_named(
+    train: Train, argv: list[str], tmp_path: Path, interrupt: Interrupter, fails: Fails
+) -> None:
+    for step in (3, 8, 9):
+        interrupt(step)
+        assert main([*argv, "--resume", "auto"]) == 130
+        interrupt.no_more()
+    assert "--lr" in fails(*argv, "--resume", "auto", "--lr", 0.3)
+    assert main([*argv, "--resume=auto"]) == 0
+    run = Run.load(tmp_path / "run")
+    assert run.summary["resumed_at"] == [3, 11, 20]
+    assert run.args["command"].count("--arch") == 1, "the same words are not added again"
+    assert_same_run(run, reference(train, "wrn"))
+
+
+def test_the_books_go_on(
+    train: Train, argv: list[str], tmp_path: Path, interrupt: Interrupter
+) -> None:
+    whole = train(*WRN)
+    interrupt(13)
+    assert main(argv) == 130
+    interrupt.no_more()
+    resumed = resume(tmp_path / "run")
+    one, other = resumed.summary["cache"], whole.summary["cache"]
+    assert [e["boundary"] for e in one["boundaries"]] == [
+        e["boundary"] for e in other["boundaries"]
+    ]
+    assert one["rows_served"] == other["rows_served"]
+    assert one["prefix_unit_rows_computed"] == other["prefix_unit_rows_computed"]
+    for line in resumed.metrics:
+        assert 0 < line["train_seconds"] < 60
+    parts = ("train", "validate", "materialize", "profile")
+    assert (
+        sum(resumed.summary[f"{part}_seconds"] for part in parts) < resumed.summary["wall_seconds"]
+    )
+
+
+def test_best_is_the_epoch_of_the_best_accuracy(train: Train) -> None:
+    run = train(*WRN)
+    accuracies = [line["val_accuracy"] for line in run.metrics]
+    state = load_checkpoint(run.folder / "best.pt")
+    assert state["epoch"] == 1 + accuracies.index(max(accuracies))
+    assert state["metrics"] == run.metrics[: state["epoch"]]
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_loss_that_is_no_number_ends_the_run_with_what_was_good_kept(
+    argv: list[str],
+    fails: Fails,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: int | None,
+) -> None:
+    real, calls = Trainer._step, 0
+
+    def diverging(trainer: Trainer, *args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 13:
+            with torch.no_grad():
+                next(iter(trainer.units[-1].parameters())).fill_(float("inf"))
+        return real(trainer, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "_step", diverging)
+    options = [] if every is None else ["--checkpoint-every", every]
+    sentence = fails(*argv, *options)
+    assert (
+        "the loss is nan at step 13 (epoch 3), with 1 of 5 units frozen and rates from" in sentence
+    )
+    assert "last.pt is from before" in sentence
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["step"] == (10 if every is None else 12)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_a_rate_that_is_far_too_high_is_said(argv: list[str], fails: Fails) -> None:
+    sentence = fails(*argv, "--lr", 1e30)
+    assert "--lr" in sentence
+    assert "at step" in sentence
