@@ -33,8 +33,8 @@ class Planning:
         policy, codec: see `Forecast`.
         tell: is given lines for the user.
         record: is given the profile, in plain values.
-        checkpoint: called when a store went out of use that an earlier checkpoint names: a new one
-            lets it go (`PrefixCache.release`).
+        checkpoint: called before a store is filled while another is out of use, but named by an
+            earlier checkpoint: a new one lets it go (`PrefixCache.release`).
 
     Attributes:
         forecast: once there is one. A run too short for a store to pay has none.
@@ -301,7 +301,6 @@ class Planning:
             self._settle(forecast, dropped=not isinstance(event, Move))
             if not isinstance(event, Move):
                 self.cache.leave()
-                self._let_go()
             elif not self._materialize(forecast, event):
                 # What was found is not what it seemed to be, or what was to be made cannot be: the
                 # next best, which has it no more.
@@ -311,6 +310,10 @@ class Planning:
         self._served_from, self._step_seconds = self.cache.store, []
 
     def _materialize(self, forecast: Forecast, move: Move) -> bool:
+        if self.cache.holds_retired:
+            # The plan counts on its room. (Not as soon as it is out of use: the next epoch's end,
+            # which comes first as a rule, brings a checkpoint anyway.)
+            self.checkpoint()
         source, before = self._source(forecast), self.cache.prefix_seconds_per_row
         keep = move.keep
         with timed(self.seconds, "materialize"):
@@ -324,14 +327,7 @@ class Planning:
         filled = Filled(self.step, self.cache.unit, move, done, spared)
         forecast.add(filled)
         self.tell(materialize_line(filled.as_json()))
-        self._let_go()
         return True
-
-    def _let_go(self) -> None:
-        # At once: the plan counts on the room of the old store, and a store that took long to fill
-        # is worth a checkpoint.
-        if self.cache.holds_retired:
-            self.checkpoint()
 
     def _settle(self, forecast: Forecast, *, dropped: bool) -> None:
         gone = dropped or self.cache.store is None

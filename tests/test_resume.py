@@ -253,8 +253,21 @@ def test_an_old_store_goes_only_once_a_checkpoint_that_does_not_name_it_is_on_di
 
     monkeypatch.setattr(Store, "remove", remove)
     run = train(*WRN)
-    events = [event["step"] for event in run.summary["cache"]["boundaries"]]
-    assert removed == events[1:], "and it goes as soon as that"
+    assert [event["step"] for event in run.summary["cache"]["boundaries"]] == [3, 8, 14, 19, 25]
+    assert removed == [10, 15, 20, 25], "at the end of the epoch"
+
+
+def test_a_second_change_in_an_epoch_finds_the_first_store_gone(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Old and new store fit side by side, but no third."""
+    options = (*NETWORKS["wrn"], "--epochs", 3, "--t0", 0.25, "--schedule", "linear")
+    largest = 183 * 16 * 32 * 32 * 4
+    tight = train(*options, "-b", 4, "--cache-max-gb", 2.1 * largest / 1e9)
+    steps = [event["step"] for event in tight.summary["cache"]["boundaries"]]
+    assert len({step // 38 for step in steps}) < len(steps) - 1
+    assert len(steps) == 5
+    assert "not cached" not in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
