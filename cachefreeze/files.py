@@ -60,6 +60,25 @@ def lock_folder(folder: Path) -> int | None:
     return file
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Holds `lock_folder` inside, if it is to be had."""
+    file = lock_folder(folder)
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds `lock_folder`. (Takes it for a moment to find out.)"""
+    file = lock_folder(folder)
+    if file is not None:
+        os.close(file)
+    return file is None
+
+
 def nearest_folder(path: Path) -> Path:
     """The path itself, or the first of its parents that exists."""
     while not path.exists() and path != path.parent:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from cachefreeze import config
 from cachefreeze.checkpoint import load_last_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.errors import UserError
-from cachefreeze.files import lock_folder
+from cachefreeze.files import is_locked
 
 RUNS = Path("runs")
 # Settings that may be changed in the middle of a run: they change its time, or what it leaves, but
@@ -89,17 +88,9 @@ def newest_unfinished(settings: Settings) -> Path | None:
             stored, _ = _read_args(folder)
         except UserError:
             continue
-        if not differences(stored, settings.as_json()) and _is_idle(folder):
+        if not differences(stored, settings.as_json()) and not is_locked(folder):
             return folder
     return None
-
-
-def _is_idle(folder: Path) -> bool:
-    lock = lock_folder(folder)
-    if lock is None:
-        return False
-    os.close(lock)
-    return True
 
 
 def _go_on(folder: Path, words: list[str], warn: Callable[[str], None]) -> Start:

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cachefreeze.files import size_of_tree
-from cachefreeze.store import TRASH, Description, Layout, StoreWriter, is_cache_dir
+from cachefreeze.files import locked_folder, size_of_tree
+from cachefreeze.store import (
+    SCRATCH,
+    Description,
+    Layout,
+    StoreError,
+    StoreWriter,
+    is_cache_dir,
+)
 
 FIRST_SCRATCH_BYTES, MAX_SCRATCH_BYTES = 2**16, 256 * 2**20
 # Too little for any store.
@@ -52,13 +59,16 @@ def measure_disk(directory: Path, row_bytes: int, max_bytes: float, seconds: flo
     try:
         start = time.perf_counter()
         disk = _measure_scratch(directory, few, row_bytes)
-    except OSError as error:
-        return Disk(problem=f"the cache folder cannot be written: {error.strerror or error}")
+    except (OSError, StoreError) as error:
+        if isinstance(error, FileNotFoundError | StoreError) and directory.is_dir():
+            return ASSUMED  # somebody removed it under our hands
+        reason = getattr(error, "strerror", None) or error
+        return Disk(problem=f"the cache folder cannot be written: {reason}")
     left = min(seconds, MAX_SECONDS) - (time.perf_counter() - start)
     per_row = (disk.write + disk.read + disk.verify) * row_bytes
     rows = int(min(most, left / per_row))
     if rows > 2 * few:
-        with contextlib.suppress(OSError):  # the disk is fuller than we may fill it
+        with contextlib.suppress(OSError, StoreError):  # the disk is fuller than we may fill it
             disk = _measure_scratch(directory, rows, row_bytes)
     return disk
 
@@ -75,8 +85,12 @@ def _rows_that_fit(room: float, row_bytes: int) -> int:
 
 
 def _measure_scratch(directory: Path, rows: int, row_bytes: int) -> Disk:
-    # Named so that what a killed run leaves of it is removed with the rest of its rubbish.
-    with tempfile.TemporaryDirectory(prefix=TRASH, dir=directory) as folder:
+    # Named so that what a killed run leaves of it is removed with the rest of its rubbish, and
+    # locked so that it is not before.
+    with (
+        tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory) as folder,
+        locked_folder(Path(folder)),
+    ):
         layout = Layout.of(rows, (row_bytes,), "uint8")
         name = "0" * 32
         about = Description(name, "", 0, "", "uint8", "uint8", time.time(), {"train": layout}, {})

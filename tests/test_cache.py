@@ -1,5 +1,6 @@
 """PrefixCache: right rows from wherever they come, and nothing lost when a store cannot be had."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -223,6 +224,59 @@ def test_a_full_disk_costs_the_store_and_nothing_else(units: Units, tmp_path: Pa
     assert_serves_what_is_computed(cache)
 
 
+@pytest.mark.parametrize("where", ["", "train"])
+def test_permission_that_is_lost_while_filling_costs_the_store_and_nothing_else(
+    units: Units, tmp_path: Path, ordinary_user: None, where: str
+) -> None:
+    units.freeze(2)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    inputs = cache.inputs["val"]
+    real = inputs.batches
+
+    def batches(order: object) -> object:
+        (folder,) = store_folders(tmp_path / "cache")
+        (folder / "val").chmod(0o555)
+        if where == "":
+            folder.chmod(0o555)
+        return real(order)  # type: ignore[arg-type]
+
+    inputs.batches = batches  # type: ignore[method-assign, assignment]
+    assert cache.materialize() is None
+    inputs.batches = real  # type: ignore[method-assign]
+    assert told == [
+        "the store after group1_block1 cannot be written (Permission denied): not cached"
+    ]
+    assert store_folders(tmp_path / "cache") == []
+    assert_serves_what_is_computed(cache)
+    for folder in (tmp_path / "cache").rglob("*"):
+        folder.chmod(0o777)
+
+
+def test_a_disk_that_fails_while_reading_costs_the_store_and_nothing_else(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units.freeze(2)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    cache.materialize()
+    real, calls = os.preadv, 0
+
+    def failing(*args: object) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", failing)
+    served = everything(cache)
+    assert_same(served, everything(make_cache(units, None)))
+    (sentence,) = told
+    assert "Input/output error" in sentence
+    assert "computed instead" in sentence
+
+
 def test_a_cache_folder_that_vanishes_costs_the_store_and_nothing_else(
     units: Units, tmp_path: Path
 ) -> None:
@@ -443,6 +497,113 @@ def test_a_store_that_cannot_be_opened_again_costs_only_itself(
     assert cache.materialize() is None
     assert "marker does not fit" in told[0]
     assert_serves_what_is_computed(cache)
+
+
+@pytest.mark.parametrize(("codec", "stored"), [("raw", None), ("zstd", None), ("raw", "int8")])
+@pytest.mark.parametrize("boundary", [1, 3])
+def test_verifying_passes_over_rows_that_are_right(
+    units: Units, tmp_path: Path, codec: str, stored: str | None, boundary: int
+) -> None:
+    units.freeze(4)
+    cache = make_cache(units, tmp_path / "cache", stored=stored, autocast_dtype=torch.bfloat16)
+    cache.verify("train", np.arange(5))  # without a store there is nothing to be wrong
+    assert cache.materialize(boundary, codec) is not None
+    before = cache.prefix_unit_rows_computed, cache.rows_served
+    cache.verify("train", np.array([36, 0, 17]))
+    cache.verify("val", np.arange(8))
+    assert (cache.prefix_unit_rows_computed, cache.rows_served) == before
+
+
+@pytest.mark.parametrize("bit", [1, 1 << 30])
+def test_verifying_names_the_row_the_boundary_and_the_difference(
+    units: Units, tmp_path: Path, bit: int
+) -> None:
+    """Of what no checksum sees: rows are read from the files, and these change under them."""
+    units.freeze(2)
+    cache = make_cache(units, tmp_path / "cache")
+    cache.materialize()
+    assert cache.store is not None
+    (right,) = cache.batches("train", [np.array([17])])
+    (chunk,) = (cache.store.folder / "train").glob("c.*")
+    with chunk.open("r+b") as file:
+        place = 17 * 16 * 16 * 16 * 4 + 400
+        file.seek(place)
+        (value,) = np.frombuffer(file.read(4), np.uint32)
+        file.seek(place)
+        file.write(np.uint32(value ^ np.uint32(bit)).tobytes())
+    (wrong,) = cache.batches("train", [np.array([17])])
+    gap = float((wrong.double() - right.double()).abs().max())
+    cache.verify("train", np.array([16, 18]))
+    with pytest.raises(UserError) as caught:
+        cache.verify("train", np.array([3, 17, 18]))
+    told = str(caught.value)
+    assert "row 17 of train at boundary 2 (after group1_block1)" in told
+    assert f"differs by up to {gap:.3g}" in told
+    assert str(cache.store.folder) in told
+
+
+def test_verifying_finds_rows_that_are_no_number(units: Units, tmp_path: Path) -> None:
+    units.freeze(2)
+    cache = make_cache(units, tmp_path / "cache")
+    cache.materialize()
+    assert cache.store is not None
+    (chunk,) = (cache.store.folder / "train").glob("c.*")
+    chunk.write_bytes(b"\xff" * chunk.stat().st_size)
+    with pytest.raises(UserError, match="differs by up to inf"):
+        cache.verify("train", np.arange(8))
+
+
+def test_what_a_checkpoint_names_stays_until_another_one_does_not(
+    units: Units, tmp_path: Path
+) -> None:
+    units.freeze(1)
+    cache = make_cache(units, tmp_path / "cache")
+    cache.materialize()
+    named = cache.state_dict()
+    cache.release()  # the checkpoint is on disk
+    units.freeze(2)
+    cache.materialize()
+    units.freeze(3)
+    cache.materialize()
+    # That of boundary 2 was named by none.
+    assert {f.name for f in store_folders(tmp_path / "cache")} == {
+        named["store"],
+        cache.state_dict()["store"],
+    }
+    assert cache.holds_retired
+    cache.leave()
+    assert [f.name for f in store_folders(tmp_path / "cache")] == [named["store"]]
+
+    # Whoever goes on from there finds it; and it is not another run's to remove.
+    units_of_old = partition(build("wrn", 3, depth=10, width=1))
+    units_of_old.freeze(4)
+    other = make_cache(units_of_old, tmp_path / "cache")
+    other.materialize()
+    cache.materialize()
+    cache.release()
+    assert not cache.holds_retired
+    assert named["store"] not in {f.name for f in store_folders(tmp_path / "cache")}
+    other.close()
+
+
+def test_it_goes_on_with_the_store_that_a_checkpoint_names(units: Units, tmp_path: Path) -> None:
+    units.freeze(2)
+    first = make_cache(units, tmp_path / "cache")
+    first.materialize(1)
+    named = first.state_dict()
+    first.close()
+    second = make_cache(units, tmp_path / "cache")
+    found = second.load_state_dict(named)
+    assert found is not None
+    assert (found.boundary, found.reused) == (1, True)
+    assert second.prefix_unit_rows_computed == 0
+    second.materialize(2)
+    assert len(store_folders(tmp_path / "cache")) == 2, "the checkpoint still names the other"
+    second.release()
+    assert len(store_folders(tmp_path / "cache")) == 1
+    third = make_cache(units, tmp_path / "cache")
+    assert third.load_state_dict(named) is None, "gone"
+    assert third.load_state_dict(make_cache(units, None).state_dict()) is None
 
 
 def test_nothing_is_written_with_the_cache_off(units: Units, tmp_path: Path) -> None:

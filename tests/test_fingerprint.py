@@ -3,7 +3,9 @@
 import importlib
 import linecache
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cachefreeze import PrefixCache, Units
+from cachefreeze.data import InputRows, load
 
-from .conftest import Pixels
+from .conftest import Pixels, write_images
 
 BATCH = 8
 
@@ -118,6 +121,82 @@ def test_the_fingerprint_changes_with_whatever_the_rows_depend_on(tmp_path: Path
         units[3].start_dim = 2
 
     assert fingerprint(change=a_head) == reference, "the suffix is none of the store's business"
+
+
+def edit(folder: Path) -> None:
+    path = next((folder / "train").rglob("*.jpg"))
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+def touch(folder: Path) -> None:
+    path = next((folder / "val").rglob("*.jpg"))
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+
+
+def rename(folder: Path) -> None:
+    path = next((folder / "train").rglob("*.jpg"))
+    path.rename(path.with_name("000000.jpg"))
+
+
+def add(folder: Path) -> None:
+    path = next((folder / "train").rglob("*.jpg"))
+    shutil.copy(path, path.with_name("zzz.jpg"))
+
+
+def remove(folder: Path) -> None:
+    next((folder / "val").rglob("*.jpg")).unlink()
+
+
+def relabel(folder: Path) -> None:
+    path = next((folder / "train" / "blobs").rglob("*.jpg"))
+    path.rename(folder / "train" / "stripes" / "aaa.jpg")
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("change", [nothing, edit, touch, rename, add, remove, relabel])
+def test_the_fingerprint_changes_with_the_images_and_how_they_are_prepared(
+    tmp_path: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "train", 3, seed=1)
+    write_images(tmp_path / "val", 2, seed=2)
+
+    def fingerprints(size: int = 16, scale: float = 1.0) -> list[str]:
+        data = load(
+            "imagefolder",
+            tmp_path,
+            image_size=size,
+            val_fraction=None,
+            workers=0,
+            bar=lambda batches, total: batches,
+        )
+        std = [value * scale for value in data.std]
+        inputs = {
+            "train": InputRows(data.train, data.mean, std, torch.device("cpu")),
+            "val": InputRows(data.val, data.mean, std, torch.device("cpu")),
+        }
+        units = Units({"stem": nn.Flatten(), "head": nn.Flatten()})
+        units.freeze(1)
+        cache = PrefixCache(units, inputs, batch_size=BATCH)
+        return [cache.fingerprint(0), cache.fingerprint(1)]
+
+    before = fingerprints()
+    assert before == fingerprints()
+    if change is nothing:
+        larger, scaled = fingerprints(size=17), fingerprints(scale=2.0)
+        assert scaled[0] == before[0], "pixels are kept before they are normalised"
+        monkeypatch.setattr("cachefreeze.cache.FORMAT", 99)
+        found = [*before, *larger, scaled[1], *fingerprints()]
+        assert len(set(found)) == len(found)
+        return
+    change(tmp_path)
+    assert not set(fingerprints()) & set(before)
 
 
 def test_the_fingerprint_changes_with_the_code_of_a_module(tmp_path: Path) -> None:

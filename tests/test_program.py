@@ -1,6 +1,5 @@
 """`python -m cachefreeze.train`: its files, its words, and its answers to bad input."""
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -229,22 +228,6 @@ def test_an_output_folder_that_is_a_file_is_refused(
         assert "output folder" in fails(*options, "--output-dir", path)
     assert (tmp_path / "file").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.fixture
-def ordinary_user(tmp_path: Path) -> Iterator[None]:
-    """Whom permissions apply to, unlike root."""
-    if os.geteuid():
-        yield
-        return
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        if folder.stat().st_uid == 0 and folder != Path("/tmp"):
-            folder.chmod(0o777)
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.parametrize("option", ["--output-dir", "--cache-dir", "--data-dir"])

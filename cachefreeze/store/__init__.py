@@ -22,7 +22,7 @@ This room takes arrays and bytes; it knows no network and no tensor.
 
 from cachefreeze.store.codecs import CODECS, Codec, codec_for, encoded_bytes
 from cachefreeze.store.folder import (
-    TRASH,
+    SCRATCH,
     check_cache_dir,
     in_use,
     is_cache_dir,
@@ -48,7 +48,7 @@ __all__ = [
     "ARRAY_TYPES",
     "CODECS",
     "FORMAT",
-    "TRASH",
+    "SCRATCH",
     "CacheReport",
     "Codec",
     "Damage",

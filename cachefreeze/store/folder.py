@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import why_not_writable, write_atomically
+from cachefreeze.files import is_locked, why_not_writable, write_atomically
 
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
-TRASH = ".trash-"
+# Stores on their way out, and those that are only to measure with.
+TRASH, SCRATCH = ".trash-", ".scratch-"
 PARTIAL = ".partial"
 TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -174,8 +175,12 @@ def rubbish(cache_dir: Path) -> list[Path]:
     stores = store_folders(cache_dir)
     found = [folder for folder in stores if not is_committed(folder) and not in_use(folder)]
     for entry in os.scandir(cache_dir):
-        if entry.name.startswith(TRASH) and entry.is_dir(follow_symlinks=False):
-            found.append(Path(entry.path))
+        if not entry.is_dir(follow_symlinks=False):
+            continue
+        path = Path(entry.path)
+        abandoned = entry.name.startswith(SCRATCH) and not is_locked(path)
+        if abandoned or entry.name.startswith(TRASH):
+            found.append(path)
     found += cache_dir.glob("CACHEDIR.TAG.*.partial")
     for folder in filter(is_committed, stores):
         if not in_use(folder):  # whoever uses it may be mending it
