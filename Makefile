@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test chaos lint format
 
 demo: .venv/installed
 	$(BIN)/python -m cachefreeze.train --arch wrn
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Kills N runs of the three networks, and damages N files of stores ten times over.
+N ?= 200
+chaos: .venv/installed
+	$(BIN)/python -m tests.chaos $(N)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -110,6 +110,8 @@ def run(start: Start, make_cache: Callable[..., PrefixCache] = PrefixCache) -> d
         if start.state is not None:
             trainer.resume(start.state)
             say(f"resume    after {trainer.place}")
+        elif start.resuming:
+            folder.write_metrics([])  # of epochs that no checkpoint came after
         summary = trainer.fit()
         folder.write_json("summary.json", summary)
     finally:

@@ -1,4 +1,4 @@
-"""Memory, open files and maps stay bounded, whatever the size of a store or the length of a run."""
+"""Memory, open files and maps stay bounded, however large a store and however long a run."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from .conftest import Pixels
 linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 
 
-# A process of its own: limits are for good. RLIMIT_DATA bounds what may be allocated; page cache and
+# A process of its own: limits are for good. RLIMIT_DATA bounds what is allocated; page cache and
 # mapped files are not in it.
 IN_LITTLE_MEMORY = """
 import resource, sys
