@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import zarr
 
+from cachefreeze.files import locked_folder
 from cachefreeze.store import (
     Description,
     Layout,
@@ -309,6 +311,29 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(cache_dir: Path) -> N
     assert [folder.name[0] for folder in store_folders(cache_dir)] == ["0", "b"]
     assert (cache_dir / "notes.txt").exists()
     alive.abort()
+
+
+def test_a_store_to_measure_with_goes_only_when_its_process_is_gone(cache_dir: Path) -> None:
+    measuring = cache_dir / ".scratch-1"
+    measuring.mkdir()
+    with locked_folder(measuring):
+        assert remove_rubbish(cache_dir) == 0
+        assert measuring.exists()
+    assert remove_rubbish(cache_dir) == 1
+    assert not measuring.exists()
+
+
+def test_every_field_on_the_disk_is_written_down(cache_dir: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "store-format.md").read_text()
+    store = write(cache_dir)
+    group = json.loads((store.folder / "zarr.json").read_text())["attributes"]["cachefreeze"]
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    store.close()
+    for field in (*group, *group["splits"]["train"], *manifest):
+        assert f"`{field}`" in text, field
+    for path in store.folder.rglob("*"):
+        assert path.name in text or re.fullmatch(r"c(\.\d+)+", path.name)
+    assert f"Format {store_format.FORMAT} " in text
 
 
 def test_open_files_stay_bounded(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
