@@ -1,8 +1,10 @@
 """Files that are whole or not there at all."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,11 +105,49 @@ def why_not_writable(folder: Path) -> str | None:
 def size_of_tree(folder: Path) -> int:
     """Bytes of all files below `folder`; what vanishes while it counts is not counted."""
     total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(root, name)).st_size
+    for entry in entries_below(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if not entry.is_dir(follow_symlinks=False):
+                total += entry.stat(follow_symlinks=False).st_size
     return total
+
+
+def entries_below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """All files and folders below a folder, each folder before what is in it; links are not
+    followed. However deep they lie: `os.walk` and `shutil.rmtree` give up at some depth."""
+    folders = [os.fspath(folder)]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                yield entry
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all that is below it, as far as that is allowed."""
+    for entry in reversed(list(entries_below(folder))):
+        with contextlib.suppress(OSError):
+            if entry.is_dir(follow_symlinks=False):
+                os.rmdir(entry.path)
+            else:
+                os.unlink(entry.path)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+def open_regular(path: str | Path, flags: int, mode: int = 0o666) -> int:
+    """As `os.open`, for files that others may have put there: a symbolic link may lead anywhere,
+    and a pipe would block.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+    """
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
 
 
 def human_bytes(count: float) -> str:

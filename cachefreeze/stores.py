@@ -24,6 +24,7 @@ from cachefreeze.store import (
     StoreError,
     StoreWriter,
     in_use,
+    label,
     mend_chunk,
     open_store,
     remove_rubbish,
@@ -247,9 +248,9 @@ class Stores:
         """A writer for a store that will fit, or may, if it is compressed; else None."""
         description = Description(
             fingerprint=fingerprint,
-            network=self.network,
+            network=label(self.network),
             boundary=boundary,
-            unit=unit,
+            unit=label(unit),
             values=name_of(encoding.values),
             stored=encoding.stored,
             created=time.time(),

@@ -39,6 +39,7 @@ from cachefreeze.store.format import (
     Layout,
     Quantization,
     StoreError,
+    label,
 )
 from cachefreeze.store.inspect import CacheReport, StoreReport, inspect_cache
 from cachefreeze.store.read import Damage, SplitReader, Store, open_store
@@ -68,6 +69,7 @@ __all__ = [
     "inspect_cache",
     "is_cache_dir",
     "is_committed",
+    "label",
     "mend_chunk",
     "open_store",
     "prepare_cache_dir",

@@ -4,14 +4,20 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import is_locked, why_not_writable, write_atomically
+from cachefreeze.files import (
+    entries_below,
+    is_locked,
+    open_regular,
+    remove_tree,
+    why_not_writable,
+    write_atomically,
+)
 
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 # Stores on their way out, and those that are only to measure with.
@@ -35,7 +41,7 @@ class Lock:
         if folder.is_symlink():
             raise OSError(errno.ELOOP, f"{folder} is a symbolic link")
         how = os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY
-        self._file = os.open(path, how | os.O_NOFOLLOW, 0o666)
+        self._file = open_regular(path, how)
         try:
             self._lock(exclusive)
             # Whoever removed the store in between left us a lock on a file without a name.
@@ -106,23 +112,29 @@ def _cannot_be_used(folder: Path, reason: str) -> UserError:
 def is_cache_dir(folder: Path) -> bool:
     """Whether the folder carries our tag."""
     try:
-        return (folder / "CACHEDIR.TAG").read_text() == TAG
-    except (OSError, UnicodeDecodeError):
+        with open(folder / "CACHEDIR.TAG", "rb", opener=open_regular) as file:
+            return file.read(len(TAG) + 1) == TAG.encode()
+    except OSError:
         return False
 
 
 def store_folders(cache_dir: Path) -> list[Path]:
     """The stores in a cache folder, committed or not, in the order of their names.
 
-    A folder without our lock file is none of ours, whatever its name.
+    A folder with none of our files is none of ours, whatever its name.
     """
     return sorted(
         Path(entry.path)
         for entry in os.scandir(cache_dir)
         if FINGERPRINT.fullmatch(entry.name)
         and entry.is_dir(follow_symlinks=False)
-        and os.path.lexists(os.path.join(entry.path, "lock"))
+        and is_store(Path(entry.path))
     )
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds a store of ours, or what is left of one."""
+    return any(os.path.lexists(folder / name) for name in ("lock", "COMMITTED"))
 
 
 def remove_store(folder: Path) -> bool:
@@ -146,14 +158,14 @@ def remove_locked(folder: Path, lock: Lock) -> bool:
         return False
     finally:
         lock.release()
-    shutil.rmtree(trash, ignore_errors=True)
+    remove_tree(trash)
     return True
 
 
 def in_use(folder: Path) -> bool:
     """Whether a process reads or writes a store. (Takes its lock for a moment to find out.)"""
     try:
-        file = os.open(folder / "lock", os.O_RDONLY | os.O_NOFOLLOW)
+        file = open_regular(folder / "lock", os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -190,8 +202,9 @@ def rubbish(cache_dir: Path) -> list[Path]:
 
 def partial_files(folder: Path) -> Iterator[Path]:
     """Files below a store that were not written to their end. Links are not followed."""
-    for root, _, names in os.walk(folder):
-        yield from (Path(root, name) for name in names if name.endswith(PARTIAL))
+    for entry in entries_below(folder):
+        if entry.name.endswith(PARTIAL) and not entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path)
 
 
 def remove_rubbish(cache_dir: Path, keep: str = "") -> int:
@@ -204,7 +217,7 @@ def remove_rubbish(cache_dir: Path, keep: str = "") -> int:
         if FINGERPRINT.fullmatch(path.name):
             remove_store(path)
         elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
         else:
             path.unlink(missing_ok=True)
         removed += not path.exists()

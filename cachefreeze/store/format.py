@@ -1,21 +1,19 @@
 """The store's format: what its files say, and how they are checked before they are believed."""
 
-import errno
 import hashlib
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cachefreeze.store.codecs import CHECKSUM_BYTES, CODECS
+from cachefreeze.files import open_regular
+from cachefreeze.store.codecs import CHECKSUM_BYTES, CODECS, codec_for
 
 FORMAT = 2
 # Whole rows, near this size: few files, and not much more than a split that is small.
@@ -24,6 +22,8 @@ CHUNK_BYTES = 8 * 2**20
 # 12 bytes or so for each chunk: this is enough for tens of terabytes.)
 METADATA_BYTES, MANIFEST_BYTES = 2**20, 2**24
 MAX_DIMENSIONS = 8
+# Lists and objects in a metadata file, and characters in a name.
+MAX_BRACKETS, MAX_NAME = 1000, 200
 # Nor does a row, and a chunk is larger than `CHUNK_BYTES` only if a row is: one that claims more is
 # neither read nor decoded.
 MAX_CHUNK_BYTES = 2**30
@@ -52,6 +52,8 @@ FILL_VALUES: dict[str, float | int] = {
 }
 
 
+# Of an array of images.
+DIMENSIONS = ["row", "y", "x", "channel"]
 # Of each split beside its chunks: metadata, the manifest's and the journal's checksums and sizes,
 # ranges of int8.
 OVERHEAD_BYTES, OVERHEAD_BYTES_A_CHUNK, OVERHEAD_BYTES_A_CHANNEL = 8_000, 80, 80
@@ -213,7 +215,7 @@ def read_description(folder: Path) -> Description:
         attributes = dict(group["attributes"]["cachefreeze"])
         version = attributes.pop("format")
         if version != FORMAT:
-            raise StoreError(f"its format is {version!r}, and this version reads {FORMAT}")
+            raise StoreError(f"its format is {version!r:.40}, and this version reads {FORMAT}")
         splits = {
             str(name): Layout(
                 rows=_whole(split["rows"]),
@@ -226,11 +228,15 @@ def read_description(folder: Path) -> Description:
         }
         quantization = _read_quantization(attributes.pop("quantization"))
         description = Description(splits=splits, quantization=quantization, **attributes)
-        for field in ("fingerprint", "network", "unit", "values", "stored"):
-            if not isinstance(getattr(description, field), str):
-                raise TypeError(field)
+        names = [getattr(description, field) for field in ("network", "unit")]
+        for name in (*names, *description.details.keys(), *description.details.values()):
+            if label(name) != name:
+                raise TypeError("a name is none")
         _whole(description.boundary, least=0)
         _finite(description.created)
+        # And says nothing besides.
+        if not _is_the_same(group, group_metadata(description)):
+            raise TypeError("not as it would be written")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError("its zarr.json does not describe a store of cachefreeze") from error
     if not _is_written(description):
@@ -255,8 +261,23 @@ def check_array(folder: Path, layout: Layout) -> None:
         StoreError: it is not.
     """
     found = _parse(read_file(folder / "zarr.json"), f"{folder.name}/zarr.json")
-    compressors = {"raw": [], "lz4": ["blosc"], "zstd": ["zstd"]}[layout.codec]
-    expected = {
+    if not _is_the_same(found, array_metadata(layout)):
+        raise StoreError(
+            f"its {folder.name}/zarr.json describes an array that cachefreeze does not write"
+        )
+
+
+def group_metadata(description: Description) -> dict[str, Any]:
+    """What zarr writes for the group of a store (zarr v3, core protocol)."""
+    about = json.loads(json.dumps({"format": FORMAT, **asdict(description)}))
+    return {"zarr_format": 3, "node_type": "group", "attributes": {"cachefreeze": about}}
+
+
+def array_metadata(layout: Layout) -> dict[str, Any]:
+    """What zarr writes for the array of a split."""
+    fill = FILL_VALUES[layout.dtype]
+    order = {"configuration": {"endian": "little"}}
+    return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": [layout.rows, *layout.row_shape],
@@ -266,18 +287,27 @@ def check_array(folder: Path, layout: Layout) -> None:
             "configuration": {"chunk_shape": [layout.rows_per_chunk, *layout.row_shape]},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": "NaN" if math.isnan(fill) else fill,
+        "codecs": [
+            {"name": "bytes", **(order if np.dtype(layout.dtype).itemsize > 1 else {})},
+            *(codec.to_dict() for codec in codec_for(layout.codec, layout.dtype).zarr),
+            {"name": "crc32c"},
+        ],
+        "dimension_names": DIMENSIONS if len(layout.row_shape) == 3 else None,
     }
-    try:
-        same = all(found[key] == value for key, value in expected.items())
-        same &= not found.get("storage_transformers")
-        codecs = [codec["name"] for codec in found["codecs"]]
-        endian = found["codecs"][0].get("configuration", {}).get("endian", "little")
-    except (KeyError, TypeError, AttributeError, IndexError):
-        same = False
-    if not same or codecs != ["bytes", *compressors, "crc32c"] or endian != "little":
-        raise StoreError(
-            f"its {folder.name}/zarr.json describes an array that cachefreeze does not write"
-        )
+
+
+def _is_the_same(found: Any, expected: dict[str, Any]) -> bool:
+    """Whether metadata are as expected, and what they say besides is nothing: versions of zarr
+    differ in whether they write down what is empty."""
+    found = {name: value for name, value in dict(found).items() if value not in (None, [], {})}
+    expected = {name: value for name, value in expected.items() if value is not None}
+    return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
+def label(text: str) -> str:
+    """A name as it may be written down: for people, on one line."""
+    return "".join(filter(str.isprintable, text))[:MAX_NAME]
 
 
 def _read_quantization(content: Any) -> Quantization | None:
@@ -345,7 +375,7 @@ def read_manifest(folder: Path, description: Description) -> Manifest:
             else [layout.chunk_file_bytes] * len(checksums[name])
             for name, layout in description.splits.items()
         }
-        notes = {str(name): float(value) for name, value in manifest["notes"].items()}
+        notes = {str(name): _finite(value) for name, value in manifest["notes"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError("its manifest.json is not one of cachefreeze") from error
     for name, layout in description.splits.items():
@@ -375,7 +405,7 @@ def _finite(value: Any) -> float:
 
 def read_file(path: Path, most: int = METADATA_BYTES) -> bytes:
     try:
-        with open(path, "rb", opener=open_without_following) as file:
+        with open(path, "rb", opener=open_regular) as file:
             content = file.read(most + 1)
     except OSError as error:
         raise StoreError(f"its {path.name} cannot be read ({error.strerror})") from error
@@ -385,6 +415,8 @@ def read_file(path: Path, most: int = METADATA_BYTES) -> bytes:
 
 
 def _parse(content: bytes, name: str) -> Any:
+    if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:  # each takes 30 times its size
+        raise StoreError(f"its {name} is not JSON of cachefreeze")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -393,12 +425,3 @@ def _parse(content: bytes, name: str) -> Any:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def open_without_following(path: str | Path, flags: int) -> int:
-    """A symbolic link in a store is not ours, and may lead anywhere; a pipe would block."""
-    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise OSError(errno.EINVAL, "it is no regular file")
-    return file

@@ -11,14 +11,13 @@ import numpy as np
 from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 
-from cachefreeze.files import human_bytes
+from cachefreeze.files import human_bytes, open_regular
 from cachefreeze.rows import Indices
 from cachefreeze.store.codecs import CHECKSUM_BYTES, codec_for
 from cachefreeze.store.folder import Lock, is_committed, remove_store
 from cachefreeze.store.format import (
     Layout,
     Manifest,
-    open_without_following,
     read_description,
     read_manifest,
 )
@@ -148,7 +147,7 @@ class SplitReader(ABC):
         """
         path, right = self.chunk_path(chunk), self.sizes[chunk]
         try:
-            with open(path, "rb", opener=open_without_following) as file:
+            with open(path, "rb", opener=open_regular) as file:
                 size = os.fstat(file.fileno()).st_size
                 content = np.fromfile(file, np.uint8, right) if size == right else None
         except OSError as error:
@@ -202,7 +201,7 @@ class RawReader(SplitReader):
         if file is None:
             if len(self._open) >= OPEN_CHUNKS:
                 os.close(self._open.pop(next(iter(self._open))))
-            file = self._open[chunk] = open_without_following(self.chunk_path(chunk), os.O_RDONLY)
+            file = self._open[chunk] = open_regular(self.chunk_path(chunk), os.O_RDONLY)
         return file
 
 

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from io import FileIO
@@ -17,10 +16,11 @@ from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from cachefreeze.files import human_bytes, write_atomically
+from cachefreeze.files import entries_below, human_bytes, remove_tree, write_atomically
 from cachefreeze.store.codecs import CHECKSUM_BYTES, Bytes, codec_for
-from cachefreeze.store.folder import PARTIAL, Lock, is_committed, remove_locked
+from cachefreeze.store.folder import PARTIAL, Lock, is_committed, is_store, remove_locked
 from cachefreeze.store.format import (
+    DIMENSIONS,
     FILL_VALUES,
     FORMAT,
     MANIFEST_BYTES,
@@ -80,7 +80,7 @@ class StoreWriter:
         self.bytes = 0
         self.folder = cache_dir / description.fingerprint
         self.folder.mkdir(exist_ok=True)
-        if not os.path.lexists(self.folder / "lock") and any(os.scandir(self.folder)):
+        if not is_store(self.folder) and os.listdir(self.folder):
             raise FileExistsError(errno.EEXIST, f"{self.folder} holds other files")
         self._lock = Lock(self.folder, exclusive=True)
         self._journal: FileIO | None = None
@@ -189,7 +189,7 @@ class StoreWriter:
         (self.folder / "COMMITTED").unlink(missing_ok=True)
         for entry in os.scandir(self.folder):
             if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
+                remove_tree(Path(entry.path))
             elif entry.name != "lock":
                 os.unlink(entry.path)
         attributes = {"cachefreeze": {"format": FORMAT, **asdict(self.description)}}
@@ -205,7 +205,7 @@ class StoreWriter:
                 compressors=[*codec_for(layout.codec, layout.dtype).zarr, Crc32cCodec()],
                 fill_value=FILL_VALUES[layout.dtype],
                 chunk_key_encoding={"name": "default", "separator": "."},
-                dimension_names=("row", "y", "x", "channel") if images else None,
+                dimension_names=DIMENSIONS if images else None,
             )
 
     def _clear(self, chunks: dict[str, list[Chunk]]) -> None:
@@ -216,10 +216,9 @@ class StoreWriter:
             wanted |= {
                 self.folder / name / layout.chunk_name(chunk) for chunk in range(len(chunks[name]))
             }
-        for root, _, names in os.walk(self.folder):
-            for path in (Path(root, name) for name in names):
-                if path not in wanted:
-                    path.unlink()
+        for entry in entries_below(self.folder):
+            if Path(entry.path) not in wanted and not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
 
     def _write_journal(self, chunks: dict[str, list[Chunk]]) -> None:
         """Anew: the last line of the old one may be half written."""
@@ -303,10 +302,14 @@ def mend_chunk(store: Store, damage: Damage, rows: NDArray[Any]) -> bool:
     chunk = np.full(shape, FILL_VALUES[layout.dtype], layout.dtype)
     chunk[: len(rows)] = rows
     content = codec_for(layout.codec, layout.dtype).encode(chunk)
-    if CRC32C.checksum(content) != reader.checksums[damage.chunk]:
+    listed = reader.checksums[damage.chunk], reader.sizes[damage.chunk]
+    if (CRC32C.checksum(content), len(content) + CHECKSUM_BYTES) != listed:
         return False
     reader.close()  # what is open is the old file
-    write_chunk_file(reader.chunk_path(damage.chunk), content)
+    path = reader.chunk_path(damage.chunk)
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    write_chunk_file(path, content)
     return True
 
 
