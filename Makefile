@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos lint format
+.PHONY: demo test chaos fuzz lint format
 
 demo: .venv/installed
 	$(BIN)/python -m cachefreeze.train --arch wrn
@@ -10,10 +10,14 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# Kills N runs of the three networks, and damages N files of stores ten times over.
-N ?= 200
+# Kills runs of the three networks N times; damages stores N times.
+chaos: N ?= 200
 chaos: .venv/installed
 	$(BIN)/python -m tests.chaos $(N)
+
+fuzz: N ?= 2000
+fuzz: .venv/installed
+	$(BIN)/python -m tests.chaos.fuzz $(N)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
