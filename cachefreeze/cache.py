@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -290,6 +289,11 @@ class PrefixCache:
         self._retired = []
 
     @property
+    def bytes_in_use(self) -> int:
+        """Of the store that rows come from, and of those that `release` would remove."""
+        return sum(store.bytes for store in (self._store, *self._retired) if store is not None)
+
+    @property
     def holds_retired(self) -> bool:
         """Whether there are stores that would be removed by `release`."""
         return bool(self._retired)
@@ -307,28 +311,28 @@ class PrefixCache:
     def verify(self, split: str, rows: Indices) -> None:
         """Compute rows, at most a batch of them, from the network's input, and compare them with
         those that are served: bit by bit on a CPU; elsewhere kernels may sum in another order, and
-        `VERIFY_TOLERANCE` of the largest value is allowed.
+        `VERIFY_TOLERANCE` of the largest value is allowed. Rows of a lossy store are not compared.
 
         Raises:
             UserError: they differ; names row, boundary, and the size of the difference.
         """
-        if self._store is None:
+        store = self._store
+        if store is None or store.description.lossy:
             return
         x = next(iter(self.inputs[split].batches([rows])))
         with autocast(self.device, self.autocast_dtype):
-            computed = self.units.run_frozen(x, 0, self.boundary, self.batch_size)
-        about = self._store.description
-        if about.lossy:
-            encoding = encoding_of(about)
-            room, view = encoding.empty(len(rows), about.splits[split].row_shape)
-            view[:] = encoding.encode(computed).reshape(len(rows), -1).view(np.uint8)
-            computed = encoding.decode(room, self.device)
-        (served,) = self._rows[split].batches([rows])
+            computed = self.units.run_frozen(x, 0, self.boundary, self.batch_size).cpu()
+        try:
+            served = next(iter(self._rows[split].batches([rows]))).cpu()
+        except OSError as error:
+            self._mend_or_leave(store, error)
+            return
+        wrong = "the cache is wrong: "
         if (served.shape, served.dtype) != (computed.shape, computed.dtype):
             raise UserError(
-                f"the cache is wrong: rows of {split} after {self._name(self.boundary)} are "
-                f"{tuple(served.shape[1:])} {served.dtype} and should be "
-                f"{tuple(computed.shape[1:])} {computed.dtype}: remove {self._store.folder}"
+                f"{wrong}rows of {split} after {self.unit} are {tuple(served.shape[1:])} "
+                f"{served.dtype} and should be {tuple(computed.shape[1:])} {computed.dtype}: "
+                f"remove {store.folder}"
             )
         tolerance = 0.0
         if self.device.type != "cpu":
@@ -336,13 +340,13 @@ class PrefixCache:
         # Equal, or both not a number; what is infinite on one side only is far away.
         gaps = (served.double() - computed.double()).abs().nan_to_num(torch.inf)
         same = (served == computed) | (served.isnan() & computed.isnan())
-        gaps = gaps.masked_fill(same, 0).flatten(1).amax(1).cpu()
+        gaps = gaps.masked_fill(same, 0).flatten(1).amax(1)
         if (gaps > tolerance).any():
             row = int((gaps > tolerance).nonzero()[0])
             raise UserError(
-                f"the cache is wrong: row {rows[row]} of {split} at boundary {self.boundary} "
-                f"(after {self._name(self.boundary)}) differs by up to {float(gaps[row]):.3g} from "
-                f"what is computed: remove {self._store.folder}, or use --no-cache"
+                f"{wrong}row {rows[row]} of {split} at boundary {self.boundary} (after "
+                f"{self.unit}) differs by up to {float(gaps[row]):.3g} from what is computed: "
+                f"remove {store.folder}, or use --no-cache"
             )
 
     def has(self, stop: int) -> bool:

@@ -24,6 +24,7 @@ from cachefreeze.hashing import tensors_sha256
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CHECKSUM = "sha256"
+MAX_DEPTH, MAX_EXPANDED_BYTES = 30, 2**26
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], *, best: bool = False) -> None:
@@ -71,8 +72,11 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     Raises:
         UserError: it cannot be read, is none of ours, or was damaged since.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        refuse_oddities(state)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # whatever a file with any content at all may lead to
@@ -114,6 +118,25 @@ def load_last_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[str,
     return None
 
 
+def refuse_oddities(value: Any, depth: int = 0) -> None:
+    """Raises ValueError for what we do not save and what would be hard to look at: lists in lists
+    without end, tensors that claim more elements than they have, or hold none at all."""
+    if depth > MAX_DEPTH:
+        raise ValueError("too deep")
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type == "meta":
+            raise ValueError("an odd tensor")
+        size = value.numel() * value.element_size()
+        if size > max(value.untyped_storage().nbytes(), MAX_EXPANDED_BYTES):
+            raise ValueError("an expanded tensor")
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            refuse_oddities(item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            refuse_oddities(item, depth + 1)
+
+
 def checksum(value: Any) -> str:
     """SHA-256 of nested dicts and lists of tensors and plain values, by types and bits."""
     digest = hashlib.sha256()
@@ -138,7 +161,7 @@ def checksum(value: Any) -> str:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of all generators that anything may draw from: torch's on every device, Python's, NumPy's."""
+    """Of all generators that a run may draw from: torch's, its device's, Python's and NumPy's."""
     version, internal, gauss = random.getstate()
     numpy: Any = np.random.get_state(legacy=False)
     key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
@@ -148,21 +171,21 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "numpy": [key, numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]],
     }
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state(device)
     elif device.type == "mps":
         state["mps"] = torch.mps.get_rng_state()
     return state
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go on drawing where `random_state` was taken."""
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Go on drawing where `random_state` was taken, on a device of the same type."""
     torch.set_rng_state(state["torch"].cpu())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     key, position, has_gauss, gauss = state["numpy"]
     words = key.cpu().numpy().astype(np.uint32)
     np.random.set_state(("MT19937", words, position, has_gauss, gauss))
-    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
-    if "mps" in state and torch.backends.mps.is_available():
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    elif device.type == "mps":
         torch.mps.set_rng_state(state["mps"].cpu())

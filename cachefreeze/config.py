@@ -244,6 +244,11 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
         )
     if args.cache_codec == "int8" and args.cache_dtype == "bf16":
         raise UserError("--cache-codec int8 and --cache-dtype bf16 exclude each other: give one")
+    if args.verify_cache and (args.cache_codec == "int8" or args.cache_dtype == "bf16"):
+        raise UserError(
+            "--verify-cache compares bits, and --cache-codec int8 and --cache-dtype bf16 lose some "
+            "of them: leave out one"
+        )
     if args.plan and (args.cache is False or args.augment):
         raise UserError("--plan shows what the cache would do: leave out --no-cache and --augment")
 
@@ -281,7 +286,7 @@ def _check(settings: Settings) -> None:
         (
             "--checkpoint-every",
             settings.checkpoint_every,
-            (settings.checkpoint_every or 1) >= 1,
+            settings.checkpoint_every is None or settings.checkpoint_every >= 1,
             "1 or more",
         ),
         ("--rows", settings.rows, min(settings.rows or (1,)) >= 1, "1 or more of each"),

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,13 +54,53 @@ def lock_folder(folder: Path) -> int | None:
     None if another process does."""
     file = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file, exclusive=True)
     except BlockingIOError:
         os.close(file)
         return None
     except OSError:  # a file system without locks
         pass
     return file
+
+
+# Others may hold a lock for a moment, to see whether it is held.
+LOCK_ATTEMPTS, LOCK_PAUSE_SECONDS = 10, 0.02
+# Descriptors that hold a lock. A process that is forked from this one has them too, and would keep
+# the lock when this one is killed: it closes them.
+_holding: set[int] = set()
+
+
+def lock_file(file: int, *, exclusive: bool) -> None:
+    """Take an advisory lock with an open file, until `unlock_file` or the end of this process.
+
+    Raises:
+        BlockingIOError: others hold it.
+    """
+    how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(file, how)
+            break
+        except BlockingIOError:
+            if attempt == LOCK_ATTEMPTS - 1:
+                raise
+            time.sleep(LOCK_PAUSE_SECONDS)
+    _holding.add(file)
+
+
+def unlock_file(file: int) -> None:
+    """Close a file, and let go of its lock."""
+    _holding.discard(file)
+    os.close(file)
+
+
+def _leave_locks_to_the_parent() -> None:
+    for file in _holding:
+        os.close(file)
+    _holding.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 @contextmanager
@@ -70,14 +111,14 @@ def locked_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            os.close(file)
+            unlock_file(file)
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process holds `lock_folder`. (Takes it for a moment to find out.)"""
     file = lock_folder(folder)
     if file is not None:
-        os.close(file)
+        unlock_file(file)
     return file is None
 
 

@@ -28,7 +28,10 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._handle) for each in self.SIGNALS}
+            for each in self.SIGNALS:
+                # Whoever started this with Ctrl-C switched off (nohup) meant it.
+                if signal.getsignal(each) != signal.SIG_IGN:
+                    self._before[each] = signal.signal(each, self._handle) or signal.SIG_DFL
         return self
 
     def __exit__(self, *error: object) -> None:

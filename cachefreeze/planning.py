@@ -1,5 +1,6 @@
 """Runs a training loop's cache by plan: measures, plans, fills, and plans anew at every freeze."""
 
+import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from cachefreeze.cache import PrefixCache
 from cachefreeze.data import InputRows
+from cachefreeze.device import numerics
 from cachefreeze.forecast import Filled, Forecast, pays_at_best
 from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
 from cachefreeze.profiler import Arithmetic, Profile, StepClock, measure, passes_for, profile
@@ -96,15 +98,24 @@ class Planning:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint is to say of it: what was measured, and where rows come from."""
         profile = None if self.forecast is None else self.forecast.profile.as_json()
-        return {"profile": profile, "codec": self.codec, "cache": self.cache.state_dict()}
+        return {"profile": profile, "on": self._measured_on, "cache": self.cache.state_dict()}
+
+    @property
+    def _measured_on(self) -> list[str]:
+        """What a profile is only good for."""
+        here = numerics(self.cache.device)
+        return [self.codec, str(self.cache.directory), str(sorted(here.items())), platform.node()]
 
     def load_state_dict(self, step: int, state: Mapping[str, Any]) -> None:
         """To be called before `start`, where a run goes on after `step` steps: with the weights of
         its checkpoint loaded and their units frozen."""
         self.step, self._frontier = step, self.cache.units.frontier
-        if state["profile"] is not None and state["codec"] == self.codec:
+        if state["profile"] is not None and state["on"] == self._measured_on:
             self._measured_before = Profile.from_json(state["profile"])
-        self._cache_state = {name: state["cache"][name] for name in ("boundary", "store")}
+        boundary, store = state["cache"]["boundary"], state["cache"]["store"]
+        if boundary not in range(self._frontier + 1) or not isinstance(store, str | None):
+            raise ValueError("it names no store that it can have had")
+        self._cache_state = {"boundary": boundary, "store": store}
 
     def start(self) -> None:
         """Before the first step: measure and plan; or see to it that the first steps are measured,
@@ -310,13 +321,14 @@ class Planning:
         self._served_from, self._step_seconds = self.cache.store, []
 
     def _materialize(self, forecast: Forecast, move: Move) -> bool:
-        if self.cache.holds_retired:
-            # The plan counts on its room. (Not as soon as it is out of use: the next epoch's end,
-            # which comes first as a rule, brings a checkpoint anyway.)
-            self.checkpoint()
         source, before = self._source(forecast), self.cache.prefix_seconds_per_row
         keep = move.keep
+        needed = 0.0 if move.found else move.bytes
         with timed(self.seconds, "materialize"):
+            if self.cache.holds_retired and self.cache.bytes_in_use + needed > self.cache.max_bytes:
+                # The plan counts on its room. (Where that is not short, it waits for the epoch's
+                # end, which brings a checkpoint anyway.)
+                self.checkpoint()
             done = self.cache.materialize(keep.boundary, keep.codec, fill=not move.found)
         if done is None:
             if not move.found:

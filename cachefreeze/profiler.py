@@ -115,8 +115,9 @@ class Profile:
             )
             for boundary in content["boundaries"]
         )
-        units = {name: tuple(content[name]) for name in ("train", "forward")}
-        return cls(**{**content, **units, "boundaries": boundaries})
+        units = {name: tuple(map(float, content[name])) for name in ("train", "forward")}
+        plain = {name: float(value) for name, value in content.items() if name in _SECONDS}
+        return cls(**{**content, **units, **plain, "boundaries": boundaries})
 
     def costs(self, splits: Mapping[str, int], codec: str) -> Costs:
         """What the planner takes.
@@ -186,6 +187,9 @@ class Profile:
             verify=decode,
             reserve=reserve,
         )
+
+
+_SECONDS = ("normalize", "decode", "step", "write", "read", "verify", "store", "seconds")
 
 
 @dataclass(frozen=True)

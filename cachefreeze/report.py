@@ -1,7 +1,6 @@
 """What a run tells: lines and bars on the terminal, and the files in its folder."""
 
 import json
-import os
 import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import human_bytes, lock_folder, why_not_writable, write_atomically
+from cachefreeze.files import (
+    human_bytes,
+    lock_folder,
+    unlock_file,
+    why_not_writable,
+    write_atomically,
+)
 from cachefreeze.planner import Drop, Move, Plan, Run
 
 
@@ -46,7 +51,7 @@ class RunFolder:
 
     Args:
         path: of the folder.
-        resume: it holds the run that is to go on.
+        resume: it holds the run that is to go on; from here on no other process may.
 
     Raises:
         UserError: here and later: it holds another run, or cannot be written.
@@ -61,28 +66,42 @@ class RunFolder:
         problem = why_not_writable(path)
         if problem is not None:
             raise self._cannot_be_written(problem)
-        held = [name for name in self.RESULTS if (path / name).exists()]
-        if held and not resume:
-            raise UserError(
-                f"{path} holds a run already ({', '.join(held)}): go on with it (--resume {path}), "
-                "choose another --output-dir, or remove that one"
-            )
+        self.resume = resume
+        if resume:
+            self._take()
+        self._refuse_another_run()
 
     def create(self, settings: Mapping[str, Any]) -> None:
         """Make the folder, unless it is there, with the run's settings in args.json. From here on
         until `close` no other process may."""
-        with self.writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(self.path)
         if self._lock is None:
-            raise UserError(f"another process is training in {self.path}: wait for it, or stop it")
+            with self.writing():
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
+            self._refuse_another_run()  # one that has come since
+        for path in self.path.glob("*.partial"):  # what a killed process left
+            path.unlink(missing_ok=True)
         self.write_json("args.json", settings)
 
     def close(self) -> None:
         """Let another process have it."""
         if self._lock is not None:
-            os.close(self._lock)
+            unlock_file(self._lock)
             self._lock = None
+
+    def _take(self) -> None:
+        with self.writing():
+            self._lock = lock_folder(self.path)
+        if self._lock is None:
+            raise UserError(f"another process is training in {self.path}: wait for it, or stop it")
+
+    def _refuse_another_run(self) -> None:
+        held = [name for name in self.RESULTS if (self.path / name).exists()]
+        if held and not self.resume:
+            raise UserError(
+                f"{self.path} holds a run already ({', '.join(held)}): go on with it (--resume "
+                f"{self.path}), choose another --output-dir, or remove that one"
+            )
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         with self.writing():

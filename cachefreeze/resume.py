@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cachefreeze import config
-from cachefreeze.checkpoint import load_last_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.errors import UserError
 from cachefreeze.files import is_locked
@@ -39,18 +38,16 @@ class Start:
         settings: of the run.
         command: the words that say so, without those that name its folder.
         resuming: the folder holds it already.
-        state: of its checkpoint; None starts at the beginning.
         finished: there is nothing left to do.
     """
 
     settings: Settings
     command: list[str]
     resuming: bool = False
-    state: dict[str, Any] | None = None
     finished: bool = False
 
 
-def start_of(argv: Sequence[str], warn: Callable[[str], None]) -> Start:
+def start_of(argv: Sequence[str]) -> Start:
     """What a command line asks for: a new run, or an old one to go on with.
 
     Raises:
@@ -73,7 +70,7 @@ def start_of(argv: Sequence[str], warn: Callable[[str], None]) -> Start:
         folder = Path(target)
         if output_dir not in (None, folder):
             raise UserError(f"--resume {folder} goes on in that folder: leave out --output-dir")
-    return _go_on(folder, words, warn)
+    return _go_on(folder, words)
 
 
 def newest_unfinished(settings: Settings) -> Path | None:
@@ -93,17 +90,8 @@ def newest_unfinished(settings: Settings) -> Path | None:
     return None
 
 
-def _go_on(folder: Path, words: list[str], warn: Callable[[str], None]) -> Start:
-    state = load_last_checkpoint(folder, warn)
-    if state is None:
-        stored, command = _read_args(folder)
-    else:
-        try:
-            stored, command = _parts(state)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder}/last.pt is no checkpoint that can be gone on from: start a new run"
-            ) from error
+def _go_on(folder: Path, words: list[str]) -> Start:
+    stored, command = _read_args(folder)
     place = ["--output-dir", str(folder)]
     before = config.parse([*command, *place])
     settings = config.parse([*command, *words, *place])
@@ -111,25 +99,27 @@ def _go_on(folder: Path, words: list[str], warn: Callable[[str], None]) -> Start
     if changed:
         was, asked = (getattr(each, changed[0]) for each in (before, settings))
         raise UserError(
-            f"{_option(changed[0])} {asked} would change the results of {folder}, which was "
+            f"{option_of(changed[0])} {asked} would change the results of {folder}, which was "
             f"started with {was}: leave it out, or start a new run"
         )
     moved = differences(stored, before.as_json())
     if moved:
         raise UserError(
-            f"{folder} was started by a version of cachefreeze in which {_option(moved[0])} was "
+            f"{folder} was started by a version of cachefreeze in which {option_of(moved[0])} was "
             f"{stored.get(moved[0])}: start a new run, or use that version"
         )
     if dataclasses.replace(settings, output_dir=before.output_dir) != before:
         command = [*command, *words]
     finished = (folder / "summary.json").exists()
-    return Start(settings, command, True, state, finished)
+    return Start(settings, command, True, finished)
 
 
 def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Settings and command line from a run's args.json."""
     path = folder / "args.json"
     try:
+        if not path.is_file():  # nor a pipe, which would never end
+            raise FileNotFoundError
         return _parts(json.loads(path.read_bytes()))
     except FileNotFoundError as error:
         raise UserError(
@@ -143,10 +133,10 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _parts(content: Any) -> tuple[dict[str, Any], list[str]]:
-    command, settings = content["command"], content.get("settings", content)
-    if not isinstance(settings, dict) or not isinstance(command, list):
+    command = [str(word) for word in content["command"]]
+    if not isinstance(content, dict) or {"-h", "--help"} & set(command):
         raise TypeError("not settings and words")
-    return settings, [str(word) for word in command]
+    return content, command
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -154,7 +144,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     names = [field.name for field in dataclasses.fields(Settings) if field.name not in FREE]
     if _lossy(one) or _lossy(other):
         # What is rounded, and when, is part of the result then.
-        names += ["cache", "cache_codec", "cache_dtype", "cache_policy"]
+        names += sorted(name for name in FREE if name.startswith("cache"))
     return [name for name in names if _plain(one.get(name)) != _plain(other.get(name))]
 
 
@@ -166,5 +156,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _option(name: str) -> str:
+def option_of(name: str) -> str:
+    """The command line's name of a setting."""
     return "--" + name.replace("_", "-")

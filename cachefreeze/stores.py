@@ -27,6 +27,7 @@ from cachefreeze.store import (
     label,
     mend_chunk,
     open_store,
+    read_description,
     remove_rubbish,
     remove_store,
     store_folders,
@@ -92,6 +93,7 @@ class Stores:
         Raises:
             BlockingIOError: another process is writing it.
             OSError: it cannot be written where it has to be.
+            Interrupted: `stopping` says so.
         """
         try:
             store = open_store(self.directory, fingerprint)
@@ -121,11 +123,11 @@ class Stores:
             return False
         try:
             if about.memory_bytes:
-                store.load()  # verifies on the way
+                store.load(self._stop_if_asked)  # verifies on the way
                 return True
         except OSError:
             pass
-        if not self.mend(store, list(store.damage()), source):
+        if not self.mend(store, list(store.damage(self._stop_if_asked)), source):
             return False
         try:
             store.load()
@@ -139,6 +141,7 @@ class Stores:
 
         Raises:
             OSError: they cannot be written.
+            Interrupted: `stopping` says so.
         """
         if not damaged:
             return True
@@ -148,6 +151,7 @@ class Stores:
         damage += f" {'is' if len(damaged) == 1 else 'are'} damaged ({damaged[0]})"
         encoding = encoding_of(about)
         for each in damaged:
+            self._stop_if_asked()
             layout = about.splits[each.split]
             start = each.chunk * layout.rows_per_chunk
             rows = np.arange(start, min(start + layout.rows_per_chunk, layout.rows))
@@ -181,11 +185,14 @@ class Stores:
             Interrupted: `stopping` says so; what was written is left for the next attempt.
         """
         clock = Clock()
-        start, written, computed = time.perf_counter(), 0, 0
+        start, written, seen = time.perf_counter(), 0, 0
 
         def rows_from(split: str, first: int) -> Iterator[Tensor]:
             order = batches_of(np.arange(first, self.rows[split]), self.batch_size)
-            yield from clock.around(self._synchronized(source(split, order)))
+            nonlocal seen
+            for x in clock.around(self._synchronized(source(split, order))):
+                seen += len(x)
+                yield x
 
         first_split = next(iter(self.rows))
         batches = rows_from(first_split, 0)
@@ -212,14 +219,11 @@ class Stores:
                     plain = encoding.encode(x)
                     writer.append(split, plain)
                     written += plain.nbytes
-                    computed += len(plain)
                     rate = written / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{human_bytes(rate)}/s", refresh=False)
                     bar.update(len(plain))
-                    if self.stopping():
-                        raise Interrupted
-            if computed:
-                seconds_per_row += clock.seconds / computed
+                    self._stop_if_asked()
+            seconds_per_row += clock.seconds / seen
             store = writer.commit({"prefix_seconds_per_row": seconds_per_row})
             return Filling(store, sum(writer.held.values()), clock.seconds)
         except (Interrupted, KeyboardInterrupt):
@@ -230,6 +234,10 @@ class Stores:
             raise
         finally:
             bar.close()
+
+    def _stop_if_asked(self) -> None:
+        if self.stopping():
+            raise Interrupted
 
     def _synchronized(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         for x in batches:
@@ -282,13 +290,19 @@ class Stores:
             for folder in store_folders(self.directory)
             if folder.name != own  # what is there of it may be gone on with
         }
-        taken = sum(size_of_tree(folder) for folder, used in stores.items() if used)
+        taken = sum(bytes_in_the_end(folder) for folder, used in stores.items() if used)
+        needed = 0 if compressed else description.bytes
         room = self.max_bytes - taken - description.overhead_bytes
-        if room >= (0 if compressed else description.bytes):
+        if room >= needed:
             remove_rubbish(self.directory, keep=own)
             for folder, used in stores.items():
                 if not used:
                     remove_store(folder)
+            # What could not be removed is there, whose ever it is.
+            held = size_of_tree(self.directory) - size_of_tree(self.directory / own)
+            taken = max(taken, held)
+            room = self.max_bytes - taken - description.overhead_bytes
+        if room >= needed:
             return room
         self.warn(
             f"activations after {description.unit} are not cached: "
@@ -296,6 +310,17 @@ class Stores:
             f"{human_bytes(self.max_bytes)} (--cache-max-gb)"
         )
         return None
+
+
+def bytes_in_the_end(folder: Path) -> int:
+    """What a store takes, or will take when it has been written."""
+    size = size_of_tree(folder)
+    try:
+        about = read_description(folder)
+    except StoreError:
+        return size
+    # How small a codec makes the rest, nobody can know.
+    return size if about.codec != "raw" else max(size, about.bytes)
 
 
 def encoding_of(about: Description) -> Encoding:

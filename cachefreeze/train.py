@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from cachefreeze import data
 from cachefreeze.cache import PrefixCache
-from cachefreeze.checkpoint import LAST
+from cachefreeze.checkpoint import LAST, load_last_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.device import keep_freed_memory, resolve_device, resolve_precision
 from cachefreeze.errors import Interrupted, UserError
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     start = None
     try:
-        start = start_of(argv, say)
+        start = start_of(argv)
         keep_freed_memory()
         if start.settings.plan:
             preview(start.settings, cache_budget(start.settings))
@@ -75,10 +76,16 @@ def run(start: Start, make_cache: Callable[..., PrefixCache] = PrefixCache) -> d
         UserError: something is not there, does not fit, or cannot be written.
         Interrupted: the user or the system asked to stop, and the state was saved.
     """
+    with closing(RunFolder(start.settings.output_dir, resume=start.resuming)) as folder:
+        return _run_in(folder, start, make_cache)
+
+
+def _run_in(
+    folder: RunFolder, start: Start, make_cache: Callable[..., PrefixCache]
+) -> dict[str, Any]:
     settings, began = start.settings, time.perf_counter()
     device = resolve_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
-    folder = RunFolder(settings.output_dir, resume=start.resuming)
     if settings.cache:
         check_cache_dir(settings.cache_dir)
     sizes = settings.network_sizes()
@@ -106,16 +113,15 @@ def run(start: Start, make_cache: Callable[..., PrefixCache] = PrefixCache) -> d
     about = images.outline.description
     for line in opening_words(facts, len(model), parameters, about, where):
         say(line)
-    try:
-        if start.state is not None:
-            trainer.resume(start.state)
-            say(f"resume    after {trainer.place}")
-        elif start.resuming:
+    if start.resuming:
+        state = load_last_checkpoint(folder.path, say)
+        if state is None:
             folder.write_metrics([])  # of epochs that no checkpoint came after
-        summary = trainer.fit()
-        folder.write_json("summary.json", summary)
-    finally:
-        folder.close()
+        else:
+            trainer.resume(state)
+            say(f"resume    after {trainer.place}")
+    summary = trainer.fit()
+    folder.write_json("summary.json", summary)
     for line in closing_words(summary, facts, folder.path, this_python(), device.type == "cpu"):
         say(line)
     return summary

@@ -22,6 +22,7 @@ from cachefreeze.models.units import partition
 from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
 from cachefreeze.report import RunFolder, epoch_line, progress_bar, say
+from cachefreeze.resume import differences, option_of
 from cachefreeze.rows import Indices, batches_of, epoch_order
 from cachefreeze.timing import timed
 
@@ -112,7 +113,7 @@ class Trainer:
             shape=settings.schedule,
             scale_lr=settings.scale_lr,
         )
-        self.data = data.content
+        self.data = data.facts
         self.epoch = self.position = self.step = 0
         self.metrics: list[dict[str, Any]] = []
         # Of the steps of this epoch. Kept on the device: `.item()` in every step would wait for it.
@@ -155,19 +156,20 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])  # freezes what was frozen
-            self.epoch, self.position = state["epoch"], state["position"]
+            self.epoch, self.position = int(state["epoch"]), int(state["position"])
             self.step = self.epoch * self.steps_per_epoch + self.position
-            if not 0 <= self.position <= self.steps_per_epoch:
-                raise ValueError("it is at no step of an epoch")
-            self.metrics = list(state["metrics"])
-            if self.epoch != len([line["val_accuracy"] for line in self.metrics]):
-                raise ValueError("it has not a line of metrics for each epoch")
-            self._losses = list(state["losses"].to(self.device))
-            self._earlier = {**state["totals"], "resumed": [*state["totals"]["resumed"], self.step]}
-            self._epoch_start = state["epoch_start"]
+            if (self.step, len(state["metrics"])) != (self.scheduler.last_epoch, self.epoch):
+                raise ValueError("its parts are of different moments")
+            self.metrics = [dict(line) for line in state["metrics"]]
+            for line in self.metrics:
+                float(line["val_accuracy"])
+            self._losses = list(state["losses"].to(self.device).reshape(self.position))
+            self._earlier = totals_of(state["totals"], self._totals())
+            self._earlier["resumed"].append(self.step)
+            self._epoch_start = numbers_of(state["epoch_start"], self._spent())
             if self.planning is not None:
                 self.planning.load_state_dict(self.step, state["planning"])
-            set_random_state(state["random"])
+            set_random_state(state["random"], self.device)
         except UserError:
             raise
         except Exception as error:  # whatever content of a file may lead to
@@ -178,10 +180,21 @@ class Trainer:
         self.folder.write_metrics(self.metrics)
 
     def _check_same(self, state: Mapping[str, Any]) -> None:
-        if state["data"] != self.data:
+        changed = differences(state["settings"], self.settings.as_json())
+        if changed:
+            raise UserError(
+                f"{self.folder.path / LAST} is of a run with another {option_of(changed[0])} than "
+                "its args.json says: start a new run"
+            )
+        if state["data"]["same"] != self.data["same"]:
             raise UserError(
                 "the images are not those that the run was started with: bring them back as they "
                 "were, or start a new run"
+            )
+        if state["data"]["identity"] != self.data["identity"]:
+            say(
+                "  image files were copied or written since: if they do not hold the same images, "
+                "the results will differ"
             )
         here = self._numerics()
         for name, option in (("device", "--device"), ("precision", "--precision")):
@@ -246,7 +259,7 @@ class Trainer:
             weights = torch.full((len(self._losses),), float(self.settings.batch_size)).double()
             weights[-1] = rows - weights[:-1].sum()
             train_loss = float(torch.stack(self._losses).cpu().double() @ weights) / rows
-        self._refuse_what_is_not_finite()
+        self._refuse_losses(self._losses)
         val_loss, val_accuracy = self._validate()
         if not np.isfinite(val_loss):
             raise self._not_finite("validation loss", val_loss, self.step)
@@ -302,7 +315,7 @@ class Trainer:
                 seconds = time.perf_counter() - mark
                 self.seconds["train"] += seconds
                 if self.device.type == "cpu":  # elsewhere it would wait for the device
-                    self._refuse_what_is_not_finite(last_loss_only=True)
+                    self._refuse_losses(self._losses[-1:])
                 if self.planning is not None:
                     self.planning.after_step(seconds, len(indices))
                 bar.update(len(indices))
@@ -314,17 +327,18 @@ class Trainer:
         if self.interrupts:
             raise Interrupted
 
-    def _refuse_what_is_not_finite(self, last_loss_only: bool = False) -> None:
-        """Raises UserError if a loss of this epoch, or a weight, is not a number or infinite."""
-        losses = self._losses[-1:] if last_loss_only else self._losses
-        if losses and not (finite := torch.stack(losses).isfinite()).all():
+    def _refuse_losses(self, losses: Sequence[Tensor]) -> None:
+        """Raises UserError if one of the last losses is not a number, or infinite."""
+        if losses and not (finite := torch.stack(list(losses)).isfinite()).all():
             index = int((~finite).nonzero()[0])
             step = self.step - len(losses) + index + 1
             raise self._not_finite("loss", float(losses[index]), step)
-        if not last_loss_only:
-            for name, tensor in self.model.state_dict().items():
-                if not tensor.isfinite().all():
-                    raise self._not_finite(f"weight {name}", float("nan"), self.step)
+
+    def _refuse_weights(self) -> None:
+        """Likewise for weights and running statistics."""
+        for name, tensor in self.model.state_dict().items():
+            if not (finite := tensor.isfinite()).all():
+                raise self._not_finite(f"weight {name}", float(tensor[~finite][0]), self.step)
 
     def _not_finite(self, what: str, value: float, step: int) -> UserError:
         schedule, names = self.scheduler.schedule, self.units.names
@@ -382,7 +396,8 @@ class Trainer:
 
     def _save(self, *, best: bool = False) -> None:
         """A checkpoint of this very moment, unless it holds what is no number."""
-        self._refuse_what_is_not_finite()
+        self._refuse_losses(self._losses)
+        self._refuse_weights()
         with self.folder.writing():
             save_checkpoint(self.folder.path, self._state_dict(), best=best)
         self.cache.release()
@@ -410,7 +425,7 @@ class Trainer:
 
     def _planning_state(self) -> dict[str, Any]:
         if self.planning is None:
-            return {"profile": None, "codec": None, "cache": self.cache.state_dict()}
+            return {"profile": None, "on": None, "cache": self.cache.state_dict()}
         return self.planning.state_dict()
 
     def _spent(self) -> dict[str, float]:
@@ -452,6 +467,21 @@ class Trainer:
             "plan": plan,
             "resumed_at": totals["resumed"],
         }
+
+
+def totals_of(found: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says has come together so far, in the form of `own`."""
+    return {
+        "seconds": numbers_of(found["seconds"], own["seconds"]),
+        "cache": numbers_of(found["cache"], own["cache"]),
+        "events": [dict(event) for event in found["events"]],
+        "resumed": [int(step) for step in found["resumed"]],
+    }
+
+
+def numbers_of(found: Mapping[str, Any], own: Mapping[str, float]) -> dict[str, float]:
+    """The same numbers by name."""
+    return {name: type(value)(found[name]) for name, value in own.items()}
 
 
 def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:

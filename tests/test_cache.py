@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,29 @@ from torch import Tensor
 from cachefreeze import PrefixCache, Units, UserError, batches_of, partition
 from cachefreeze.files import size_of_tree
 from cachefreeze.models import build
-from cachefreeze.store import StoreError, store_folders
+from cachefreeze.store import Description, StoreError, StoreWriter, store_folders
 
 from .conftest import Pixels, file_size_limit
 
 BATCH = 8
+
+
+def describe(folder: Path, units: Units) -> Description:
+    """Of the store of `units` in another cache."""
+    cache = make_cache(units, folder)
+    cache.materialize()
+    assert cache.store is not None
+    about = cache.store.description
+    cache.close()
+    return about
+
+
+@contextmanager
+def closing_writer(writer: StoreWriter) -> Iterator[None]:
+    yield
+    writer.suspend()
+
+
 ORDERS = {"train": np.random.default_rng(0).permutation(37), "val": np.arange(10)}
 
 
@@ -499,13 +520,13 @@ def test_a_store_that_cannot_be_opened_again_costs_only_itself(
     assert_serves_what_is_computed(cache)
 
 
-@pytest.mark.parametrize(("codec", "stored"), [("raw", None), ("zstd", None), ("raw", "int8")])
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
 @pytest.mark.parametrize("boundary", [1, 3])
 def test_verifying_passes_over_rows_that_are_right(
-    units: Units, tmp_path: Path, codec: str, stored: str | None, boundary: int
+    units: Units, tmp_path: Path, codec: str, boundary: int
 ) -> None:
     units.freeze(4)
-    cache = make_cache(units, tmp_path / "cache", stored=stored, autocast_dtype=torch.bfloat16)
+    cache = make_cache(units, tmp_path / "cache", autocast_dtype=torch.bfloat16)
     cache.verify("train", np.arange(5))  # without a store there is nothing to be wrong
     assert cache.materialize(boundary, codec) is not None
     before = cache.prefix_unit_rows_computed, cache.rows_served
@@ -540,6 +561,51 @@ def test_verifying_names_the_row_the_boundary_and_the_difference(
     assert "row 17 of train at boundary 2 (after group1_block1)" in told
     assert f"differs by up to {gap:.3g}" in told
     assert str(cache.store.folder) in told
+
+
+def test_verifying_rows_that_cannot_be_read_costs_the_store_and_nothing_else(
+    units: Units, tmp_path: Path
+) -> None:
+    units.freeze(2)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    cache.materialize()
+    assert cache.store is not None
+    os.truncate(next((cache.store.folder / "val").glob("c.*")), 10)
+    cache.verify("val", np.arange(5))
+    assert "computed and written once more" in told[0]
+    cache.verify("val", np.arange(5))
+    assert_serves_what_is_computed(cache)
+
+
+def test_what_others_are_still_writing_counts_as_what_it_will_be(
+    units: Units, tmp_path: Path
+) -> None:
+    size = 47 * 16 * 16 * 16 * 4
+    units.freeze(1)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", max_bytes=1.9 * size, warn=told.append)
+    description = replace(describe(tmp_path / "other", units), fingerprint="f" * 32, created=0.0)
+    with closing_writer(StoreWriter(tmp_path / "cache", description)):
+        assert cache.materialize() is None
+        assert "in use would exceed" in told[0]
+    assert cache.materialize() is not None
+
+
+def test_what_cannot_be_removed_counts(units: Units, tmp_path: Path, ordinary_user: None) -> None:
+    units.freeze(1)
+    first = make_cache(units, tmp_path / "cache")
+    first.materialize()
+    first.close()
+    (left,) = store_folders(tmp_path / "cache")
+    size = size_of_tree(left)
+    (left / "lock").chmod(0o444)
+    units.freeze(2)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", max_bytes=1.5 * size, warn=told.append)
+    assert cache.materialize() is None
+    assert "would exceed" in told[0]
+    assert left.exists()
 
 
 def test_verifying_finds_rows_that_are_no_number(units: Units, tmp_path: Path) -> None:

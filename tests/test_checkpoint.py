@@ -153,6 +153,24 @@ def another_zip(path: Path) -> None:
         archive.writestr("a/data.pkl", b"\x80\x02.")
 
 
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def an_endless_list(path: Path) -> None:
+    endless: list[object] = []
+    endless.append(endless)
+    torch.save({"sha256": "", "model": endless}, path)
+
+
+def a_tensor_of_terabytes(path: Path) -> None:
+    torch.save({"sha256": "", "model": torch.zeros(1).expand(2**45)}, path)
+
+
+def a_sparse_tensor(path: Path) -> None:
+    torch.save({"sha256": "", "model": torch.eye(3).to_sparse()}, path)
+
+
 def a_folder(path: Path) -> None:
     path.mkdir()
 
@@ -163,7 +181,20 @@ def noise(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "forge",
-    [pickled, pickled_by_torch, a_list, without_checksum, empty, another_zip, a_folder, noise],
+    [
+        pickled,
+        pickled_by_torch,
+        a_list,
+        without_checksum,
+        empty,
+        another_zip,
+        a_folder,
+        noise,
+        a_pipe,
+        an_endless_list,
+        a_tensor_of_terabytes,
+        a_sparse_tensor,
+    ],
 )
 def test_what_is_no_checkpoint_is_refused_in_one_sentence_and_nothing_in_it_runs(
     forge: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -190,5 +221,5 @@ def test_all_random_state_goes_on_where_it_was() -> None:
     draw()
     saved = random_state(CPU)
     drawn = [draw() for _ in range(3)]
-    set_random_state(saved)
+    set_random_state(saved, CPU)
     assert [draw() for _ in range(3)] == drawn

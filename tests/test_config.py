@@ -77,6 +77,9 @@ def test_freezeouts_own_option_names_are_accepted() -> None:
         ("--dataset imagefolder", "needs --data-dir"),
         ("--data-dir photos", "--data-dir is for other data sets only"),
         ("--epoch 3", "--epoch"),
+        ("--checkpoint-every 0", "--checkpoint-every 0"),
+        ("--verify-cache --cache-codec int8", "--verify-cache compares bits"),
+        ("--verify-cache --cache-dtype bf16", "--verify-cache compares bits"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_leaves_nothing(

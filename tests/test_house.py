@@ -17,7 +17,8 @@ FLOORS = [
     ["cache"],
     ["forecast"],
     ["planning"],
-    ["trainer", "preview", "resume"],
+    ["preview", "resume"],
+    ["trainer"],
     ["train"],
 ]
 INSIDE = {

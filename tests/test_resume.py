@@ -1,5 +1,6 @@
 """A run that is cut off anywhere and resumed ends with the weights of one that was not."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from cachefreeze.checkpoint import load_checkpoint, save_checkpoint
-from cachefreeze.files import lock_folder
+from cachefreeze.files import lock_folder, unlock_file
 from cachefreeze.store import Store
 from cachefreeze.store import format as store_format
 from cachefreeze.stores import Stores
@@ -181,10 +182,11 @@ def test_signals_are_as_before_once_a_run_has_ended(
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_workers_that_decode_images_outlive_ctrl_c(
-    train: Train, argv: list[str], tmp_path: Path, interrupt: Interrupter
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_that_decode_images_outlive_signals(
+    train: Train, argv: list[str], tmp_path: Path, interrupt: Interrupter, number: int
 ) -> None:
-    """A terminal sends it to all processes of its foreground group."""
+    """A terminal sends Ctrl-C to all processes of its foreground group, schedulers SIGTERM."""
     real = send
 
     def to_all(number: int, times: int = 1) -> None:
@@ -196,8 +198,8 @@ def test_workers_that_decode_images_outlive_ctrl_c(
         real(number, times)
 
     interrupt.monkeypatch.setitem(globals(), "send", to_all)
-    interrupt(1)
-    assert main([*argv, "-j", "1"]) == 130
+    interrupt(1, number=number)
+    assert main([*argv, "-j", "1"]) == 128 + number
     interrupt.no_more()
     assert_same_run(resume(tmp_path / "run"), reference(train, "wrn"))
 
@@ -392,7 +394,8 @@ def test_a_run_without_a_cache_may_go_on_with_one(
     assert_same_run(resumed, reference(train, "wrn"))
 
 
-def test_images_that_were_only_touched_are_the_same_and_others_are_refused(
+def test_images_that_were_only_touched_are_said_and_others_are_refused(
+    capsys: pytest.CaptureFixture[str],
     train: Train,
     argv: list[str],
     images: Path,
@@ -414,7 +417,9 @@ def test_images_that_were_only_touched_are_the_same_and_others_are_refused(
     victim.unlink()
     assert "the images are not those" in fails("--resume", tmp_path / "run")
     victim.write_bytes(content)
+    capsys.readouterr()
     assert_same_run(resume(tmp_path / "run"), reference(train, "wrn"))
+    assert "image files were copied or written since" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_device_is_refused(cut_off: Path, fails: Fails) -> None:
@@ -433,28 +438,57 @@ def test_other_numerics_are_said(cut_off: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    "key",
+    ("path", "value"),
     [
-        "model",
-        "optimizer",
-        "scheduler",
-        "random",
-        "metrics",
-        "epoch",
-        "planning",
-        "command",
-        "totals",
+        *((key, None) for key in ("model", "optimizer", "scheduler", "random", "metrics", "epoch")),
+        *(
+            (key, [1])
+            for key in ("model", "optimizer", "metrics", "planning", "totals", "settings")
+        ),
+        ("model", {"weight": torch.zeros(3)}),
+        ("position", 1.5),
+        ("position", 3),
+        ("position", "x"),
+        ("epoch", -1),
+        ("epoch", 10**9),
+        ("losses", torch.zeros(2, 2)),
+        ("losses", []),
+        ("metrics", [{"val_accuracy": "x"}] * 2),
+        ("totals", {"resumed": []}),
+        ("totals/events", [3]),
+        ("totals/resumed", ["x"]),
+        ("totals/seconds", {"train": "x"}),
+        ("epoch_start", {}),
+        ("planning/cache/boundary", "x"),
+        ("planning/cache/boundary", 99),
+        ("planning/cache/store", 3),
+        ("planning/profile/train", ["x"]),
+        ("planning/profile/write", "x"),
+        ("planning/profile/boundaries", [1]),
+        ("scheduler/last_epoch", 3),
+        ("random/torch", torch.zeros(3)),
+        ("random/python", [3, [1], None]),
+        ("settings/lr", 3),
     ],
 )
-@pytest.mark.parametrize("value", [None, [1], {"weight": torch.zeros(3)}])
 def test_a_forged_checkpoint_is_one_sentence(
-    cut_off: Path, fails: Fails, key: str, value: object
+    cut_off: Path, fails: Fails, path: str, value: object
 ) -> None:
     state = load_checkpoint(cut_off / "last.pt")
-    state[key] = value
+    *parts, last = path.split("/")
+    inner = state
+    for part in parts:
+        inner = inner[part]
+    inner[last] = value
     save_checkpoint(cut_off, state)
-    sentence = fails("--resume", cut_off)
-    assert "start a new" in sentence or key == "command"
+    assert "start a new" in fails("--resume", cut_off)
+
+
+@pytest.mark.parametrize("command", [["--help"], "words", [["--lr"]], ["--no-such-option"], 3])
+def test_forged_settings_are_one_sentence(cut_off: Path, fails: Fails, command: object) -> None:
+    args = json.loads((cut_off / "args.json").read_text())
+    (cut_off / "args.json").write_text(json.dumps({**args, "command": command}))
+    fails("--resume", cut_off)
 
 
 def test_a_folder_without_a_run_is_one_sentence(fails: Fails, tmp_path: Path) -> None:
@@ -471,8 +505,42 @@ def test_two_processes_do_not_train_in_one_folder(cut_off: Path, fails: Fails) -
     other = lock_folder(cut_off)
     assert other is not None
     assert "another process is training" in fails("--resume", cut_off)
-    os.close(other)
+    unlock_file(other)
     resume(cut_off)
+
+
+def test_what_a_killed_process_left_in_the_folder_goes(cut_off: Path) -> None:
+    (cut_off / "last.pt.123.partial").write_bytes(b"half")
+    resume(cut_off)
+    assert not list(cut_off.glob("*.partial"))
+
+
+def test_a_lock_dies_with_its_process_though_its_workers_live(tmp_path: Path) -> None:
+    """A process that was forked has the descriptors of its parent."""
+    held = lock_folder(tmp_path)
+    assert held is not None
+    child = os.fork()
+    if child == 0:
+        time.sleep(20)
+        os._exit(0)
+    unlock_file(held)
+    try:
+        again = lock_folder(tmp_path)
+        assert again is not None
+        unlock_file(again)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_ctrl_c_that_was_switched_off_stays_so(argv: list[str], interrupt: Interrupter) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupt(3)
+        assert main([*argv, "--epochs", "1"]) == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_auto_goes_on_with_the_newest_run_of_these_settings_or_starts_one(

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,51 @@ def test_a_store_that_is_written_is_neither_removed_nor_written_twice(cache_dir:
         StoreWriter(cache_dir, describe(ROWS))
     writer.abort()
     assert store_folders(cache_dir) == []
+
+
+def test_a_writer_goes_on_where_one_of_the_same_rows_was_killed(cache_dir: Path) -> None:
+    about = describe(ROWS)
+    writer = StoreWriter(cache_dir, about)
+    writer.append("train", ROWS["train"][:50])  # three chunks of 15 rows, and a part
+    writer.suspend()
+    (chunk_files(cache_dir)[0].with_name("c.3.0.0.0.1.partial")).write_bytes(b"half")
+    with (cache_dir / NAME / "journal").open("ab") as file:
+        file.write(b"train 3 12")
+    writer = StoreWriter(cache_dir, replace(about, created=about.created + 9))
+    layout = about.splits["train"]
+    assert writer.held == {"train": 3 * layout.rows_per_chunk, "val": 0}
+    assert writer.bytes == 3 * layout.chunk_file_bytes
+    writer.append("train", ROWS["train"][writer.held["train"] :])
+    writer.append("val", ROWS["val"])
+    store = writer.commit()
+    for split, array in ROWS.items():
+        assert np.array_equal(read(store, split, np.arange(len(array))), array)
+    assert not list(cache_dir.rglob("*.partial"))
+    store.close()
+
+
+@pytest.mark.parametrize("operation", ["checksum", "replace"])
+def test_taking_over_may_be_cut_off_too(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    writer = StoreWriter(cache_dir, describe(ROWS))
+    writer.append("train", ROWS["train"][:50])
+    writer.suspend()
+    held = {"train": 3 * writer.description.splits["train"].rows_per_chunk, "val": 0}
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if operation == "checksum":
+            patch.setattr(store_read.CRC32C, "checksum", interrupted)
+        else:
+            patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            StoreWriter(cache_dir, writer.description)
+    again = StoreWriter(cache_dir, writer.description)
+    assert again.held == held
+    again.abort()
 
 
 def test_a_writer_of_other_rows_starts_from_nothing(cache_dir: Path) -> None:

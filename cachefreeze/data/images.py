@@ -23,7 +23,7 @@ class Images(Protocol):
 
     labels: Tensor  # (N,) int64, on the CPU
     identity: str  # changes whenever a decoded pixel may have changed
-    content: str  # the same, but does not change when files are only copied or touched
+    names: str  # changes with the files' names, sizes and labels; with arrays, as `identity`
 
     def __len__(self) -> int: ...
 
@@ -48,7 +48,7 @@ class ArrayImages:
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
         digest.update(self.pixels.data)
         digest.update(self.labels.numpy().data)
-        self.identity = self.content = digest.hexdigest()
+        self.identity = self.names = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -104,13 +104,13 @@ class FolderImages:
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.workers = workers
         how = f"resize and centre crop to {size}, bilinear, Pillow {PIL.__version__}"
-        digest, content = hashlib.sha256(how.encode()), hashlib.sha256(how.encode())
+        digest, names = hashlib.sha256(how.encode()), hashlib.sha256(how.encode())
         for path, label in zip(paths, labels, strict=True):
             stat = path.stat()
             name = path.relative_to(root).as_posix()
             digest.update(f"\n{name}\0{stat.st_size} {stat.st_mtime_ns} {label}".encode())
-            content.update(f"\n{name}\0{stat.st_size} {label}".encode())
-        self.identity, self.content = digest.hexdigest(), content.hexdigest()
+            names.update(f"\n{name}\0{stat.st_size} {label}".encode())
+        self.identity, self.names = digest.hexdigest(), names.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -133,10 +133,12 @@ class FolderImages:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches workers too, and would kill them under a parent that means to finish its step;
-    SIGTERM is from the parent, whose handler they may have inherited."""
+    """What is sent to all processes of a run (Ctrl-C by a terminal, SIGTERM by a job scheduler) is
+    for the parent to act on, who means to finish its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The first one only: the parent's own way to end workers that do not end by themselves is to
+    # send it until they do.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def undamaged(batch: Tensor | DamagedImage) -> Tensor:

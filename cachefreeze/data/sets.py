@@ -53,11 +53,14 @@ class DataSet:
     decode_seconds: float = 0.0
 
     @property
-    def content(self) -> list[Any]:
-        """What is trained on, to tell whether it is the same as before: which images with which
-        labels, and the statistics of all training pixels."""
+    def facts(self) -> dict[str, Any]:
+        """What is trained on, to tell whether it is the same as before: `same` is for certain not
+        the same if it differs; `identity` also differs if files were only copied or touched."""
         statistics = [list(self.mean), list(self.std)]
-        return [list(self.classes), self.train.content, self.val.content, *statistics]
+        return {
+            "same": [list(self.classes), self.train.names, self.val.names, *statistics],
+            "identity": [self.train.identity, self.val.identity],
+        }
 
     @property
     def outline(self) -> "Outline":

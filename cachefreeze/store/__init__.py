@@ -40,6 +40,7 @@ from cachefreeze.store.format import (
     Quantization,
     StoreError,
     label,
+    read_description,
 )
 from cachefreeze.store.inspect import CacheReport, StoreReport, inspect_cache
 from cachefreeze.store.read import Damage, SplitReader, Store, open_store
@@ -73,6 +74,7 @@ __all__ = [
     "mend_chunk",
     "open_store",
     "prepare_cache_dir",
+    "read_description",
     "remove_rubbish",
     "remove_store",
     "store_folders",

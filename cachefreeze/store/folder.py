@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import re
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,10 @@ from cachefreeze.errors import UserError
 from cachefreeze.files import (
     entries_below,
     is_locked,
+    lock_file,
     open_regular,
     remove_tree,
+    unlock_file,
     why_not_writable,
     write_atomically,
 )
@@ -32,42 +33,31 @@ TAG = (
 class Lock:
     """An advisory lock on a store's folder that dies with the process that holds it."""
 
-    # Others may hold it for a moment, to see whether it is held.
-    ATTEMPTS, PAUSE_SECONDS = 10, 0.02
-
     def __init__(self, folder: Path, *, exclusive: bool) -> None:
         """Raises BlockingIOError if others hold it, FileNotFoundError if there is no such store."""
-        path = folder / "lock"
+        path = self._path = folder / "lock"
         if folder.is_symlink():
             raise OSError(errno.ELOOP, f"{folder} is a symbolic link")
         how = os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY
         self._file = open_regular(path, how)
         try:
             self._lock(exclusive)
-            # Whoever removed the store in between left us a lock on a file without a name.
-            if os.fstat(self._file).st_ino != path.stat().st_ino:
-                raise FileNotFoundError(f"{folder} was removed")
         except BaseException:
-            os.close(self._file)
+            unlock_file(self._file)
             raise
 
     def _lock(self, exclusive: bool) -> None:
-        how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
-        for _ in range(self.ATTEMPTS - 1):
-            try:
-                fcntl.flock(self._file, how)
-            except BlockingIOError:
-                time.sleep(self.PAUSE_SECONDS)
-            else:
-                return
-        fcntl.flock(self._file, how)
+        lock_file(self._file, exclusive=exclusive)
+        # Whoever removed the store in between left us a lock on a file without a name.
+        if os.fstat(self._file).st_ino != self._path.stat().st_ino:
+            raise FileNotFoundError(f"{self._path.parent} was removed")
 
     def share(self) -> None:
-        """From writer to reader."""
+        """From writer to reader. In between others may take it: raises as the constructor does."""
         self._lock(exclusive=False)
 
     def release(self) -> None:
-        os.close(self._file)
+        unlock_file(self._file)
 
 
 def check_cache_dir(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import resource
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,21 +48,22 @@ class Store:
             for name, layout in self.description.splits.items()
         }
 
-    def load(self) -> None:
+    def load(self, before_each: Callable[[], None] = lambda: None) -> None:
         """Decode all rows into memory, see `Description.memory_bytes`; nothing to do for raw ones.
 
-        Finds whatever `damage` finds: one of the two is enough.
+        Finds whatever `damage` finds: one of the two is enough. Calls `before_each` chunk.
 
         Raises:
             OSError: a chunk is not what was written, the disk fails, or the memory does not do.
         """
         for reader in self.readers.values():
-            reader.load()
+            reader.load(before_each)
 
-    def damage(self) -> Iterator["Damage"]:
-        """Reads everything; yields every chunk that is not what was written."""
+    def damage(self, before_each: Callable[[], None] = lambda: None) -> Iterator["Damage"]:
+        """Reads everything; yields every chunk that is not what was written. Calls `before_each`
+        chunk, which may end it by raising."""
         for reader in self.readers.values():
-            yield from reader.damage()
+            yield from reader.damage(before_each)
 
     def put_away(self) -> None:
         """Let go of files and memory, and still keep others from removing the store."""
@@ -109,7 +110,7 @@ class SplitReader(ABC):
         self.sizes = sizes
 
     @abstractmethod
-    def load(self) -> None:
+    def load(self, before_each: Callable[[], None] = lambda: None) -> None:
         """Decode all rows into memory, if they have to be: see `Store.load`."""
 
     @abstractmethod
@@ -124,9 +125,10 @@ class SplitReader(ABC):
     def will_need(self, indices: Indices) -> None:
         """Ask the system to have these rows in memory soon."""
 
-    def damage(self) -> Iterator[Damage]:
+    def damage(self, before_each: Callable[[], None] = lambda: None) -> Iterator[Damage]:
         """Every chunk whose bytes are not those that were written."""
         for chunk in range(len(self.checksums)):
+            before_each()
             try:
                 self._content(chunk)
             except OSError as error:
@@ -170,7 +172,7 @@ class RawReader(SplitReader):
         super().__init__(folder, layout, checksums, sizes)
         self._open: dict[int, int] = {}
 
-    def load(self) -> None:
+    def load(self, before_each: Callable[[], None] = lambda: None) -> None:
         """Nothing to do: the page cache is their memory."""
 
     def read(self, indices: Indices, out: NDArray[np.uint8]) -> None:
@@ -214,9 +216,9 @@ class DecodedReader(SplitReader):
     # (rows, row_bytes); None until loaded.
     _rows: NDArray[np.uint8] | None = None
 
-    def load(self) -> None:
+    def load(self, before_each: Callable[[], None] = lambda: None) -> None:
         if self._rows is None:
-            self._rows = self._decode()
+            self._rows = self._decode(before_each)
 
     def read(self, indices: Indices, out: NDArray[np.uint8]) -> None:
         self.load()
@@ -231,7 +233,7 @@ class DecodedReader(SplitReader):
     def close(self) -> None:
         self._rows = None
 
-    def _decode(self) -> NDArray[np.uint8]:
+    def _decode(self, before_each: Callable[[], None]) -> NDArray[np.uint8]:
         layout = self.layout
         codec = codec_for(layout.codec, layout.dtype)
         try:
@@ -241,6 +243,7 @@ class DecodedReader(SplitReader):
             size = human_bytes(layout.memory_bytes)
             raise OSError(f"its rows take {size} of memory, more than there is") from error
         for chunk, out in enumerate(memory):
+            before_each()
             try:
                 codec.decode(self._content(chunk), out)
             except ValueError as error:

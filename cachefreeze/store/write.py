@@ -16,7 +16,13 @@ from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from cachefreeze.files import entries_below, human_bytes, remove_tree, write_atomically
+from cachefreeze.files import (
+    entries_below,
+    human_bytes,
+    remove_tree,
+    write_atomically,
+    write_partial,
+)
 from cachefreeze.store.codecs import CHECKSUM_BYTES, Bytes, codec_for
 from cachefreeze.store.folder import PARTIAL, Lock, is_committed, is_store, remove_locked
 from cachefreeze.store.format import (
@@ -84,6 +90,7 @@ class StoreWriter:
             raise FileExistsError(errno.EEXIST, f"{self.folder} holds other files")
         self._lock = Lock(self.folder, exclusive=True)
         self._journal: FileIO | None = None
+        self._lost = False
         try:
             chunks = self._whole_chunks()
             if not any(chunks.values()):
@@ -96,6 +103,9 @@ class StoreWriter:
             self.bytes = sum(size for held in chunks.values() for _, size in held)
             self._clear(chunks)
             self._write_journal(chunks)
+        except KeyboardInterrupt:
+            self.suspend()
+            raise
         except BaseException:
             self.abort()
             raise
@@ -137,13 +147,20 @@ class StoreWriter:
         write_atomically(self.folder / "COMMITTED", sha256(content).encode())
         self._close_journal()
         (self.folder / JOURNAL).unlink()
-        self._lock.share()
+        try:
+            self._lock.share()
+        except OSError:
+            # What lies there now is another's.
+            self._lock.release()
+            self._lost = True
+            raise
         return Store(self.folder, self._lock)
 
     def abort(self) -> None:
         """Remove what was written so far."""
         self._close_journal()
-        remove_locked(self.folder, self._lock)
+        if not self._lost:
+            remove_locked(self.folder, self._lock)
 
     def suspend(self) -> None:
         """Leave what was written so far to a later writer."""
@@ -210,7 +227,7 @@ class StoreWriter:
 
     def _clear(self, chunks: dict[str, list[Chunk]]) -> None:
         """Remove whatever is neither metadata nor one of these chunks."""
-        wanted = {self.folder / name for name in ("lock", "zarr.json")}
+        wanted = {self.folder / name for name in ("lock", "zarr.json", JOURNAL)}
         for name, layout in self.description.splits.items():
             wanted.add(self.folder / name / "zarr.json")
             wanted |= {
@@ -222,15 +239,14 @@ class StoreWriter:
 
     def _write_journal(self, chunks: dict[str, list[Chunk]]) -> None:
         """Anew: the last line of the old one may be half written."""
-        self._journal = FileIO(self.folder / JOURNAL, "x")
-        for name, held in chunks.items():
-            for number, chunk in enumerate(held):
-                self._note(name, number, chunk)
-
-    def _note(self, split: str, number: int, chunk: Chunk) -> None:
-        assert self._journal is not None
-        line = f"{split} {number} {chunk[0]} {chunk[1]}\n"
-        _write_all(self._journal, memoryview(line.encode()))
+        lines = [
+            _journal_line(name, number, chunk)
+            for name, held in chunks.items()
+            for number, chunk in enumerate(held)
+        ]
+        with write_partial(self.folder / JOURNAL, b"".join(lines)) as written:
+            self._journal = FileIO(written, "a")
+            written.replace(self.folder / JOURNAL)
 
     def _write_chunk(self, path: Path, number: int, content: Bytes) -> Chunk:
         size = len(content) + CHECKSUM_BYTES
@@ -238,12 +254,17 @@ class StoreWriter:
             raise StoreTooLarge(self.max_bytes)
         self.bytes += size
         chunk = write_chunk_file(path, content), size
-        self._note(path.parent.name, number, chunk)
+        assert self._journal is not None
+        _write_all(self._journal, memoryview(_journal_line(path.parent.name, number, chunk)))
         return chunk
 
     def _close_journal(self) -> None:
         if self._journal is not None:
             self._journal.close()
+
+
+def _journal_line(split: str, number: int, chunk: Chunk) -> bytes:
+    return f"{split} {number} {chunk[0]} {chunk[1]}\n".encode()
 
 
 class _SplitWriter:
