@@ -276,7 +276,6 @@ class PrefixCache:
         return {
             "boundary": self.boundary,
             "store": None if store is None else store.fingerprint,
-            "codec": None if store is None else store.codec,
         }
 
     def release(self) -> None:
