@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,56 @@ def _lossy(settings: dict[str, Any]) -> bool:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_same_run(
+    state: Mapping[str, Any],
+    settings: Settings,
+    data: Mapping[str, Any],
+    numerics: Mapping[str, str],
+    path: Path,
+    say: Callable[[str], None],
+) -> None:
+    """See that a checkpoint is of the run that is to go on, with what it was trained on.
+
+    Args:
+        state: of the checkpoint, which lies at `path`.
+        settings: of the run.
+        data: see `DataSet.facts`.
+        numerics: what decides the last bits besides the settings; `device` and `precision` must be
+            the same.
+        say: is told what may change the results, but need not.
+
+    Raises:
+        UserError: it is not.
+    """
+    changed = differences(state["settings"], settings.as_json())
+    if changed:
+        raise UserError(
+            f"{path} is of a run with another {option_of(changed[0])} than its args.json says: "
+            "start a new run"
+        )
+    if state["data"]["same"] != data["same"]:
+        raise UserError(
+            "the images are not those that the run was started with: bring them back as they were, "
+            "or start a new run"
+        )
+    if state["data"]["identity"] != data["identity"]:
+        say(
+            "  image files were copied or written since: if they do not hold the same images, the "
+            "results will differ"
+        )
+    before = state["numerics"]
+    for name, option in (("device", "--device"), ("precision", "--precision")):
+        if before[name] != numerics[name]:
+            raise UserError(
+                f"the run was started with {option} {before[name]}, and {numerics[name]} would "
+                "change its results: go on with it there, or start a new run"
+            )
+    changed = [name for name in numerics if before.get(name) != numerics[name]]
+    if changed:
+        was = ", ".join(f"{name} {before.get(name)}" for name in changed)
+        say(f"  not as it was before ({was}): the last bits of the results may differ")
 
 
 def option_of(name: str) -> str:

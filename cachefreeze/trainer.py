@@ -22,9 +22,10 @@ from cachefreeze.models.units import partition
 from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
 from cachefreeze.report import RunFolder, epoch_line, progress_bar, say
-from cachefreeze.resume import differences, option_of
+from cachefreeze.resume import check_same_run
 from cachefreeze.rows import Indices, batches_of, epoch_order
 from cachefreeze.timing import timed
+from cachefreeze.totals import added, numbers_of, totals_of
 
 # What the cache counts: added up over the processes of a run that was cut off.
 COUNTED = (
@@ -152,7 +153,9 @@ class Trainer:
             UserError: the data or the device are not what they were, or the state does not fit.
         """
         try:
-            self._check_same(state)
+            check_same_run(
+                state, self.settings, self.data, self._numerics(), self.folder.path / LAST, say
+            )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])  # freezes what was frozen
@@ -178,35 +181,6 @@ class Trainer:
                 f"{self.folder.path / LAST} does not fit this run ({reason}): start a new one"
             ) from error
         self.folder.write_metrics(self.metrics)
-
-    def _check_same(self, state: Mapping[str, Any]) -> None:
-        changed = differences(state["settings"], self.settings.as_json())
-        if changed:
-            raise UserError(
-                f"{self.folder.path / LAST} is of a run with another {option_of(changed[0])} than "
-                "its args.json says: start a new run"
-            )
-        if state["data"]["same"] != self.data["same"]:
-            raise UserError(
-                "the images are not those that the run was started with: bring them back as they "
-                "were, or start a new run"
-            )
-        if state["data"]["identity"] != self.data["identity"]:
-            say(
-                "  image files were copied or written since: if they do not hold the same images, "
-                "the results will differ"
-            )
-        here = self._numerics()
-        for name, option in (("device", "--device"), ("precision", "--precision")):
-            if state["numerics"][name] != here[name]:
-                raise UserError(
-                    f"the run was started with {option} {state['numerics'][name]}, and {here[name]}"
-                    " would change its results: go on with it there, or start a new run"
-                )
-        changed = [name for name in here if state["numerics"].get(name) != here[name]]
-        if changed:
-            was = ", ".join(f"{name} {state['numerics'].get(name)}" for name in changed)
-            say(f"  not as it was before ({was}): the last bits of the results may differ")
 
     def _numerics(self) -> dict[str, str]:
         """What decides the last bits besides the settings."""
@@ -467,23 +441,3 @@ class Trainer:
             "plan": plan,
             "resumed_at": totals["resumed"],
         }
-
-
-def totals_of(found: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says has come together so far, in the form of `own`."""
-    return {
-        "seconds": numbers_of(found["seconds"], own["seconds"]),
-        "cache": numbers_of(found["cache"], own["cache"]),
-        "events": [dict(event) for event in found["events"]],
-        "resumed": [int(step) for step in found["resumed"]],
-    }
-
-
-def numbers_of(found: Mapping[str, Any], own: Mapping[str, float]) -> dict[str, float]:
-    """The same numbers by name."""
-    return {name: type(value)(found[name]) for name, value in own.items()}
-
-
-def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """Sums by name."""
-    return {name: value + other.get(name, 0) for name, value in one.items()}

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
-    ["errors", "files", "hashing", "rows", "schedule", "planner", "timing"],
+    ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
     ["encoding", "scratch"],
     ["config", "freezeout", "stored_rows", "stores", "profiler"],
