@@ -103,6 +103,19 @@ class PrefixCache:
         >>> cache = PrefixCache(units, {"train": rows}, batch_size=64)  # doctest: +SKIP
         >>> for x in cache.batches("train", order):  # doctest: +SKIP
         ...     output = units.run(x, units.frontier)
+
+        With checkpoints of one's own:
+
+        >>> state = {"model": model.state_dict(), "frontier": units.frontier,
+        ...          "cache": cache.state_dict()}  # doctest: +SKIP
+        >>> torch.save(state, path)  # doctest: +SKIP
+        >>> cache.release()  # what only older checkpoints named may go  # doctest: +SKIP
+
+        And to go on:
+
+        >>> model.load_state_dict(state["model"])  # doctest: +SKIP
+        >>> units.freeze(state["frontier"])  # doctest: +SKIP
+        >>> cache.load_state_dict(state["cache"])  # doctest: +SKIP
     """
 
     def __init__(
