@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from cachefreeze.rows import Indices
 from cachefreeze.train import main
+
+if TYPE_CHECKING:
+    from .interrupter import Interrupter
 
 CLASSES = ("blobs", "checks", "stripes")
 
@@ -152,3 +155,11 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def interrupt() -> "Iterator[Interrupter]":
+    from .interrupter import Interrupter  # which imports this
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield Interrupter(monkeypatch)

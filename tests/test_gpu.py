@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from cachefreeze import PrefixCache, batches_of, partition
+from cachefreeze.checkpoint import load_checkpoint, random_state, set_random_state
 from cachefreeze.models import build
+from cachefreeze.train import main
 
 from .conftest import Pixels, Train
+from .interrupter import Interrupter, command
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,3 +52,25 @@ def test_a_whole_run_works_with_and_without_the_cache(train: Train, arch: str) -
     assert len(cached.summary["cache"]["boundaries"]) >= 2
     # Kernels may sum in another order from run to run: close, and not promised to be equal.
     assert cached.summary["train_loss"] == pytest.approx(plain.summary["train_loss"], rel=0.2)
+
+
+def test_random_state_of_the_device_goes_on_where_it_was() -> None:
+    device = torch.device("cuda")
+    torch.rand(3, device=device)
+    saved = random_state(device)
+    drawn = torch.rand(5, device=device)
+    set_random_state(saved, device)
+    assert torch.equal(torch.rand(5, device=device), drawn)
+
+
+def test_an_interrupted_run_goes_on_and_verifies_its_rows(
+    images: Path, tmp_path: Path, interrupt: Interrupter
+) -> None:
+    argv = [*command(images, tmp_path, "wrn"), "--device", "cuda", "--verify-cache"]
+    interrupt(12)
+    assert main(argv) == 130
+    interrupt.no_more()
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["step"] == 12
+    assert "cuda" in state["random"]
+    assert main(["--resume", str(tmp_path / "run")]) == 0

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,64 +19,19 @@ from cachefreeze.stores import Stores
 from cachefreeze.train import main
 from cachefreeze.trainer import Trainer
 
+from . import interrupter
 from .conftest import Run, Train, write_images
+from .interrupter import Interrupter, command, send
 from .test_parity import NETWORKS, SCHEDULE, assert_same_run
 
 WRN = (*NETWORKS["wrn"], *SCHEDULE)
 Fails = Callable[..., str]
 
 
-def send(number: int, times: int = 1) -> None:
-    for _ in range(times):
-        os.kill(os.getpid(), number)
-
-
-class Interrupter:
-    """Sends signals to this process in the middle of a step, a batch of filling, or validation."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
-
-    def __call__(
-        self, at: int, where: str = "step", number: int = signal.SIGINT, times: int = 1
-    ) -> None:
-        owner, name = {
-            "step": (Trainer, "_step"),
-            "validation": (Trainer, "_validate"),
-            "filling": (Stores, "_synchronized"),
-        }[where]
-        real, calls = getattr(owner, name), 0
-
-        def interrupted(*args: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == at:
-                send(number, times)
-            return real(*args)
-
-        self.monkeypatch.setattr(owner, name, interrupted)
-
-    def no_more(self) -> None:
-        self.monkeypatch.undo()
-
-
-@pytest.fixture
-def interrupt() -> Iterator[Interrupter]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        yield Interrupter(monkeypatch)
-
-
 @pytest.fixture
 def argv(images: Path, tmp_path: Path) -> list[str]:
     """A run of the program in `tmp_path/run`."""
     return command(images, tmp_path, "wrn")
-
-
-def command(images: Path, folder: Path, arch: str) -> list[str]:
-    options = ["-b", 32, "-j", 0, "--precision", "fp32", "--cache-policy", "eager"]
-    options += ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32]
-    options += ["--cache-dir", folder / "cache", "--output-dir", folder / "run"]
-    return [str(option) for option in (*options, *NETWORKS[arch], *SCHEDULE)]
 
 
 def resume(folder: Path, *options: object) -> Run:
@@ -197,7 +152,7 @@ def test_workers_that_decode_images_outlive_signals(
         time.sleep(0.2)
         real(number, times)
 
-    interrupt.monkeypatch.setitem(globals(), "send", to_all)
+    interrupt.monkeypatch.setattr(interrupter, "send", to_all)
     interrupt(1, number=number)
     assert main([*argv, "-j", "1"]) == 128 + number
     interrupt.no_more()
