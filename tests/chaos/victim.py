@@ -144,6 +144,8 @@ def live(request: dict[str, Any]) -> int:
 def nursery() -> None:
     # So that small stores have enough of them to be half written.
     store_format.CHUNK_BYTES = 2**18
+    # It may be off, where a shell runs this in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
