@@ -85,6 +85,7 @@ class PrefixCache:
     Attributes:
         boundary: where rows come from: 0 is the pixels.
         rows_served: rows that came from a store so far.
+        rows_verified: rows that `verify` has compared so far.
         prefix_unit_rows_computed: forward computations of one row in one frozen unit so far,
             materialising included.
         prefix_seconds_per_row: what a row took up to the boundary, decoding included, measured
@@ -145,6 +146,7 @@ class PrefixCache:
         self.warn = warn
         self.boundary = 0
         self.rows_served = 0
+        self.rows_verified = 0
         self.saved_seconds = 0.0
         self.prefix_unit_rows_computed = 0
         self.read_seconds = 0.0
@@ -346,6 +348,7 @@ class PrefixCache:
                 f"{served.dtype} and should be {tuple(computed.shape[1:])} {computed.dtype}: "
                 f"remove {store.folder}"
             )
+        self.rows_verified += len(rows)
         tolerance = 0.0
         if self.device.type != "cpu":
             tolerance = VERIFY_TOLERANCE * float(computed.abs().max())

@@ -203,10 +203,13 @@ class Forecast:
         """
         rows, seconds = rows_served - self._settled[0], read_seconds - self._settled[1]
         self._settled = (rows_served, read_seconds)
+        if rows and self._chain:
+            # While it is the last of the chain, all rows that it serves are read from it.
+            last = self._chain[-1]
+            spent = last.read_seconds_per_row * last.served + seconds
+            last.read_seconds_per_row = spent / (last.served + rows)
         for filled in self._chain:
             filled.served += rows
-        if rows and self._chain:
-            self._chain[-1].read_seconds_per_row = seconds / rows
         if dropped:
             self._chain = []
 

@@ -93,7 +93,10 @@ class Planning:
     @property
     def events(self) -> list[dict[str, Any]]:
         """Every materialisation as predicted and as it happened, in plain values."""
-        return [] if self.forecast is None else [each.as_json() for each in self.forecast.filled]
+        if self.forecast is None:
+            return []
+        self._settle(self.forecast, dropped=False)
+        return [each.as_json() for each in self.forecast.filled]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint is to say of it: what was measured, and where rows come from."""

@@ -284,7 +284,9 @@ def comparison_words(plan: Mapping[str, Any], boundaries: Sequence[Mapping[str, 
     rows = [["", "filling: predicted", "actual", "saving: predicted", "actual"]]
     rows += [
         [
-            f"step {each['step']}: {each['unit']}",
+            f"step {each['step']}: {each['unit']}"
+            # Its rows are counted by the process that filled it.
+            + (" (until it was cut off)" if each["step"] < plan["from_step"] else ""),
             *(
                 duration(each[key])
                 for key in (
@@ -368,6 +370,11 @@ def closing_words(
             f"cache     {verdict} {duration(abs(saved))}, filling included, against running the "
             f"frozen units: {cache['rows_served']:,} rows came from it"
         )
+        if cache["rows_verified"]:
+            lines.append(
+                f"          {cache['rows_verified']:,} of its rows were computed once more to "
+                "verify them: no difference"
+            )
         if cache["store"]:
             lines.append(f"store     {cache['store']} (until a later run fills its own)")
     elif cache["enabled"] and summary["frozen_units"]:

@@ -30,6 +30,7 @@ from cachefreeze.totals import added, numbers_of, totals_of
 # What the cache counts: added up over the processes of a run that was cut off.
 COUNTED = (
     "rows_served",
+    "rows_verified",
     "prefix_unit_rows_computed",
     "saved_seconds",
     "read_seconds",
@@ -420,8 +421,9 @@ class Trainer:
         }
 
     def _summary(self) -> dict[str, Any]:
-        planning, last, totals = self.planning, self.metrics[-1], self._totals()
+        planning, last = self.planning, self.metrics[-1]
         plan = planning.comparison(sum(self.seconds.values())) if planning else None
+        totals = self._totals()
         return {
             **{f"{part}_seconds": seconds for part, seconds in totals["seconds"].items()},
             "epochs": self.settings.epochs,

@@ -105,7 +105,7 @@ def as_text(report: CacheReport, pruned: int, verified: bool) -> list[str]:
     for store in report.stores:
         lines += [f"damaged: {store.folder.name}: {sentence}" for sentence in store.damage]
     if verified and rows and not report.damaged:
-        lines.append("verified: every chunk is as it was written")
+        lines.append("verified: every chunk of a complete store is as it was written")
     stores = f"{len(report.stores)} store{'' if len(report.stores) == 1 else 's'}"
     lines.append(
         f"{stores}, {human_bytes(report.bytes)} in {report.folder}; "
@@ -114,7 +114,10 @@ def as_text(report: CacheReport, pruned: int, verified: bool) -> list[str]:
     if pruned:
         lines.append(f"pruned: {pruned} orphans of killed runs")
     if report.orphans:
-        lines.append(f"orphans of killed runs: {len(report.orphans)} (--prune removes them)")
+        lines.append(
+            f"orphans of killed runs: {len(report.orphans)} (--prune removes them; a run that is "
+            "resumed goes on with a store that was half written)"
+        )
     return lines
 
 

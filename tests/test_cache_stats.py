@@ -201,7 +201,7 @@ def test_orphans_of_killed_runs_are_counted_and_pruned(cache_dir: Path) -> None:
     result = stats(cache_dir)
     assert result.returncode == 0
     assert "orphan" in result.stdout
-    assert "orphans of killed runs: 1 (--prune removes them)" in result.stdout
+    assert "orphans of killed runs: 1 (--prune removes them;" in result.stdout
     assert (cache_dir / ("a" * 32)).exists(), "looking changes nothing"
 
     pruned = stats(cache_dir, "--prune")

@@ -16,6 +16,7 @@ from cachefreeze.checkpoint import load_checkpoint
 from cachefreeze.data import InputRows, load
 from cachefreeze.models import build
 from cachefreeze.train import cache_budget, main
+from cachefreeze.trainer import Trainer
 
 from .conftest import Train, file_size_limit, write_images
 
@@ -126,6 +127,41 @@ def test_its_words_say_what_happened_and_what_to_type_next(
     assert "scripts/cache_stats.py" in text
     (command,) = [line for line in lines if line.endswith("--no-cache")]
     assert main(shlex.split(command)[3:]) == 0, "the command that it says to type next works"
+
+
+def test_verifying_the_cache_says_how_many_rows_it_compared(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verified = train(*SHORT, "--verify-cache")
+    # From the first epoch on: a batch of the training rows, and one of the validation rows.
+    assert verified.summary["cache"]["rows_verified"] == 4 * (32 + 32)
+    assert "256 of its rows were computed once more to verify them" in capsys.readouterr().out
+    plain = train(*SHORT)
+    assert plain.summary["cache"]["rows_verified"] == 0
+    assert verified.summary["weights_sha256"] == plain.summary["weights_sha256"]
+
+
+def test_a_row_that_is_not_what_is_computed_ends_a_run_that_verifies(
+    fails: Fails, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, epochs = Trainer._validate, 0
+
+    def damaged(trainer: Trainer) -> tuple[float, float]:
+        nonlocal epochs
+        epochs += 1
+        if epochs == 3:
+            for chunk in (tmp_path / "cache").glob("*/train/c.*"):
+                content = np.fromfile(chunk, np.uint8)
+                content[1000::4001] ^= 1
+                content.tofile(chunk)
+        return real(trainer)
+
+    monkeypatch.setattr(Trainer, "_validate", damaged)
+    options = [*folder_options(images, tmp_path), "--cache-policy", "eager", "-b", 32]
+    sentence = fails(*options, "--verify-cache")
+    assert "the cache is wrong: row" in sentence
+    assert "of train at boundary" in sentence
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["epoch"] == 2
 
 
 def test_a_checkpoint_loads_without_running_code(train: Train) -> None:

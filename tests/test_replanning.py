@@ -239,6 +239,12 @@ def test_the_end_tells_predicted_beside_actual(
         assert f"step {event['step']}: {event['unit']}" in out
         assert event["predicted_seconds"] > 0
         assert np.isfinite([event["saving_seconds"], event["predicted_saving_seconds"]]).all()
+    # The books of the stores add up to those of the run.
+    events, cache = run.summary["cache"]["boundaries"], run.summary["cache"]
+    filling = sum(event["seconds"] for event in events)
+    saving = sum(event["saving_seconds"] for event in events)
+    assert saving == pytest.approx(cache["saved_seconds"] + filling, rel=0.01, abs=1e-3)
+    assert events[-1]["saving_seconds"] != 0
     # What is compared is what the plan was made for: all but the few steps that were measured.
     parts = ("train_seconds", "validate_seconds", "materialize_seconds")
     whole = sum(run.summary[part] for part in parts)
