@@ -27,7 +27,9 @@ class Filled:
         unit: whose output it holds.
         move: what was predicted for it just before.
         done: what it took.
-        seconds_per_row: what a row of it would have taken from the source before it.
+        seconds_per_row: what computing a row of it takes, from the source before it.
+        read_seconds: that reading rows from it took.
+        served: rows that came from it, or from stores that were made of it.
     """
 
     step: int
@@ -35,13 +37,13 @@ class Filled:
     move: Move
     done: Materialization
     seconds_per_row: float
-    read_seconds_per_row: float = 0.0
+    read_seconds: float = 0.0
     served: int = 0
 
     @property
     def saving(self) -> float:
         """Seconds that rows served from it, and from the stores made of it, have spared so far."""
-        return self.served * (self.seconds_per_row - self.read_seconds_per_row)
+        return self.served * self.seconds_per_row - self.read_seconds
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -203,11 +205,8 @@ class Forecast:
         """
         rows, seconds = rows_served - self._settled[0], read_seconds - self._settled[1]
         self._settled = (rows_served, read_seconds)
-        if rows and self._chain:
-            # While it is the last of the chain, all rows that it serves are read from it.
-            last = self._chain[-1]
-            spent = last.read_seconds_per_row * last.served + seconds
-            last.read_seconds_per_row = spent / (last.served + rows)
+        if self._chain:
+            self._chain[-1].read_seconds += seconds
         for filled in self._chain:
             filled.served += rows
         if dropped:
