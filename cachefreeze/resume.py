@@ -108,7 +108,7 @@ def _go_on(folder: Path, words: list[str]) -> Start:
             f"{folder} was started by a version of cachefreeze in which {option_of(moved[0])} was "
             f"{stored.get(moved[0])}: start a new run, or use that version"
         )
-    if dataclasses.replace(settings, output_dir=before.output_dir) != before:
+    if settings != before:
         command = [*command, *words]
     finished = (folder / "summary.json").exists()
     return Start(settings, command, True, finished)
@@ -120,7 +120,11 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         if not path.is_file():  # nor a pipe, which would never end
             raise FileNotFoundError
-        return _parts(json.loads(path.read_bytes()))
+        stored = json.loads(path.read_bytes())
+        command = [str(word) for word in stored["command"]]
+        if {"-h", "--help"} & set(command):
+            raise ValueError("no run was started so")
+        return dict(stored), command
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no run to go on with: name the folder that a run was given, or "
@@ -130,13 +134,6 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} does not describe a run: start a new one") from error
-
-
-def _parts(content: Any) -> tuple[dict[str, Any], list[str]]:
-    command = [str(word) for word in content["command"]]
-    if not isinstance(content, dict) or {"-h", "--help"} & set(command):
-        raise TypeError("not settings and words")
-    return content, command
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
