@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import sync_folder, write_partial
+from cachefreeze.files import partial_beside, sync_folder, write_partial
 from cachefreeze.hashing import tensors_sha256
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -53,17 +53,12 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], *, best: bool = Fals
 
 def _share(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`; files are replaced here, never written into."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    temporary.unlink(missing_ok=True)
-    try:
+    with partial_beside(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# How the names of files end that were not written to their end.
+PARTIAL = ".partial"
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: a crash at any moment leaves the old file or the new one.
@@ -26,14 +29,22 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_partial(path: Path, content: bytes) -> Iterator[Path]:
     """A file beside `path` with this content, all of it on the disk, to be renamed inside; it is
     removed if that fails."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    # Never through what may lie there already: it may be a link.
-    temporary.unlink(missing_ok=True)
-    try:
+    with partial_beside(path) as temporary:
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        yield temporary
+
+
+@contextmanager
+def partial_beside(path: Path) -> Iterator[Path]:
+    """A name beside `path`, this process's own, for a file to be made and renamed inside; it is
+    removed if that fails."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    # Never through what may lie there already: it may be a link.
+    temporary.unlink(missing_ok=True)
+    try:
         yield temporary
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -317,7 +317,10 @@ class Trainer:
 
     def _not_finite(self, what: str, value: float, step: int) -> UserError:
         schedule, names = self.scheduler.schedule, self.units.names
-        rates = [base * schedule.factor(u, step - 1) for u, base in enumerate(self._base_rates)]
+        rates = [
+            float(base) * schedule.factor(unit, step - 1)
+            for unit, base in enumerate(self.scheduler.base_lrs)
+        ]
         last = self.folder.path / LAST
         kept = f"; {last} is from before" if last.exists() else ""
         return UserError(
@@ -326,10 +329,6 @@ class Trainer:
             f"{rates[0]:.3g} ({names[0]}) to {rates[-1]:.3g} ({names[-1]}): try a smaller "
             f"--lr{kept}"
         )
-
-    @property
-    def _base_rates(self) -> list[float]:
-        return [float(rate) for rate in self.scheduler.base_lrs]
 
     def _verify_cache(self) -> None:
         for number, (split, rows) in enumerate(self.cache.rows.items()):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import (
+    PARTIAL,
     entries_below,
     is_locked,
     lock_file,
@@ -23,7 +24,6 @@ from cachefreeze.files import (
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 # Stores on their way out, and those that are only to measure with.
 TRASH, SCRATCH = ".trash-", ".scratch-"
-PARTIAL = ".partial"
 TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# This folder holds activations cached by cachefreeze. It may be deleted at any time.\n"

@@ -19,12 +19,13 @@ from zarr.codecs import Crc32cCodec
 from cachefreeze.files import (
     entries_below,
     human_bytes,
+    partial_beside,
     remove_tree,
     write_atomically,
     write_partial,
 )
 from cachefreeze.store.codecs import CHECKSUM_BYTES, Bytes, codec_for
-from cachefreeze.store.folder import PARTIAL, Lock, is_committed, is_store, remove_locked
+from cachefreeze.store.folder import Lock, is_committed, is_store, remove_locked
 from cachefreeze.store.format import (
     DIMENSIONS,
     FILL_VALUES,
@@ -337,18 +338,12 @@ def mend_chunk(store: Store, damage: Damage, rows: NDArray[Any]) -> bool:
 def write_chunk_file(path: Path, content: Bytes) -> int:
     """Encoded rows and their checksum, which is returned. Whole or not there."""
     checksum = CRC32C.checksum(content)
-    # Two runs may mend one chunk at a time.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    temporary.unlink(missing_ok=True)
-    try:
+    with partial_beside(path) as temporary:  # two runs may mend one chunk at a time
         with temporary.open("xb", buffering=0) as file:
             for start in range(0, len(content), WRITE_BYTES):
                 _write_all(file, content[start : start + WRITE_BYTES].data)
             _write_all(file, memoryview(checksum.to_bytes(CHECKSUM_BYTES, "little")))
         temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return checksum
 
 
