@@ -4,14 +4,16 @@
 """
 
 from cachefreeze.cache import Materialization, PrefixCache
+from cachefreeze.datasets import IndexedDataset
 from cachefreeze.errors import UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
-from cachefreeze.models.units import Units, freeze, partition
+from cachefreeze.models import Units, freeze, partition
 from cachefreeze.rows import Rows, batches_of, epoch_order
 from cachefreeze.schedule import Schedule
 
 __all__ = [
     "FreezeOutLR",
+    "IndexedDataset",
     "Materialization",
     "PrefixCache",
     "Rows",

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from cachefreeze.datasets import DatasetRows, IndexedDataset, split_rows
 from cachefreeze.device import autocast, numerics
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
 from cachefreeze.fingerprint import Sources, structure
 from cachefreeze.models.units import Units
-from cachefreeze.rows import Indices, PixelRows, Rows
+from cachefreeze.rows import Indices, PixelRows, Rows, batches_of, epoch_order
 from cachefreeze.store import (
     FORMAT,
     Store,
@@ -34,6 +37,8 @@ from cachefreeze.stores import Source, Stores, encoding_of
 WATCHED_BATCHES = 20
 # Of the largest value: what a row that is computed again may differ by, but for on a CPU.
 VERIFY_TOLERANCE = 0.02
+# Rows that the units are compared with their model on.
+CHECKED_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -60,23 +65,27 @@ class Materialization:
 class PrefixCache:
     """The rows of a data set at the frontier of a network that freezes from the front.
 
-    `batches` gives rows as the first unfrozen unit takes them. Up to the boundary they come from
-    the store; the frozen units from there to the frontier are run, without gradient, in batches of
-    the training batch size (shorter ones padded), so that a row's bits do not depend on where it
-    came from. With no directory the boundary stays at the pixels, and this is FreezeOut as
-    published.
+    `batch`, `epoch` and `batches` give rows as the first unfrozen unit takes them. Up to the
+    boundary they come from the store that `materialize` fills; the frozen units from there to the
+    frontier are run, without gradient, in batches of the training batch size (shorter ones padded),
+    so that a row's bits do not depend on where it came from. With no directory the boundary stays
+    at the input, and this is FreezeOut as published.
 
     Args:
-        units: of the network; its frontier says what is frozen.
-        inputs: the rows at boundary 0, by the name of their split (lower-case letters). If they
-            are `PixelRows`, boundary 0 can be kept too: their decoded pixels.
+        units: of the network, see `partition`; their frontier says what is frozen.
+        dataset: a map-style PyTorch data set or an `IndexedDataset`, which is the split `train`; or
+            several by the name of their split (lower-case letters). Instead of a data set there may
+            be `Rows`: if they are `PixelRows`, boundary 0 can be kept too, their decoded pixels.
         batch_size: of training.
-        device: that the network is on.
+        device: that the network is on; None is where its parameters are.
         autocast_dtype: that it is trained with, or None.
         directory: of the cache, made when missing; None switches the cache off.
         max_bytes: that the folder may take, this run's old and new store together.
         stored: keep activations as `bfloat16` or `int8` instead of in their own type. That takes
             less room and loses precision: results are no longer those of a run without a cache.
+        keep: keep all stores for later runs. Those of units that are frozen when this is made are
+            kept anyway; others go when the next is made, or when another run fills one.
+        workers: processes that load items of a data set when rows are computed from them.
         network: its name, for people who look into the cache.
         warn: is given one sentence when a store cannot be used; training goes on without.
         stopping: asked while a store is filled; if it says so, `materialize` raises `Interrupted`,
@@ -98,12 +107,25 @@ class PrefixCache:
         unfrozen_rows: of training and validation before anything was frozen.
 
     Raises:
-        UserError: the directory cannot be used.
+        UserError: the directory or a data set cannot be used.
 
     Example:
-        >>> cache = PrefixCache(units, {"train": rows}, batch_size=64)  # doctest: +SKIP
-        >>> for x in cache.batches("train", order):  # doctest: +SKIP
-        ...     output = units.run(x, units.frontier)
+        >>> import tempfile
+        >>> from cachefreeze import freeze, partition
+        >>> from torch import nn
+        >>> from torch.utils.data import TensorDataset
+        >>> head = nn.Sequential(nn.Flatten(), nn.Linear(144, 2))
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), head)
+        >>> dataset = TensorDataset(torch.zeros(10, 3, 8, 8), torch.arange(10) % 2)
+        >>> units = partition(model)
+        >>> freeze(units, 1)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with PrefixCache(units, dataset, batch_size=4, directory=folder.name) as cache:
+        ...     rows = cache.materialize().rows
+        ...     for x, y in cache.epoch(0):
+        ...         loss = nn.functional.cross_entropy(units.suffix(x), y)
+        >>> rows, x.shape, cache.prefix_unit_rows_computed, cache.rows_served
+        (10, torch.Size([2, 4, 6, 6]), 10, 10)
 
         With checkpoints of one's own:
 
@@ -122,29 +144,43 @@ class PrefixCache:
     def __init__(
         self,
         units: Units,
-        inputs: Mapping[str, Rows],
+        dataset: Dataset[Any] | Rows | Mapping[str, Dataset[Any] | Rows],
         *,
         batch_size: int,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         autocast_dtype: torch.dtype | None = None,
-        directory: Path | None = None,
+        directory: Path | str | None = None,
         max_bytes: float = float("inf"),
         stored: str | None = None,
+        keep: bool = False,
+        workers: int = 0,
         network: str = "",
         warn: Callable[[str], None] = warnings.warn,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.units = units
-        self.inputs = dict(inputs)
-        self.rows = {split: len(rows) for split, rows in inputs.items()}
-        self.batch_size = batch_size
+        first = next((p for unit in units for p in unit.parameters()), None)
+        if device is None:
+            device = "cpu" if first is None else first.device
         self.device = torch.device(device)
+        splits = dataset if isinstance(dataset, Mapping) else {"train": dataset}
+        channels_last = units.channels_last
+        self.inputs = {
+            split: rows_of(each, self.device, channels_last, workers)
+            for split, each in splits.items()
+        }
+        self.rows = {split: len(rows) for split, rows in self.inputs.items()}
+        self.batch_size = batch_size
         self.autocast_dtype = autocast_dtype
-        self.directory = directory
+        self.directory = directory = None if directory is None else Path(directory)
         self.max_bytes = max_bytes
         self.stored = stored
+        self.keep = keep
         self.warn = warn
         self.boundary = 0
+        # Units that were frozen from the start: what they give, the next run may want too.
+        self._from_start = units.frontier
+        self._checked = False
         self.rows_served = 0
         self.rows_verified = 0
         self.saved_seconds = 0.0
@@ -160,7 +196,7 @@ class PrefixCache:
         self._checkpointed: str | None = None
         self._retired: list[Store] = []
         self._mended: Store | None = None
-        self._rows: dict[str, Rows] = self.inputs
+        self._rows: Mapping[str, Rows] = self.inputs
         self.prefix_seconds_per_row = 0.0
         if directory is not None:
             prepare_cache_dir(directory)
@@ -171,7 +207,7 @@ class PrefixCache:
                 self.device,
                 max_bytes=max_bytes,
                 stored=stored,
-                network=network,
+                network=network or type(units.model).__name__,
                 warn=warn,
                 stopping=stopping,
             )
@@ -208,6 +244,69 @@ class PrefixCache:
         """
         yield from self._serve(split, order, None)
 
+    def batch(self, rows: Any, x: Tensor | None = None, split: str = "train") -> Tensor:
+        """Some rows at `units.frontier`, (n, ...), on the device.
+
+        Args:
+            rows: their n indices: an integer tensor (as a loader of an `IndexedDataset` gives
+                them), array or list.
+            x: their network input, if it is at hand; an empty tensor counts as none. Whatever is
+                missing is loaded.
+            split: that they are of.
+
+        Raises:
+            ValueError: there are no such rows, `x` is of another number of them, or autocast is on
+                with another type than `autocast_dtype`.
+        """
+        self._refuse_other_autocast()
+        indices = split_rows(split, rows, self.rows[split])
+        order = batches_of(indices, self.batch_size)
+        given = self.inputs[split]
+        if x is None or x.numel() == 0 or self._store is not None:
+            return joined(list(self._serve(split, order, None)))
+        if len(x) != len(indices):
+            raise ValueError(f"the input is of {len(x)} rows, and {len(indices)} are named")
+        if isinstance(given, DatasetRows):
+            x = given.as_input(x)
+        return joined([self._computed(part) for part in x.split(self.batch_size)])
+
+    def epoch(
+        self,
+        number: int = 0,
+        *,
+        split: str = "train",
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """An epoch over a split that was given as a data set: batches at `units.frontier`,
+        (n, ...), on the device, and their targets, as a loader collates them.
+
+        Rows that a store serves are neither loaded nor decoded, if the data set knows its targets
+        (`IndexedDataset`).
+
+        Args:
+            number: of the epoch; the order of its rows depends on it and on `seed` alone.
+            split: of which.
+            seed: see `number`.
+            shuffle: False takes the rows in their order.
+            drop_last: leave out a last batch that is not full.
+        """
+        source, count = self.inputs[split], self.rows[split]
+        if not isinstance(source, DatasetRows):
+            raise ValueError(f"{split} has no targets: give PrefixCache a data set, or use batches")
+        order = batches_of(
+            epoch_order(count, seed, number) if shuffle else np.arange(count), self.batch_size
+        )
+        if drop_last and order and len(order[-1]) < self.batch_size:
+            order = order[:-1]
+        if source.dataset.targets is not None:
+            for rows, x in zip(order, self.batches(split, order), strict=True):
+                yield x, source.targets(rows)
+        else:
+            for rows, x, targets in source.items(order):
+                yield self.batch(rows, x, split), targets
+
     def materialize(
         self, stop: int | None = None, codec: str = "raw", *, fill: bool = True
     ) -> Materialization | None:
@@ -216,11 +315,15 @@ class PrefixCache:
         The store is filled from the present boundary, running only the units between; the store
         that served until now is removed afterwards, unless a checkpoint names it (`release`). 0
         keeps the decoded pixels. With `lz4` or `zstd` the store is compressed, and its rows are
-        served from memory. Without `fill` only a store that is there already is taken. If a store
-        cannot be had (disk full, over the budget, in the hands of another run) nothing changes,
-        `warn` is told, and None is returned.
+        served from memory. Without `fill` only a store that is there already is taken. If another
+        run is writing these very rows, they are waited for. If a store cannot be had (disk full,
+        over the budget) nothing changes, `warn` is told, and None is returned.
+
+        To fill a store, every row goes through the units between once: it pays if more than one
+        epoch is left to use it.
 
         Raises:
+            ValueError: the units are not the model that they were cut out of (`Units.check`).
             Interrupted: `stopping` says so.
         """
         stop = self.units.frontier if stop is None else stop
@@ -228,25 +331,38 @@ class PrefixCache:
         if self.directory is None or (stop <= self.boundary and not pixels):
             return None
         start = time.perf_counter()
-        store, held, computed = None, 0, 0.0
+        store, held, computed, reused, blocked = None, 0, 0.0, False, False
         try:
-            fingerprint = self.fingerprint(stop)
-            store = self._stores.find(fingerprint, self._source(stop))
-            reused = store is not None
-            if store is None and fill:
-                filling = self._stores.fill(
-                    fingerprint,
-                    stop,
-                    self._name(stop),
-                    codec,
-                    self._source(stop),
-                    self.prefix_seconds_per_row,
-                )
-                if filling is not None:
-                    store, held, computed = filling.store, filling.held, filling.compute_seconds
-                    store.load()
-        except BlockingIOError:
-            self.warn(f"another run is using the store after {self._name(stop)}: not cached")
+            fingerprint, name = self.fingerprint(stop), self._name(stop)
+            while True:
+                try:
+                    store = self._stores.find(fingerprint, self._source(stop))
+                    reused = store is not None
+                    if store is None and fill:
+                        self._check()
+                        filling = self._stores.fill(
+                            fingerprint,
+                            stop,
+                            name,
+                            codec,
+                            self._source(stop),
+                            self.prefix_seconds_per_row,
+                        )
+                        if filling is not None:
+                            store, held = filling.store, filling.held
+                            computed = filling.compute_seconds
+                            store.load()
+                    break
+                except BlockingIOError:
+                    # A whole store that another run reads, and that is of no use to this one.
+                    useless = blocked and self.has(stop)
+                    if useless or not self._stores.wait_for_writer(fingerprint, name):
+                        self.warn(
+                            f"another run is using the store after {name}, and does not come to an "
+                            "end with it: not cached"
+                        )
+                        break
+                    blocked = True
         except StoreTooLarge:
             self.warn(
                 f"activations after {self._name(stop)} are not cached: compressed with {codec} "
@@ -265,6 +381,8 @@ class PrefixCache:
             self.saved_seconds -= seconds
         if store is None:
             return None
+        if self.keep or stop <= self._from_start:
+            store.keep()
         self._switch(store, stop)
         return Materialization(
             boundary=stop,
@@ -393,8 +511,15 @@ class PrefixCache:
             add("unit", name, structure(unit, self._sources))
         return digest.hexdigest()[:32]
 
+    def __enter__(self) -> "PrefixCache":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Let go of the store. It stays on disk until a run with this folder needs the room."""
+        """Let go of the store. One that is kept stays on disk until the room is needed, any other
+        until a run with this folder fills its own."""
         for store in (self._store, *self._retired):
             if store is not None:
                 store.close()
@@ -448,6 +573,36 @@ class PrefixCache:
                 if self._store is store:
                     self._mend_or_leave(store, error)
 
+    def _computed(self, x: Tensor) -> Tensor:
+        """Rows at the frontier from network input."""
+        self._count(len(x), 0.0)
+        mark = time.perf_counter()
+        x = self._run(x, 0, self.units.frontier)
+        if self.device.type == "cpu":
+            self.compute_seconds += time.perf_counter() - mark
+        return x
+
+    def _check(self) -> None:
+        """Before anything is kept: the units are the model."""
+        if self._checked:
+            return
+        split, rows = next(iter(self.rows.items()))
+        x = next(iter(self.inputs[split].batches([np.arange(min(CHECKED_ROWS, rows))])))
+        with autocast(self.device, self.autocast_dtype):
+            self.units.check(x)
+        self._checked = True
+
+    def _refuse_other_autocast(self) -> None:
+        """Rows are always computed with `autocast_dtype`, whatever surrounds them: what is kept
+        must not depend on where in a loop it was made."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            if dtype != self.autocast_dtype:
+                raise ValueError(
+                    f"autocast is on here with {dtype}: give PrefixCache autocast_dtype={dtype}"
+                )
+
     def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
         self.prefix_unit_rows_computed += len(x) * (stop - start)
         with autocast(self.device, self.autocast_dtype):
@@ -500,14 +655,18 @@ class PrefixCache:
                 for name, rows in stored.items()
             }
         self.boundary = boundary
+        self._tell_datasets()
         self.prefix_seconds_per_row = store.notes.get("prefix_seconds_per_row", 0.0)
         self._retire(old)
 
-    def _retire(self, store: Store | None) -> None:
-        """Done with a store: it goes, now or when no checkpoint names it any more."""
+    def _retire(self, store: Store | None, *, whole: bool = True) -> None:
+        """Done with a store: it goes, now or when no checkpoint names it any more, unless it is
+        whole and kept for later runs."""
         if store is None:
             return
-        if store.description.fingerprint == self._checkpointed:
+        if whole and store.kept:
+            store.close()
+        elif store.description.fingerprint == self._checkpointed:
             store.put_away()
             self._retired.append(store)
         else:
@@ -530,7 +689,8 @@ class PrefixCache:
             f"the store after {self._name(self.boundary)} cannot be read ({reason}): its rows are "
             "computed instead"
         )
-        self.leave()
+        self._leave_store()
+        self._retire(store, whole=False)
 
     def _leave_store(self) -> None:
         self._forget_reading()
@@ -540,7 +700,30 @@ class PrefixCache:
             0,
             0.0,
         )
+        self._tell_datasets()
+
+    def _tell_datasets(self) -> None:
+        """Whether they need not load inputs."""
+        for rows in self.inputs.values():
+            if isinstance(rows, DatasetRows):
+                rows.dataset.serve(self._store is not None)
 
     def _forget_reading(self) -> None:
         self._last_watched = self.seconds_per_byte_read
         self._watched.clear()
+
+
+def rows_of(
+    data: Dataset[Any] | Rows, device: torch.device, channels_last: bool, workers: int
+) -> Rows:
+    """What a user gave for a split, as rows."""
+    if not isinstance(data, Dataset):
+        return data
+    if not isinstance(data, IndexedDataset):
+        data = IndexedDataset(data)
+    return DatasetRows(data, device, channels_last, workers)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Batches as one; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -39,11 +39,13 @@ class Settings:
     """Everything that decides a run. `args.json` holds these fields."""
 
     arch: str
-    depth: int
+    depth: int | None  # of our own networks only
     width: int | None  # wrn only
     growth_rate: int | None  # densenet only
     bottleneck: bool
     dropout: float
+    weights: str | None
+    freeze_first: str | int | None
     dataset: str
     data_dir: Path
     image_size: int
@@ -64,6 +66,7 @@ class Settings:
     cache_policy: str
     cache_codec: str
     cache_dtype: str
+    keep_cache: bool
     plan: bool
     rows: tuple[int, int] | None  # with plan only
     classes: int | None  # with plan only
@@ -77,9 +80,21 @@ class Settings:
 
     @property
     def network(self) -> str:
-        """The network's name with its sizes, such as wrn16_2."""
+        """The network's name with its sizes, such as wrn16_2 or torchvision:resnet18."""
+        if self.library is not None:
+            return self.arch
         second = {"wrn": self.width, "densenet": self.growth_rate}.get(self.arch)
         return f"{self.arch}{self.depth}" + (f"_{second}" if second is not None else "")
+
+    @property
+    def library(self) -> str | None:
+        """Whose network it is, if it is none of ours."""
+        return self.arch.rpartition(":")[0] or None
+
+    @property
+    def model_name(self) -> str:
+        """The network's name in that library."""
+        return self.arch.rpartition(":")[2]
 
     @property
     def stored(self) -> str | None:
@@ -95,7 +110,7 @@ class Settings:
 
     def network_sizes(self) -> dict[str, Any]:
         """What `models.build` takes besides the architecture and the number of classes."""
-        names = ("depth", "width", "growth_rate", "bottleneck", "dropout")
+        names = ("depth", "width", "growth_rate", "bottleneck", "dropout", "image_size")
         return {name: getattr(self, name) for name in names}
 
     def as_json(self) -> dict[str, Any]:
@@ -140,8 +155,9 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     args = _parser().parse_args(argv)
     arch, depth, second = _parse_arch(args.arch)
     defaults = _DEFAULTS[args.dataset]
-    default_depth, default_second = defaults["sizes"][arch]
-    depth = _only_one("--depth", args.depth, depth, default_depth)
+    if arch in ARCHITECTURES:
+        default_depth, default_second = defaults["sizes"][arch]
+        depth = _only_one("--depth", args.depth, depth, default_depth)
     width = growth_rate = None
     if arch == "wrn":
         width = _only_one("--width", args.width, second, default_second)
@@ -162,6 +178,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         growth_rate=growth_rate,
         bottleneck=args.bottleneck,
         dropout=(0.5 if arch == "vgg" else 0.0) if args.dropout is None else args.dropout,
+        weights=args.weights,
+        freeze_first=_unit_or_number(args.freeze_first),
         dataset=args.dataset,
         data_dir=args.data_dir or Path("data"),
         image_size=defaults["image_size"] if args.image_size is None else args.image_size,
@@ -169,12 +187,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         augment=args.augment,
         epochs=defaults["epochs"] if args.epochs is None else args.epochs,
         batch_size=defaults["batch_size"] if args.batch_size is None else args.batch_size,
-        lr=args.lr,
+        lr=(0.1 if args.weights is None else 0.01) if args.lr is None else args.lr,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
-        freeze=args.freeze,
-        t0=args.t0,
-        schedule=args.schedule,
+        freeze=args.freeze and (args.freeze_first is None or args.schedule is not None),
+        t0=0.8 if args.t0 is None else args.t0,
+        schedule=args.schedule or "cubic",
         scale_lr=args.scale_lr,
         cache=not args.augment if args.cache is None else args.cache,
         cache_dir=args.cache_dir,
@@ -182,6 +200,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         cache_policy=args.cache_policy,
         cache_codec=args.cache_codec,
         cache_dtype=args.cache_dtype,
+        keep_cache=args.keep_cache,
         plan=args.plan,
         rows=None if args.rows is None else tuple(args.rows),
         classes=args.classes,
@@ -191,7 +210,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         workers=args.workers,
         checkpoint_every=args.checkpoint_every,
         verify_cache=args.verify_cache,
-        output_dir=args.output_dir or _new_output_dir(f"{args.arch}-{args.dataset}"),
+        output_dir=args.output_dir
+        or _new_output_dir(f"{args.arch.rpartition(':')[2]}-{args.dataset}"),
     )
     _check(settings)
     return settings
@@ -199,14 +219,20 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 
 def _parse_arch(text: str) -> tuple[str, int | None, int | None]:
     """`wrn40_4` is wrn, 40, 4; sizes may be left out."""
+    if re.fullmatch(r"(torchvision|timm):[\w.-]+", text):
+        return text, None, None
     match = re.fullmatch(r"([a-z]+)(\d+)?(?:_(\d+))?", text.lower())
     if match is None or match[1] not in ARCHITECTURES:
         raise UserError(
             f"--arch {text} is not known: choose wrn, densenet or vgg, with sizes if you like "
-            "(wrn40_4, densenet76_12, vgg16)"
+            "(wrn40_4, densenet76_12, vgg16), or torchvision:NAME or timm:NAME"
         )
     depth, second = (int(size) if size else None for size in match.groups()[1:])
     return match[1], depth, second
+
+
+def _unit_or_number(text: str | None) -> str | int | None:
+    return int(text) if text is not None and re.fullmatch(r"-?\d+", text) else text
 
 
 def _only_one(option: str, given: int | None, spelled: int | None, default: int) -> int:
@@ -218,6 +244,8 @@ def _only_one(option: str, given: int | None, spelled: int | None, default: int)
 def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
     """An option that would do nothing is a mistake that nobody would notice."""
     for option, given, applies, to in (
+        ("--depth", args.depth is not None, arch in ARCHITECTURES, "wrn, densenet and vgg"),
+        ("--dropout", args.dropout is not None, arch in ARCHITECTURES, "wrn, densenet and vgg"),
         ("--width", args.width is not None, arch == "wrn", "wrn"),
         ("--growth-rate", args.growth_rate is not None, arch == "densenet", "densenet"),
         ("--no-bottleneck", not args.bottleneck, arch == "densenet", "densenet"),
@@ -232,6 +260,13 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
     ):
         if given and not applies:
             raise UserError(f"{option} is for {to} only: leave it out, or choose {to}")
+    if args.t0 is not None and args.freeze_first is not None and args.schedule is None:
+        raise UserError(
+            "--t0 is for units that freeze by FreezeOut: with --freeze-first the others train to "
+            "the end, unless --schedule is given too"
+        )
+    if args.keep_cache and (args.cache is False or args.augment):
+        raise UserError("--keep-cache keeps what a cache holds: leave out --no-cache and --augment")
     if (args.rows is None) != (args.classes is None) or (args.rows and not args.plan):
         raise UserError(
             "--rows and --classes describe a data set that is not there, for --plan: give all three"
@@ -254,7 +289,7 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
 
 
 def _check(settings: Settings) -> None:
-    smallest = _SMALLEST_IMAGE[settings.arch]
+    smallest = _SMALLEST_IMAGE.get(settings.arch, 8)
     limits: list[tuple[str, Any, bool, str]] = [
         ("--t0", settings.t0, 0 < settings.t0 <= 1, "above 0 and at most 1"),
         ("--epochs", settings.epochs, settings.epochs >= 1, "1 or more"),
@@ -319,7 +354,19 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         default="wrn",
         help="wrn, densenet or vgg; sizes may be spelled out, as in wrn40_4; without them the "
-        "data set decides",
+        "data set decides; torchvision:NAME and timm:NAME are their networks",
+    )
+    group.add_argument(
+        "--weights",
+        metavar="DEFAULT|NAME|FILE",
+        help="start from weights that were trained before: those of torchvision or timm by name, a "
+        "state dict, or a checkpoint of a run; the head is new if the classes are",
+    )
+    group.add_argument(
+        "--freeze-first",
+        metavar="UNIT|N",
+        help="freeze the network up to and with this unit, or its first N units (negative: all but "
+        "N), before the first step; the others train to the end, or by FreezeOut with --schedule",
     )
     group.add_argument("-L", "--depth", type=int, help="layers (6n+4 for wrn and densenet)")
     group.add_argument("--width", type=int, help="widening factor of a wrn")
@@ -360,15 +407,14 @@ def _parser() -> argparse.ArgumentParser:
         "--t0",
         "--t_0",
         type=float,
-        default=0.8,
-        help="share of the run after which the first unit freezes, before --schedule is applied",
+        help="share of the run after which the first unit freezes, before --schedule is applied "
+        "(default: 0.8)",
     )
     group.add_argument(
         "--schedule",
         "--how_scale",
         choices=tuple(SHAPES),
-        default="cubic",
-        help="how freezing moves on from there to the end",
+        help="how freezing moves on from there to the end (default: cubic)",
     )
     group.add_argument(
         "--scale-lr",
@@ -420,6 +466,11 @@ def _parser() -> argparse.ArgumentParser:
         help="bf16 halves what fp32 activations take, and loses precision",
     )
     group.add_argument(
+        "--keep-cache",
+        action="store_true",
+        help="keep this run's stores for later runs, also those of units that freeze in its course",
+    )
+    group.add_argument(
         "--plan",
         action="store_true",
         help="measure, print what would be kept and what that would bring, and stop",
@@ -445,7 +496,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "-b", "--batch-size", "--batch_size", type=int, help="images a step (default: by data set)"
     )
-    group.add_argument("--lr", type=float, default=0.1, help="base learning rate of SGD")
+    group.add_argument(
+        "--lr", type=float, help="base learning rate of SGD (default: 0.1; 0.01 with --weights)"
+    )
     group.add_argument("--momentum", type=float, default=0.9, help="of SGD, Nesterov's")
     group.add_argument("--weight-decay", type=float, default=1e-4, help="of SGD")
     group.add_argument("--seed", type=int, default=0, help="of weights, dropout and row order")

@@ -55,8 +55,12 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """Autocast to `dtype`, or nothing if it is None."""
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    """Autocast to `dtype`, or none at all if it is None, whatever surrounds it."""
+    if dtype is not None:
+        return torch.autocast(device.type, dtype)
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def numerics(device: torch.device) -> dict[str, object]:

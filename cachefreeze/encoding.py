@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cachefreeze.models.units import canonical
+from cachefreeze.models.units import canonical, is_channels_last
 from cachefreeze.store import ARRAY_TYPES, Quantization
 
 LEVELS = 255
@@ -19,40 +19,47 @@ LEVELS = 255
 class Encoding:
     """How the rows of one boundary are stored.
 
-    Rows are stored channels last, (n, H, W, C) for images, bfloat16 as its bits. As `int8` a value
-    is a whole number of steps from its channel's middle; what lies beyond the channel's range is
-    cut off.
+    Rows are stored as they lie in memory: channels-last ones as (n, H, W, C), others in the order
+    of their axes; bfloat16 as its bits. As `int8` a value is a whole number of steps from its
+    channel's middle (the last axis of what is stored); what lies beyond the channel's range is cut
+    off.
 
     Args:
         values: type of the tensors.
         stored: name of the type that they are stored as; that of `values` loses nothing.
+        channels_last: the tensors are (n, C, H, W), and lie in memory as (n, H, W, C).
         quantization: of `int8` only.
     """
 
     values: torch.dtype
     stored: str
+    channels_last: bool
     quantization: Quantization | None = None
 
     @classmethod
     def of(cls, x: Tensor, stored: str | None) -> "Encoding":
         """For rows like `x`: in their own type, or as one of `LOSSY`.
 
-        The ranges of `int8` are those of `x`, (n, C, H, W) or (n, ..., C).
+        The ranges of `int8` are those of `x`.
         """
-        own = name_of(x.dtype)
+        own, last = name_of(x.dtype), is_channels_last(x)
+        if stored == "int8" and x.dim() == 4:
+            last = True  # so that channels have ranges of their own
         if stored is None or stored == own or not x.dtype.is_floating_point:
-            return cls(x.dtype, own)
+            return cls(x.dtype, own, last)
         if stored != "int8":
-            return cls(x.dtype, stored)
-        channels = channels_last(x).flatten(0, -2).float()
+            return cls(x.dtype, stored, last)
+        channels = in_order(x, last).flatten(0, -2).float()
         low, high = channels.amin(0), channels.amax(0)
         # A channel that is constant here may not be elsewhere, but has to have some step.
         scale = ((high - low) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
         # -128 is the lowest value, 127 the highest.
         offset = low + scale * 128
         if not (scale.isfinite() & offset.isfinite()).all():  # the network has diverged
-            return cls(x.dtype, own)
-        return cls(x.dtype, stored, Quantization(tuple(scale.tolist()), tuple(offset.tolist())))
+            return cls(x.dtype, own, is_channels_last(x))
+        return cls(
+            x.dtype, stored, last, Quantization(tuple(scale.tolist()), tuple(offset.tolist()))
+        )
 
     @property
     def array_type(self) -> str:
@@ -61,7 +68,8 @@ class Encoding:
 
     def encode(self, x: Tensor) -> NDArray[Any]:
         """Rows (n, C, H, W) or (n, ...) as the array (n, H, W, C) or (n, ...) that is stored."""
-        plain = channels_last(x)
+        assert self.quantization or is_channels_last(x) == self.channels_last
+        plain = in_order(x, self.channels_last)
         if self.quantization is not None:
             scale, offset = self._quantization_on(plain.device)
             steps = ((plain.float() - offset) / scale).round_()
@@ -88,7 +96,7 @@ class Encoding:
             x = (x.float() * scale + offset).to(self.values)
         else:
             x = x.to(self.values)
-        return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
+        return x.permute(0, 3, 1, 2) if self.channels_last else x
 
     def _quantization_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         assert self.quantization is not None
@@ -98,10 +106,10 @@ class Encoding:
         )
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """(n, C, H, W) as (n, H, W, C); anything else as it is."""
+def in_order(x: Tensor, channels_last: bool) -> Tensor:
+    """(n, C, H, W) as (n, H, W, C), if it is to be `channels_last`; anything else as it is."""
     x = canonical(x.detach())
-    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+    return x.permute(0, 2, 3, 1).contiguous() if channels_last else x
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -1,12 +1,17 @@
 """What a unit computes, written down so that it can be hashed."""
 
 import contextlib
+import enum
+import functools
 import inspect
 import uuid
 from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
 from types import CodeType, FunctionType
 
-from torch import Tensor, nn
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
 
 from cachefreeze.hashing import tensors_sha256
 
@@ -53,10 +58,19 @@ def structure(unit: nn.Module, sources: Sources) -> list[object]:
             sources.of(module),
             settings,
             plain(hooks),
+            steps(module),
             tensors_sha256(tensors),
             [tensor.stride() for _, tensor in tensors],
         ]
     return result
+
+
+def steps(module: nn.Module) -> object:
+    """What a module does that was cut out of another one: its code, and the functions in it."""
+    if not isinstance(module, fx.GraphModule):
+        return None
+    called = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    return module.code, plain(called)
 
 
 def plain(value: object) -> object:
@@ -69,6 +83,14 @@ def plain(value: object) -> object:
         return value
     if isinstance(value, Tensor):
         return tensors_sha256([("", value)])
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return plain(torch.from_numpy(value.view(np.uint8))), value.shape, str(value.dtype)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, enum.Enum):
+        return type(value).__qualname__, plain(value.value)
+    if isinstance(value, functools.partial):
+        return plain([value.func, value.args, value.keywords])
     if isinstance(value, Mapping):
         return [(plain(key), plain(item)) for key, item in value.items()]
     if isinstance(value, list | tuple):

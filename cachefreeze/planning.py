@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from cachefreeze.cache import PrefixCache
 from cachefreeze.data import InputRows
@@ -27,7 +26,6 @@ class Planning:
 
     Args:
         cache: with a directory; it is filled and left from here.
-        model: of the run: its units in order.
         optimizer: of the run.
         inputs: the training rows' way from pixels to network input.
         run: when units freeze.
@@ -52,7 +50,6 @@ class Planning:
     def __init__(
         self,
         cache: PrefixCache,
-        model: nn.Sequential,
         optimizer: torch.optim.Optimizer,
         inputs: InputRows,
         run: Run,
@@ -65,7 +62,6 @@ class Planning:
         checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self.cache = cache
-        self.model = model
         self.optimizer = optimizer
         self.inputs = inputs
         self.run = run
@@ -79,6 +75,8 @@ class Planning:
         self.seconds = dict(NO_PLANNING)
         self.step = 0
         self._clock: StepClock | None = None
+        # The one store of a run that has nothing to plan.
+        self._found: Filled | None = None
         # Of a checkpoint.
         self._cache_state: dict[str, Any] | None = None
         self._measured_before: Profile | None = None
@@ -93,6 +91,10 @@ class Planning:
     @property
     def events(self) -> list[dict[str, Any]]:
         """Every materialisation as predicted and as it happened, in plain values."""
+        if self._found is not None:
+            self._found.served = self.cache.rows_served
+            self._found.read_seconds = self.cache.read_seconds
+            return [self._found.as_json()]
         if self.forecast is None:
             return []
         self._settle(self.forecast, dropped=False)
@@ -130,6 +132,8 @@ class Planning:
         """
         if self._cache_state is not None:
             self._take_up(self._cache_state)
+        if self._nothing_to_plan():
+            return
         if self._measured_before is not None:
             self._plan(self._measured_before, "before it was interrupted")
             return
@@ -149,7 +153,7 @@ class Planning:
             pixels = self._pixels()
             rows = torch.arange(self.run.batch_size) % len(pixels)
             measured = measure(
-                self.model,
+                self.cache.units,
                 self.inputs.from_pixels(pixels[rows]),
                 passes=max(passes, 2),
                 device=self.cache.device,
@@ -235,6 +239,26 @@ class Planning:
             self._served_from = self.cache.store
             what = "pixels" if found.boundary == 0 else f"activations after {self.cache.unit}"
             self.tell(f"  step {self.step}: {what} are still in the cache: {found.rows:,} rows")
+
+    def _nothing_to_plan(self) -> bool:
+        """Whether all that freezes in this run is frozen, and a store holds what it gives: one of
+        an earlier run, say. No frozen unit need run then, not even to be measured."""
+        frontier = self.cache.units.frontier
+        if not frontier or any(
+            self.step < step < self.run.total_steps for step in self.run.freeze_steps
+        ):
+            return False
+        if self.cache.store is None and self.cache.has(frontier):
+            with timed(self.seconds, "materialize"):
+                done = self.cache.materialize(fill=False)
+            if done is not None:
+                codec, size = done.codec, float(done.bytes)
+                move = Move(self.step, Keep(frontier, codec, 0.0, 0.0, 0.0), size, 0.0, 0.0, True)
+                spared = self.cache.prefix_seconds_per_row
+                self._found = Filled(self.step, self.cache.unit, move, done, spared)
+                self.tell(materialize_line(self._found.as_json()))
+        self._served_from = self.cache.store
+        return self.cache.boundary == frontier
 
     def _pixels(self) -> torch.Tensor:
         """A few real images, decoded: arithmetic takes as long whatever it is done on, but how

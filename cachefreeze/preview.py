@@ -10,8 +10,7 @@ from cachefreeze.data import ArrayImages, InputRows, Outline
 from cachefreeze.device import resolve_device, resolve_precision
 from cachefreeze.files import nearest_folder
 from cachefreeze.forecast import Forecast
-from cachefreeze.models import build
-from cachefreeze.models.units import partition
+from cachefreeze.network import check_network, make_network
 from cachefreeze.planner import Run
 from cachefreeze.profiler import MAX_PASSES, measure, profile
 from cachefreeze.report import opening_words, plan_table, room_words, say
@@ -37,20 +36,23 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
     shape = (settings.batch_size, channels, height, width)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     torch.manual_seed(settings.seed)
-    model = build(settings.arch, about.classes, **settings.network_sizes())
-    model = model.to(device).to(memory_format=torch.channels_last)
-    units = partition(model)
+    check_network(settings, about.image_shape)
+    # Arithmetic takes as long with any weights.
+    model, units, _ = make_network(settings, [str(number) for number in range(about.classes)])
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if settings.freeze_first is not None:
+        units.freeze(settings.freeze_first)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
     facts = {**settings.as_json(), "network": settings.network}
-    for line in opening_words(facts, len(units), parameters, about.description, where):
+    for line in opening_words(facts, units.names, parameters, about.description, where):
         say(line)
 
     nothing = ArrayImages(pixels[:0].permute(0, 2, 3, 1).numpy(), torch.zeros(0).long().numpy())
     inputs = InputRows(nothing, (0.5,) * channels, (0.25,) * channels, device)
     measured = profile(
         measure(
-            model,
+            units,
             inputs.from_pixels(pixels),
             passes=MAX_PASSES,
             device=device,
@@ -68,7 +70,11 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
     )
     steps = settings.epochs * -(-about.train_rows // settings.batch_size)
     schedule = Schedule(
-        len(units), steps, settings.t0 if settings.freeze else 1.0, settings.schedule
+        len(units),
+        steps,
+        settings.t0 if settings.freeze else 1.0,
+        settings.schedule,
+        first=units.frontier,
     )
     run = Run(schedule.freeze_steps, steps, about.train_rows, about.val_rows, settings.batch_size)
     splits = {"train": about.train_rows, "val": about.val_rows}

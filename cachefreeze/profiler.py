@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cachefreeze.device import autocast, memory_for_rows, synchronize
 from cachefreeze.encoding import Encoding
-from cachefreeze.models.units import Units, canonical, partition
+from cachefreeze.models.units import Units, canonical
 from cachefreeze.planner import Costs, Keep
 from cachefreeze.rows import PixelRows
 from cachefreeze.scratch import measure_disk
@@ -224,7 +224,7 @@ def passes_for(row_passes: float, batch_size: int) -> int:
 
 
 def measure(
-    model: nn.Sequential,
+    units: Units,
     x: Tensor,
     *,
     passes: int,
@@ -238,8 +238,7 @@ def measure(
     """
     start = time.perf_counter()
     with _same_random_state(device):  # dropout draws from the global generators
-        copied = copy.deepcopy(model)
-        bench = _Bench(copied, partition(copied), device, autocast_dtype)
+        bench = _Bench(copy.deepcopy(units), device, autocast_dtype)
         for _ in range(passes):
             outputs = bench.measure(x)
         step = bench.step_seconds()
@@ -423,11 +422,9 @@ def _timed(device: torch.device, work: Any) -> tuple[Any, float]:
 class _Bench:
     """Runs a network unit by unit, and keeps the times of every unit in every pass."""
 
-    def __init__(
-        self, model: nn.Module, units: Units, device: torch.device, dtype: torch.dtype | None
-    ) -> None:
-        self.model = model
+    def __init__(self, units: Units, device: torch.device, dtype: torch.dtype | None) -> None:
         self.units = units
+        self.whole = units.model
         self.device = device
         self.dtype = dtype
         self.forward: list[list[float]] = [[] for _ in units]
@@ -441,7 +438,7 @@ class _Bench:
         return outputs
 
     def _eval_pass(self, x: Tensor) -> tuple[Tensor, ...]:
-        self.model.eval()
+        self.whole.eval()
         outputs = []
         x = canonical(x)
         for unit, times in zip(self.units, self.forward, strict=True):
@@ -455,7 +452,7 @@ class _Bench:
             return canonical(unit(x))
 
     def _train_pass(self, x: Tensor) -> None:
-        self.model.train()
+        self.whole.train()
         for number, (unit, times) in enumerate(zip(self.units, self.train, strict=True)):
             # The first unit's input takes no gradient, in training neither.
             x = x.detach().requires_grad_(number > 0)
@@ -475,7 +472,7 @@ class _Bench:
 
     def step_seconds(self) -> float:
         """Seconds of an optimiser step on the gradients that are there."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = [p for p in self.whole.parameters() if p.grad is not None]
         optimizer = torch.optim.SGD(parameters, lr=1e-9, momentum=0.9, nesterov=True)
         times = [_timed(self.device, optimizer.step)[1] for _ in range(3)]
         return min(times)

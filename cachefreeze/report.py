@@ -156,10 +156,11 @@ def materialize_line(event: Mapping[str, Any]) -> str:
     lossy = ", at a loss of precision" if event["lossy"] else ""
     if event["held"]:
         lossy += f", {event['held']:,} rows of it before it was interrupted"
+    predicted = event["predicted_seconds"]
     return (
         f"  step {event['step']}: {what} {verb}: {event['rows']:,} rows, "
-        f"{human_bytes(event['bytes'])}{kind}{lossy}, {event['seconds']:.1f} s "
-        f"({event['predicted_seconds']:.1f} s predicted)"
+        f"{human_bytes(event['bytes'])}{kind}{lossy}, {event['seconds']:.1f} s"
+        + (f" ({predicted:.1f} s predicted)" if predicted else "")
     )
 
 
@@ -304,14 +305,36 @@ def comparison_words(plan: Mapping[str, Any], boundaries: Sequence[Mapping[str, 
 
 
 def opening_words(
-    settings: Mapping[str, Any], units: int, parameters: int, data_set: str, where: str
+    settings: Mapping[str, Any],
+    units: Sequence[str],
+    parameters: int,
+    data_set: str,
+    where: str,
+    weights: tuple[str, Sequence[str]] | None = None,
+    first: int = 0,
 ) -> list[str]:
-    """What is about to be done."""
+    """What is about to be done.
+
+    Args:
+        settings: what is in args.json.
+        units: their names.
+        parameters: of the network.
+        data_set, where: in words.
+        weights: what it starts from in words, and the names of what is new.
+        first: units that are frozen from the start.
+    """
     if settings["freeze"]:
         rates = "scaled" if settings["scale_lr"] else "unscaled"
         plan = f"FreezeOut, {settings['schedule']}, t0 = {settings['t0']:g}, {rates} rates"
     else:
         plan = "nothing freezes, one cosine for all units"
+    if first:
+        rest = plan.replace("nothing freezes", "nothing else freezes")
+        plan = (
+            f"frozen from the start: {first} of {len(units)} units, to {units[first - 1]}; {rest}"
+        )
+        if settings["freeze"]:
+            plan = plan.replace("FreezeOut,", "FreezeOut for the others,")
     if settings["cache"]:
         cache = f"activations of frozen units are kept in {settings['cache_dir']}"
         if settings["cache_codec"] == "int8":
@@ -324,12 +347,19 @@ def opening_words(
         cache = "off: frozen units are computed in every step"
     epochs = "1 epoch" if settings["epochs"] == 1 else f"{settings['epochs']} epochs"
     return [
-        f"network   {settings['network']}: {units} units, {parameters / 1e6:.2f} M parameters",
+        f"network   {settings['network']}: {len(units)} units, {parameters / 1e6:.2f} M parameters",
+        *([] if weights is None else [weights_line(*weights)]),
         f"data      {data_set}",
         f"training  {epochs} in batches of {settings['batch_size']} on {where}",
         f"schedule  {plan}",
         f"cache     {cache}",
     ]
+
+
+def weights_line(words: str, new: Sequence[str]) -> str:
+    """What a network starts from."""
+    fresh = f"; new for these classes: {', '.join(new)}" if new else ""
+    return f"weights   {words}{fresh}"
 
 
 def closing_words(

@@ -23,6 +23,7 @@ FREE = {
     "cache_policy",
     "cache_codec",
     "cache_dtype",
+    "keep_cache",
     "checkpoint_every",
     "verify_cache",
     "workers",

@@ -25,6 +25,8 @@ class Schedule:
         shape: `linear`, `squared` or `cubic`: g in t_i = g(t0 + (1 - t0) i / L).
         scale_lr: divide unit i's initial rate by t_i, so that all units' rates have equal
             integrals over the run.
+        first: so many units are frozen before the first step; the others follow the schedule of a
+            network that they are all of.
 
     Raises:
         ValueError: a value outside its range.
@@ -35,6 +37,7 @@ class Schedule:
     t0: float = 0.8
     shape: str = "cubic"
     scale_lr: bool = True
+    first: int = 0
 
     def __post_init__(self) -> None:
         if self.units < 1:
@@ -45,13 +48,17 @@ class Schedule:
             raise ValueError(f"t0 is {self.t0}: it must be above 0 and at most 1")
         if self.shape not in SHAPES:
             raise ValueError(f"shape is {self.shape!r}: it must be one of {', '.join(SHAPES)}")
+        if not 0 <= self.first < self.units:
+            raise ValueError(
+                f"{self.first} of {self.units} units are frozen from the start: one has to train"
+            )
 
     @cached_property
     def ends(self) -> tuple[float, ...]:
-        """t_i of every unit: the share of the run for which it trains, in (0, 1]."""
-        shape, last = SHAPES[self.shape], self.units - 1
+        """t_i of every unit: the share of the run for which it trains, in [0, 1]."""
+        shape, last = SHAPES[self.shape], self.units - 1 - self.first
         hidden = [shape(self.t0 + (1 - self.t0) * unit / last) for unit in range(last)]
-        return (*hidden, 1.0)
+        return (*(0.0 for _ in range(self.first)), *hidden, 1.0)
 
     @cached_property
     def freeze_steps(self) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ from cachefreeze.store import (
     StoreError,
     StoreWriter,
     in_use,
+    is_committed,
+    kept_since,
     label,
     mend_chunk,
     open_store,
@@ -34,6 +36,9 @@ from cachefreeze.store import (
 )
 from cachefreeze.timing import Clock
 
+# How often to look whether another run has written its store, and for how long nothing may come of
+# it before that run is taken to have stopped.
+POLL_SECONDS, STALLED_SECONDS = 0.2, 60.0
 # Rows that the ranges of int8 are taken from.
 RANGE_ROWS = 512
 
@@ -184,6 +189,8 @@ class Stores:
             OSError: it cannot be written; nothing is left of it.
             Interrupted: `stopping` says so; what was written is left for the next attempt.
         """
+        if in_use(self.directory / fingerprint):
+            raise BlockingIOError  # before any row is computed
         clock = Clock()
         start, written, seen = time.perf_counter(), 0, 0
 
@@ -235,6 +242,28 @@ class Stores:
         finally:
             bar.close()
 
+    def wait_for_writer(self, fingerprint: str, unit: str) -> bool:
+        """Until no other process is writing a store any more; whether it is worth another try, as
+        it is not if that process does not get on.
+
+        Raises:
+            Interrupted: `stopping` says so.
+        """
+        folder = self.directory / fingerprint
+        told, size, since = False, -1, time.monotonic()
+        while in_use(folder) and not is_committed(folder):
+            if not told:
+                self.warn(f"another run is writing the store after {unit}: waiting for it")
+                told = True
+            now = size_of_tree(folder)
+            if now != size:
+                size, since = now, time.monotonic()
+            elif time.monotonic() - since > STALLED_SECONDS:
+                return False
+            self._stop_if_asked()
+            time.sleep(POLL_SECONDS)
+        return True
+
     def _stop_if_asked(self) -> None:
         if self.stopping():
             raise Interrupted
@@ -263,7 +292,13 @@ class Stores:
             stored=encoding.stored,
             created=time.time(),
             splits={
-                split: Layout.of(rows, shape, encoding.array_type, codec)
+                split: Layout.of(
+                    rows,
+                    shape,
+                    encoding.array_type,
+                    codec,
+                    channels_last=encoding.channels_last,
+                )
                 for split, rows in self.rows.items()
             },
             details={"batch_size": str(self.batch_size), "torch": torch.__version__},
@@ -276,7 +311,8 @@ class Stores:
 
     def _make_room(self, description: Description) -> float | None:
         """Bytes that the chunks of a new store may take beside the stores in use; None if that is
-        too little. What no run uses goes, if it is not."""
+        too little. If it is not, what no run uses goes; but of what is kept for later runs only as
+        much as has to, the least recently used first."""
         compressed = description.codec != "raw"
         if description.memory_bytes > memory_for_rows():
             self.warn(
@@ -295,13 +331,24 @@ class Stores:
         room = self.max_bytes - taken - description.overhead_bytes
         if room >= needed:
             remove_rubbish(self.directory, keep=own)
+            kept = []
             for folder, used in stores.items():
-                if not used:
+                since = kept_since(folder) if is_committed(folder) else None
+                if since is not None and not used:
+                    kept.append((since, folder))
+                elif not used:
                     remove_store(folder)
-            # What could not be removed is there, whose ever it is.
-            held = size_of_tree(self.directory) - size_of_tree(self.directory / own)
+            while True:
+                # What could not be removed is there, whose ever it is.
+                held = size_of_tree(self.directory) - size_of_tree(self.directory / own)
+                room = self.max_bytes - max(taken, held) - description.overhead_bytes
+                # How small a codec makes the rest, nobody can know.
+                if not kept or room >= description.bytes:
+                    break
+                oldest = min(kept)
+                kept.remove(oldest)
+                remove_store(oldest[1])
             taken = max(taken, held)
-            room = self.max_bytes - taken - description.overhead_bytes
         if room >= needed:
             return room
         self.warn(
@@ -325,4 +372,5 @@ def bytes_in_the_end(folder: Path) -> int:
 
 def encoding_of(about: Description) -> Encoding:
     """How the rows of a store are encoded."""
-    return Encoding(getattr(torch, about.values), about.stored, about.quantization)
+    dtype = getattr(torch, about.values)
+    return Encoding(dtype, about.stored, about.channels_last, about.quantization)

@@ -18,7 +18,7 @@ from cachefreeze.config import Settings
 from cachefreeze.device import keep_freed_memory, resolve_device, resolve_precision
 from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.files import nearest_folder, size_of_tree
-from cachefreeze.models import build
+from cachefreeze.network import check_network, find_weights, make_network
 from cachefreeze.preview import preview
 from cachefreeze.report import RunFolder, closing_words, opening_words, say, track
 from cachefreeze.resume import Start, start_of
@@ -88,9 +88,8 @@ def _run_in(
     dtype = resolve_precision(settings.precision, device)
     if settings.cache:
         check_cache_dir(settings.cache_dir)
-    sizes = settings.network_sizes()
-    with torch.device("meta"):
-        build(settings.arch, classes=2, **sizes)  # sizes that do not fit are told before the wait
+    check_network(settings, (3, settings.image_size, settings.image_size))  # before the wait
+    weights = find_weights(settings)
     images = data.load(
         settings.dataset,
         settings.data_dir,
@@ -98,20 +97,24 @@ def _run_in(
         val_fraction=settings.val_fraction,
         workers=settings.workers,
         bar=track,
+        normalization=None if weights is None else weights.statistics,
     )
 
     torch.manual_seed(settings.seed)
-    model = build(settings.arch, len(images.classes), **sizes)
+    model, units, new = make_network(settings, images.classes, weights)
     budget = cache_budget(settings)
     command = start.command
-    trainer = Trainer(settings, images, model, device, dtype, folder, budget, make_cache, command)
+    trainer = Trainer(settings, images, units, device, dtype, folder, budget, make_cache, command)
     trainer.started = began
     facts = {**settings.as_json(), "network": settings.network, "command": command}
     folder.create(facts)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
     about = images.outline.description
-    for line in opening_words(facts, len(model), parameters, about, where):
+    started_from = None if weights is None else (weights.words, new)
+    for line in opening_words(
+        facts, units.names, parameters, about, where, started_from, units.frontier
+    ):
         say(line)
     if start.resuming:
         state = load_last_checkpoint(folder.path, say)

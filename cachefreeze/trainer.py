@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cachefreeze.cache import PrefixCache
 from cachefreeze.checkpoint import LAST, random_state, save_checkpoint, set_random_state
@@ -18,7 +18,7 @@ from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
 from cachefreeze.hashing import weights_sha256
 from cachefreeze.interrupts import Interrupts
-from cachefreeze.models.units import partition
+from cachefreeze.models import Units
 from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
 from cachefreeze.report import RunFolder, epoch_line, progress_bar, say
@@ -44,7 +44,7 @@ class Trainer:
     Args:
         settings: of the run.
         data: the data set.
-        model: an `nn.Sequential` of units, initialised; trained in place.
+        units: of the network, initialised; trained in place.
         device: to train on.
         autocast_dtype: for the forward pass, or None.
         folder: of the run, created.
@@ -63,7 +63,7 @@ class Trainer:
         self,
         settings: Settings,
         data: DataSet,
-        model: nn.Sequential,
+        units: Units,
         device: torch.device,
         autocast_dtype: torch.dtype | None,
         folder: RunFolder,
@@ -77,8 +77,10 @@ class Trainer:
         self.device = device
         self.autocast_dtype = autocast_dtype
         self.folder = folder
-        self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.units = partition(self.model)
+        self.units = units
+        self.model = units.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if settings.freeze_first is not None:
+            self.units.freeze(settings.freeze_first)
         self.labels = {"train": data.train.labels.to(device), "val": data.val.labels.to(device)}
         augment_seed = settings.seed if settings.augment else None
         self.inputs = {
@@ -94,6 +96,7 @@ class Trainer:
             directory=settings.cache_dir if settings.cache else None,
             max_bytes=max_cache_bytes,
             stored=settings.stored,
+            keep=settings.keep_cache,
             network=settings.network,
             warn=lambda sentence: say(f"  {sentence}"),
             stopping=lambda: bool(self.interrupts),
@@ -128,7 +131,6 @@ class Trainer:
         if settings.cache:
             self.planning = Planning(
                 self.cache,
-                self.model,
                 self.optimizer,
                 self.inputs["train"],
                 Run(

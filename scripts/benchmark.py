@@ -34,7 +34,8 @@ from torch import Tensor
 
 from cachefreeze import config, train
 from cachefreeze.cache import Materialization, PrefixCache
-from cachefreeze.encoding import channels_last
+from cachefreeze.encoding import in_order
+from cachefreeze.models.units import is_channels_last
 from cachefreeze.planner import efficiency
 from cachefreeze.report import markdown_table
 from cachefreeze.resume import Start
@@ -142,9 +143,11 @@ class MemoryCache(PrefixCache):
         size = 0
         for split, count in self.rows.items():
             order = batches_of(np.arange(count), self.batch_size)
-            rows = torch.cat([channels_last(x) for x in self._source(stop)(split, order)])
+            batches = list(self._source(stop)(split, order))
+            last = is_channels_last(batches[0])
+            rows = torch.cat([in_order(x, last) for x in batches])
             size += rows.nbytes
-            memory = MemoryRows(rows, self.device)
+            memory = MemoryRows(rows, last, self.device)
             filled[split] = memory
             if stop == 0:
                 filled[split] = StoredPixels(memory, self.inputs[split])  # type: ignore[arg-type]
@@ -155,10 +158,11 @@ class MemoryCache(PrefixCache):
 
 
 class MemoryRows(StoredRows):
-    """Rows from a tensor, (N, H, W, C) or (N, ...)."""
+    """Rows from a tensor: (N, H, W, C) if they are channels-last, else (N, ...)."""
 
-    def __init__(self, rows: Tensor, device: torch.device) -> None:
+    def __init__(self, rows: Tensor, channels_last: bool, device: torch.device) -> None:
         self.memory = rows
+        self.channels_last = channels_last
         self.device = device
         self.identity = ""
 
@@ -168,7 +172,7 @@ class MemoryRows(StoredRows):
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
         for indices in order:
             rows = torch.index_select(self.memory, 0, torch.from_numpy(indices))
-            yield (rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows).to(self.device)
+            yield (rows.permute(0, 3, 1, 2) if self.channels_last else rows).to(self.device)
 
 
 def table(runs: Runs) -> list[str]:

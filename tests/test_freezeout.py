@@ -182,7 +182,7 @@ def test_a_state_of_another_network_is_refused() -> None:
     state = FreezeOutLR(optimizer_for(units), units, 10).state_dict()
     other = Units({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     scheduler = FreezeOutLR(torch.optim.SGD(param_groups(other), lr=0.1), other, 10)
-    with pytest.raises(ValueError, match="5 units"):
+    with pytest.raises(ValueError, match="5 parameter groups"):
         scheduler.load_state_dict(state)
 
 

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 FLOORS = [
     ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
-    ["encoding", "scratch"],
-    ["config", "freezeout", "stored_rows", "stores", "profiler"],
-    ["cache"],
+    ["encoding", "scratch", "identity"],
+    ["config", "freezeout", "stored_rows", "stores", "profiler", "datasets"],
+    ["cache", "network"],
     ["forecast"],
     ["planning"],
     ["preview", "resume"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["train"],
 ]
 INSIDE = {
-    "models": [["units", "layers"], ["wrn", "densenet", "vgg"]],
+    "models": [["units", "layers"], ["wrn", "densenet", "vgg", "partition", "ready_made"]],
     "data": [["images"], ["inputs", "sets"]],
     "store": [["codecs"], ["folder", "format"], ["read"], ["write", "inspect"]],
 }

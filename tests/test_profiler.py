@@ -15,7 +15,8 @@ from cachefreeze.data import ArrayImages, InputRows
 from cachefreeze.files import size_of_tree
 from cachefreeze.hashing import weights_sha256
 from cachefreeze.models import build
-from cachefreeze.models.units import partition
+from cachefreeze.models.partition import partition
+from cachefreeze.models.units import Units
 from cachefreeze.profiler import Profile, StepClock, measure, passes_for, profile
 from cachefreeze.scratch import measure_disk
 from cachefreeze.store import prepare_cache_dir
@@ -48,7 +49,7 @@ def measured(
     prepare_cache_dir(folder)
     inputs, pixels = inputs_and_pixels(batch_size)
     arithmetic = measure(
-        model,
+        partition(model),
         inputs.from_pixels(pixels),
         passes=3,
         device=torch.device("cpu"),
@@ -194,7 +195,7 @@ def test_a_batch_of_one_row_is_measured(model: nn.Sequential, tmp_path: Path) ->
 
 def train_steps(model: nn.Sequential, rows: Sequence[int], *, clocked: bool) -> StepClock | None:
     """A few steps as the trainer takes them, each on so many rows."""
-    units = partition(model)
+    units = Units(dict(model.named_children()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     clock = StepClock(units, optimizer, torch.device("cpu")) if clocked else None
     model.train()
@@ -256,7 +257,7 @@ def test_the_first_steps_tell_what_measuring_beforehand_tells(model: nn.Sequenti
     found = clock.result()
     device = torch.device("cpu")
     x = inputs.from_pixels(pixels)
-    other = measure(model, x, passes=4, device=device, autocast_dtype=None)
+    other = measure(partition(model), x, passes=4, device=device, autocast_dtype=None)
     assert [y.shape for y in found.outputs] == [y.shape for y in other.outputs]
     assert found.rows == other.rows
     assert all(seconds > 0 for seconds in (*found.train, *found.forward))

@@ -50,7 +50,9 @@ def cache_dir(tmp_path: Path) -> Path:
 
 def describe(rows: dict[str, np.ndarray], values: str = "float32", name: str = NAME) -> Description:
     splits = {
-        split: Layout.of(len(array), array.shape[1:], array.dtype.name)
+        split: Layout.of(
+            len(array), array.shape[1:], array.dtype.name, channels_last=array.ndim == 4
+        )
         for split, array in rows.items()
     }
     return Description(name, "wrn16_2", 3, "group1_block2", values, values, time.time(), splits, {})
@@ -103,7 +105,10 @@ def test_any_zarr_tool_opens_it_and_sees_the_same(cache_dir: Path) -> None:
 
 
 def test_rows_that_are_all_zero_or_all_fill_are_on_disk_like_others(cache_dir: Path) -> None:
-    rows = {"train": np.zeros((64, 3, 5, 4), np.float32), "val": np.full((5, 2), np.nan, "f4")}
+    rows = {
+        "train": np.zeros((64, 3, 5, 4), np.float32),
+        "val": np.full((5, 3, 5, 2), np.nan, "f4"),
+    }
     store = write(cache_dir, rows)
     assert len(chunk_files(cache_dir)) == store.description.splits["train"].chunks == 4
     assert list(store.damage()) == []

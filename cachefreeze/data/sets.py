@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ CIFAR_ROWS = (50_000, 10_000)
 CIFAR_ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
 
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 # Wraps a pass over images, given with its number of batches, to show how it gets on.
 Bar = Callable[[Iterator[Tensor], int], Iterable[Tensor]]
 
@@ -102,21 +103,31 @@ def load(
     val_fraction: float | None,
     workers: int,
     bar: Bar,
+    normalization: Statistics | None = None,
 ) -> DataSet:
     """The data set `digits`, `cifar10`, `cifar100` or `imagefolder`; see their loaders.
+
+    Args:
+        normalization: mean and standard deviation by channel to normalise with, instead of those of
+            the training images. A folder's images are not all decoded then.
 
     Raises:
         UserError: it is not there, or not as it should be.
     """
-    if name == "digits":
-        return load_digits()
-    if name in CIFAR_ARCHIVES:
-        return load_cifar(name, folder)
-    assert name == "imagefolder"
-    with reading(folder):
-        return load_folder(
-            folder, size=image_size, val_fraction=val_fraction, workers=workers, bar=bar
-        )
+    if name == "imagefolder":
+        with reading(folder):
+            return load_folder(
+                folder,
+                size=image_size,
+                val_fraction=val_fraction,
+                workers=workers,
+                bar=bar,
+                normalization=normalization,
+            )
+    found = load_digits() if name == "digits" else load_cifar(name, folder)
+    if normalization is not None:
+        found = replace(found, mean=normalization[0], std=normalization[1])
+    return found
 
 
 def outline(
@@ -135,11 +146,16 @@ def outline(
         train, val, classes = find_images(
             folder, size=image_size, val_fraction=val_fraction, workers=workers
         )
-        start = time.perf_counter()
-        decoded = len(train.sample(SAMPLE))
-        seconds = (time.perf_counter() - start) / decoded / max(workers, 1)
+        seconds = decode_seconds(train, workers)
     shape = (3, image_size, image_size)
     return Outline(f"imagefolder {folder.name}", len(train), len(val), len(classes), shape, seconds)
+
+
+def decode_seconds(images: Images, workers: int) -> float:
+    """What decoding an image takes with so many processes, by a sample."""
+    start = time.perf_counter()
+    decoded = len(images.sample(SAMPLE))
+    return (time.perf_counter() - start) / decoded / max(workers, 1)
 
 
 @contextmanager
@@ -210,12 +226,19 @@ def load_cifar(name: str, folder: Path) -> DataSet:
 
 
 def load_folder(
-    root: Path, *, size: int, val_fraction: float | None, workers: int, bar: Bar
+    root: Path,
+    *,
+    size: int,
+    val_fraction: float | None,
+    workers: int,
+    bar: Bar,
+    normalization: Statistics | None = None,
 ) -> DataSet:
     """Folders of images: ROOT/train/CLASS/* with ROOT/val or ROOT/test, or ROOT/CLASS/*.
 
     Every image is decoded once here: the training rows for their mean and standard deviation, all
-    of them so that a damaged file is found now and not in the middle of the night.
+    of them so that a damaged file is found now and not in the middle of the night. With a
+    `normalization` that is given none is: a run that finds all rows in its cache needs none.
 
     Args:
         size: see `FolderImages`.
@@ -228,6 +251,9 @@ def load_folder(
         UserError: no images, fewer than two classes, no validation split, or a damaged file.
     """
     train, val, classes = find_images(root, size=size, val_fraction=val_fraction, workers=workers)
+    if normalization is not None:
+        shape, seconds = (3, size, size), decode_seconds(train, workers)
+        return DataSet(_name(root), classes, train, val, shape, *normalization, seconds)
     clock = Clock()
 
     def timed(batches: Iterator[Tensor], total: int) -> Iterable[Tensor]:
@@ -237,8 +263,11 @@ def load_folder(
     for _ in one_pass(val, timed):
         pass
     seconds = clock.seconds / (len(train) + len(val))
-    name = f"imagefolder {root.name}"
-    return DataSet(name, classes, train, val, (3, size, size), mean, std, seconds)
+    return DataSet(_name(root), classes, train, val, (3, size, size), mean, std, seconds)
+
+
+def _name(root: Path) -> str:
+    return f"imagefolder {root.name}"
 
 
 def find_images(

@@ -1,37 +1,71 @@
-"""The networks by name, each an ordered list of units."""
+"""The networks by name, and any network as an ordered list of units."""
+
+from typing import Any
 
 from torch import nn
 
 from cachefreeze.models.densenet import densenet
+from cachefreeze.models.partition import partition
+from cachefreeze.models.ready_made import (
+    IMAGENET,
+    LIBRARIES,
+    Statistics,
+    build_ready_made,
+    weights_statistics,
+)
+from cachefreeze.models.units import Units, freeze
 from cachefreeze.models.vgg import vgg
 from cachefreeze.models.wrn import wrn
+
+__all__ = [
+    "IMAGENET",
+    "LIBRARIES",
+    "Statistics",
+    "Units",
+    "build",
+    "freeze",
+    "partition",
+    "weights_statistics",
+]
 
 
 def build(
     arch: str,
     classes: int,
     *,
-    depth: int,
+    depth: int | None = None,
     width: int | None = None,
     growth_rate: int | None = None,
     bottleneck: bool = True,
     dropout: float = 0.0,
-) -> nn.Sequential:
-    """A freshly initialised network; its children are its units.
+    image_size: int = 224,
+    weights: str | None = None,
+) -> nn.Module:
+    """A network, freshly initialised unless `weights` are named.
 
     Args:
-        arch: `wrn` (which needs `width`), `densenet` (which needs `growth_rate`) or `vgg`.
+        arch: `wrn` (which needs `depth` and `width`), `densenet` (`depth` and `growth_rate`), `vgg`
+            (`depth`), `torchvision:NAME` or `timm:NAME`.
+        classes: outputs; weights bring their own number of them.
+        image_size, weights: of a ready-made network, see `build_ready_made`.
 
     Raises:
-        UserError: sizes that the network cannot have.
+        UserError: sizes that the network cannot have, or a name that does not exist.
     """
+    library, _, name = arch.rpartition(":")
+    if library:
+        return build_ready_made(library, name, classes, image_size=image_size, weights=weights)
+    assert depth is not None
+    sizes: dict[str, Any] = {"depth": depth, "dropout": dropout}
     if arch == "wrn":
-        assert width is not None
-        return wrn(classes, depth=depth, width=width, dropout=dropout)
+        return wrn(classes, width=_given(width), **sizes)
     if arch == "densenet":
-        assert growth_rate is not None
-        return densenet(
-            classes, depth=depth, growth_rate=growth_rate, bottleneck=bottleneck, dropout=dropout
-        )
+        growth_rate = _given(growth_rate)
+        return densenet(classes, growth_rate=growth_rate, bottleneck=bottleneck, **sizes)
     assert arch == "vgg"
-    return vgg(classes, depth=depth, dropout=dropout)
+    return vgg(classes, **sizes)
+
+
+def _given(size: int | None) -> int:
+    assert size is not None
+    return size

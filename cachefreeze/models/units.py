@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from cachefreeze.errors import UserError
 
 
-def freeze(module: nn.Module) -> None:
+def freeze_module(module: nn.Module) -> None:
     """Freeze `module` for good, in place.
 
     Its parameters take no gradient any more (and drop the one they have), it is in eval mode
@@ -29,29 +32,48 @@ def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
-def canonical(x: Tensor) -> Tensor:
-    """The same values in the one memory layout that frozen activations have.
-
-    4-d tensors (N, C, H, W) are channels-last, all others contiguous. The strides are spelled out,
-    for where a dimension has size 1 several strides describe the same layout, and a kernel chosen
-    by strides could differ between a computed tensor and one read back from a store.
-    """
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `x`, (N, C, H, W), lies in memory as (N, H, W, C)."""
     if x.dim() != 4:
-        return x.contiguous()
-    n, c, h, w = x.shape
-    strides = (h * w * c, 1, w * c, c)
-    if x.stride() == strides:
-        return x
-    return x.permute(0, 2, 3, 1).contiguous().as_strided((n, c, h, w), strides)
+        return False
+    _, c, h, w = x.shape
+    if x.is_contiguous():
+        # Where C is 1, or H and W are, both layouts are the same bytes: the strides tell them apart
+        # (and kernels are chosen by the strides).
+        return x.stride()[1:] == (1, w * c, c) != (h * w, w, 1)
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def canonical(x: Tensor) -> Tensor:
+    """The same values in one of the two memory layouts that frozen activations have.
+
+    What lies channels-last in memory, (N, C, H, W) as (N, H, W, C), stays so; all else is
+    contiguous. The strides are spelled out, for where a dimension has size 1 several strides
+    describe the same layout, and a kernel chosen by strides could differ between a computed tensor
+    and one read back from a store.
+    """
+    if is_channels_last(x):
+        _, c, h, w = x.shape
+        strides: tuple[int, ...] = (h * w * c, 1, w * c, c)
+    else:
+        x = x.contiguous()
+        strides = torch.empty(x.shape, device="meta").stride()
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
 class Units(Sequence[nn.Module]):
     """An ordered list of units; unit i takes only the output of unit i-1.
 
-    A view: the modules stay where they are in their model, and nothing is copied.
+    A view: the parameters stay where they are in their model, and nothing is copied.
+    `cachefreeze.partition` makes one of a model.
 
     Args:
         modules: the units by name, in the order of the forward pass.
+        model: that they are the units of; None if they are a whole.
+
+    Attributes:
+        names: of the units, in order.
+        model: see above; without one, a list of the units.
 
     Raises:
         ValueError: there are no units, or a module or parameter belongs to two of them (it
@@ -63,11 +85,14 @@ class Units(Sequence[nn.Module]):
         torch.Size([1, 8])
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], model: nn.Module | None = None) -> None:
         if not modules:
             raise ValueError("a network needs at least one unit")
         self.names = tuple(modules)
         self._modules = tuple(modules.values())
+        self.model = nn.ModuleList(self._modules) if model is None else model
+        # What is called while a unit trains.
+        self._trained: tuple[Any, ...] = self._modules
         self._frontier = 0
         owner: dict[int, str] = {}
         for name, module in modules.items():
@@ -94,30 +119,63 @@ class Units(Sequence[nn.Module]):
         """How many units are frozen: units 0 .. frontier-1. It only grows."""
         return self._frontier
 
-    def freeze(self, count: int) -> None:
-        """Freeze the first `count` units for good; those frozen already stay so.
+    def freeze(self, first: int | str) -> None:
+        """Freeze the first units for good, see `count`; those frozen already stay so.
 
         Raises:
-            ValueError: there are fewer than `count` units.
+            UserError: there are no such units.
         """
-        if count > len(self):
-            raise ValueError(f"cannot freeze {count} units of a network that has {len(self)}")
+        count = self.count(first)
         for module in self._modules[self._frontier : count]:
-            freeze(module)
+            freeze_module(module)
         self._frontier = max(self._frontier, count)
 
-    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Units start .. stop-1 on a batch at boundary `start`; returns it at boundary `stop`."""
-        for module in self._modules[start:stop]:
-            x = module(x)
+    def count(self, first: int | str) -> int:
+        """How many units `first` means: so many; all but so many, if negative; or all up to and
+        with the unit of that name, or the last one of the module of that name.
+
+        Raises:
+            UserError: there are no such units.
+        """
+        if isinstance(first, str):
+            found = [i for i, n in enumerate(self.names) if n == first or n.startswith(f"{first}.")]
+            if not found:
+                raise UserError(
+                    f"the network has no unit {first!r}: it has {', '.join(self.names)}"
+                )
+            return found[-1] + 1
+        if not -len(self) <= first <= len(self):
+            raise UserError(f"cannot freeze {first} units of a network that has {len(self)}")
+        return first + len(self) if first < 0 else first
+
+    def compile(self, **options: Any) -> "Units":
+        """Compile every unit by itself, see `torch.compile`, for as long as it trains; returns the
+        units. A freeze compiles nothing anew but the unit that is the first to train then (whose
+        input takes no gradient any more). Frozen units run as they are: their rows are the same,
+        compiled or not, so that stores fit."""
+        self._trained = tuple(torch.compile(module, **options) for module in self._modules)
+        return self
+
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Any:
+        """Units start .. stop-1 on a batch at boundary `start`; returns it at boundary `stop`: a
+        tensor, or at the end whatever the model returns. Gradients are recorded as usual."""
+        stop = len(self) if stop is None else stop
+        for number in range(start, stop):
+            frozen = number < self._frontier
+            x = (self._modules if frozen else self._trained)[number](x)
         return x
+
+    def suffix(self, x: Tensor) -> Any:
+        """What still trains, on a batch at the frontier, (n, ...), as `PrefixCache` gives it;
+        returns what the model returns."""
+        return self.run(x, self._frontier)
 
     def run_frozen(self, x: Tensor, start: int, stop: int, batch_size: int) -> Tensor:
         """Units start .. stop-1, all frozen, on at most `batch_size` rows at boundary `start`.
 
         A shorter batch is padded to `batch_size` on the way and cut again at the end: kernels are
         chosen by the shape, and only at one batch size does a row's result not depend on its
-        company to the last bit. No gradient is recorded; the result is in `canonical` layout.
+        company to the last bit. No gradient is recorded; the result is `canonical`.
         """
         assert stop <= self._frontier, "a unit that still trains was run as a frozen one"
         x = canonical(x)
@@ -127,8 +185,14 @@ class Units(Sequence[nn.Module]):
         assert rows <= batch_size
         with torch.no_grad():
             if rows < batch_size:
+                last = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+                padded = torch.empty(
+                    (batch_size, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=last
+                )
+                padded[:rows] = x
                 # Repeats of a real row: zeros could be slow (denormals) or out of range.
-                x = canonical(torch.cat([x, x[-1:].expand(batch_size - rows, *x.shape[1:])]))
+                padded[rows:] = x[-1:]
+                x = padded
             for module in self._modules[start:stop]:
                 x = canonical(module(x))
         return x[:rows]
@@ -137,17 +201,79 @@ class Units(Sequence[nn.Module]):
         """Names and modules of units 0 .. stop-1."""
         return zip(self.names[:stop], self._modules[:stop], strict=True)
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether weights of convolutions lie channels-last in memory, as inputs should then."""
+        return any(
+            is_channels_last(parameter) and not parameter.is_contiguous()
+            for module in self._modules
+            for parameter in module.parameters()
+        )
 
-def partition(model: nn.Module) -> Units:
-    """The units of `model`, which is a plain `nn.Sequential`: one a child, in order.
+    def check(self, x: Tensor) -> None:
+        """See that cutting changes nothing: suffix(prefix(x)) is model(x), to the last bit, in eval
+        mode, at every boundary. The model is left as it was.
+
+        Args:
+            x: network input of a row or more, on the model's device. Costs as much as half as many
+                forward passes of it as there are units.
+
+        Raises:
+            UserError: it is not; names the first boundary.
+        """
+        if tuple(self.model.children()) == self._modules:  # a plain sequence of them
+            return
+        parts = {each: each.training for whole in (self.model, *self) for each in whole.modules()}
+        devices = [x.device] if x.device.type == "cuda" else []
+        try:
+            for part in parts:
+                part.training = False
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                x = canonical(x)
+                whole = self.model(x)
+                for boundary, name in enumerate(self.names):
+                    if not same_bits(self.run(x, boundary), whole):
+                        where = f"before {name}" if boundary else "anywhere"
+                        raise UserError(
+                            f"{type(self.model).__name__} cannot be cut {where}: its units, run "
+                            "one after the other, do not give what the model gives (in eval mode)"
+                        )
+                    if boundary + 1 < len(self):
+                        x = canonical(self.run(x, boundary, boundary + 1))
+        finally:
+            for part, training in parts.items():
+                part.training = training
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two tensors, or tuples, lists and dicts of them, are equal (or not a number at the
+    same places)."""
+    (ones, form), (others, other_form) = tree_flatten(one), tree_flatten(other)
+    return form == other_form and all(
+        torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else bool(a == b)
+        for a, b in zip(ones, others, strict=True)
+    )
+
+
+def freeze(units: Units, first: int | str) -> None:
+    """Freeze the first units of a network for good: no gradient, eval mode, whatever `train()` is
+    called. Their rows can be cached from here on.
+
+    Args:
+        units: see `partition`.
+        first: how many; negative: all but so many; or a name: all up to and with that unit, or with
+            the last one of the module of that name.
 
     Raises:
-        ValueError: `model` is something else, has no children, or the same child twice.
+        UserError: there are no such units.
+
+    Example:
+        >>> layers = {name: nn.Linear(8, 8) for name in ("stem", "body", "head")}
+        >>> units = Units(layers)
+        >>> freeze(units, -1)  # the same as freeze(units, 2) or freeze(units, "body")
+        >>> units.frontier
+        2
     """
-    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
-        raise ValueError(
-            "only an nn.Sequential with its own forward can be cut into units, "
-            f"and this is a {type(model).__name__}"
-        )
-    # Not `named_children`, which leaves out a module that comes a second time.
-    return Units({name: module for name, module in model._modules.items() if module is not None})
+    units.freeze(first)

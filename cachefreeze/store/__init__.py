@@ -8,6 +8,7 @@
                             COMMITTED      SHA-256 of the manifest; written last
                             journal        the chunks so far, until it is committed
                             lock           held shared by readers, exclusively by the writer
+                            kept           if later runs may want it
 
 An uncompressed chunk file is its rows' bytes in C order, and the checksum in four bytes more. So
 any zarr tool opens a store, and training reads rows straight from the files, with `pread`: as fast
@@ -27,6 +28,7 @@ from cachefreeze.store.folder import (
     in_use,
     is_cache_dir,
     is_committed,
+    kept_since,
     prepare_cache_dir,
     remove_rubbish,
     remove_store,
@@ -70,6 +72,7 @@ __all__ = [
     "inspect_cache",
     "is_cache_dir",
     "is_committed",
+    "kept_since",
     "label",
     "mend_chunk",
     "open_store",

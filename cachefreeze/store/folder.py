@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from cachefreeze.files import (
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 # Stores on their way out, and those that are only to measure with.
 TRASH, SCRATCH = ".trash-", ".scratch-"
+# Marks a store that is to stay; when it was written is when the store was last taken into use.
+KEPT = "kept"
 TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# This folder holds activations cached by cachefreeze. It may be deleted at any time.\n"
@@ -165,6 +168,29 @@ def in_use(folder: Path) -> bool:
     finally:
         os.close(file)
     return False
+
+
+def mark_kept(folder: Path) -> None:
+    """Say that a store is to be kept for later runs, and is in use now.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    file = open_regular(folder / KEPT, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.utime(file)
+    finally:
+        os.close(file)
+
+
+def kept_since(folder: Path) -> float | None:
+    """When a store that is kept for later runs was last taken into use, in seconds since 1970; None
+    if it is not kept."""
+    try:
+        found = (folder / KEPT).lstat()
+    except OSError:
+        return None
+    return found.st_mtime if stat.S_ISREG(found.st_mode) else None
 
 
 def is_committed(folder: Path) -> bool:

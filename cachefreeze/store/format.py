@@ -15,7 +15,7 @@ import numpy as np
 from cachefreeze.files import open_regular
 from cachefreeze.store.codecs import CHECKSUM_BYTES, CODECS, codec_for
 
-FORMAT = 2
+FORMAT = 3
 # Whole rows, near this size: few files, and not much more than a split that is small.
 CHUNK_BYTES = 8 * 2**20
 # Nothing that we write comes near: a larger file is not ours, and is not parsed. (A manifest has
@@ -67,7 +67,8 @@ class StoreError(Exception):
 class Layout:
     """How one split lies on disk: `rows` rows of `row_shape`, `rows_per_chunk` to a file.
 
-    Every chunk file is encoded with `codec`, one of `CODECS`.
+    Every chunk file is encoded with `codec`, one of `CODECS`. Rows that are `channels_last` are
+    stored as (H, W, C), and (C, H, W) for those who read them.
     """
 
     rows: int
@@ -75,13 +76,23 @@ class Layout:
     dtype: str
     rows_per_chunk: int
     codec: str = "raw"
+    channels_last: bool = False
 
     @classmethod
-    def of(cls, rows: int, row_shape: Sequence[int], dtype: str, codec: str = "raw") -> "Layout":
+    def of(
+        cls,
+        rows: int,
+        row_shape: Sequence[int],
+        dtype: str,
+        codec: str = "raw",
+        *,
+        channels_last: bool = False,
+    ) -> "Layout":
         """Chunks of a few MB before encoding, of whole rows, and as even as can be."""
         row_bytes = max(prod(row_shape) * np.dtype(dtype).itemsize, 1)
         chunks = -(-rows // max(CHUNK_BYTES // row_bytes, 1))
-        return cls(rows, tuple(row_shape), dtype, -(-rows // max(chunks, 1)), codec)
+        rows_per_chunk = -(-rows // max(chunks, 1))
+        return cls(rows, tuple(row_shape), dtype, rows_per_chunk, codec, channels_last)
 
     @property
     def compressed(self) -> bool:
@@ -182,6 +193,11 @@ class Description:
         return next(iter(self.splits.values())).codec
 
     @property
+    def channels_last(self) -> bool:
+        """Of all splits, see `Layout`."""
+        return next(iter(self.splits.values())).channels_last
+
+    @property
     def lossy(self) -> bool:
         """Whether the rows that are read are not, to the last bit, those that were computed."""
         return self.stored != self.values
@@ -223,6 +239,7 @@ def read_description(folder: Path) -> Description:
                 dtype=str(split["dtype"]),
                 rows_per_chunk=_whole(split["rows_per_chunk"]),
                 codec=str(split["codec"]),
+                channels_last=split["channels_last"],
             )
             for name, split in attributes.pop("splits").items()
         }
@@ -293,7 +310,7 @@ def array_metadata(layout: Layout) -> dict[str, Any]:
             *(codec.to_dict() for codec in codec_for(layout.codec, layout.dtype).zarr),
             {"name": "crc32c"},
         ],
-        "dimension_names": DIMENSIONS if len(layout.row_shape) == 3 else None,
+        "dimension_names": DIMENSIONS if layout.channels_last else None,
     }
 
 
@@ -322,12 +339,14 @@ def _is_written(description: Description) -> bool:
     return (
         values in VALUES
         and (stored == values or (values != "uint8" and stored in LOSSY))
-        and len({layout.codec for layout in description.splits.values()}) == 1
+        and len({(each.codec, each.channels_last) for each in description.splits.values()}) == 1
         and all(
             re.fullmatch(r"[a-z]+", name)
             and layout.codec in CODECS
             and layout.dtype == ARRAY_TYPES[stored]
             and len(layout.row_shape) <= MAX_DIMENSIONS
+            and type(layout.channels_last) is bool
+            and (len(layout.row_shape) == 3 or not layout.channels_last)
             and layout.chunk_bytes <= MAX_CHUNK_BYTES
             for name, layout in description.splits.items()
         )

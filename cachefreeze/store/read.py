@@ -1,5 +1,6 @@
 """Reading a store."""
 
+import contextlib
 import os
 import resource
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from cachefreeze.files import human_bytes, open_regular
 from cachefreeze.rows import Indices
 from cachefreeze.store.codecs import CHECKSUM_BYTES, codec_for
-from cachefreeze.store.folder import Lock, is_committed, remove_store
+from cachefreeze.store.folder import Lock, is_committed, kept_since, mark_kept, remove_store
 from cachefreeze.store.format import (
     Layout,
     Manifest,
@@ -64,6 +65,17 @@ class Store:
         chunk, which may end it by raising."""
         for reader in self.readers.values():
             yield from reader.damage(before_each)
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is to stay for later runs."""
+        return kept_since(self.folder) is not None
+
+    def keep(self) -> None:
+        """It is to stay for later runs, and is in use now. Where that cannot be written down, it
+        is as it was."""
+        with contextlib.suppress(OSError):
+            mark_kept(self.folder)
 
     def put_away(self) -> None:
         """Let go of files and memory, and still keep others from removing the store."""

@@ -213,7 +213,6 @@ class StoreWriter:
         attributes = {"cachefreeze": {"format": FORMAT, **asdict(self.description)}}
         group = zarr.create_group(self.folder, attributes=attributes)
         for name, layout in self.description.splits.items():
-            images = len(layout.row_shape) == 3
             group.create_array(
                 name,
                 shape=(layout.rows, *layout.row_shape),
@@ -223,7 +222,7 @@ class StoreWriter:
                 compressors=[*codec_for(layout.codec, layout.dtype).zarr, Crc32cCodec()],
                 fill_value=FILL_VALUES[layout.dtype],
                 chunk_key_encoding={"name": "default", "separator": "."},
-                dimension_names=DIMENSIONS if images else None,
+                dimension_names=DIMENSIONS if layout.channels_last else None,
             )
 
     def _clear(self, chunks: dict[str, list[Chunk]]) -> None:

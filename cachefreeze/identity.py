@@ -1,0 +1,161 @@
+"""What the items of a PyTorch data set depend on, and their targets without the items."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+
+from cachefreeze.fingerprint import Sources, plain, structure
+from cachefreeze.hashing import tensors_sha256
+
+# Transforms that are drawn anew for every item, beside all whose names begin with Random.
+RANDOM = {
+    "AugMix",
+    "AutoAugment",
+    "ColorJitter",
+    "CutMix",
+    "ElasticTransform",
+    "GaussianNoise",
+    "MixUp",
+    "RandAugment",
+    "TrivialAugmentWide",
+}
+
+
+def identity_of(dataset: Any) -> str | None:
+    """A hash of all that the items depend on: arrays by their bytes, files by their paths, sizes
+    and modification times, transforms by their settings and code.
+
+    None if that cannot be known: only the data sets of torch and torchvision say what they read.
+    """
+    kind = type(dataset)
+    if kind is TensorDataset:
+        return tensors_sha256((str(i), each) for i, each in enumerate(dataset.tensors))
+    if kind is Subset:
+        inner = identity_of(dataset.dataset)
+        return None if inner is None else _hash(inner, [int(i) for i in dataset.indices])
+    if kind is ConcatDataset:
+        parts = [identity_of(part) for part in dataset.datasets]
+        return None if None in parts else _hash(*parts)
+    if kind.__module__.startswith("torchvision.datasets."):
+        return _of_torchvision(dataset)
+    return None
+
+
+def _of_torchvision(dataset: Any) -> str | None:
+    found: list[object] = []
+    rows = 0
+    for name, value in sorted(vars(dataset).items()):
+        if isinstance(value, np.ndarray | Tensor):
+            rows = max(rows, len(value))
+            found.append((name, plain(value)))
+        elif isinstance(value, list | tuple):
+            paths = _paths(value)
+            rows = max(rows, len(paths))
+            found.append((name, _hash(*map(_of_file, paths)), _hash(repr(value))))
+        else:
+            found.append((name, described(value)))
+    if rows < len(dataset):  # what it reads is not among what it knows
+        return None
+    return _hash(type(dataset).__qualname__, repr(found), torchvision.__version__, PIL.__version__)
+
+
+def _paths(values: Iterable[Any]) -> list[Path]:
+    """Of files that are there: of a list of paths, or of tuples that begin with one."""
+    firsts = [value[0] if isinstance(value, tuple) and value else value for value in values]
+    return [Path(f) for f in firsts if isinstance(f, str | Path) and Path(f).is_file()]
+
+
+def _of_file(path: Path) -> str:
+    stat = path.stat()
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def described(value: Any) -> object:
+    """A transform, or a setting, as something whose `repr` is equal if and only if it does the same
+    (see `fingerprint.plain`)."""
+    if isinstance(value, nn.Module):
+        return structure(value, Sources(value.modules()))
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    if isinstance(value, Mapping):
+        return [(described(key), described(item)) for key, item in value.items()]
+    kind = type(value)
+    known = kind.__module__.startswith("torchvision.")
+    if (
+        not known
+        and hasattr(value, "__dict__")
+        and callable(value)
+        and not inspect.isroutine(value)
+    ):
+        try:
+            return inspect.getsource(kind), described(vars(value))
+        except (OSError, TypeError):
+            return plain(value)
+    if known and hasattr(value, "__dict__") and not inspect.isroutine(value):
+        return kind.__qualname__, described(vars(value))
+    return plain(value)
+
+
+def random_transform(dataset: Any) -> str | None:
+    """The name of a transform of the data set that draws anew for every item, if there is one."""
+    return next((name for name in _transforms(dataset) if _is_random(name)), None)
+
+
+def _is_random(name: str) -> bool:
+    return name.startswith("Random") or name in RANDOM
+
+
+def _transforms(value: Any, depth: int = 0) -> Iterable[str]:
+    """Class names of a data set's transforms, and of what they are made of."""
+    if depth > 8:
+        return
+    inner: Iterable[Any] = ()
+    if isinstance(value, Dataset):
+        names = ("dataset", "datasets", "transform", "transforms")
+        inner = [getattr(value, name) for name in names if getattr(value, name, None) is not None]
+    elif isinstance(value, list | tuple | nn.ModuleList):
+        inner = value
+    elif value is not None and hasattr(value, "__dict__"):
+        yield type(value).__name__
+        inner = [each for name, each in vars(value).items() if "transform" in name]
+        if isinstance(value, nn.Module):
+            inner = [*inner, *value.children()]
+    for each in inner:
+        yield from _transforms(each, depth + 1)
+
+
+def targets_of(dataset: Any) -> Any:
+    """The target of every item, as a list, array or tensor, without making the items; None if they
+    cannot be had so."""
+    kind = type(dataset)
+    if kind is TensorDataset:
+        _, *others = dataset.tensors
+        return others[0] if len(others) == 1 else list(zip(*others, strict=True)) or None
+    if kind is Subset:
+        inner = targets_of(dataset.dataset)
+        return None if inner is None else [inner[int(i)] for i in dataset.indices]
+    if not kind.__module__.startswith("torchvision.datasets."):
+        return None
+    for name in ("targets", "labels", "_labels"):
+        found = getattr(dataset, name, None)
+        if isinstance(found, list | np.ndarray | Tensor) and len(found) == len(dataset):
+            change = getattr(dataset, "target_transform", None)
+            return found if change is None else [change(_plain_number(each)) for each in found]
+    return None
+
+
+def _plain_number(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic | Tensor) and value.ndim == 0 else value
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, default=repr).encode()).hexdigest()

@@ -1,0 +1,195 @@
+"""The network of a run: built, and loaded with weights that were trained before."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachefreeze.checkpoint import CHECKSUM, load_checkpoint
+from cachefreeze.config import Settings
+from cachefreeze.errors import UserError
+from cachefreeze.models import IMAGENET, Statistics, Units, build, partition, weights_statistics
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a network starts from.
+
+    Args:
+        words: what they are, for people.
+        statistics: mean and standard deviation of the images that they were trained on; None if
+            that is not known.
+        state: by name, of a file; None if they are known by name to the network's library.
+        classes: that the head tells apart, if it is known.
+    """
+
+    words: str
+    statistics: Statistics | None
+    state: Mapping[str, Tensor] | None = None
+    classes: tuple[str, ...] | None = None
+
+
+def find_weights(settings: Settings) -> Weights | None:
+    """The weights that a run starts from, if it does not start from nothing. None are downloaded
+    yet.
+
+    Raises:
+        UserError: they are not there, or are no weights.
+    """
+    named = settings.weights
+    if named is None:
+        return None
+    path = Path(named)
+    if not path.exists():
+        if settings.library is None:
+            raise UserError(
+                f"--weights {named} is not there: {settings.arch} has no weights of its own, give "
+                "the file of a run (last.pt or best.pt)"
+            )
+        trained_on = weights_statistics(settings.library, settings.model_name, named)
+        return Weights(f"{named} of {settings.arch}", trained_on)
+    if path.is_dir():
+        raise UserError(f"--weights {named} is a folder: give a file in it, such as best.pt")
+    found = _read(path)
+    if CHECKSUM not in found:
+        usual = None if settings.library is None else IMAGENET
+        return Weights(named, usual, _state_dict(found, named))
+    state = load_checkpoint(path)
+    try:
+        classes, _, _, mean, std = state["data"]["same"]
+        statistics = tuple(map(float, mean)), tuple(map(float, std))
+        return Weights(named, statistics, dict(state["model"]), tuple(classes))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--weights {named} does not say what it was trained on") from error
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"--weights {path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # whatever a file with any content at all may lead to
+        raise UserError(
+            f"--weights {path} holds no weights, or was damaged ({type(error).__name__}): nothing "
+            "in it was run"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise UserError(f"--weights {path} holds no state dict: save model.state_dict()")
+    return found
+
+
+def _state_dict(found: Mapping[str, Any], named: str) -> dict[str, Tensor]:
+    """A state dict as people save it: plain, or in a dict under one of the usual names."""
+    for name in ("state_dict", "model", "model_state_dict"):
+        if isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"--weights {named} holds no state dict: save model.state_dict()")
+    # DistributedDataParallel and torch.compile put a word before all names.
+    return {str(k).removeprefix("module.").removeprefix("_orig_mod."): v for k, v in found.items()}
+
+
+def make_network(
+    settings: Settings, classes: Sequence[str], weights: Weights | None = None
+) -> tuple[nn.Module, Units, list[str]]:
+    """The network of a run, its units, and the names of those of its parameters that are new
+    although it starts from weights: of a head for other classes.
+
+    Raises:
+        UserError: sizes that the network cannot have, weights that do not fit it, or a network that
+            cannot be cut into units.
+    """
+    model = _build(settings, len(classes))
+    new: list[str] = []
+    if weights is not None and weights.state is not None:
+        same = weights.classes is None or tuple(weights.classes) == tuple(classes)
+        new = _load(settings, model, len(classes), weights, same)
+    elif weights is not None:
+        model, new = _with_new_head(_build(settings, len(classes), settings.weights), model)
+    return model, partition(model), new
+
+
+def _build(settings: Settings, classes: int, weights: str | None = None) -> nn.Module:
+    return build(settings.arch, classes, weights=weights, **settings.network_sizes())
+
+
+def check_network(settings: Settings, image_shape: tuple[int, int, int]) -> None:
+    """Before anything that takes long: that the network can be had, cut, and frozen as asked, and
+    takes images of this shape.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with torch.device("meta"):
+        _, units, _ = make_network(settings, ("one", "other"))
+        if settings.freeze_first is not None:
+            count = units.count(settings.freeze_first)
+            if count == len(units):
+                raise UserError(
+                    f"--freeze-first {settings.freeze_first} leaves nothing to train: the network "
+                    f"has {len(units)} units"
+                )
+        if settings.library is None:
+            return
+        try:
+            with torch.no_grad():
+                for unit in units:
+                    unit.eval()
+                units.run(torch.zeros(2, *image_shape))
+        except NotImplementedError:  # an operation that has no meta device: it will be seen
+            return
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            shape = "x".join(map(str, image_shape))
+            raise UserError(
+                f"{settings.arch} does not take images of {shape} ({reason}): choose another "
+                "--image-size"
+            ) from error
+
+
+def _load(
+    settings: Settings, model: nn.Module, classes: int, weights: Weights, same: bool
+) -> list[str]:
+    """Load a state dict, but for what depends on the classes, if they are others; returns the names
+    of that."""
+    assert weights.state is not None
+    state, own = weights.state, model.state_dict()
+    with torch.device("meta"):
+        other = _build(settings, classes + 1).state_dict()
+    by_class = {name for name, tensor in own.items() if other[name].shape != tensor.shape}
+    renew = not same or any(
+        name not in state or state[name].shape != own[name].shape for name in by_class
+    )
+    wanted = {name: tensor for name, tensor in own.items() if not renew or name not in by_class}
+    for name, tensor in wanted.items():
+        if name not in state or state[name].shape != tensor.shape:
+            there = tuple(state[name].shape) if name in state else "missing"
+            raise UserError(
+                f"--weights {weights.words} are not of {settings.network}: {name} is {there} there,"
+                f" and {tuple(tensor.shape)} here"
+            )
+    unknown = sorted(set(state) - set(own))
+    if unknown:
+        raise UserError(
+            f"--weights {weights.words} are not of {settings.network}, which has no {unknown[0]}"
+        )
+    model.load_state_dict({name: state[name] for name in wanted}, strict=False)
+    return sorted(by_class) if renew else []
+
+
+def _with_new_head(trained: nn.Module, fresh: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A trained network with those modules of a fresh one that are for another number of classes;
+    and the names of what is new."""
+    ours, theirs = fresh.state_dict(), trained.state_dict()
+    new = sorted(
+        name
+        for name, tensor in ours.items()
+        if name in theirs and theirs[name].shape != tensor.shape
+    )
+    for path in sorted({name.rpartition(".")[0] for name in new}):
+        parent, _, name = path.rpartition(".")
+        setattr(trained.get_submodule(parent), name, fresh.get_submodule(path))
+    return trained, new
