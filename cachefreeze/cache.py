@@ -381,7 +381,7 @@ class PrefixCache:
             self.saved_seconds -= seconds
         if store is None:
             return None
-        if self.keep or stop <= self._from_start:
+        if self.keep or stop <= self._from_start or store.kept:
             store.keep()
         self._switch(store, stop)
         return Materialization(
@@ -588,8 +588,9 @@ class PrefixCache:
             return
         split, rows = next(iter(self.rows.items()))
         x = next(iter(self.inputs[split].batches([np.arange(min(CHECKED_ROWS, rows))])))
+        tolerance = 0.0 if self.device.type == "cpu" else VERIFY_TOLERANCE
         with autocast(self.device, self.autocast_dtype):
-            self.units.check(x)
+            self.units.check(x, tolerance)
         self._checked = True
 
     def _refuse_other_autocast(self) -> None:

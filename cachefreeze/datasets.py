@@ -95,13 +95,14 @@ def refuse_random_items(dataset: Dataset[Any]) -> None:
     if not len(dataset):  # type: ignore[arg-type]
         raise UserError("the data set is empty")
     random, here = random_transform(dataset), torch.device("cpu")
-    before = random_state(here)
-    try:
-        first, *others = (split_item(dataset[0])[0] for _ in range(DRAWS))
-    finally:
-        set_random_state(before, here)
-    if random is None and not all(torch.equal(first, other) for other in others):
-        random = "its first item is another one each time"
+    if random is None:
+        before = random_state(here)
+        try:
+            first, *others = (split_item(dataset[0])[0] for _ in range(DRAWS))
+        finally:
+            set_random_state(before, here)
+        if not all(torch.equal(first, other) for other in others):
+            random = "its first item is another one each time"
     if random is not None:
         raise UserError(
             f"the data set is augmented at random ({random}): rows that are kept would be one draw "

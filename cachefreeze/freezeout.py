@@ -138,10 +138,9 @@ class FreezeOutLR(LRScheduler):
             )
         self.last_epoch = state_dict["last_epoch"]
         self.base_lrs = list(state_dict["base_lrs"])
-        self.schedule = Schedule(
-            len(self.units),
-            *(state_dict[key] for key in ("total_steps", "t0", "shape", "scale_lr", "first")),
-        )
+        settings = {key: state_dict[key] for key in ("total_steps", "t0", "shape", "scale_lr")}
+        # Older checkpoints do not have it.
+        self.schedule = Schedule(len(self.units), first=state_dict.get("first", 0), **settings)
         rates = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):  # a compiled or captured step holds on to it

@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from cachefreeze.fingerprint import Sources, plain, structure
+from cachefreeze.fingerprint import Sources, plain
 from cachefreeze.hashing import tensors_sha256
 
 # Transforms that are drawn anew for every item, beside all whose names begin with Random.
@@ -28,6 +28,8 @@ RANDOM = {
     "RandAugment",
     "TrivialAugmentWide",
 }
+# Of objects in objects: a transform that goes deeper holds itself.
+MAX_DEPTH = 20
 
 
 def identity_of(dataset: Any) -> str | None:
@@ -79,30 +81,39 @@ def _of_file(path: Path) -> str:
     return f"{path} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def described(value: Any) -> object:
+def described(value: Any, depth: int = 0) -> object:
     """A transform, or a setting, as something whose `repr` is equal if and only if it does the same
     (see `fingerprint.plain`)."""
-    if isinstance(value, nn.Module):
-        return structure(value, Sources(value.modules()))
+
+    def inner(value: Any) -> object:
+        return described(value, depth + 1)
+
     if isinstance(value, list | tuple):
-        return [described(item) for item in value]
+        return [inner(item) for item in value]
     if isinstance(value, Mapping):
-        return [(described(key), described(item)) for key, item in value.items()]
+        return [(inner(key), inner(item)) for key, item in value.items()]
     kind = type(value)
-    known = kind.__module__.startswith("torchvision.")
     if (
-        not known
-        and hasattr(value, "__dict__")
-        and callable(value)
-        and not inspect.isroutine(value)
+        depth > MAX_DEPTH
+        or not callable(value)
+        or inspect.isroutine(value)
+        or isinstance(value, type)
     ):
-        try:
-            return inspect.getsource(kind), described(vars(value))
-        except (OSError, TypeError):
-            return plain(value)
-    if known and hasattr(value, "__dict__") and not inspect.isroutine(value):
-        return kind.__qualname__, described(vars(value))
-    return plain(value)
+        return plain(value)
+    if isinstance(value, nn.Module):
+        settings = {name: each for name, each in vars(value).items() if not name.startswith("_")}
+        return (
+            *(kind.__module__, kind.__qualname__, Sources([value]).of(value), value.extra_repr()),
+            inner(settings),  # with modules in lists, which are not its children
+            tensors_sha256(value.state_dict().items()),
+            [inner(child) for child in value.children()],
+        )
+    if kind.__module__.startswith("torchvision."):
+        return kind.__module__, kind.__qualname__, inner(vars(value))
+    try:
+        return inspect.getsource(kind), inner(vars(value))
+    except (OSError, TypeError):
+        return plain(value)
 
 
 def random_transform(dataset: Any) -> str | None:

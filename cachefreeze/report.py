@@ -406,7 +406,8 @@ def closing_words(
                 "verify them: no difference"
             )
         if cache["store"]:
-            lines.append(f"store     {cache['store']} (until a later run fills its own)")
+            stays = "kept for later runs" if cache["kept"] else "until a later run fills its own"
+            lines.append(f"store     {cache['store']} ({stays})")
     elif cache["enabled"] and summary["frozen_units"]:
         lines.append(
             "cache     held nothing: no store would have saved more time than filling it takes; "

@@ -440,6 +440,7 @@ class Trainer:
                 "boundaries": totals["events"],
                 **totals["cache"],
                 "store": None if self.cache.store is None else str(self.cache.store.folder),
+                "kept": self.cache.store is not None and self.cache.store.kept,
             },
             "plan": plan,
             "resumed_at": totals["resumed"],

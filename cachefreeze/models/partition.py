@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cachefreeze.errors import UserError
-from cachefreeze.models.units import Units
+from cachefreeze.models.units import Units, is_plain_sequence
 
 # Blocks of dense layers, each of which takes the outputs of all before it, concatenated:
 # torchvision and timm hand them on as a list. One tensor does as well, and can be cut anywhere.
@@ -66,11 +66,6 @@ def partition(
     if example is not None:
         found.check(example)
     return found
-
-
-def is_plain_sequence(module: nn.Module) -> bool:
-    """Whether its children run one after the other, and nothing else happens."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _automatic(model: nn.Module) -> Units:

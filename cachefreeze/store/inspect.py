@@ -14,6 +14,7 @@ from cachefreeze.store.folder import (
     in_use,
     is_cache_dir,
     is_committed,
+    kept_since,
     rubbish,
     store_folders,
 )
@@ -34,6 +35,7 @@ class StoreReport:
     folder: Path
     description: Description | None
     committed: bool
+    kept: bool
     in_use: bool
     bytes: int
     split_bytes: dict[str, int]
@@ -48,7 +50,9 @@ class StoreReport:
             return "damaged"
         if not self.committed:
             return "being written" if self.in_use else "orphan"
-        return "in use" if self.in_use else "committed"
+        if self.in_use:
+            return "in use"
+        return "kept" if self.kept else "committed"
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ def _look(folder: Path, verify: bool, used: bool) -> StoreReport:
         folder=folder,
         description=description,
         committed=committed,
+        kept=kept_since(folder) is not None,
         in_use=used,
         split_bytes={split: size_of_tree(folder / split) for split in present},
         bytes=size_of_tree(folder),
