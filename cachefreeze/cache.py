@@ -83,8 +83,9 @@ class PrefixCache:
         max_bytes: that the folder may take, this run's old and new store together.
         stored: keep activations as `bfloat16` or `int8` instead of in their own type. That takes
             less room and loses precision: results are no longer those of a run without a cache.
-        keep: keep all stores for later runs. Those of units that are frozen when this is made are
-            kept anyway; others go when the next is made, or when another run fills one.
+        keep: keep all stores for later runs, or none. None keeps those of units that are frozen
+            when this is made. What is not kept goes when the next is made, or when another run
+            fills one.
         workers: processes that load items of a data set when rows are computed from them.
         network: its name, for people who look into the cache.
         warn: is given one sentence when a store cannot be used; training goes on without.
@@ -119,11 +120,12 @@ class PrefixCache:
         >>> dataset = TensorDataset(torch.zeros(10, 3, 8, 8), torch.arange(10) % 2)
         >>> units = partition(model)
         >>> freeze(units, 1)
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> with PrefixCache(units, dataset, batch_size=4, directory=folder.name) as cache:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache = PrefixCache(units, dataset, batch_size=4, directory=folder)
         ...     rows = cache.materialize().rows
         ...     for x, y in cache.epoch(0):
         ...         loss = nn.functional.cross_entropy(units.suffix(x), y)
+        ...     cache.close()
         >>> rows, x.shape, cache.prefix_unit_rows_computed, cache.rows_served
         (10, torch.Size([2, 4, 6, 6]), 10, 10)
 
@@ -152,7 +154,7 @@ class PrefixCache:
         directory: Path | str | None = None,
         max_bytes: float = float("inf"),
         stored: str | None = None,
-        keep: bool = False,
+        keep: bool | None = None,
         workers: int = 0,
         network: str = "",
         warn: Callable[[str], None] = warnings.warn,
@@ -381,7 +383,8 @@ class PrefixCache:
             self.saved_seconds -= seconds
         if store is None:
             return None
-        if self.keep or stop <= self._from_start or store.kept:
+        keep = 0 < stop <= self._from_start if self.keep is None else self.keep
+        if keep or store.kept:
             store.keep()
         self._switch(store, stop)
         return Materialization(
@@ -584,7 +587,7 @@ class PrefixCache:
 
     def _check(self) -> None:
         """Before anything is kept: the units are the model."""
-        if self._checked:
+        if self._checked or self.units.are_whole:
             return
         split, rows = next(iter(self.rows.items()))
         x = next(iter(self.inputs[split].batches([np.arange(min(CHECKED_ROWS, rows))])))

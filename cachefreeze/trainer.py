@@ -96,7 +96,7 @@ class Trainer:
             directory=settings.cache_dir if settings.cache else None,
             max_bytes=max_cache_bytes,
             stored=settings.stored,
-            keep=settings.keep_cache,
+            keep=settings.keep_cache or None,
             network=settings.network,
             warn=lambda sentence: say(f"  {sentence}"),
             stopping=lambda: bool(self.interrupts),

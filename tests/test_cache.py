@@ -50,7 +50,7 @@ def units() -> Units:
 
 def make_cache(units: Units, directory: Path | None, **options: object) -> PrefixCache:
     inputs = {"train": Pixels(37, 1), "val": Pixels(10, 2)}
-    options = {"batch_size": BATCH, "max_bytes": float("inf"), **options}
+    options = {"batch_size": BATCH, "max_bytes": float("inf"), "keep": False, **options}
     return PrefixCache(units, inputs, directory=directory, **options)  # type: ignore[arg-type]
 
 

@@ -1,11 +1,15 @@
 """The rooms of the house stand on floors; a room imports only from floors below it."""
 
 import ast
+import doctest
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import cachefreeze
 
 PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
@@ -19,9 +23,10 @@ FLOORS = [
     ["planning"],
     ["preview", "resume"],
     ["trainer"],
-    ["train"],
+    ["train", "adapters"],
 ]
 INSIDE = {
+    "adapters": [["lightning"]],
     "models": [["units", "layers"], ["wrn", "densenet", "vgg", "partition", "ready_made"]],
     "data": [["images"], ["inputs", "sets"]],
     "store": [["codecs"], ["folder", "format"], ["read"], ["write", "inspect"]],
@@ -97,7 +102,15 @@ def _all_imports(path: Path) -> set[str]:
 
 
 def test_what_is_exported_is_there_and_documented() -> None:
-    import cachefreeze
-
     for name in cachefreeze.__all__:
         assert getattr(cachefreeze, name).__doc__, f"{name} has no docstring"
+
+
+EXAMPLES = ("cache", "datasets", "freezeout", "models.partition", "models.units")
+
+
+@pytest.mark.parametrize("room", EXAMPLES)
+def test_what_docstrings_show_happens(room: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"cachefreeze.{room}"))
+    assert found.failed == 0
+    assert found.attempted

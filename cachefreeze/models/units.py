@@ -207,6 +207,13 @@ class Units(Sequence[nn.Module]):
         return zip(self.names[:stop], self._modules[:stop], strict=True)
 
     @property
+    def are_whole(self) -> bool:
+        """Whether the model does nothing but to run them one after the other, to be seen without
+        running it."""
+        plain = is_plain_sequence(self.model) or isinstance(self.model, nn.ModuleList)
+        return plain and tuple(self.model.children()) == self._modules
+
+    @property
     def channels_last(self) -> bool:
         """Whether weights of convolutions lie channels-last in memory, as inputs should then."""
         return any(
@@ -228,8 +235,7 @@ class Units(Sequence[nn.Module]):
         Raises:
             UserError: it is not; names the first boundary.
         """
-        whole = is_plain_sequence(self.model) or isinstance(self.model, nn.ModuleList)
-        if whole and tuple(self.model.children()) == self._modules:
+        if self.are_whole:
             return
         parts = {each: each.training for whole in (self.model, *self) for each in whole.modules()}
         devices = [x.device] if x.device.type == "cuda" else []
