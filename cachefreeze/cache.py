@@ -1,6 +1,7 @@
 """PrefixCache: serves the data set's rows at the frontier, from a store where there is one."""
 
 import hashlib
+import re
 import statistics
 import time
 import warnings
@@ -161,11 +162,15 @@ class PrefixCache:
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.units = units
-        first = next((p for unit in units for p in unit.parameters()), None)
-        if device is None:
-            device = "cpu" if first is None else first.device
-        self.device = torch.device(device)
+        self.device = torch.device(device or device_of(units) or "cpu")
         splits = dataset if isinstance(dataset, Mapping) else {"train": dataset}
+        if not splits or not all(re.fullmatch("[a-z]+", split) for split in splits):
+            raise UserError(
+                f"the splits are named {', '.join(map(repr, splits)) or 'nothing'}: they need "
+                "names of lower-case letters, such as train and val"
+            )
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it has to be 1 or more")
         channels_last = units.channels_last
         self.inputs = {
             split: rows_of(each, self.device, channels_last, workers)
@@ -261,6 +266,7 @@ class PrefixCache:
                 with another type than `autocast_dtype`.
         """
         self._refuse_other_autocast()
+        self._refuse_unknown(split)
         indices = split_rows(split, rows, self.rows[split])
         order = batches_of(indices, self.batch_size)
         given = self.inputs[split]
@@ -294,6 +300,7 @@ class PrefixCache:
             shuffle: False takes the rows in their order.
             drop_last: leave out a last batch that is not full.
         """
+        self._refuse_unknown(split)
         source, count = self.inputs[split], self.rows[split]
         if not isinstance(source, DatasetRows):
             raise ValueError(f"{split} has no targets: give PrefixCache a data set, or use batches")
@@ -325,10 +332,13 @@ class PrefixCache:
         epoch is left to use it.
 
         Raises:
-            ValueError: the units are not the model that they were cut out of (`Units.check`).
+            ValueError: `stop` lies beyond the frontier, or the units are not the model that they
+                were cut out of (`Units.check`).
             Interrupted: `stopping` says so.
         """
         stop = self.units.frontier if stop is None else stop
+        if not 0 <= stop <= self.units.frontier:
+            raise ValueError(f"boundary {stop}: {self.units.frontier} units are frozen")
         pixels = stop == 0 and self._store is None and self.keeps_pixels
         if self.directory is None or (stop <= self.boundary and not pixels):
             return None
@@ -596,6 +606,10 @@ class PrefixCache:
             self.units.check(x, tolerance)
         self._checked = True
 
+    def _refuse_unknown(self, split: str) -> None:
+        if split not in self.rows:
+            raise ValueError(f"there is no split {split!r}, but {', '.join(self.rows)}")
+
     def _refuse_other_autocast(self) -> None:
         """Rows are always computed with `autocast_dtype`, whatever surrounds them: what is kept
         must not depend on where in a loop it was made."""
@@ -608,6 +622,13 @@ class PrefixCache:
                 )
 
     def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
+        if stop > start:
+            here = device_of(self.units)
+            if here is not None and here.type != self.device.type:
+                raise ValueError(
+                    f"the network is on {here.type}, and was on {self.device.type} when PrefixCache was "
+                    f'made: give it device="{here.type}"'
+                )
         self.prefix_unit_rows_computed += len(x) * (stop - start)
         with autocast(self.device, self.autocast_dtype):
             return self.units.run_frozen(x, start, stop, self.batch_size)
@@ -715,6 +736,11 @@ class PrefixCache:
     def _forget_reading(self) -> None:
         self._last_watched = self.seconds_per_byte_read
         self._watched.clear()
+
+
+def device_of(units: Units) -> torch.device | None:
+    """Where the first of the network's parameters is; None if it has none."""
+    return next((p.device for unit in units for p in unit.parameters()), None)
 
 
 def rows_of(

@@ -28,19 +28,22 @@ RANDOM = {
     "RandAugment",
     "TrivialAugmentWide",
 }
+# What torchvision's data sets know of targets, by attribute.
+OF_TARGETS = {"targets", "labels", "_labels", "classes", "class_to_idx", "target_transform"}
 # Of objects in objects: a transform that goes deeper holds itself.
 MAX_DEPTH = 20
 
 
 def identity_of(dataset: Any) -> str | None:
-    """A hash of all that the items depend on: arrays by their bytes, files by their paths, sizes
-    and modification times, transforms by their settings and code.
+    """A hash of all that the inputs depend on: arrays by their bytes, files by their paths, sizes
+    and modification times, transforms by their settings and code. Targets are not: rows are of
+    inputs.
 
     None if that cannot be known: only the data sets of torch and torchvision say what they read.
     """
     kind = type(dataset)
     if kind is TensorDataset:
-        return tensors_sha256((str(i), each) for i, each in enumerate(dataset.tensors))
+        return tensors_sha256([("", dataset.tensors[0])])
     if kind is Subset:
         inner = identity_of(dataset.dataset)
         return None if inner is None else _hash(inner, [int(i) for i in dataset.indices])
@@ -56,13 +59,16 @@ def _of_torchvision(dataset: Any) -> str | None:
     found: list[object] = []
     rows = 0
     for name, value in sorted(vars(dataset).items()):
+        if name in OF_TARGETS:
+            continue
         if isinstance(value, np.ndarray | Tensor):
             rows = max(rows, len(value))
             found.append((name, plain(value)))
         elif isinstance(value, list | tuple):
             paths = _paths(value)
             rows = max(rows, len(paths))
-            found.append((name, _hash(*map(_of_file, paths)), _hash(repr(value))))
+            rest = "" if len(paths) == len(value) else _hash(repr(value))
+            found.append((name, _hash(*map(_of_file, paths)), rest))
         else:
             found.append((name, described(value)))
     if rows < len(dataset):  # what it reads is not among what it knows

@@ -242,6 +242,43 @@ def test_rows_are_asked_for_by_number(tmp_path: Path) -> None:
     cache.close()
 
 
+def test_what_makes_no_sense_is_told_in_a_sentence(tmp_path: Path) -> None:
+    units = small_units()
+    units.freeze(1)
+    with pytest.raises(UserError, match="'Train': they need names of lower-case letters"):
+        cached(units, {"Train": images()}, tmp_path)
+    with pytest.raises(UserError, match="named nothing"):
+        cached(units, {}, tmp_path)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        PrefixCache(units, images(), batch_size=0)
+    cache = cached(units, images(), tmp_path)
+    for beyond in (2, 99, -1):
+        with pytest.raises(ValueError, match=f"boundary {beyond}: 1 units are frozen"):
+            cache.materialize(beyond)
+    with pytest.raises(ValueError, match="no split 'val', but train"):
+        cache.batch([1], split="val")
+    with pytest.raises(ValueError, match="no split 'val', but train"):
+        next(cache.epoch(split="val"))
+    units.model.to("meta")
+    with pytest.raises(ValueError, match='give it device="meta"'):
+        cache.batch([1])
+    cache.close()
+
+
+def test_a_store_of_more_units_than_are_frozen_is_not_taken(tmp_path: Path) -> None:
+    units = small_units()
+    units.freeze(2)
+    with cached(units, images(), tmp_path) as cache:
+        cache.materialize()
+        state = cache.state_dict()
+    fresh = small_units()
+    fresh.freeze(1)
+    with cached(fresh, images(), tmp_path) as cache:
+        with pytest.raises(ValueError, match="boundary 2"):
+            cache.load_state_dict(state)
+        assert cache.batch([0]).shape[1:] == (4, 8, 8)
+
+
 def test_rows_are_the_same_whatever_autocast_surrounds_the_cache(tmp_path: Path) -> None:
     units = small_units()
     units.freeze(1)
@@ -444,6 +481,20 @@ def test_another_head_finds_the_rows_and_computes_none(tmp_path: Path) -> None:
     third.freeze(2)
     with cached(third, images(), tmp_path) as cache:
         assert not cache.materialize().reused  # type: ignore[union-attr]
+
+
+def test_other_labels_of_the_same_images_find_the_rows_too(tmp_path: Path) -> None:
+    from .conftest import write_images
+
+    write_images(tmp_path / "a", 3, seed=1)
+    x, y = images().tensors
+
+    def folder(labels: bool) -> Dataset[Any]:
+        change = {"target_transform": lambda label: -label} if labels else {}
+        return datasets.ImageFolder(tmp_path / "a", transforms.ToTensor(), **change)
+
+    for make in (lambda labels: TensorDataset(x, y + labels), folder):
+        assert len({IndexedDataset(make(labels)).identity for labels in (True, False)}) == 1
 
 
 def prefix(seed: int) -> Any:

@@ -180,13 +180,30 @@ def _trace(module: nn.Module, opaque: set[nn.Module] | None, training: bool) -> 
     try:
         for each in before:
             each.training = training
-        return _Tracer(opaque).trace(module, concrete_args=options)
+        return _without_options(_Tracer(opaque).trace(module, concrete_args=options))
+    except _NotTraceableError:
+        raise
     except Exception as error:  # whatever a forward pass may do with what is no tensor
         words = str(error).strip().partition("\n")[0] or type(error).__name__
         raise _NotTraceableError(words) from error
     finally:
         for each, mode in before.items():
             each.training = mode
+
+
+def _without_options(graph: fx.Graph) -> fx.Graph:
+    """Without the inputs that are left at their defaults, and what tracing adds to see to that."""
+    _, *others = [node for node in graph.nodes if node.op == "placeholder"]
+    gone = {node for node in others if not str(node.target).startswith("*")}
+    for node in graph.nodes:
+        if gone.intersection(node.all_input_nodes):
+            gone.add(node)
+    for node in reversed([node for node in graph.nodes if node in gone]):
+        graph.erase_node(node)
+    used = next((node for node in others if node not in gone and node.users), None)
+    if used is not None:
+        raise _NotTraceableError(f"it uses {used.target}")
+    return graph
 
 
 def _blocks(model: nn.Module) -> set[nn.Module]:

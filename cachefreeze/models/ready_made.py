@@ -85,7 +85,7 @@ def import_timm() -> Any:
         import timm
     except ImportError as error:
         raise UserError(
-            "timm is not installed: pip install 'cachefreeze[timm]', or use a network of torchvision"
+            "timm is not installed: pip install 'cachefreeze[timm]', or use a torchvision network"
         ) from error
     return timm
 
