@@ -626,8 +626,8 @@ class PrefixCache:
             here = device_of(self.units)
             if here is not None and here.type != self.device.type:
                 raise ValueError(
-                    f"the network is on {here.type}, and was on {self.device.type} when PrefixCache was "
-                    f'made: give it device="{here.type}"'
+                    f"the network is on {here.type}, and PrefixCache serves rows on "
+                    f'{self.device.type}: give it device="{here.type}"'
                 )
         self.prefix_unit_rows_computed += len(x) * (stop - start)
         with autocast(self.device, self.autocast_dtype):

@@ -12,6 +12,7 @@ import PIL
 import torchvision
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torchvision.datasets.vision import StandardTransform
 
 from cachefreeze.fingerprint import Sources, plain
 from cachefreeze.hashing import tensors_sha256
@@ -61,6 +62,8 @@ def _of_torchvision(dataset: Any) -> str | None:
     for name, value in sorted(vars(dataset).items()):
         if name in OF_TARGETS:
             continue
+        if isinstance(value, StandardTransform):  # of input and target
+            value = value.transform
         if isinstance(value, np.ndarray | Tensor):
             rows = max(rows, len(value))
             found.append((name, plain(value)))
