@@ -123,31 +123,36 @@ def check_network(settings: Settings, image_shape: tuple[int, int, int]) -> None
     Raises:
         UserError: it cannot.
     """
-    with torch.device("meta"):
-        _, units, _ = make_network(settings, ("one", "other"))
-        if settings.freeze_first is not None:
-            count = units.count(settings.freeze_first)
-            if count == len(units):
-                raise UserError(
-                    f"--freeze-first {settings.freeze_first} leaves nothing to train: the network "
-                    f"has {len(units)} units"
-                )
-        if settings.library is None:
-            return
-        try:
-            with torch.no_grad():
-                for unit in units:
-                    unit.eval()
-                units.run(torch.zeros(2, *image_shape))
-        except NotImplementedError:  # an operation that has no meta device: it will be seen
-            return
-        except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            shape = "x".join(map(str, image_shape))
-            raise UserError(
-                f"{settings.arch} does not take images of {shape} ({reason}): choose another "
-                "--image-size"
-            ) from error
+    units = partition(_outline(settings, 2))
+    if settings.freeze_first is not None and units.count(settings.freeze_first) == len(units):
+        raise UserError(
+            f"--freeze-first {settings.freeze_first} leaves nothing to train: the network has "
+            f"{len(units)} units"
+        )
+    if settings.library is None:
+        return
+    try:
+        units.model.eval()
+        with torch.no_grad():
+            units.run(torch.zeros(2, *image_shape, device="meta"))
+    except NotImplementedError:  # an operation that has no meta device: it will be seen
+        return
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        shape = "x".join(map(str, image_shape))
+        raise UserError(
+            f"{settings.arch} does not take images of {shape} ({reason}): choose another "
+            "--image-size"
+        ) from error
+
+
+def _outline(settings: Settings, classes: int) -> nn.Module:
+    """The network without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return _build(settings, classes)
+    except NotImplementedError:  # it computes its sizes with tensors
+        return _build(settings, classes).to("meta")
 
 
 def _load(
@@ -157,8 +162,7 @@ def _load(
     of that."""
     assert weights.state is not None
     state, own = weights.state, model.state_dict()
-    with torch.device("meta"):
-        other = _build(settings, classes + 1).state_dict()
+    other = _outline(settings, classes + 1).state_dict()
     by_class = {name for name, tensor in own.items() if other[name].shape != tensor.shape}
     renew = not same or any(
         name not in state or state[name].shape != own[name].shape for name in by_class

@@ -223,6 +223,12 @@ def test_a_unit_may_be_named_by_what_holds_it() -> None:
     assert config.parse([]).lr == 0.1
 
 
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "googlenet"])
+def test_networks_that_are_built_in_odd_ways_are_built(train: Train, name: str) -> None:
+    run = train("--arch", f"torchvision:{name}", "--epochs", 2, "--freeze-first", -1)
+    assert cache_of(run)["rows_served"] == 2 * ROWS
+
+
 def test_timms_networks_run_too(train: Train) -> None:
     pytest.importorskip("timm")
     options = ("--arch", "timm:resnet10t", "--epochs", 2, "--freeze-first", -1)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ DENSE_BLOCKS = {
     ("torchvision.models.densenet", "_DenseBlock"),
     ("timm.models.densenet", "DenseBlock"),
 }
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def partition(
@@ -26,7 +28,7 @@ def partition(
     """A model as an ordered list of units over its own parameters.
 
     Nothing is copied, and `state_dict()` has the keys that it had. Change the model first (a new
-    head, say), then cut it: what is exchanged afterwards is not seen.
+    head, say) and move it to its device, then cut it: what is exchanged afterwards is not seen.
 
     Without `units` the cuts lie between blocks: a unit is a convolution or linear layer with the
     norm, activation and pooling behind it, or a module that cannot be cut inside (a residual block,
@@ -53,6 +55,8 @@ def partition(
         >>> partition(model, ["conv1", "layer3", "fc"]).names
         ('conv1', 'layer3', 'fc')
     """
+    if isinstance(units, str):
+        raise UserError(f"units is the text {units!r}: give a list of names")
     if units is not None:
         found = _named(model, list(units))
     elif is_plain_sequence(model) and all(
@@ -154,6 +158,18 @@ class _Tracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        # The first argument alone is traced: the others have the values they have by default.
+        name = next(iter(inspect.signature(self.root.forward).parameters), "x")
+        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        if not torch.is_grad_enabled():
+            raise _NotTraceableError("it switches gradients off for a part of its forward pass")
+        return super().create_proxy(*args, **kwargs)
+
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -175,12 +191,17 @@ def _trace(module: nn.Module, opaque: set[nn.Module] | None, training: bool) -> 
     inputs = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if sum(p.default is p.empty for p in inputs) > 1:
         raise _NotTraceableError("it takes more than one input")
-    options = {p.name: p.default for p in inputs[1:]}
     before = {each: each.training for each in module.modules()}
+    numbers, others = torch.get_rng_state(), random.getstate()
     try:
         for each in before:
             each.training = training
-        return _without_options(_Tracer(opaque).trace(module, concrete_args=options))
+        with torch.enable_grad():
+            graph = _Tracer(opaque).trace(module)
+        # What is drawn while tracing would be a constant from then on.
+        if not torch.equal(torch.get_rng_state(), numbers) or random.getstate() != others:
+            raise _NotTraceableError("it draws random numbers outside of its modules")
+        return graph
     except _NotTraceableError:
         raise
     except Exception as error:  # whatever a forward pass may do with what is no tensor
@@ -189,21 +210,8 @@ def _trace(module: nn.Module, opaque: set[nn.Module] | None, training: bool) -> 
     finally:
         for each, mode in before.items():
             each.training = mode
-
-
-def _without_options(graph: fx.Graph) -> fx.Graph:
-    """Without the inputs that are left at their defaults, and what tracing adds to see to that."""
-    _, *others = [node for node in graph.nodes if node.op == "placeholder"]
-    gone = {node for node in others if not str(node.target).startswith("*")}
-    for node in graph.nodes:
-        if gone.intersection(node.all_input_nodes):
-            gone.add(node)
-    for node in reversed([node for node in graph.nodes if node in gone]):
-        graph.erase_node(node)
-    used = next((node for node in others if node not in gone and node.users), None)
-    if used is not None:
-        raise _NotTraceableError(f"it uses {used.target}")
-    return graph
+        torch.set_rng_state(numbers)
+        random.setstate(others)
 
 
 def _blocks(model: nn.Module) -> set[nn.Module]:
@@ -235,13 +243,14 @@ def _is_custom(module: nn.Module) -> bool:
 
 def _is_chain(module: nn.Module) -> bool:
     """Whether a module runs its parts one after the other, a single tensor handed on."""
-    if next(module.children(), None) is None:
+    if next(module.children(), None) is None or isinstance(module, NORMS):
         return False
     try:
         flow = _Flow(module, None)
     except _NotTraceableError:
         return False
-    return all(
+    # What runs its parts in another way in training follows its own mode, as a module.
+    return flow.same_in_both_modes() and all(
         len(stretch) == 1
         for _, stretch in flow.stretches()
         if any(node.op == "call_module" for node in stretch if flow.owned(node))
@@ -269,7 +278,7 @@ class _Flow:
         self.trained, self.evaluated = map(_in_order, graphs)
         self.nodes = self.evaluated
         self.alike = _alike(self.trained, self.evaluated)
-        crossing = [_crossing(nodes, self.owned) for nodes in (self.trained, self.evaluated)]
+        crossing = [_crossing(nodes, self._held) for nodes in (self.trained, self.evaluated)]
         self._crossing = crossing[1]
         # Where the two modes part for good, nothing can be cut that both have.
         self.places = [
@@ -286,6 +295,21 @@ class _Flow:
             value = _attribute(self.model, str(node.target))
             return [id(value)] if isinstance(value, nn.Parameter) else []
         return []
+
+    def _held(self, node: fx.Node) -> list[int]:
+        """The parameters and buffers that a step uses: running statistics change like weights."""
+        buffers: list[int] = []
+        if node.op == "call_module":
+            buffers = [id(each) for each in self.modules[str(node.target)].buffers()]
+        return self.owned(node) + buffers
+
+    def same_in_both_modes(self) -> bool:
+        """Whether training does all that evaluation does, and nothing else."""
+        steps = [
+            [(node.op, node.target, str(node.args), str(node.kwargs)) for node in nodes]
+            for nodes in (self.trained, self.evaluated)
+        ]
+        return steps[0] == steps[1]
 
     def has_parameters(self, nodes: Iterable[fx.Node]) -> bool:
         return any(self.owned(node) for node in nodes)
@@ -380,12 +404,12 @@ class _Flow:
         if start == 0:
             source = next(node for node in nodes[0].graph.nodes if node.op == "placeholder")
         else:
-            (source,) = _crossing(everything, self.owned)[start]
+            (source,) = _crossing(everything, self._held)[start]
         values = {source: graph.placeholder("x")}
         for node in nodes:
             values[node] = graph.node_copy(node, lambda used: values[used])
         if stop < len(self.nodes):
-            (result,) = _crossing(everything, self.owned)[stop]
+            (result,) = _crossing(everything, self._held)[stop]
             graph.output(values[result])
         else:
             output = self._output(nodes)
@@ -420,12 +444,13 @@ class Borrowed(nn.Module):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        self.own = copy.copy(original)
+        self.own = copy.deepcopy(original)
         object.__setattr__(self, "_mode_of", original)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Nothing but freezing puts this itself into eval mode.
-        self.own.training = self.training and self._mode_of.training
+        for own, original in zip(self.own.modules(), self._mode_of.modules(), strict=True):
+            own.training = self.training and original.training
         return self.own(*args, **kwargs)
 
 
@@ -482,6 +507,8 @@ def _kind(flow: _Flow, nodes: list[fx.Node]) -> tuple[str, str]:
     if len(calls) > 1:
         return "block", parent
     module = flow.modules[str(calls[0].target)]
+    if isinstance(module, NORMS):  # which may hold its activation
+        return "norm", parent
     if next(module.children(), None) is not None:
         return "block", parent
     if "norm" in type(module).__name__.lower():

@@ -1,11 +1,12 @@
 """A network as an ordered list of units: the smallest things that freeze."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from cachefreeze.errors import UserError
@@ -158,7 +159,9 @@ class Units(Sequence[nn.Module]):
         units. A freeze compiles nothing anew but the unit that is the first to train then (whose
         input takes no gradient any more). Frozen units run as they are: their rows are the same,
         compiled or not, so that stores fit."""
-        self._trained = tuple(torch.compile(module, **options) for module in self._modules)
+        self._trained = tuple(
+            torch.compile(_with_own_code(module), **options) for module in self._modules
+        )
         return self
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Any:
@@ -244,11 +247,14 @@ class Units(Sequence[nn.Module]):
                 part.training = False
             with torch.no_grad(), torch.random.fork_rng(devices):
                 x = canonical(x)
-                whole = self.model(x)
+                whole = self.model(x.clone())  # what it writes into its input is not seen again
                 for boundary, name in enumerate(self.names):
-                    found = x
-                    for module in self._modules[boundary:]:
-                        found = module(found)
+                    found: Any = x.clone()
+                    try:
+                        for module in self._modules[boundary:]:
+                            found = module(found)
+                    except Exception as error:  # whatever a unit does with what it does not take
+                        found = error
                     if not agree(found, whole, tolerance):
                         where = f"before {name}" if boundary else "anywhere"
                         raise UserError(
@@ -262,14 +268,28 @@ class Units(Sequence[nn.Module]):
                 part.training = training
 
 
+def _with_own_code(module: nn.Module) -> nn.Module:
+    """A module that calls `module` in a function of its own. Compiled variants are counted by
+    function, and after eight none is made: blocks of one class would share those."""
+    graph = fx.Graph()
+    graph.output(graph.call_module("unit", (graph.placeholder("x"),)))
+    return fx.GraphModule({"unit": module}, graph)
+
+
 def agree(one: Any, other: Any, tolerance: float = 0.0) -> bool:
     """Whether two tensors, or tuples, lists and dicts of them, are equal (or not a number at the
     same places); or differ by no more than `tolerance` of the largest value."""
     (ones, form), (others, other_form) = tree_flatten(one), tree_flatten(other)
     return form == other_form and all(
-        _tensors_agree(a, b, tolerance) if isinstance(a, Tensor) else bool(a == b)
+        _tensors_agree(a, b, tolerance) if isinstance(a, Tensor) else _same(a, b, tolerance)
         for a, b in zip(ones, others, strict=True)
     )
+
+
+def _same(one: Any, other: Any, tolerance: float) -> bool:
+    if is_dataclass(one) and type(one) is type(other):
+        return agree(vars(one), vars(other), tolerance)
+    return bool(one == other)
 
 
 def _tensors_agree(one: Tensor, other: Any, tolerance: float) -> bool:
