@@ -37,7 +37,7 @@ for split in ("train", "test"):
         if not link.exists():
             link.symlink_to(folder.resolve())
 
-train = "python -m cachefreeze.train --arch wrn16_4 --dataset imagefolder --image-size 32"
+train = "python -m cachefreeze.train --arch wrn16_2 --dataset imagefolder --image-size 32"
 print(f"{train} --data-dir {args.output}/first --epochs 10 --output-dir runs/first")
 print(f"{train} --data-dir {args.output}/second --epochs 10 --weights runs/first/best.pt \\")
-print("    --freeze-first group3")
+print("    --freeze-first group2")

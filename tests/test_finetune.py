@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from cachefreeze import config
+from cachefreeze import config, partition
 from cachefreeze.models import build
 from cachefreeze.store import store_folders
 
@@ -217,6 +217,8 @@ def test_what_cannot_be_is_told_before_anything_else(
 def test_a_unit_may_be_named_by_what_holds_it() -> None:
     settings = config.parse(["--arch", "torchvision:resnet18", "--freeze-first", "layer3"])
     assert settings.freeze_first == "layer3"
+    assert partition(build("wrn", 2, depth=16, width=1)).count("group2") == 5
+    assert partition(build("torchvision:resnet18", 2)).count("layer3") == 7
     assert not settings.freeze
     assert config.parse(["--freeze-first", "-2", "--schedule", "cubic"]).freeze
     assert config.parse(["--weights", "x"]).lr == 0.01

@@ -144,7 +144,8 @@ class Units(Sequence[nn.Module]):
             UserError: there are no such units.
         """
         if isinstance(first, str):
-            found = [i for i, n in enumerate(self.names) if n == first or n.startswith(f"{first}.")]
+            within = (f"{first}.", f"{first}_")
+            found = [i for i, n in enumerate(self.names) if n == first or n.startswith(within)]
             if not found:
                 raise UserError(
                     f"the network has no unit {first!r}: it has {', '.join(self.names)}"
