@@ -20,7 +20,7 @@ from cachefreeze.datasets import DatasetRows, IndexedDataset, split_rows
 from cachefreeze.device import autocast, numerics
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
-from cachefreeze.fingerprint import Sources, structure
+from cachefreeze.fingerprint import UNKNOWN, Sources, structure
 from cachefreeze.models.units import Units
 from cachefreeze.rows import Indices, PixelRows, Rows, batches_of, epoch_order
 from cachefreeze.store import (
@@ -40,6 +40,8 @@ WATCHED_BATCHES = 20
 VERIFY_TOLERANCE = 0.02
 # Rows that the units are compared with their model on.
 CHECKED_ROWS = 2
+# How often a store is asked for that another run holds without writing it.
+ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,11 @@ class PrefixCache:
         # Units that were frozen from the start: what they give, the next run may want too.
         self._from_start = units.frontier
         self._checked = False
+        # Of the fingerprint that was taken last: whether another run cannot come to the same.
+        self._unknowable = False
+        # Stores that another run did not come to an end with.
+        self._given_up: set[str] = set()
+        self._versions = 0
         self.rows_served = 0
         self.rows_verified = 0
         self.saved_seconds = 0.0
@@ -343,7 +350,7 @@ class PrefixCache:
         if self.directory is None or (stop <= self.boundary and not pixels):
             return None
         start = time.perf_counter()
-        store, held, computed, reused, blocked = None, 0, 0.0, False, False
+        store, held, computed, reused, attempts = None, 0, 0.0, False, 0
         try:
             fingerprint, name = self.fingerprint(stop), self._name(stop)
             while True:
@@ -366,15 +373,18 @@ class PrefixCache:
                             store.load()
                     break
                 except BlockingIOError:
-                    # A whole store that another run reads, and that is of no use to this one.
-                    useless = blocked and self.has(stop)
+                    if fingerprint in self._given_up:
+                        break
+                    attempts += 1
+                    # At last: a whole store that another run reads, and of no use to this one.
+                    useless = attempts > ATTEMPTS
                     if useless or not self._stores.wait_for_writer(fingerprint, name):
+                        self._given_up.add(fingerprint)
                         self.warn(
                             f"another run is using the store after {name}, and does not come to an "
                             "end with it: not cached"
                         )
                         break
-                    blocked = True
         except StoreTooLarge:
             self.warn(
                 f"activations after {self._name(stop)} are not cached: compressed with {codec} "
@@ -394,7 +404,8 @@ class PrefixCache:
         if store is None:
             return None
         keep = 0 < stop <= self._from_start if self.keep is None else self.keep
-        if keep or store.kept:
+        # What hangs on something that cannot be written down, no run will find again.
+        if (keep and not self._unknowable) or store.kept:
             store.keep()
         self._switch(store, stop)
         return Materialization(
@@ -505,8 +516,12 @@ class PrefixCache:
         """Of all that the rows at boundary `stop` depend on, to the last bit."""
         digest = hashlib.sha256()
 
+        self._unknowable = False
+
         def add(*parts: object) -> None:
-            digest.update(repr(parts).encode() + b"\n")
+            text = repr(parts)
+            self._unknowable |= UNKNOWN in text
+            digest.update(text.encode() + b"\n")
 
         add("format", FORMAT)
         if stop == 0:
@@ -515,7 +530,8 @@ class PrefixCache:
                 add("pixels", name, len(rows), rows.pixels_identity)
             return digest.hexdigest()[:32]
         add("numerics", sorted(numerics(self.device).items()))
-        add("precision", self.autocast_dtype, "batch size", self.batch_size, "channels last")
+        add("precision", self.autocast_dtype, "batch size", self.batch_size)
+        add("input is channels last", self.units.channels_last)
         if self.stored is not None:
             add("stored as", self.stored)
         for name, rows in sorted(self.inputs.items()):
@@ -562,6 +578,7 @@ class PrefixCache:
     def _serve(self, split: str, order: Sequence[Indices], stop: int | None) -> Iterator[Tensor]:
         """Rows at boundary `stop`; None is the frontier, and counts as serving the run."""
         done = 0
+        self._leave_if_other_weights()
         while done < len(order):
             boundary, store, source = self.boundary, self._store, self._rows
             try:
@@ -620,6 +637,23 @@ class PrefixCache:
                 raise ValueError(
                     f"autocast is on here with {dtype}: give PrefixCache autocast_dtype={dtype}"
                 )
+
+    def _weights_version(self) -> int:
+        """Moves when a parameter or buffer before the boundary is written to."""
+        units = self.units[: self.boundary]
+        return sum(t._version for unit in units for t in (*unit.parameters(), *unit.buffers()))
+
+    def _leave_if_other_weights(self) -> None:
+        """Rows of weights that were loaded over since are none of this network any more."""
+        if self._store is None or self._weights_version() == self._versions:
+            return
+        self._versions = self._weights_version()
+        if self.fingerprint(self.boundary) != self._store.description.fingerprint:
+            self.warn(
+                f"units before the store after {self.unit} have other weights than when it was "
+                "filled: rows are computed from here on"
+            )
+            self.leave()
 
     def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
         if stop > start:
@@ -680,6 +714,7 @@ class PrefixCache:
                 for name, rows in stored.items()
             }
         self.boundary = boundary
+        self._versions = self._weights_version()
         self._tell_datasets()
         self.prefix_seconds_per_row = store.notes.get("prefix_seconds_per_row", 0.0)
         self._retire(old)
@@ -747,8 +782,8 @@ def rows_of(
     data: Dataset[Any] | Rows, device: torch.device, channels_last: bool, workers: int
 ) -> Rows:
     """What a user gave for a split, as rows."""
-    if not isinstance(data, Dataset):
-        return data
+    if hasattr(data, "batches"):
+        return data  # type: ignore[return-value]
     if not isinstance(data, IndexedDataset):
         data = IndexedDataset(data)
     return DatasetRows(data, device, channels_last, workers)

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from cachefreeze.checkpoint import random_state, set_random_state
 from cachefreeze.data.images import leave_signals_to_the_parent
 from cachefreeze.errors import UserError
+from cachefreeze.fingerprint import UNKNOWN
 from cachefreeze.identity import identity_of, random_transform, targets_of
-from cachefreeze.models.units import canonical
+from cachefreeze.models.units import agree, canonical
 from cachefreeze.rows import Indices
 
 # How often an item is drawn to see whether it is always the same.
@@ -54,14 +55,23 @@ class IndexedDataset(Dataset[tuple[int, Tensor, Any]]):
         targets: Sequence[Any] | None = None,
         identity: str | None = None,
     ) -> None:
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise UserError(
+                f"a {type(dataset).__name__} has no rows that can be asked for by number: give a "
+                "map-style data set, with __len__ and __getitem__"
+            )
         self.dataset = dataset
-        refuse_random_items(dataset)
+        target = first_target(dataset)
         if targets is not None and len(targets) != len(self):
             raise UserError(f"there are {len(targets)} targets for {len(self)} items")
-        self.targets = targets_of(dataset) if targets is None else targets
+        self.targets = targets
+        if targets is None:
+            known = targets_of(dataset)
+            # What goes by the name of targets need not be what the items come with.
+            self.targets = known if known is not None and same_target(known[0], target) else None
         self.given_identity = identity_of(dataset) if identity is None else f"given: {identity}"
         # What nobody can tell from another is another each time.
-        self.identity = self.given_identity or uuid.uuid4().hex
+        self.identity = self.given_identity or UNKNOWN + uuid.uuid4().hex
         # In memory that a loader's workers share.
         self._served = torch.zeros((), dtype=torch.bool).share_memory_()
 
@@ -85,8 +95,9 @@ class IndexedDataset(Dataset[tuple[int, Tensor, Any]]):
         self._served.fill_(served)
 
 
-def refuse_random_items(dataset: Dataset[Any]) -> None:
-    """Items that are drawn anew each time cannot be kept. No random state is moved.
+def first_target(dataset: Dataset[Any]) -> Any:
+    """The target of the first item, once that is seen to be the same each time: items that are
+    drawn anew cannot be kept. No random state is moved.
 
     Raises:
         UserError: some are, by the names of transforms or by drawing one several times; or there
@@ -95,19 +106,29 @@ def refuse_random_items(dataset: Dataset[Any]) -> None:
     if not len(dataset):  # type: ignore[arg-type]
         raise UserError("the data set is empty")
     random, here = random_transform(dataset), torch.device("cpu")
+    target = None
     if random is None:
         before = random_state(here)
         try:
-            first, *others = (split_item(dataset[0])[0] for _ in range(DRAWS))
+            (first, target), *others = (split_item(dataset[0]) for _ in range(DRAWS))
         finally:
             set_random_state(before, here)
-        if not all(torch.equal(first, other) for other in others):
+        if not all(agree(first, other) for other, _ in others):
             random = "its first item is another one each time"
     if random is not None:
         raise UserError(
             f"the data set is augmented at random ({random}): rows that are kept would be one draw "
             "of it for ever; leave that transform out"
         )
+    return target
+
+
+def same_target(one: Any, other: Any) -> bool:
+    """Whether two targets are the same to a training loop, that is to say once collated."""
+    try:
+        return agree(default_collate([one]), default_collate([other]))
+    except Exception:  # nothing that a loader could collate, or compare
+        return False
 
 
 def split_item(item: Any) -> tuple[Tensor, Any]:

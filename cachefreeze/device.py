@@ -77,6 +77,8 @@ def numerics(device: torch.device) -> dict[str, object]:
         }
     return common | {
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "mkldnn": torch.backends.mkldnn.enabled,
         "threads": torch.get_num_threads(),
     }
 

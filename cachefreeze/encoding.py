@@ -49,7 +49,8 @@ class Encoding:
             return cls(x.dtype, own, last)
         if stored != "int8":
             return cls(x.dtype, stored, last)
-        channels = in_order(x, last).flatten(0, -2).float()
+        plain = in_order(x, last).float()
+        channels = plain.reshape(-1, plain.shape[-1] if plain.dim() > 1 else 1)
         low, high = channels.amin(0), channels.amax(0)
         # A channel that is constant here may not be elsewhere, but has to have some step.
         scale = ((high - low) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)

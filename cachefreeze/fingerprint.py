@@ -1,6 +1,5 @@
 """What a unit computes, written down so that it can be hashed."""
 
-import contextlib
 import enum
 import functools
 import inspect
@@ -17,24 +16,50 @@ from cachefreeze.hashing import tensors_sha256
 
 
 class Sources:
-    """The source code of the classes of modules, as it was when this was made.
-
-    Read once: a file that is edited while a run goes on must neither stop the run nor change what
-    the run says of the code that it is running.
-    """
+    """What the classes of modules do, as it was when this was made: their functions and constants,
+    and all that those use."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._texts: dict[type, str] = {}
         for kind in {kind for module in modules for kind in type(module).__mro__}:
             # torch's own classes change with its version only, which is hashed anyway.
             if not kind.__module__.startswith(("torch.", "builtins")):
-                # Not to be had of classes defined at a prompt, or compiled; or the file is broken.
-                with contextlib.suppress(OSError, TypeError, SyntaxError):
-                    self._texts[kind] = inspect.getsource(kind)
+                # Its source may not be there (a notebook, a prompt), and does not say what the
+                # functions are that it calls: what was compiled does.
+                self._texts[kind] = repr(members(kind))
 
     def of(self, module: nn.Module) -> list[str]:
         """Of the module's class and its bases."""
         return [self._texts[kind] for kind in type(module).__mro__ if kind in self._texts]
+
+
+# What every module has, and what freezing and cutting leave on one.
+OF_TORCH = {*vars(nn.Module()), "train", "_mode_of"}
+# Begins what is another text each time: of what cannot be written down.
+UNKNOWN = "unknown:"
+
+
+def members(kind: type) -> object:
+    """What a class does: its functions and constants."""
+    result = []
+    for name, value in sorted(vars(kind).items()):
+        # Of properties, class methods and the like: the function that is behind them.
+        for inside in ("fget", "func", "__func__", "__wrapped__"):
+            value = getattr(value, inside, None) or value
+        python_s_own = name.startswith("__") and not isinstance(value, FunctionType)
+        if not python_s_own and name != "_abc_impl":
+            result.append((name, plain(value)))
+    return result
+
+
+def settings_of(module: nn.Module) -> dict[str, object]:
+    """A module's attributes, but for what torch keeps there."""
+    torchs = type(module).__module__.startswith("torch.")
+    return {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if name not in OF_TORCH and not (torchs and name.startswith("_"))
+    }
 
 
 def structure(unit: nn.Module, sources: Sources) -> list[object]:
@@ -47,11 +72,7 @@ def structure(unit: nn.Module, sources: Sources) -> list[object]:
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),
         ]
-        settings = {
-            key: plain(value)
-            for key, value in sorted(vars(module).items())
-            if not key.startswith("_") and key not in ("training", "train")
-        }
+        settings = {name: plain(value) for name, value in settings_of(module).items()}
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         result += [
             (name, kind.__module__, kind.__qualname__, module.extra_repr()),
@@ -99,16 +120,60 @@ def plain(value: object) -> object:
         return sorted(repr(plain(item)) for item in value)
     if isinstance(value, type):
         return (value.__module__, value.__qualname__)
-    if isinstance(value, FunctionType) and value.__closure__ is None:
-        return (value.__module__, value.__qualname__, code(value.__code__))
+    if isinstance(value, FunctionType):
+        return function(value)
     if inspect.isbuiltin(value):
         return (value.__module__, value.__qualname__)
     if type(value).__module__ == "torch":  # dtypes, devices, memory formats
         return repr(value)
-    return uuid.uuid4().hex
+    return UNKNOWN + uuid.uuid4().hex
+
+
+# Functions that are being written down: they may call themselves, and each other.
+_busy: set[int] = set()
+
+
+def function(value: FunctionType) -> object:
+    """What a function does: its code, and all that it does it with."""
+    named = (value.__module__, value.__qualname__)
+    torchs = str(value.__module__).split(".")[0] == "torch"  # whose version is hashed
+    if torchs or id(value) in _busy:
+        return named
+    _busy.add(id(value))
+    try:
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return (
+            *named,
+            code(value.__code__),
+            plain([value.__defaults__, value.__kwdefaults__]),
+            plain([each for each in cells if not isinstance(each, type)]),
+            [
+                (name, _used(each))
+                for name, each in sorted(inspect.getclosurevars(value).globals.items())
+            ],
+        )
+    except ValueError:  # a cell that is still empty
+        return UNKNOWN + uuid.uuid4().hex
+    finally:
+        _busy.discard(id(value))
+
+
+def _used(value: object) -> object:
+    if inspect.ismodule(value):
+        return value.__name__, getattr(value, "__version__", None)
+    return plain(value)
 
 
 def code(value: CodeType) -> object:
     """What a function does: its instructions, names and constants."""
-    constants = [code(c) if isinstance(c, CodeType) else repr(c) for c in value.co_consts]
-    return (value.co_code, value.co_names, constants)
+    return (value.co_code, value.co_names, [_constant(each) for each in value.co_consts])
+
+
+def _constant(value: object) -> object:
+    if isinstance(value, CodeType):
+        return code(value)
+    if isinstance(value, frozenset):  # whose order is another one in each process
+        return sorted(repr(_constant(each)) for each in value)
+    if isinstance(value, tuple):
+        return [_constant(each) for each in value]
+    return repr(value)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.datasets.vision import StandardTransform
 
-from cachefreeze.fingerprint import Sources, plain
+from cachefreeze.fingerprint import Sources, members, plain, settings_of
 from cachefreeze.hashing import tensors_sha256
 
 # Transforms that are drawn anew for every item, beside all whose names begin with Random.
@@ -110,19 +110,16 @@ def described(value: Any, depth: int = 0) -> object:
     ):
         return plain(value)
     if isinstance(value, nn.Module):
-        settings = {name: each for name, each in vars(value).items() if not name.startswith("_")}
         return (
             *(kind.__module__, kind.__qualname__, Sources([value]).of(value), value.extra_repr()),
-            inner(settings),  # with modules in lists, which are not its children
+            inner(settings_of(value)),  # with modules in lists, which are not its children
             tensors_sha256(value.state_dict().items()),
             [inner(child) for child in value.children()],
         )
     if kind.__module__.startswith("torchvision."):
         return kind.__module__, kind.__qualname__, inner(vars(value))
-    try:
-        return inspect.getsource(kind), inner(vars(value))
-    except (OSError, TypeError):
-        return plain(value)
+    does = [members(each) for each in kind.__mro__ if each is not object]
+    return kind.__module__, kind.__qualname__, does, inner(getattr(value, "__dict__", {}))
 
 
 def random_transform(dataset: Any) -> str | None:
@@ -163,13 +160,19 @@ def targets_of(dataset: Any) -> Any:
     if kind is Subset:
         inner = targets_of(dataset.dataset)
         return None if inner is None else [inner[int(i)] for i in dataset.indices]
+    if kind is ConcatDataset:
+        parts = [targets_of(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else [y for part in parts for y in part]
     if not kind.__module__.startswith("torchvision.datasets."):
         return None
     for name in ("targets", "labels", "_labels"):
         found = getattr(dataset, name, None)
         if isinstance(found, list | np.ndarray | Tensor) and len(found) == len(dataset):
             change = getattr(dataset, "target_transform", None)
-            return found if change is None else [change(_plain_number(each)) for each in found]
+            try:
+                return found if change is None else [change(_plain_number(each)) for each in found]
+            except Exception:  # it is for something else than what is known here
+                return None
     return None
 
 

@@ -17,6 +17,7 @@ from cachefreeze.files import human_bytes, size_of_tree
 from cachefreeze.report import progress_bar
 from cachefreeze.rows import Indices, batches_of
 from cachefreeze.store import (
+    VALUES,
     Damage,
     Description,
     Layout,
@@ -24,6 +25,7 @@ from cachefreeze.store import (
     StoreError,
     StoreWriter,
     in_use,
+    is_being_written,
     is_committed,
     kept_since,
     label,
@@ -207,6 +209,11 @@ class Stores:
         enough = RANGE_ROWS if self.stored == "int8" and boundary else 1
         waiting: list[Tensor] = []
         for x in batches:
+            if name_of(x.dtype) not in VALUES:
+                self.warn(
+                    f"activations after {unit} are {x.dtype}, which no store holds: not cached"
+                )
+                return None
             waiting.append(x)
             if sum(map(len, waiting)) >= min(enough, self.rows[first_split]):
                 break
@@ -251,7 +258,8 @@ class Stores:
         """
         folder = self.directory / fingerprint
         told, size, since = False, -1, time.monotonic()
-        while in_use(folder) and not is_committed(folder):
+        time.sleep(POLL_SECONDS)
+        while is_being_written(folder):
             if not told:
                 self.warn(f"another run is writing the store after {unit}: waiting for it")
                 told = True

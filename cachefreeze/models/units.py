@@ -100,6 +100,15 @@ class Units(Sequence[nn.Module]):
         # What is called while a unit trains.
         self._trained: tuple[Any, ...] = self._modules
         self._frontier = 0
+        # Parameters and buffers of the model itself that a unit reads.
+        self._read = [
+            (part, str(node.target))
+            for module in self._modules
+            for part in module.modules()
+            if isinstance(part, fx.GraphModule)
+            for node in part.graph.nodes
+            if node.op == "get_attr"
+        ]
         owner: dict[int, str] = {}
         for name, module in modules.items():
             for part in (*module.modules(), *module.parameters()):
@@ -168,11 +177,23 @@ class Units(Sequence[nn.Module]):
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Any:
         """Units start .. stop-1 on a batch at boundary `start`; returns it at boundary `stop`: a
         tensor, or at the end whatever the model returns. Gradients are recorded as usual."""
+        self._read_anew()
         stop = len(self) if stop is None else stop
         for number in range(start, stop):
             frozen = number < self._frontier
             x = (self._modules if frozen else self._trained)[number](x)
         return x
+
+    def _read_anew(self) -> None:
+        """`model.to(...)` replaces buffers, which units that are none of its modules do not see."""
+        for part, path in self._read:
+            owner, _, name = path.rpartition(".")
+            value: Any = self.model
+            for each in path.split("."):
+                value = getattr(value, each)
+            holder = part.get_submodule(owner)
+            if getattr(holder, name) is not value:
+                setattr(holder, name, value)
 
     def suffix(self, x: Tensor) -> Any:
         """What still trains, on a batch at the frontier, (n, ...), as `PrefixCache` gives it;
@@ -192,6 +213,7 @@ class Units(Sequence[nn.Module]):
             return x
         rows = len(x)
         assert rows <= batch_size
+        self._read_anew()
         with torch.no_grad():
             if rows < batch_size:
                 last = torch.channels_last if is_channels_last(x) else torch.contiguous_format
@@ -241,6 +263,7 @@ class Units(Sequence[nn.Module]):
         """
         if self.are_whole:
             return
+        self._read_anew()
         parts = {each: each.training for whole in (self.model, *self) for each in whole.modules()}
         devices = [x.device] if x.device.type == "cuda" else []
         try:

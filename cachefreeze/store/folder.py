@@ -157,17 +157,26 @@ def remove_locked(folder: Path, lock: Lock) -> bool:
 
 def in_use(folder: Path) -> bool:
     """Whether a process reads or writes a store. (Takes its lock for a moment to find out.)"""
+    return not _can_lock(folder, fcntl.LOCK_EX)
+
+
+def _can_lock(folder: Path, how: int) -> bool:
     try:
         file = open_regular(folder / "lock", os.O_RDONLY)
     except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
         return True
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     finally:
         os.close(file)
-    return False
+    return True
+
+
+def is_being_written(folder: Path) -> bool:
+    """Whether a process holds a store for itself alone. (Takes its lock for a moment.)"""
+    return not _can_lock(folder, fcntl.LOCK_SH)
 
 
 def mark_kept(folder: Path) -> None:
