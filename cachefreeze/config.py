@@ -265,6 +265,10 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
             "--t0 is for units that freeze by FreezeOut: with --freeze-first the others train to "
             "the end, unless --schedule is given too"
         )
+    if args.schedule is not None and not args.freeze and args.freeze_first is not None:
+        raise UserError(
+            "--schedule asks for FreezeOut and --no-freeze for none: leave out one of them"
+        )
     if args.keep_cache and (args.cache is False or args.augment):
         raise UserError("--keep-cache keeps what a cache holds: leave out --no-cache and --augment")
     if (args.rows is None) != (args.classes is None) or (args.rows and not args.plan):

@@ -23,7 +23,7 @@ class Sources:
         self._texts: dict[type, str] = {}
         for kind in {kind for module in modules for kind in type(module).__mro__}:
             # torch's own classes change with its version only, which is hashed anyway.
-            if not kind.__module__.startswith(("torch.", "builtins")):
+            if kind is not object and not kind.__module__.startswith("torch."):
                 # Its source may not be there (a notebook, a prompt), and does not say what the
                 # functions are that it calls: what was compiled does.
                 self._texts[kind] = repr(members(kind))

@@ -1,5 +1,6 @@
 """The network of a run: built, and loaded with weights that were trained before."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,21 +50,33 @@ def find_weights(settings: Settings) -> Weights | None:
                 f"--weights {named} is not there: {settings.arch} has no weights of its own, give "
                 "the file of a run (last.pt or best.pt)"
             )
-        trained_on = weights_statistics(settings.library, settings.model_name, named)
-        return Weights(f"{named} of {settings.arch}", trained_on)
-    if path.is_dir():
-        raise UserError(f"--weights {named} is a folder: give a file in it, such as best.pt")
+        usual = weights_statistics(settings.library, settings.model_name, named)
+        return Weights(f"{named} of {settings.arch}", usual)
+    if not path.is_file():
+        kind = "a folder: give a file in it, such as best.pt" if path.is_dir() else "no file"
+        raise UserError(f"--weights {named} is {kind}")
     found = _read(path)
     if CHECKSUM not in found:
-        usual = None if settings.library is None else IMAGENET
-        return Weights(named, usual, _state_dict(found, named))
+        own = settings.library is None
+        return Weights(named, None if own else IMAGENET, _state_dict(found, named))
     state = load_checkpoint(path)
+    classes, statistics = trained_on(state, f"--weights {named}")
+    if not isinstance(state.get("model"), Mapping):
+        raise UserError(f"--weights {named} holds no weights")
+    return Weights(named, statistics, dict(state["model"]), classes)
+
+
+def trained_on(state: Mapping[str, Any], what: str) -> tuple[tuple[str, ...], Statistics]:
+    """Classes, and mean and deviation of the images, that a checkpoint is of.
+
+    Raises:
+        UserError: it does not say; `what` it is, in words.
+    """
     try:
         classes, _, _, mean, std = state["data"]["same"]
-        statistics = tuple(map(float, mean)), tuple(map(float, std))
-        return Weights(named, statistics, dict(state["model"]), tuple(classes))
+        return tuple(classes), (tuple(map(float, mean)), tuple(map(float, std)))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--weights {named} does not say what it was trained on") from error
+        raise UserError(f"{what} does not say what it was trained on") from error
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -88,8 +101,15 @@ def _state_dict(found: Mapping[str, Any], named: str) -> dict[str, Tensor]:
             found = found[name]
     if not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"--weights {named} holds no state dict: save model.state_dict()")
-    # DistributedDataParallel and torch.compile put a word before all names.
-    return {str(k).removeprefix("module.").removeprefix("_orig_mod."): v for k, v in found.items()}
+    return {_plain_name(str(name)): tensor for name, tensor in found.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Without the words that DistributedDataParallel and torch.compile put before it, and as
+    torchvision writes it now (its DenseNets were saved with `norm.1` for `norm1`)."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)", r"\1\2", name)
 
 
 def make_network(
@@ -175,7 +195,8 @@ def _load(
                 f"--weights {weights.words} are not of {settings.network}: {name} is {there} there,"
                 f" and {tuple(tensor.shape)} here"
             )
-    unknown = sorted(set(state) - set(own))
+    # Heads that torchvision's files have and that it leaves out as well.
+    unknown = sorted(n for n in set(state) - set(own) if not n.lower().startswith("aux"))
     if unknown:
         raise UserError(
             f"--weights {weights.words} are not of {settings.network}, which has no {unknown[0]}"

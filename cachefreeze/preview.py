@@ -10,7 +10,7 @@ from cachefreeze.data import ArrayImages, InputRows, Outline
 from cachefreeze.device import resolve_device, resolve_precision
 from cachefreeze.files import nearest_folder
 from cachefreeze.forecast import Forecast
-from cachefreeze.network import check_network, make_network
+from cachefreeze.network import check_network, find_weights, make_network
 from cachefreeze.planner import Run
 from cachefreeze.profiler import MAX_PASSES, measure, profile
 from cachefreeze.report import opening_words, plan_table, room_words, say
@@ -37,6 +37,7 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     torch.manual_seed(settings.seed)
     check_network(settings, about.image_shape)
+    find_weights(settings)  # that they are there
     # Arithmetic takes as long with any weights.
     model, units, _ = make_network(settings, [str(number) for number in range(about.classes)])
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -18,7 +18,8 @@ from cachefreeze.config import Settings
 from cachefreeze.device import keep_freed_memory, resolve_device, resolve_precision
 from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.files import nearest_folder, size_of_tree
-from cachefreeze.network import check_network, find_weights, make_network
+from cachefreeze.models import Statistics
+from cachefreeze.network import Weights, check_network, find_weights, make_network, trained_on
 from cachefreeze.preview import preview
 from cachefreeze.report import RunFolder, closing_words, opening_words, say, track
 from cachefreeze.resume import Start, start_of
@@ -89,7 +90,9 @@ def _run_in(
     if settings.cache:
         check_cache_dir(settings.cache_dir)
     check_network(settings, (3, settings.image_size, settings.image_size))  # before the wait
-    weights = find_weights(settings)
+    state = load_last_checkpoint(folder.path, say) if start.resuming else None
+    # A checkpoint holds the weights, and how images are normalised: the file may be gone.
+    weights = None if state is not None else find_weights(settings)
     images = data.load(
         settings.dataset,
         settings.data_dir,
@@ -97,7 +100,7 @@ def _run_in(
         val_fraction=settings.val_fraction,
         workers=settings.workers,
         bar=track,
-        normalization=None if weights is None else weights.statistics,
+        normalization=statistics_of(settings, weights, state),
     )
 
     torch.manual_seed(settings.seed)
@@ -117,7 +120,6 @@ def _run_in(
     ):
         say(line)
     if start.resuming:
-        state = load_last_checkpoint(folder.path, say)
         if state is None:
             folder.write_metrics([])  # of epochs that no checkpoint came after
         else:
@@ -128,6 +130,21 @@ def _run_in(
     for line in closing_words(summary, facts, folder.path, this_python(), device.type == "cpu"):
         say(line)
     return summary
+
+
+def statistics_of(
+    settings: Settings, weights: Weights | None, state: dict[str, Any] | None
+) -> Statistics | None:
+    """Mean and deviation to normalise with, if they are not those of the training images.
+
+    Raises:
+        UserError: the checkpoint does not say.
+    """
+    if weights is not None:
+        return weights.statistics
+    if state is None or settings.weights is None:
+        return None
+    return trained_on(state, "the checkpoint of this run")[1]
 
 
 def cache_budget(settings: Settings) -> float:

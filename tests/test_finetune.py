@@ -14,6 +14,7 @@ from torch import nn
 from cachefreeze import config, partition
 from cachefreeze.models import build
 from cachefreeze.store import store_folders
+from cachefreeze.train import main
 
 from .chaos.harness import Nursery, results
 from .conftest import Run, Train, write_images
@@ -115,6 +116,11 @@ def test_weights_of_a_run_start_another_with_a_head_of_its_own(
         if not name.startswith("head"):
             assert torch.equal(tensor, after["model"][name]), name
     assert after["data"]["same"][3:] == before["data"]["same"][3:], "normalised as it was trained"
+    # A run that goes on needs them no more.
+    (first.folder / "best.pt").rename(tmp_path / "best.pt")
+    (tuned.folder / "summary.json").unlink()
+    assert main(["--resume", str(tuned.folder)]) == 0
+    (tmp_path / "best.pt").rename(first.folder / "best.pt")
     # The same classes: the head goes on too.
     capsys.readouterr()
     train(*options[:4], "--epochs", 1, "--lr", 1e-9)
@@ -204,6 +210,9 @@ def test_weights_that_cannot_be_had_are_one_sentence(
         ("--freeze-first 30", "cannot freeze 30 units"),
         ("--freeze-first 2 --t0 0.5", "--t0 is for units that freeze by FreezeOut"),
         ("--keep-cache --no-cache", "--keep-cache keeps what a cache holds"),
+        ("--freeze-first 2 --no-freeze --schedule cubic", "leave out one of them"),
+        ("--weights nowhere.pt --plan", "--weights nowhere.pt is not there"),
+        ("--arch torchvision:vit_b_32 --weights DEFAULT", "give --image-size 224"),
         ("--arch timm:resnet9000", "timm"),
     ],
 )

@@ -4,6 +4,7 @@ import importlib
 import linecache
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -240,3 +241,117 @@ def test_code_that_is_edited_while_a_run_goes_on_is_not_looked_at(
     os.utime(path, (1, 1))
     assert cache.fingerprint(1) == before
     PrefixCache(units, {"train": Pixels(9, 1)}, batch_size=BATCH).fingerprint(1)
+
+
+# ---- What the code of a class does not show.
+
+FACTOR = 2.0
+
+
+def helper(x: Tensor) -> Tensor:
+    return x * FACTOR
+
+
+class Calls(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return helper(x)
+
+
+class Hidden(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self._factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self._factor
+
+
+class Acts(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def made_at_a_prompt(factor: int) -> nn.Module:
+    scope: dict[str, object] = {"nn": nn}
+    code = f"class Typed(nn.Module):\n    def forward(self, x):\n        return x * {factor}\n"
+    exec(code, scope)  # no source text is to be had of it
+    return scope["Typed"]()  # type: ignore[operator, no-any-return]
+
+
+def fingerprint_of(module: nn.Module) -> str:
+    units = Units({"first": module, "head": nn.Linear(2, 2)})
+    units.freeze(1)
+    return PrefixCache(units, {"train": Pixels(9, 1)}, batch_size=4).fingerprint(1)
+
+
+def scaling(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * factor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Hidden,
+        made_at_a_prompt,
+        lambda k: Acts(scaling(k)),
+        lambda k: Acts(lambda x, k=k: x * k),
+        lambda k: Acts(lambda x: x * {1: 2.0, 2: 3.0}[k]),
+    ],
+    ids=["private attribute", "no source", "closure", "default", "closure of a constant"],
+)
+def test_what_the_source_of_a_class_does_not_show_counts_too(
+    make: Callable[[int], nn.Module],
+) -> None:
+    assert fingerprint_of(make(1)) == fingerprint_of(make(1))
+    assert fingerprint_of(make(1)) != fingerprint_of(make(2))
+
+
+def test_so_do_the_functions_that_it_calls_and_what_they_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = fingerprint_of(Calls())
+    assert fingerprint_of(Calls()) == before
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+    assert fingerprint_of(Calls()) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(sys.modules[__name__], "helper", lambda x: x)
+    assert fingerprint_of(Calls()) != before
+
+
+def test_another_process_comes_to_the_same(tmp_path: Path) -> None:
+    """Also where the order of a set is another one there, and of functions made by functions."""
+    program = (
+        "import torch, torch.nn.functional as F\n"
+        "from torch import nn\n"
+        "from cachefreeze import PrefixCache, partition\n"
+        "from tests.conftest import Pixels\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.LazyLinear(2)\n"
+        "    def forward(self, x, kind='relu'):\n"
+        "        x = F.max_pool2d(self.conv(x), 2)\n"
+        "        if kind in {'relu', 'silu', 'gelu', 'tanh'}:\n"
+        "            x = F.relu(x)\n"
+        "        return self.fc(x.flatten(1))\n"
+        "torch.manual_seed(0)\n"
+        "model = Net(); model(torch.zeros(2, 3, 16, 16))\n"
+        "units = partition(model); units.freeze(1)\n"
+        "print(PrefixCache(units, {'train': Pixels(9, 1)}, batch_size=4).fingerprint(1))\n"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1

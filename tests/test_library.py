@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from cachefreeze import (
     freeze,
     param_groups,
     partition,
+    stores,
 )
 from cachefreeze.device import has_bf16
 from cachefreeze.hashing import weights_sha256
@@ -411,7 +414,10 @@ def test_units_that_are_not_the_model_are_told_before_anything_is_kept(tmp_path:
     model(torch.zeros(2, 3, 32, 32))
     units = partition(model, ["first", "last"])
     units.freeze(1)
-    with cached(units, images(), tmp_path) as cache, pytest.raises((UserError, RuntimeError)):
+    with (
+        cached(units, images(), tmp_path) as cache,
+        pytest.raises(UserError, match=r"Scaled cannot be cut anywhere|before (first|last)"),
+    ):
         cache.materialize()
     assert store_folders(tmp_path) == []
 
@@ -556,4 +562,125 @@ def test_the_least_recently_used_goes_first_when_room_is_short(tmp_path: Path) -
     _, cache = fill(5, room=2.5 * size)
     assert {seed for seed, folder in names.items() if folder.exists()} == {3}, "one is in use"
     in_use.close()
+    cache.close()
+
+
+def test_weights_that_are_loaded_over_make_the_rows_anew(tmp_path: Path) -> None:
+    units = small_units()
+    units.freeze(2)
+    told: list[str] = []
+    with cached(units, images(), tmp_path, warn=told.append) as cache:
+        cache.materialize()
+        served = cache.batch(range(BATCH))
+        units.model.load_state_dict(units.model.state_dict())
+        assert torch.equal(cache.batch(range(BATCH)), served)
+        assert told == [], "the same weights"
+        other = {name: tensor + 1 for name, tensor in units.model.state_dict().items()}
+        units.model.load_state_dict(other)
+        computed = cache.batch(range(BATCH))
+        assert not torch.equal(computed, served)
+        assert torch.equal(computed, cached(units, images(), None).batch(range(BATCH)))
+    (sentence,) = told
+    assert "other weights than when it was filled" in sentence
+
+
+@pytest.mark.parametrize("change", ["double", "bfloat16"])
+def test_buffers_of_the_model_itself_are_read_where_they_are(change: str) -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+            self.register_buffer("mean", torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.first(x) - self.mean))
+
+    model = Normalized()
+    units = partition(model)
+    getattr(model, change)()
+    assert isinstance(model.mean, Tensor)
+    model.mean.fill_(7)
+    x = torch.randn(2, 3, 9, 9).to(model.mean.dtype)
+    assert torch.equal(units.run(x), model(x))
+
+
+def test_numbers_that_no_store_holds_are_computed(tmp_path: Path) -> None:
+    class Codes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).argmax(1, keepdim=True)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Codes(), nn.Embedding(4000, 3))
+    units = partition(model, ["0", "2"])
+    units.freeze(1)
+    told: list[str] = []
+    with cached(units, images(), tmp_path, warn=told.append) as cache:
+        assert cache.materialize() is None
+        assert cache.batch([0]).dtype == torch.int64
+    assert "torch.int64, which no store holds" in told[0]
+
+
+def test_what_goes_by_the_name_of_targets_has_to_be_them() -> None:
+    class Masks(datasets.FakeData):
+        """As data sets whose items come with something else than their class."""
+
+        def __init__(self, rows: int) -> None:
+            super().__init__(rows)
+            self.targets = list(range(rows))
+
+        def __getitem__(self, row: int) -> Any:
+            return torch.zeros(3, 8, 8), torch.full((4, 4), row)
+
+    Masks.__module__ = "torchvision.datasets.masks"
+    dataset = IndexedDataset(Masks(4))
+    assert dataset.targets is None
+    dataset.serve(True)
+    assert dataset[2][2].shape == (4, 4)
+
+
+def test_a_list_of_pairs_is_a_data_set_and_a_stream_is_none(tmp_path: Path) -> None:
+    units = small_units()
+    units.freeze(1)
+    x, y = images().tensors
+    with cached(units, list(zip(x, y, strict=True)), tmp_path) as cache:
+        assert torch.equal(everything(cache.epoch(0, shuffle=False))[1], y)
+
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield x[0], y[0]
+
+    with pytest.raises(UserError, match="Stream has no rows that can be asked for by number"):
+        cached(units, Stream(), tmp_path)
+
+
+def test_another_layout_of_the_input_is_another_store(tmp_path: Path) -> None:
+    """Which the head alone can ask for."""
+    plain, last = small_units(), small_units()
+    last[1][0].to(memory_format=torch.channels_last)
+    names = set()
+    for units in (plain, last):
+        units.freeze(1)
+        names.add(cached(units, images(), tmp_path).fingerprint(1))
+    assert len(names) == 2
+
+
+def test_a_run_that_does_not_get_on_is_not_waited_for_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "STALLED_SECONDS", 0.5)
+    units = small_units()
+    units.freeze(1)
+    told: list[str] = []
+    cache = cached(units, images(), tmp_path, warn=told.append)
+    folder = tmp_path / cache.fingerprint(1)
+    folder.mkdir()
+    (folder / "lock").touch()
+    lock = os.open(folder / "lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert cache.materialize() is None
+    assert "waiting for it" in told[0]
+    assert "does not come to an end with it: not cached" in told[1]
+    assert cache.materialize() is None
+    assert len(told) == 2
+    os.close(lock)
+    assert cache.materialize() is not None, "that run is gone"
     cache.close()

@@ -47,6 +47,12 @@ def build_ready_made(
     if weights is None:
         return torchvision.models.get_model(name, num_classes=classes, **options)
     chosen = _torchvision_weights(name, weights)
+    needed = chosen.meta.get("min_size", (1, 1))[0]
+    if "image_size" in options and image_size != needed:
+        raise UserError(
+            f"the weights {weights} of {name} are for images of {needed}x{needed}: give "
+            f"--image-size {needed}"
+        )
     with _loading(f"the weights {weights} of {name}", chosen.url):
         return torchvision.models.get_model(name, weights=chosen, progress=False, **options)
 
@@ -105,7 +111,7 @@ def _torchvision_weights(name: str, weights: str) -> Any:
     if wanted != "DEFAULT" and wanted not in known.__members__:
         raise UserError(
             f"torchvision has no weights {weights!r} of {name}, and there is no such file: choose "
-            f"DEFAULT or {', '.join(known.__members__) or 'none, for it has none'}"
+            f"{', '.join(known.__members__) or 'none, for it has none'}"
         )
     try:
         return known[wanted]
