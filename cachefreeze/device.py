@@ -70,6 +70,7 @@ def numerics(device: torch.device) -> dict[str, object]:
         return common | {
             "name": torch.cuda.get_device_name(device),
             "cudnn": torch.backends.cudnn.version(),
+            "enabled": torch.backends.cudnn.enabled,
             "deterministic": torch.backends.cudnn.deterministic,
             "benchmark": torch.backends.cudnn.benchmark,
             "matmul": torch.get_float32_matmul_precision(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -536,24 +537,42 @@ def test_named_modules_that_do_not_do_all_the_work_are_refused(
         partition(Gap(), ["first", "second"], example=images(2, 16))
 
 
-@pytest.mark.parametrize("draw", ["torch", "random"])
+@pytest.mark.parametrize("draw", ["torch", "random", "numpy"])
 def test_a_model_that_draws_numbers_itself_is_not_cut_at_one_draw(draw: str) -> None:
     import random
 
     class StochasticDepth(Tutorial):
         def forward(self, x: Tensor) -> Tensor:
             x = self.conv1(x)
-            number = random.random() if draw == "random" else torch.rand(()).item()
+            number = {
+                "torch": lambda: torch.rand(()).item(),
+                "random": random.random,
+                "numpy": np.random.rand,
+            }[draw]()
             if not self.training or number < 0.5:
                 x = self.conv2(x)
             return self.fc2(self.fc1(self.pool(self.pool(x)).flatten(1)))
 
     model = StochasticDepth()
-    before = torch.get_rng_state(), random.getstate()
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     with pytest.raises(UserError, match="random numbers"):
         partition(model)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
+    assert (random.getstate(), str(np.random.get_state())) == before[1:]
+
+
+def test_a_model_that_counts_its_passes_is_refused_and_counts_none_of_ours() -> None:
+    class Counting(Tutorial):
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            return super().forward(x) * (self.passes > 2)
+
+    model = Counting()
+    with pytest.raises(UserError, match="it sets its attribute passes"):
+        partition(model)
+    assert model.passes == 0
 
 
 def test_a_block_that_draws_numbers_itself_is_one_unit() -> None:

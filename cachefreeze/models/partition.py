@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -39,7 +40,8 @@ def partition(
         model: its forward pass takes one tensor, (N, ...), and returns anything.
         units: names of modules as in `model.named_modules()`, in the order of the forward pass; a
             unit begins with each, and the first one with the model. What follows a module (pooling,
-            flattening) belongs to it.
+            flattening) belongs to it. Modules that the forward pass does not call are in no unit,
+            nor in `param_groups`.
         example: input of a row or more. With it the units are checked at once (`Units.check`);
             `PrefixCache` does that otherwise, before it keeps anything.
 
@@ -186,21 +188,49 @@ def _is_dense_block(module: nn.Module) -> bool:
     return (kind.__module__, kind.__name__) in DENSE_BLOCKS
 
 
+class _RandomState:
+    """Of the generators that a forward pass may draw from on the CPU, when this is made."""
+
+    def __init__(self) -> None:
+        self.torch, self.python = torch.get_rng_state(), random.getstate()
+        self.numpy: Any = np.random.get_state()
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was drawn since."""
+        now: Any = np.random.get_state()
+        return (
+            torch.equal(torch.get_rng_state(), self.torch)
+            and random.getstate() == self.python
+            and all(np.array_equal(a, b) for a, b in zip(now, self.numpy, strict=True))
+        )
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
 def _trace(module: nn.Module, opaque: set[nn.Module] | None, training: bool) -> fx.Graph:
     parameters = list(inspect.signature(module.forward).parameters.values())
     inputs = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if sum(p.default is p.empty for p in inputs) > 1:
         raise _NotTraceableError("it takes more than one input")
-    before = {each: each.training for each in module.modules()}
-    numbers, others = torch.get_rng_state(), random.getstate()
+    before = {each: dict(vars(each)) for each in module.modules()}
+    numbers = _RandomState()
     try:
         for each in before:
             each.training = training
         with torch.enable_grad():
             graph = _Tracer(opaque).trace(module)
-        # What is drawn while tracing would be a constant from then on.
-        if not torch.equal(torch.get_rng_state(), numbers) or random.getstate() != others:
+        # What tracing sees is a constant from then on.
+        if not numbers.untouched:
             raise _NotTraceableError("it draws random numbers outside of its modules")
+        for each, attributes in before.items():
+            for name, value in vars(each).items():
+                own = name == "training" or name.startswith("_tensor_constant")
+                if not own and attributes.get(name) is not value:
+                    raise _NotTraceableError(f"it sets its attribute {name}")
         return graph
     except _NotTraceableError:
         raise
@@ -208,10 +238,11 @@ def _trace(module: nn.Module, opaque: set[nn.Module] | None, training: bool) -> 
         words = str(error).strip().partition("\n")[0] or type(error).__name__
         raise _NotTraceableError(words) from error
     finally:
-        for each, mode in before.items():
-            each.training = mode
-        torch.set_rng_state(numbers)
-        random.setstate(others)
+        for each, attributes in before.items():
+            constants = {n: v for n, v in vars(each).items() if n.startswith("_tensor_constant")}
+            vars(each).clear()
+            vars(each).update(attributes | constants)
+        numbers.restore()
 
 
 def _blocks(model: nn.Module) -> set[nn.Module]:
