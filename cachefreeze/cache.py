@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cachefreeze.datasets import DatasetRows, IndexedDataset, split_rows
+from cachefreeze.datasets import DatasetRows, joined, rows_of, split_rows
 from cachefreeze.device import autocast, numerics
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
@@ -40,8 +40,6 @@ WATCHED_BATCHES = 20
 VERIFY_TOLERANCE = 0.02
 # Rows that the units are compared with their model on.
 CHECKED_ROWS = 2
-# How often a store is asked for that another run holds without writing it.
-ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -192,8 +190,6 @@ class PrefixCache:
         self._checked = False
         # Of the fingerprint that was taken last: whether another run cannot come to the same.
         self._unknowable = False
-        # Stores that another run did not come to an end with.
-        self._given_up: set[str] = set()
         self._versions = 0
         self.rows_served = 0
         self.rows_verified = 0
@@ -350,59 +346,31 @@ class PrefixCache:
         if self.directory is None or (stop <= self.boundary and not pixels):
             return None
         start = time.perf_counter()
-        store, held, computed, reused, attempts = None, 0, 0.0, False, 0
+        taken, name = None, self._name(stop)
         try:
-            fingerprint, name = self.fingerprint(stop), self._name(stop)
-            while True:
-                try:
-                    store = self._stores.find(fingerprint, self._source(stop))
-                    reused = store is not None
-                    if store is None and fill:
-                        self._check()
-                        filling = self._stores.fill(
-                            fingerprint,
-                            stop,
-                            name,
-                            codec,
-                            self._source(stop),
-                            self.prefix_seconds_per_row,
-                        )
-                        if filling is not None:
-                            store, held = filling.store, filling.held
-                            computed = filling.compute_seconds
-                            store.load()
-                    break
-                except BlockingIOError:
-                    if fingerprint in self._given_up:
-                        break
-                    attempts += 1
-                    # At last: a whole store that another run reads, and of no use to this one.
-                    useless = attempts > ATTEMPTS
-                    if useless or not self._stores.wait_for_writer(fingerprint, name):
-                        self._given_up.add(fingerprint)
-                        self.warn(
-                            f"another run is using the store after {name}, and does not come to an "
-                            "end with it: not cached"
-                        )
-                        break
+            taken = self._stores.take(
+                self.fingerprint(stop),
+                stop,
+                name,
+                codec,
+                self._source(stop),
+                self.prefix_seconds_per_row,
+                before_filling=self._check if fill else None,
+            )
         except StoreTooLarge:
             self.warn(
-                f"activations after {self._name(stop)} are not cached: compressed with {codec} "
+                f"activations after {name} are not cached: compressed with {codec} "
                 f"they are still larger than {human_bytes(self.max_bytes)} allow (--cache-max-gb)"
             )
         except (OSError, StoreError) as error:
-            if store is not None:
-                store.remove()
-                store = None
             reason = getattr(error, "strerror", None) or error
-            self.warn(
-                f"the store after {self._name(stop)} cannot be written ({reason}): not cached"
-            )
+            self.warn(f"the store after {name} cannot be written ({reason}): not cached")
         finally:
             seconds = time.perf_counter() - start
             self.saved_seconds -= seconds
-        if store is None:
+        if taken is None:
             return None
+        store = taken.store
         keep = 0 < stop <= self._from_start if self.keep is None else self.keep
         # What hangs on something that cannot be written down, no run will find again.
         if (keep and not self._unknowable) or store.kept:
@@ -413,9 +381,9 @@ class PrefixCache:
             rows=sum(self.rows.values()),
             bytes=store.bytes,
             seconds=seconds,
-            compute_seconds=computed,
-            reused=reused,
-            held=held,
+            compute_seconds=taken.compute_seconds,
+            reused=taken.reused,
+            held=taken.held,
             codec=store.description.codec,
             lossy=store.description.lossy,
         )
@@ -776,19 +744,3 @@ class PrefixCache:
 def device_of(units: Units) -> torch.device | None:
     """Where the first of the network's parameters is; None if it has none."""
     return next((p.device for unit in units for p in unit.parameters()), None)
-
-
-def rows_of(
-    data: Dataset[Any] | Rows, device: torch.device, channels_last: bool, workers: int
-) -> Rows:
-    """What a user gave for a split, as rows."""
-    if hasattr(data, "batches"):
-        return data  # type: ignore[return-value]
-    if not isinstance(data, IndexedDataset):
-        data = IndexedDataset(data)
-    return DatasetRows(data, device, channels_last, workers)
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Batches as one; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -15,7 +15,7 @@ from cachefreeze.errors import UserError
 from cachefreeze.fingerprint import UNKNOWN
 from cachefreeze.identity import identity_of, random_transform, targets_of
 from cachefreeze.models.units import agree, canonical
-from cachefreeze.rows import Indices
+from cachefreeze.rows import Indices, Rows
 
 # How often an item is drawn to see whether it is always the same.
 DRAWS = 4
@@ -234,3 +234,19 @@ def split_rows(split: str, rows: Any, known: int) -> Indices:
     if len(indices) and not 0 <= indices.min() <= indices.max() < known:
         raise ValueError(f"rows {indices.min()} to {indices.max()} of {split}, which has {known}")
     return indices.astype(np.int64)
+
+
+def rows_of(
+    data: Dataset[Any] | Rows, device: torch.device, channels_last: bool, workers: int
+) -> Rows:
+    """What a user gave for a split, as rows."""
+    if hasattr(data, "batches"):
+        return data  # type: ignore[return-value]
+    if not isinstance(data, IndexedDataset):
+        data = IndexedDataset(data)
+    return DatasetRows(data, device, channels_last, workers)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Batches as one; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -41,6 +41,8 @@ from cachefreeze.timing import Clock
 # How often to look whether another run has written its store, and for how long nothing may come of
 # it before that run is taken to have stopped.
 POLL_SECONDS, STALLED_SECONDS = 0.2, 60.0
+# How often a store is asked for that another run holds without writing it.
+ATTEMPTS = 10
 # Rows that the ranges of int8 are taken from.
 RANGE_ROWS = 512
 
@@ -50,11 +52,13 @@ Source = Callable[[str, Sequence[Indices]], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Filling:
-    """What it took to fill a store. Rows that a killed run had written already are `held`."""
+    """What it took to come by a store. Rows that a killed run had written already are `held`; one
+    that was there is `reused`."""
 
     store: Store
-    held: int
-    compute_seconds: float
+    held: int = 0
+    compute_seconds: float = 0.0
+    reused: bool = False
 
 
 class Stores:
@@ -90,6 +94,52 @@ class Stores:
         self.network = network
         self.warn = warn
         self.stopping = stopping
+        # Those that another run did not come to an end with.
+        self._given_up: set[str] = set()
+
+    def take(
+        self,
+        fingerprint: str,
+        boundary: int,
+        unit: str,
+        codec: str,
+        source: Source,
+        seconds_per_row: float,
+        *,
+        before_filling: Callable[[], None] | None,
+    ) -> Filling | None:
+        """A store that is there, or else one that is filled; None if neither can be had, which is
+        told. What another run is writing is waited for.
+
+        Args:
+            fingerprint, boundary, unit, codec, source, seconds_per_row: see `fill`.
+            before_filling: called then; None fills none.
+
+        Raises:
+            OSError, StoreError: it cannot be written; nothing is left of it.
+            Interrupted: `stopping` says so.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                found = self.find(fingerprint, source)
+                if found is not None:
+                    return Filling(found, reused=True)
+                if before_filling is None:
+                    return None
+                before_filling()
+                return self.fill(fingerprint, boundary, unit, codec, source, seconds_per_row)
+            except BlockingIOError:
+                if fingerprint in self._given_up:
+                    return None
+                if not self._wait_for_writer(fingerprint, unit):
+                    break
+        # Or it is a whole store that others read, and of no use to this one.
+        self._given_up.add(fingerprint)
+        self.warn(
+            f"another run is using the store after {unit}, and does not come to an end with it: "
+            "not cached"
+        )
+        return None
 
     def find(self, fingerprint: str, source: Source) -> Store | None:
         """A committed store of these very rows, if there is one that can be used.
@@ -217,7 +267,9 @@ class Stores:
             waiting.append(x)
             if sum(map(len, waiting)) >= min(enough, self.rows[first_split]):
                 break
-        encoding = Encoding.of(torch.cat(waiting), self.stored if boundary else None)
+        # (Concatenating may change the layout, where both are the same bytes.)
+        seen_first = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+        encoding = Encoding.of(seen_first, self.stored if boundary else None)
         shape = encoding.encode(waiting[0][:1]).shape[1:]
         writer = self._writer(fingerprint, boundary, unit, encoding, shape, codec)
         if writer is None:
@@ -239,7 +291,6 @@ class Stores:
                     self._stop_if_asked()
             seconds_per_row += clock.seconds / seen
             store = writer.commit({"prefix_seconds_per_row": seconds_per_row})
-            return Filling(store, sum(writer.held.values()), clock.seconds)
         except (Interrupted, KeyboardInterrupt):
             writer.suspend()
             raise
@@ -248,8 +299,14 @@ class Stores:
             raise
         finally:
             bar.close()
+        try:
+            store.load()
+        except OSError:
+            store.remove()
+            raise
+        return Filling(store, sum(writer.held.values()), clock.seconds)
 
-    def wait_for_writer(self, fingerprint: str, unit: str) -> bool:
+    def _wait_for_writer(self, fingerprint: str, unit: str) -> bool:
         """Until no other process is writing a store any more; whether it is worth another try, as
         it is not if that process does not get on.
 

@@ -684,3 +684,21 @@ def test_a_run_that_does_not_get_on_is_not_waited_for_twice(
     os.close(lock)
     assert cache.materialize() is not None, "that run is gone"
     cache.close()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_a_boundary_of_one_pixel_keeps_its_layout(tmp_path: Path, last: bool) -> None:
+    """There both layouts are the same bytes, and only the strides tell them apart."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(body, nn.Sequential(nn.Conv2d(4, 5, 1), nn.Flatten()))
+    if last:
+        model.to(memory_format=torch.channels_last)
+    units = partition(model)
+    units.freeze(1)
+    with cached(units, images(), tmp_path) as cache:
+        computed = cache.batch(range(BATCH))
+        assert cache.materialize() is not None
+        served = cache.batch(range(BATCH))
+    assert torch.equal(served, computed)
+    assert served.stride() == computed.stride()
