@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -425,7 +426,8 @@ def _finite(value: Any) -> float:
 def read_file(path: Path, most: int = METADATA_BYTES) -> bytes:
     try:
         with open(path, "rb", opener=open_regular) as file:
-            content = file.read(most + 1)
+            # Not `most` at once, which would be taken from memory whatever there is to read.
+            content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     except OSError as error:
         raise StoreError(f"its {path.name} cannot be read ({error.strerror})") from error
     if len(content) > most:
