@@ -375,6 +375,11 @@ class PrefixCache:
         # What hangs on something that cannot be written down, no run will find again.
         if (keep and not self._unknowable) or store.kept:
             store.keep()
+        elif keep:
+            self.warn(
+                f"no later run will find the rows after {name}: what they depend on cannot be "
+                "written down (for a data set of your own: IndexedDataset(..., identity=...))"
+            )
         self._switch(store, stop)
         return Materialization(
             boundary=stop,

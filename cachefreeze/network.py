@@ -144,11 +144,14 @@ def check_network(settings: Settings, image_shape: tuple[int, int, int]) -> None
         UserError: it cannot.
     """
     units = partition(_outline(settings, 2))
-    if settings.freeze_first is not None and units.count(settings.freeze_first) == len(units):
-        raise UserError(
-            f"--freeze-first {settings.freeze_first} leaves nothing to train: the network has "
-            f"{len(units)} units"
-        )
+    if settings.freeze_first is not None:
+        count = units.count(settings.freeze_first)
+        if count in (0, len(units)):
+            raise UserError(
+                f"--freeze-first {settings.freeze_first} leaves nothing to "
+                f"{'train' if count else 'freeze'}: the network has {len(units)} units, from "
+                f"{units.names[0]} to {units.names[-1]}"
+            )
     if settings.library is None:
         return
     try:

@@ -46,7 +46,9 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
     facts = {**settings.as_json(), "network": settings.network}
-    for line in opening_words(facts, units.names, parameters, about.description, where):
+    first = units.frontier
+    about_data = about.description
+    for line in opening_words(facts, units.names, parameters, about_data, where, first=first):
         say(line)
 
     nothing = ArrayImages(pixels[:0].permute(0, 2, 3, 1).numpy(), torch.zeros(0).long().numpy())
@@ -88,6 +90,8 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
         policy=settings.cache_policy,
     )
     say("")
+    if first:
+        say("(stores that are in the cache already are not counted)")
     for line in plan_table(forecast.first, run, units.names, forecast.why_nothing):
         say(line)
     if (roomy := forecast.with_more_room) is not None:

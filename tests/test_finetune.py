@@ -176,7 +176,9 @@ def test_weights_that_cannot_be_had_are_one_sentence(
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
     torch.save(nn.Linear(2, 2), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
     assert "cannot be had" in fails(*options, "--weights", "DEFAULT")
-    assert "no weights 'V9' of resnet18" in fails(*options, "--weights", "V9")
+    assert "there is no file V9, and torchvision has no such weights of resnet18" in fails(
+        *options, "--weights", "V9"
+    )
     assert "has no weights of its own" in fails("--weights", "DEFAULT")
     (tmp_path / "text").write_text("hello")
     assert "holds no weights, or was damaged" in fails(*options, "--weights", tmp_path / "text")
@@ -208,6 +210,7 @@ def test_weights_that_cannot_be_had_are_one_sentence(
         ("--arch torchvision:resnet18 --freeze-first 10", "leaves nothing to train"),
         ("--arch torchvision:resnet18 --freeze-first layer9", "no unit 'layer9': it has conv1,"),
         ("--freeze-first 30", "cannot freeze 30 units"),
+        ("--freeze-first -8", "leaves nothing to freeze: the network has 8 units"),
         ("--freeze-first 2 --t0 0.5", "--t0 is for units that freeze by FreezeOut"),
         ("--keep-cache --no-cache", "--keep-cache keeps what a cache holds"),
         ("--freeze-first 2 --no-freeze --schedule cubic", "leave out one of them"),

@@ -182,7 +182,8 @@ def test_targets_that_nobody_knows_are_loaded_with_their_items(tmp_path: Path) -
     units = small_units()
     units.freeze(2)
     counting = Counting(images())
-    with cached(units, counting, tmp_path) as cache:
+    told: list[str] = []
+    with cached(units, counting, tmp_path, warn=told.append) as cache:
         before = everything(cache.epoch(3))
         cache.materialize()
         counting.loaded = 0
@@ -193,6 +194,9 @@ def test_targets_that_nobody_knows_are_loaded_with_their_items(tmp_path: Path) -
         assert computed == 2 * 2 * ROWS, "once by the first epoch, once to fill the store"
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
+    (sentence,) = told
+    assert "no later run will find the rows after 1" in sentence
+    assert repr(units) == "Units(0, 1, 2; 2 frozen)"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core

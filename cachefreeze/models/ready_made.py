@@ -110,7 +110,7 @@ def _torchvision_weights(name: str, weights: str) -> Any:
     wanted = weights.removeprefix(f"{known.__name__}.")
     if wanted != "DEFAULT" and wanted not in known.__members__:
         raise UserError(
-            f"torchvision has no weights {weights!r} of {name}, and there is no such file: choose "
+            f"there is no file {weights}, and torchvision has no such weights of {name}: choose "
             f"{', '.join(known.__members__) or 'none, for it has none'}"
         )
     try:

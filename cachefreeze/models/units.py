@@ -122,6 +122,9 @@ class Units(Sequence[nn.Module]):
     def __len__(self) -> int:
         return len(self._modules)
 
+    def __repr__(self) -> str:
+        return f"Units({', '.join(self.names)}; {self._frontier} frozen)"
+
     @overload
     def __getitem__(self, index: int) -> nn.Module: ...
     @overload
@@ -283,7 +286,8 @@ class Units(Sequence[nn.Module]):
                         where = f"before {name}" if boundary else "anywhere"
                         raise UserError(
                             f"{type(self.model).__name__} cannot be cut {where}: its units, run "
-                            "one after the other, do not give what the model gives (in eval mode)"
+                            "one after the other, do not give what the model gives (in eval mode; "
+                            "is anything done between them, such as F.relu or flatten?)"
                         )
                     if boundary + 1 < len(self):
                         x = canonical(self._modules[boundary](x))
