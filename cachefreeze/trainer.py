@@ -109,7 +109,8 @@ class Trainer:
             momentum=settings.momentum,
             nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,
-            # One pass over the parameters instead of four: the same bits, in half the time.
+            # One pass over the parameters instead of four, in half the time. (It rounds in other
+            # places: last bits are not those of a step that is not fused.)
             fused=device.type in ("cpu", "cuda"),
         )
         self.scheduler = FreezeOutLR(
