@@ -188,8 +188,6 @@ class PrefixCache:
         # Units that were frozen from the start: what they give, the next run may want too.
         self._from_start = units.frontier
         self._checked = False
-        # Of the fingerprint that was taken last: whether another run cannot come to the same.
-        self._unknowable = False
         self._versions = 0
         self.rows_served = 0
         self.rows_verified = 0
@@ -346,10 +344,11 @@ class PrefixCache:
         if self.directory is None or (stop <= self.boundary and not pixels):
             return None
         start = time.perf_counter()
-        taken, name = None, self._name(stop)
+        taken, name, knowable = None, self._name(stop), False
         try:
+            fingerprint, knowable = self._fingerprint(stop)
             taken = self._stores.take(
-                self.fingerprint(stop),
+                fingerprint,
                 stop,
                 name,
                 codec,
@@ -373,7 +372,7 @@ class PrefixCache:
         store = taken.store
         keep = 0 < stop <= self._from_start if self.keep is None else self.keep
         # What hangs on something that cannot be written down, no run will find again.
-        if (keep and not self._unknowable) or store.kept:
+        if (keep and knowable) or store.kept:
             store.keep()
         elif keep:
             self.warn(
@@ -487,13 +486,17 @@ class PrefixCache:
 
     def fingerprint(self, stop: int) -> str:
         """Of all that the rows at boundary `stop` depend on, to the last bit."""
+        return self._fingerprint(stop)[0]
+
+    def _fingerprint(self, stop: int) -> tuple[str, bool]:
+        """The same, and whether another run can come to it."""
+        knowable = True
         digest = hashlib.sha256()
 
-        self._unknowable = False
-
         def add(*parts: object) -> None:
+            nonlocal knowable
             text = repr(parts)
-            self._unknowable |= UNKNOWN in text
+            knowable &= UNKNOWN not in text
             digest.update(text.encode() + b"\n")
 
         add("format", FORMAT)
@@ -501,7 +504,7 @@ class PrefixCache:
             for name, rows in sorted(self.inputs.items()):
                 assert isinstance(rows, PixelRows)
                 add("pixels", name, len(rows), rows.pixels_identity)
-            return digest.hexdigest()[:32]
+            return digest.hexdigest()[:32], knowable
         add("numerics", sorted(numerics(self.device).items()))
         add("precision", self.autocast_dtype, "batch size", self.batch_size)
         add("input is channels last", self.units.channels_last)
@@ -511,7 +514,7 @@ class PrefixCache:
             add("split", name, len(rows), rows.identity)
         for name, unit in self.units.named(stop):
             add("unit", name, structure(unit, self._sources))
-        return digest.hexdigest()[:32]
+        return digest.hexdigest()[:32], knowable
 
     def __enter__(self) -> "PrefixCache":
         return self

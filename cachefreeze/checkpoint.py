@@ -8,13 +8,11 @@ best.pt      of the epoch with the best validation accuracy so far
 import hashlib
 import io
 import os
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,21 +67,49 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file")
+    state = read_saved(path, str(path), "is no checkpoint of cachefreeze", device)
+    if not is_checkpoint(state):
+        raise UserError(f"{path} is no checkpoint of cachefreeze: it has no {CHECKSUM}")
+    return verified(state, path)
+
+
+def read_saved(path: Path, what: str, otherwise: str, device: torch.device | str = "cpu") -> Any:
+    """What torch saved in a file. Nothing in it can run code.
+
+    Args:
+        path: of the file.
+        what, otherwise: what it is in words, and what to say of it if it is none such.
+        device: that tensors are to be on.
+
+    Raises:
+        UserError: it cannot be read, or is none such.
+    """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        refuse_oddities(state)
+        found = torch.load(path, map_location=device, weights_only=True)
+        refuse_oddities(found)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{what} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # whatever a file with any content at all may lead to
         raise UserError(
-            f"{path} is no checkpoint of cachefreeze, or was damaged ({type(error).__name__}): "
-            "nothing in it was run"
+            f"{what} {otherwise}, or was damaged ({type(error).__name__}): nothing in it was run"
         ) from error
-    if not isinstance(state, dict) or CHECKSUM not in state:
-        raise UserError(f"{path} is no checkpoint of cachefreeze: it has no {CHECKSUM}")
-    saved = state.pop(CHECKSUM)
+    return found
+
+
+def is_checkpoint(found: Any) -> bool:
+    """Whether what was read is what `save_checkpoint` saved."""
+    return isinstance(found, dict) and CHECKSUM in found
+
+
+def verified(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a checkpoint that was read from `path`.
+
+    Raises:
+        UserError: it was damaged since.
+    """
+    state = {name: value for name, value in found.items() if name != CHECKSUM}
     # torch does not check what it reads.
-    if saved != checksum(state):
+    if found[CHECKSUM] != checksum(state):
         raise UserError(f"{path} was damaged: its content does not have the checksum that it names")
     return state
 
@@ -153,34 +179,3 @@ def checksum(value: Any) -> str:
 
     add(value)
     return digest.hexdigest()
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """Of all generators that a run may draw from: torch's, its device's, Python's and NumPy's."""
-    version, internal, gauss = random.getstate()
-    numpy: Any = np.random.get_state(legacy=False)
-    key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
-        "numpy": [key, numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]],
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on drawing where `random_state` was taken, on a device of the same type."""
-    torch.set_rng_state(state["torch"].cpu())
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    key, position, has_gauss, gauss = state["numpy"]
-    words = key.cpu().numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, position, has_gauss, gauss))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state["mps"].cpu())

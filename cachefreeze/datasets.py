@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cachefreeze.checkpoint import random_state, set_random_state
 from cachefreeze.data.images import leave_signals_to_the_parent
 from cachefreeze.errors import UserError
 from cachefreeze.fingerprint import UNKNOWN
 from cachefreeze.identity import identity_of, random_transform, targets_of
 from cachefreeze.models.units import agree, canonical
+from cachefreeze.randomness import random_state, set_random_state
 from cachefreeze.rows import Indices, Rows
 
 # How often an item is drawn to see whether it is always the same.
@@ -69,9 +69,9 @@ class IndexedDataset(Dataset[tuple[int, Tensor, Any]]):
             known = targets_of(dataset)
             # What goes by the name of targets need not be what the items come with.
             self.targets = known if known is not None and same_target(known[0], target) else None
-        self.given_identity = identity_of(dataset) if identity is None else f"given: {identity}"
+        known_by = identity_of(dataset) if identity is None else f"given: {identity}"
         # What nobody can tell from another is another each time.
-        self.identity = self.given_identity or UNKNOWN + uuid.uuid4().hex
+        self.identity = known_by or UNKNOWN + uuid.uuid4().hex
         # In memory that a loader's workers share.
         self._served = torch.zeros((), dtype=torch.bool).share_memory_()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachefreeze.checkpoint import CHECKSUM, load_checkpoint
+from cachefreeze.checkpoint import is_checkpoint, read_saved, verified
 from cachefreeze.config import Settings
 from cachefreeze.errors import UserError
 from cachefreeze.models import IMAGENET, Statistics, Units, build, partition, weights_statistics
@@ -55,11 +55,11 @@ def find_weights(settings: Settings) -> Weights | None:
     if not path.is_file():
         kind = "a folder: give a file in it, such as best.pt" if path.is_dir() else "no file"
         raise UserError(f"--weights {named} is {kind}")
-    found = _read(path)
-    if CHECKSUM not in found:
+    found = read_saved(path, f"--weights {path}", "holds no weights")
+    if not is_checkpoint(found):
         own = settings.library is None
         return Weights(named, None if own else IMAGENET, _state_dict(found, named))
-    state = load_checkpoint(path)
+    state = verified(found, path)
     classes, statistics = trained_on(state, f"--weights {named}")
     if not isinstance(state.get("model"), Mapping):
         raise UserError(f"--weights {named} holds no weights")
@@ -79,27 +79,13 @@ def trained_on(state: Mapping[str, Any], what: str) -> tuple[tuple[str, ...], St
         raise UserError(f"{what} does not say what it was trained on") from error
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"--weights {path} cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # whatever a file with any content at all may lead to
-        raise UserError(
-            f"--weights {path} holds no weights, or was damaged ({type(error).__name__}): nothing "
-            "in it was run"
-        ) from error
-    if not isinstance(found, Mapping):
-        raise UserError(f"--weights {path} holds no state dict: save model.state_dict()")
-    return found
-
-
-def _state_dict(found: Mapping[str, Any], named: str) -> dict[str, Tensor]:
+def _state_dict(found: Any, named: str) -> dict[str, Tensor]:
     """A state dict as people save it: plain, or in a dict under one of the usual names."""
     for name in ("state_dict", "model", "model_state_dict"):
-        if isinstance(found.get(name), Mapping):
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
-    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+    tensors = isinstance(found, Mapping) and all(isinstance(v, Tensor) for v in found.values())
+    if not found or not tensors:
         raise UserError(f"--weights {named} holds no state dict: save model.state_dict()")
     return {_plain_name(str(name)): tensor for name, tensor in found.items()}
 
@@ -114,9 +100,9 @@ def _plain_name(name: str) -> str:
 
 def make_network(
     settings: Settings, classes: Sequence[str], weights: Weights | None = None
-) -> tuple[nn.Module, Units, list[str]]:
-    """The network of a run, its units, and the names of those of its parameters that are new
-    although it starts from weights: of a head for other classes.
+) -> tuple[Units, list[str]]:
+    """The units of a run's network, and the names of those of its parameters that are new although
+    it starts from weights: of a head for other classes.
 
     Raises:
         UserError: sizes that the network cannot have, weights that do not fit it, or a network that
@@ -129,7 +115,7 @@ def make_network(
         new = _load(settings, model, len(classes), weights, same)
     elif weights is not None:
         model, new = _with_new_head(_build(settings, len(classes), settings.weights), model)
-    return model, partition(model), new
+    return partition(model), new
 
 
 def _build(settings: Settings, classes: int, weights: str | None = None) -> nn.Module:

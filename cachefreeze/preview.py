@@ -39,16 +39,16 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
     check_network(settings, about.image_shape)
     find_weights(settings)  # that they are there
     # Arithmetic takes as long with any weights.
-    model, units, _ = make_network(settings, [str(number) for number in range(about.classes)])
-    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    units, _ = make_network(settings, [str(number) for number in range(about.classes)])
+    units.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.freeze_first is not None:
         units.freeze(settings.freeze_first)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in units.model.parameters())
     where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
     facts = {**settings.as_json(), "network": settings.network}
-    first = units.frontier
-    about_data = about.description
-    for line in opening_words(facts, units.names, parameters, about_data, where, first=first):
+    for line in opening_words(
+        facts, units.names, parameters, about.description, where, first=units.frontier
+    ):
         say(line)
 
     nothing = ArrayImages(pixels[:0].permute(0, 2, 3, 1).numpy(), torch.zeros(0).long().numpy())
@@ -90,7 +90,7 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
         policy=settings.cache_policy,
     )
     say("")
-    if first:
+    if units.frontier:
         say("(stores that are in the cache already are not counted)")
     for line in plan_table(forecast.first, run, units.names, forecast.why_nothing):
         say(line)

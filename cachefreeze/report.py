@@ -325,16 +325,13 @@ def opening_words(
     """
     if settings["freeze"]:
         rates = "scaled" if settings["scale_lr"] else "unscaled"
-        plan = f"FreezeOut, {settings['schedule']}, t0 = {settings['t0']:g}, {rates} rates"
+        whom = " for the others" if first else ""
+        plan = f"FreezeOut{whom}, {settings['schedule']}, t0 = {settings['t0']:g}, {rates} rates"
     else:
-        plan = "nothing freezes, one cosine for all units"
+        plan = f"nothing {'else ' if first else ''}freezes, one cosine for all units"
     if first:
-        rest = plan.replace("nothing freezes", "nothing else freezes")
-        plan = (
-            f"frozen from the start: {first} of {len(units)} units, to {units[first - 1]}; {rest}"
-        )
-        if settings["freeze"]:
-            plan = plan.replace("FreezeOut,", "FreezeOut for the others,")
+        start = f"{first} of {len(units)} units, to {units[first - 1]}"
+        plan = f"frozen from the start: {start}; {plan}"
     if settings["cache"]:
         cache = f"activations of frozen units are kept in {settings['cache_dir']}"
         if settings["cache_codec"] == "int8":

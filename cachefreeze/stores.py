@@ -315,7 +315,7 @@ class Stores:
         """
         folder = self.directory / fingerprint
         told, size, since = False, -1, time.monotonic()
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)  # who only looks has the lock for less
         while is_being_written(folder):
             if not told:
                 self.warn(f"another run is writing the store after {unit}: waiting for it")

@@ -104,14 +104,14 @@ def _run_in(
     )
 
     torch.manual_seed(settings.seed)
-    model, units, new = make_network(settings, images.classes, weights)
+    units, new = make_network(settings, images.classes, weights)
     budget = cache_budget(settings)
     command = start.command
     trainer = Trainer(settings, images, units, device, dtype, folder, budget, make_cache, command)
     trainer.started = began
     facts = {**settings.as_json(), "network": settings.network, "command": command}
     folder.create(facts)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in units.model.parameters())
     where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
     about = images.outline.description
     started_from = None if weights is None else (weights.words, new)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachefreeze.cache import PrefixCache
-from cachefreeze.checkpoint import LAST, random_state, save_checkpoint, set_random_state
+from cachefreeze.checkpoint import LAST, save_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.data import DataSet, InputRows
 from cachefreeze.device import autocast, numerics
@@ -21,6 +21,7 @@ from cachefreeze.interrupts import Interrupts
 from cachefreeze.models import Units
 from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
+from cachefreeze.randomness import random_state, set_random_state
 from cachefreeze.report import RunFolder, epoch_line, progress_bar, say
 from cachefreeze.resume import check_same_run
 from cachefreeze.rows import Indices, batches_of, epoch_order

@@ -14,10 +14,9 @@ from cachefreeze import UserError
 from cachefreeze.checkpoint import (
     load_checkpoint,
     load_last_checkpoint,
-    random_state,
     save_checkpoint,
-    set_random_state,
 )
+from cachefreeze.randomness import random_state, set_random_state
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cachefreeze import PrefixCache, batches_of, partition
-from cachefreeze.checkpoint import load_checkpoint, random_state, set_random_state
+from cachefreeze.checkpoint import load_checkpoint
 from cachefreeze.models import build
+from cachefreeze.randomness import random_state, set_random_state
 from cachefreeze.train import main
 
 from .conftest import Pixels, Train

@@ -14,7 +14,7 @@ import cachefreeze
 PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
-    ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals"],
+    ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
     ["encoding", "scratch", "identity"],
     ["config", "freezeout", "stored_rows", "stores", "profiler", "datasets"],

@@ -8,7 +8,6 @@ from cachefreeze.models.densenet import densenet
 from cachefreeze.models.partition import partition
 from cachefreeze.models.ready_made import (
     IMAGENET,
-    LIBRARIES,
     Statistics,
     build_ready_made,
     weights_statistics,
@@ -19,7 +18,6 @@ from cachefreeze.models.wrn import wrn
 
 __all__ = [
     "IMAGENET",
-    "LIBRARIES",
     "Statistics",
     "Units",
     "build",

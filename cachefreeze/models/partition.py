@@ -2,17 +2,16 @@
 
 import copy
 import inspect
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from cachefreeze.errors import UserError
-from cachefreeze.models.units import Units, is_plain_sequence
+from cachefreeze.models.units import Units, agree, is_plain_sequence
+from cachefreeze.randomness import random_state, set_random_state
 
 # Blocks of dense layers, each of which takes the outputs of all before it, concatenated:
 # torchvision and timm hand them on as a list. One tensor does as well, and can be cut anywhere.
@@ -188,43 +187,21 @@ def _is_dense_block(module: nn.Module) -> bool:
     return (kind.__module__, kind.__name__) in DENSE_BLOCKS
 
 
-class _RandomState:
-    """Of the generators that a forward pass may draw from on the CPU, when this is made."""
-
-    def __init__(self) -> None:
-        self.torch, self.python = torch.get_rng_state(), random.getstate()
-        self.numpy: Any = np.random.get_state()
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing was drawn since."""
-        now: Any = np.random.get_state()
-        return (
-            torch.equal(torch.get_rng_state(), self.torch)
-            and random.getstate() == self.python
-            and all(np.array_equal(a, b) for a, b in zip(now, self.numpy, strict=True))
-        )
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.torch)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-
-
 def _trace(module: nn.Module, opaque: set[nn.Module] | None, training: bool) -> fx.Graph:
     parameters = list(inspect.signature(module.forward).parameters.values())
     inputs = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if sum(p.default is p.empty for p in inputs) > 1:
         raise _NotTraceableError("it takes more than one input")
     before = {each: dict(vars(each)) for each in module.modules()}
-    numbers = _RandomState()
+    here = torch.device("cpu")
+    numbers = random_state(here)
     try:
         for each in before:
             each.training = training
         with torch.enable_grad():
             graph = _Tracer(opaque).trace(module)
         # What tracing sees is a constant from then on.
-        if not numbers.untouched:
+        if not agree(random_state(here), numbers):
             raise _NotTraceableError("it draws random numbers outside of its modules")
         for each, attributes in before.items():
             for name, value in vars(each).items():
@@ -242,7 +219,7 @@ def _trace(module: nn.Module, opaque: set[nn.Module] | None, training: bool) -> 
             constants = {n: v for n, v in vars(each).items() if n.startswith("_tensor_constant")}
             vars(each).clear()
             vars(each).update(attributes | constants)
-        numbers.restore()
+        set_random_state(numbers, here)
 
 
 def _blocks(model: nn.Module) -> set[nn.Module]:
@@ -309,13 +286,12 @@ class _Flow:
         self.trained, self.evaluated = map(_in_order, graphs)
         self.nodes = self.evaluated
         self.alike = _alike(self.trained, self.evaluated)
-        crossing = [_crossing(nodes, self._held) for nodes in (self.trained, self.evaluated)]
-        self._crossing = crossing[1]
+        self._crossing = [_crossing(nodes, self._held) for nodes in (self.trained, self.evaluated)]
         # Where the two modes part for good, nothing can be cut that both have.
         self.places = [
             place
             for place in range(1, self.alike + 1)
-            if all(len(values[place]) == 1 for values in crossing)
+            if all(len(values[place]) == 1 for values in self._crossing)
         ]
 
     def owned(self, node: fx.Node) -> list[int]:
@@ -361,7 +337,7 @@ class _Flow:
         """Why it cannot be cut there, if so."""
         if place in self.places:
             return None
-        values = sorted(map(str, self._crossing[place]))
+        values = sorted(map(str, self._crossing[-1][place]))
         if len(values) > 1:
             some = ", ".join(values[:4])
             return f"{len(values)} values are still needed there ({some})"
@@ -412,7 +388,10 @@ class _Flow:
             returned = stop < len(self.nodes) or self._output(evaluated).args[0] is node
             if module is not None and simple and returned and id(module) not in shared:
                 return module
-        graphs = [self._graph(nodes, start, stop) for nodes in (trained, evaluated)]
+        graphs = [
+            self._graph(nodes, start, stop, crossing)
+            for nodes, crossing in zip((trained, evaluated), self._crossing, strict=True)
+        ]
         parts = [fx.GraphModule(self.model, graph, type(self.model).__name__) for graph in graphs]
         borrowed: dict[int, Borrowed] = {}
         for part in parts:
@@ -428,19 +407,20 @@ class _Flow:
     def _output(self, nodes: list[fx.Node]) -> fx.Node:
         return next(node for node in reversed(nodes[-1].graph.nodes) if node.op == "output")
 
-    def _graph(self, nodes: list[fx.Node], start: int, stop: int) -> fx.Graph:
+    def _graph(
+        self, nodes: list[fx.Node], start: int, stop: int, crossing: list[set[Any]]
+    ) -> fx.Graph:
         """A stretch as a graph of its own, from the one value that it takes to what it gives."""
         graph = fx.Graph()
-        everything = self.trained if nodes[0].graph is self.trained[0].graph else self.evaluated
         if start == 0:
             source = next(node for node in nodes[0].graph.nodes if node.op == "placeholder")
         else:
-            (source,) = _crossing(everything, self._held)[start]
+            (source,) = crossing[start]
         values = {source: graph.placeholder("x")}
         for node in nodes:
             values[node] = graph.node_copy(node, lambda used: values[used])
         if stop < len(self.nodes):
-            (result,) = _crossing(everything, self._held)[stop]
+            (result,) = crossing[stop]
             graph.output(values[result])
         else:
             output = self._output(nodes)
@@ -496,8 +476,8 @@ def _starts(flow: _Flow) -> dict[int, str]:
         elif kind == "layer":  # a norm belongs to the layer before it
             begins = what in ("layer", "block")
         elif kind == "norm":  # or to the one behind it, in a part that begins with one
-            within = where == parent != ""
-            begins = what in ("norm", "block") or (what == "layer" and not within)
+            together = where == parent != ""
+            begins = what in ("norm", "block") or (what == "layer" and not together)
         else:
             begins = what in ("layer", "norm", "block")
         if begins:
@@ -507,21 +487,12 @@ def _starts(flow: _Flow) -> dict[int, str]:
             if begins or kind in ("", "norm"):
                 kind = what
             parent = where
-    owners = {
-        path: number
-        for number, (_, nodes) in enumerate(units)
-        for node in nodes
-        if flow.owned(node)
-        for path in _paths(str(node.target))
-    }
-    several = {
-        path
-        for number, (_, nodes) in enumerate(units)
-        for node in nodes
-        if flow.owned(node)
-        for path in _paths(str(node.target))
-        if owners[path] != number
-    }
+    within: dict[str, set[int]] = {}  # which units have parameters of a module
+    for number, (_, nodes) in enumerate(units):
+        for node in filter(flow.owned, nodes):
+            for path in _paths(str(node.target)):
+                within.setdefault(path, set()).add(number)
+    several = {path for path, numbers in within.items() if len(numbers) > 1}
     return {start: _unit_name(flow, nodes, several) for start, nodes in units}
 
 

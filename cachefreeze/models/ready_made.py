@@ -12,7 +12,6 @@ from torch import nn
 
 from cachefreeze.errors import UserError
 
-LIBRARIES = ("torchvision", "timm")
 # Of most weights that were trained on ImageNet: mean and standard deviation by channel.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -24,7 +23,7 @@ def build_ready_made(
     """A classification network of torchvision or timm.
 
     Args:
-        library: one of `LIBRARIES`.
+        library: `torchvision` or `timm`.
         name: as in `torchvision.models.list_models()` or `timm.list_models()`.
         classes: outputs; weights bring their own number of them.
         image_size: that networks of one size only are built for.
