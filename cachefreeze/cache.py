@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cachefreeze.background import HeldStore, WritingStore
 from cachefreeze.datasets import DatasetRows, joined, rows_of, split_rows
 from cachefreeze.device import autocast, numerics
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
 from cachefreeze.fingerprint import UNKNOWN, Sources, structure
 from cachefreeze.models.units import Units
+from cachefreeze.moments import Lapses, Moments
 from cachefreeze.rows import Indices, PixelRows, Rows, batches_of, epoch_order
+from cachefreeze.serving import loaded, serve
+from cachefreeze.staging import default_threads
 from cachefreeze.store import (
     FORMAT,
     Store,
@@ -31,8 +36,9 @@ from cachefreeze.store import (
     is_committed,
     prepare_cache_dir,
 )
-from cachefreeze.stored_rows import StoredPixels, StoredRows
-from cachefreeze.stores import Source, Stores, encoding_of
+from cachefreeze.stored_rows import StoredPixels
+from cachefreeze.stores import Source, Stores
+from cachefreeze.tiers import Memory, Tiers
 
 # Batches whose reading is compared with computing them.
 WATCHED_BATCHES = 20
@@ -87,6 +93,14 @@ class PrefixCache:
         keep: keep all stores for later runs, or none. None keeps those of units that are frozen
             when this is made. What is not kept goes when the next is made, or when another run
             fills one.
+        tier: where rows are held: `device` (in its memory, if they fit there), `host` (in the
+            host's), `disk`, or `auto`, see `Tiers`. From the host and the disk they come to a GPU
+            ahead of time, by threads. What is held in memory is written to the directory in the
+            background.
+        device_bytes: of the device's memory that rows may take; None is 60 % of what is free when
+            the first rows are kept.
+        threads: that read and write beside the device's work; None is a few with a GPU, and none
+            with a CPU, which has no time that is not taken.
         workers: processes that load items of a data set when rows are computed from them.
         network: its name, for people who look into the cache.
         warn: is given one sentence when a store cannot be used; training goes on without.
@@ -103,9 +117,9 @@ class PrefixCache:
             while materialising.
         saved_seconds: an estimate from what materialising measured: time in the frozen units for
             the rows that were served, less the time that filling and reading the stores took.
-        read_seconds: that reading those rows took (on a CPU; elsewhere it is not known).
+        read_seconds: that training waited for those rows to be read.
         compute_seconds: that decoding and the frozen units took for the rows of training and
-            validation, so far (likewise).
+            validation, so far. (Neither is known on MPS.)
         unfrozen_rows: of training and validation before anything was frozen.
 
     Raises:
@@ -156,6 +170,9 @@ class PrefixCache:
         max_bytes: float = float("inf"),
         stored: str | None = None,
         keep: bool | None = None,
+        tier: str = "auto",
+        device_bytes: float | None = None,
+        threads: int | None = None,
         workers: int = 0,
         network: str = "",
         warn: Callable[[str], None] = warnings.warn,
@@ -199,11 +216,17 @@ class PrefixCache:
         self._watched: deque[float] = deque(maxlen=WATCHED_BATCHES)
         self._last_watched: float | None = None
         self._sources = Sources(module for unit in units for module in unit.modules())
-        self._store: Store | None = None
+        self.tiers = Tiers(self.device, tier, device_bytes)
+        self.threads = default_threads(self.device) if threads is None else threads
+        self._moments = Moments(self.device)
+        self._lapses = Lapses(self._moments)
+        self._memory: Memory | None = None
+        self._store: HeldStore | None = None
         # What the last checkpoint on disk names, and stores that are out of use but for that.
         self._checkpointed: str | None = None
-        self._retired: list[Store] = []
+        self._retired: list[HeldStore] = []
         self._mended: Store | None = None
+        self._told_of: HeldStore | None = None
         self._rows: Mapping[str, Rows] = self.inputs
         self.prefix_seconds_per_row = 0.0
         if directory is not None:
@@ -213,6 +236,8 @@ class PrefixCache:
                 self.rows,
                 batch_size,
                 self.device,
+                tiers=self.tiers,
+                threads=self.threads,
                 max_bytes=max_bytes,
                 stored=stored,
                 network=network or type(units.model).__name__,
@@ -221,9 +246,16 @@ class PrefixCache:
             )
 
     @property
-    def store(self) -> Store | None:
+    def store(self) -> HeldStore | None:
         """The store that rows are served from, if any."""
         return self._store
+
+    @property
+    def tier(self) -> str | None:
+        """Where those rows are held: `device`, `host` or `disk`; None without a store."""
+        if self._store is None:
+            return None
+        return "disk" if self._memory is None else self._memory.tier
 
     @property
     def unit(self) -> str:
@@ -233,9 +265,9 @@ class PrefixCache:
     @property
     def seconds_per_byte_read(self) -> float | None:
         """Of stored activations, decoding included: median of the last batches, also after their
-        store was left; None before any. On a CPU only."""
-        # Decoded pixels take more than reading.
-        if self._watched and self._store is not None and self.boundary:
+        store was left; None before any."""
+        # Decoded pixels take more than reading, and rows in memory none.
+        if self._watched and self._store is not None and self.boundary and self._memory is None:
             layout = next(iter(self._store.description.splits.values()))
             return statistics.median(self._watched) / layout.row_bytes
         return self._last_watched
@@ -379,7 +411,7 @@ class PrefixCache:
                 f"no later run will find the rows after {name}: what they depend on cannot be "
                 "written down (for a data set of your own: IndexedDataset(..., identity=...))"
             )
-        self._switch(store, stop)
+        self._switch(store, stop, taken.memory)
         return Materialization(
             boundary=stop,
             rows=sum(self.rows.values()),
@@ -413,8 +445,20 @@ class PrefixCache:
         that whoever goes on from there finds it."""
         self._checkpointed = self.state_dict()["store"]
         for store in self._retired:
-            store.remove()
-        self._retired = []
+            if not store.kept:
+                store.remove()
+            elif not _is_being_written(store):
+                store.close()
+        self._retired = list(filter(_is_being_written, self._retired))
+
+    def finish(self) -> None:
+        """Wait until what is written in the background is on disk (as `close` does, too), and all
+        times are known."""
+        self._lapses.collect(wait=True)
+        for store in (self._store, *self._retired):
+            if isinstance(store, WritingStore):
+                store.wait()
+        self._tell_of_failure()
 
     @property
     def bytes_in_use(self) -> int:
@@ -453,6 +497,8 @@ class PrefixCache:
         try:
             served = next(iter(self._rows[split].batches([rows]))).cpu()
         except OSError as error:
+            if not isinstance(store, Store):
+                raise
             self._mend_or_leave(store, error)
             return
         wrong = "the cache is wrong: "
@@ -528,6 +574,7 @@ class PrefixCache:
         for store in (self._store, *self._retired):
             if store is not None:
                 store.close()
+        self._tell_of_failure()
         self._retired = []
         self._leave_store()
 
@@ -555,38 +602,51 @@ class PrefixCache:
         """Rows at boundary `stop`; None is the frontier, and counts as serving the run."""
         done = 0
         self._leave_if_other_weights()
+        self._tell_of_failure()
         while done < len(order):
             boundary, store, source = self.boundary, self._store, self._rows
             try:
-                mark = time.perf_counter()
+                mark = self._mark()
                 for x in source[split].batches(order[done:]):
                     if stop is None:
-                        self._count(len(x), time.perf_counter() - mark)
-                        mark = time.perf_counter()
+                        self._count(len(x))
+                        mark = self._since(mark, partial(self._add_reading, store, len(x)))
                     x = self._run(x, boundary, self.units.frontier if stop is None else stop)
-                    if stop is None and self.device.type == "cpu":
-                        self.compute_seconds += time.perf_counter() - mark
+                    if stop is None:
+                        self._since(mark, self._add_computing)
                     yield x
                     done += 1
                     if stop is None:
                         self._watch()
                     if self._rows is not source:
                         break
-                    mark = time.perf_counter()
+                    mark = self._mark()
             except OSError as error:
-                if store is None:
+                if not isinstance(store, Store):
                     raise
                 if self._store is store:
                     self._mend_or_leave(store, error)
 
     def _computed(self, x: Tensor) -> Tensor:
         """Rows at the frontier from network input."""
-        self._count(len(x), 0.0)
-        mark = time.perf_counter()
+        self._count(len(x))
+        mark = self._mark()
         x = self._run(x, 0, self.units.frontier)
-        if self.device.type == "cpu":
-            self.compute_seconds += time.perf_counter() - mark
+        self._since(mark, self._add_computing)
         return x
+
+    def _mark(self) -> Any:
+        return self._moments.now() if self._moments.free else None
+
+    def _since(self, mark: Any, tell: Callable[[float], None]) -> Any:
+        """`tell` of the device's time since a mark, sooner or later; returns another mark. Time in
+        which the device waits for the host is in it, and what the host does while the device is at
+        work is not: between asking for rows and having them it is what training waits for."""
+        if mark is None:
+            return None
+        now = self._moments.now()
+        self._lapses.add(mark, now, tell)
+        return now
 
     def _check(self) -> None:
         """Before anything is kept: the units are the model."""
@@ -643,21 +703,25 @@ class PrefixCache:
         with autocast(self.device, self.autocast_dtype):
             return self.units.run_frozen(x, start, stop, self.batch_size)
 
-    def _count(self, rows: int, seconds: float) -> None:
-        """Of rows at the boundary, that they took so many seconds."""
+    def _count(self, rows: int) -> None:
+        """Of rows at the boundary, that they have come."""
         if self.units.frontier == 0:
             self.unfrozen_rows += rows
-        if self.device.type != "cpu":
-            # Work on a device is not done when it was asked for, and waiting would slow it down.
-            seconds = 0.0
-        if self._store is None:
+        if self._store is not None:
+            self.rows_served += rows
+            self.saved_seconds += rows * self.prefix_seconds_per_row
+
+    def _add_reading(self, store: HeldStore | None, rows: int, seconds: float) -> None:
+        if store is None:
             self.compute_seconds += seconds
             return
-        self.rows_served += rows
         self.read_seconds += seconds
-        self.saved_seconds += rows * self.prefix_seconds_per_row - seconds
-        if seconds:
+        self.saved_seconds -= seconds
+        if store is self._store:
             self._watched.append(seconds / rows)
+
+    def _add_computing(self, seconds: float) -> None:
+        self.compute_seconds += seconds
 
     def _watch(self) -> None:
         """Go back to computing rows if that is faster than reading them."""
@@ -675,13 +739,17 @@ class PrefixCache:
     def _name(self, boundary: int) -> str:
         return self.units.names[boundary - 1] if boundary else "pixels"
 
-    def _switch(self, store: Store, boundary: int) -> None:
+    def _switch(self, store: HeldStore, boundary: int, memory: Memory | None) -> None:
         self._forget_reading()
         old, self._store = self._store, store
-        about = store.description
+        # What is loaded next may need the memory of the rows before.
+        self._rows, self._memory = self.inputs, memory
+        if memory is None:
+            assert isinstance(store, Store)
+            self._memory = loaded(store, self.tiers)
         stored = {
-            name: StoredRows(reader, encoding_of(about), self.device, about.fingerprint)
-            for name, reader in store.readers.items()
+            name: serve(store, name, self._memory, self.device, self.threads)
+            for name in store.description.splits
         }
         self._rows = dict(stored)
         if boundary == 0:
@@ -695,13 +763,27 @@ class PrefixCache:
         self.prefix_seconds_per_row = store.notes.get("prefix_seconds_per_row", 0.0)
         self._retire(old)
 
-    def _retire(self, store: Store | None, *, whole: bool = True) -> None:
+    def _tell_of_failure(self) -> None:
+        """Of what could not be written in the background; its rows are in memory."""
+        store = self._store
+        if isinstance(store, WritingStore) and store.error is not None:
+            if store is not self._told_of:
+                reason = store.error.strerror or store.error
+                self.warn(
+                    f"the store after {self.unit} cannot be written ({reason}): its rows are "
+                    "served from memory, and no later run will find them"
+                )
+            self._told_of = store
+
+    def _retire(self, store: HeldStore | None, *, whole: bool = True) -> None:
         """Done with a store: it goes, now or when no checkpoint names it any more, unless it is
         whole and kept for later runs."""
         if store is None:
             return
-        if whole and store.kept:
+        if whole and store.kept and not _is_being_written(store):
             store.close()
+        elif whole and store.kept:
+            self._retired.append(store)
         elif store.description.fingerprint == self._checkpointed:
             store.put_away()
             self._retired.append(store)
@@ -730,12 +812,8 @@ class PrefixCache:
 
     def _leave_store(self) -> None:
         self._forget_reading()
-        self._store, self._rows, self.boundary, self.prefix_seconds_per_row = (
-            None,
-            self.inputs,
-            0,
-            0.0,
-        )
+        self._store = self._memory = None
+        self._rows, self.boundary, self.prefix_seconds_per_row = self.inputs, 0, 0.0
         self._tell_datasets()
 
     def _tell_datasets(self) -> None:
@@ -747,6 +825,10 @@ class PrefixCache:
     def _forget_reading(self) -> None:
         self._last_watched = self.seconds_per_byte_read
         self._watched.clear()
+
+
+def _is_being_written(store: HeldStore) -> bool:
+    return isinstance(store, WritingStore) and not store.done
 
 
 def device_of(units: Units) -> torch.device | None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from cachefreeze.device import DEVICES, PRECISIONS
 from cachefreeze.errors import UserError
 from cachefreeze.schedule import SHAPES
+from cachefreeze.tiers import TIERS
 
 ARCHITECTURES = ("wrn", "densenet", "vgg")
 CODECS = ("raw", "lz4", "zstd", "int8", "auto")
@@ -66,6 +67,8 @@ class Settings:
     cache_policy: str
     cache_codec: str
     cache_dtype: str
+    cache_tier: str
+    device_cache_gb: float | None
     keep_cache: bool
     plan: bool
     rows: tuple[int, int] | None  # with plan only
@@ -73,6 +76,9 @@ class Settings:
     seed: int
     device: str
     precision: str
+    tf32: bool
+    deterministic: bool
+    compile: bool
     workers: int
     checkpoint_every: int | None
     verify_cache: bool
@@ -107,6 +113,11 @@ class Settings:
     def codec(self) -> str:
         """How the bytes of stores are encoded."""
         return "raw" if self.cache_codec == "int8" else self.cache_codec
+
+    @property
+    def device_cache_bytes(self) -> float | None:
+        """Of the device's memory that rows may take, if that is said."""
+        return None if self.device_cache_gb is None else self.device_cache_gb * 1e9
 
     def network_sizes(self) -> dict[str, Any]:
         """What `models.build` takes besides the architecture and the number of classes."""
@@ -200,6 +211,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         cache_policy=args.cache_policy,
         cache_codec=args.cache_codec,
         cache_dtype=args.cache_dtype,
+        cache_tier=args.cache_tier,
+        device_cache_gb=args.device_cache_gb,
         keep_cache=args.keep_cache,
         plan=args.plan,
         rows=None if args.rows is None else tuple(args.rows),
@@ -207,6 +220,9 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         seed=args.seed,
         device=args.device,
         precision=args.precision,
+        tf32=args.tf32,
+        deterministic=args.deterministic,
+        compile=args.compile,
         workers=args.workers,
         checkpoint_every=args.checkpoint_every,
         verify_cache=args.verify_cache,
@@ -288,6 +304,8 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
             "--verify-cache compares bits, and --cache-codec int8 and --cache-dtype bf16 lose some "
             "of them: leave out one"
         )
+    if args.tf32 and args.precision == "bf16":
+        raise UserError("--tf32 is about float32: leave it out, or give --precision fp32")
     if args.plan and (args.cache is False or args.augment):
         raise UserError("--plan shows what the cache would do: leave out --no-cache and --augment")
 
@@ -320,6 +338,12 @@ def _check(settings: Settings) -> None:
             "--cache-max-gb",
             settings.cache_max_gb,
             settings.cache_max_gb is None or settings.cache_max_gb >= 0,
+            "0 or more",
+        ),
+        (
+            "--device-cache-gb",
+            settings.device_cache_gb,
+            settings.device_cache_gb is None or settings.device_cache_gb >= 0,
             "0 or more",
         ),
         (
@@ -470,6 +494,20 @@ def _parser() -> argparse.ArgumentParser:
         help="bf16 halves what fp32 activations take, and loses precision",
     )
     group.add_argument(
+        "--cache-tier",
+        choices=("auto", *TIERS),
+        default="auto",
+        help="where the rows in use are held: auto is the GPU's memory if they fit there, else the "
+        "host's, else the disk; without a GPU the disk (which is memory while there is some free)",
+    )
+    group.add_argument(
+        "--device-cache-gb",
+        type=float,
+        metavar="GB",
+        help="of the device's memory that rows may take (default: 60%% of what is free when the "
+        "first are kept)",
+    )
+    group.add_argument(
         "--keep-cache",
         action="store_true",
         help="keep this run's stores for later runs, also those of units that freeze in its course",
@@ -512,6 +550,22 @@ def _parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         default="auto",
         help="auto is bf16 autocast where the hardware multiplies it natively",
+    )
+    group.add_argument(
+        "--tf32",
+        action="store_true",
+        help="on CUDA, where fp32 is computed: multiply with 10 bits of mantissa",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on CUDA: the same bits every time, with the cache and without, for some speed (a CPU "
+        "always does)",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile every unit that trains (torch.compile); frozen ones run as they are",
     )
     group.add_argument(
         "-j",

@@ -73,6 +73,7 @@ def numerics(device: torch.device) -> dict[str, object]:
             "enabled": torch.backends.cudnn.enabled,
             "deterministic": torch.backends.cudnn.deterministic,
             "benchmark": torch.backends.cudnn.benchmark,
+            "algorithms": torch.are_deterministic_algorithms_enabled(),
             "matmul": torch.get_float32_matmul_precision(),
             "tf32": torch.backends.cudnn.allow_tf32,
         }
@@ -82,6 +83,34 @@ def numerics(device: torch.device) -> dict[str, object]:
         "mkldnn": torch.backends.mkldnn.enabled,
         "threads": torch.get_num_threads(),
     }
+
+
+def set_numerics(device: torch.device, *, tf32: bool = False, deterministic: bool = False) -> None:
+    """Decide how a CUDA device may round, for this process. A CPU always computes float32 as such,
+    and the same way each time.
+
+    Args:
+        device: of the run.
+        tf32: multiply float32 with 10 bits of mantissa instead of 23 (TensorFloat-32).
+        deterministic: use only algorithms that give the same bits every time, and choose them by
+            the shapes alone. Otherwise cuDNN tries several, and takes the fastest of the day.
+
+    Raises:
+        UserError: TF32 is asked for on another device.
+    """
+    if device.type != "cuda":
+        if tf32:
+            raise UserError("--tf32 is for CUDA devices: leave it out, or choose --device cuda")
+        return
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # What has no such algorithm runs all the same, and torch says so.
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def synchronize(device: torch.device) -> None:
@@ -109,6 +138,14 @@ def free_memory() -> int:
         return kilobytes["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):  # not Linux: half of what there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that can be had on the device; an estimate. What torch's allocator holds in reserve
+    for the next step is not free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory()
 
 
 def keep_freed_memory() -> None:

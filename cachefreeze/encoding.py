@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cachefreeze.models.units import canonical, is_channels_last
-from cachefreeze.store import ARRAY_TYPES, Quantization
+from cachefreeze.store import ARRAY_TYPES, Description, Quantization
 
 LEVELS = 255
 
@@ -62,13 +62,27 @@ class Encoding:
             x.dtype, stored, last, Quantization(tuple(scale.tolist()), tuple(offset.tolist()))
         )
 
+    @classmethod
+    def described(cls, about: Description) -> "Encoding":
+        """That of the rows of a store."""
+        dtype = getattr(torch, about.values)
+        return cls(dtype, about.stored, about.channels_last, about.quantization)
+
     @property
     def array_type(self) -> str:
         """Of the array that is stored."""
         return ARRAY_TYPES[self.stored]
 
-    def encode(self, x: Tensor) -> NDArray[Any]:
-        """Rows (n, C, H, W) or (n, ...) as the array (n, H, W, C) or (n, ...) that is stored."""
+    @property
+    def tensor_type(self) -> torch.dtype:
+        """Of what `encode` gives."""
+        found = getattr(torch, self.stored)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Rows (n, C, H, W) or (n, ...) as they are stored, (n, H, W, C) or (n, ...), on the device
+        that they are on."""
         assert self.quantization or is_channels_last(x) == self.channels_last
         plain = in_order(x, self.channels_last)
         if self.quantization is not None:
@@ -76,18 +90,16 @@ class Encoding:
             steps = ((plain.float() - offset) / scale).round_()
             plain = steps.clamp_(-128, 127).to(torch.int8)
         elif self.stored != name_of(self.values):
-            plain = plain.to(getattr(torch, self.stored))
-        plain = plain.contiguous()
-        if plain.dtype == torch.bfloat16:
-            plain = plain.view(torch.uint16)
-        return plain.cpu().numpy()
+            plain = plain.to(self.tensor_type)
+        return plain.contiguous()
 
-    def empty(self, rows: int, row_shape: tuple[int, ...]) -> tuple[Tensor, NDArray[np.uint8]]:
+    def empty(
+        self, rows: int, row_shape: tuple[int, ...], *, pinned: bool = False
+    ) -> tuple[Tensor, NDArray[np.uint8]]:
         """Room for encoded rows: the tensor that `decode` takes, and its bytes (rows, row_bytes)
-        for a store to read into."""
-        stored = torch.empty((rows, *row_shape), dtype=getattr(torch, self.stored))
-        size = prod(row_shape) * stored.element_size()
-        return stored, stored.view(torch.uint8).reshape(rows, size).numpy()
+        for a store to read into; `pinned` for copies that a GPU makes beside its work."""
+        stored = torch.empty((rows, *row_shape), dtype=self.tensor_type, pin_memory=pinned)
+        return stored, as_bytes(stored)
 
     def decode(self, stored: Tensor, device: torch.device) -> Tensor:
         """Encoded rows as the tensor (n, C, H, W) or (n, ...) that they came from."""
@@ -105,6 +117,18 @@ class Encoding:
             torch.tensor(self.quantization.scale, device=device),
             torch.tensor(self.quantization.offset, device=device),
         )
+
+
+def as_array(encoded: Tensor) -> NDArray[Any]:
+    """Encoded rows as the array that a store takes: bfloat16 as its bits."""
+    encoded = encoded.cpu()
+    return (encoded.view(torch.uint16) if encoded.dtype == torch.bfloat16 else encoded).numpy()
+
+
+def as_bytes(encoded: Tensor) -> NDArray[np.uint8]:
+    """The bytes of encoded rows in memory, (n, row_bytes): the same memory."""
+    size = prod(encoded.shape[1:]) * encoded.element_size()
+    return encoded.view(torch.uint8).reshape(len(encoded), size).numpy()
 
 
 def in_order(x: Tensor, channels_last: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from cachefreeze.cache import Materialization
 from cachefreeze.files import human_bytes
 from cachefreeze.planner import Keep, Move, Plan, Run, cheapest_plan, eager_plan
-from cachefreeze.profiler import Profile
+from cachefreeze.profiler import ON_DISK, Profile, Residence
 
 # Steps that have to be seen before their time is believed.
 ENOUGH_STEPS = 5
@@ -66,6 +66,7 @@ class Forecast:
         max_bytes: that stores may take together.
         codec: see `Profile.costs`.
         policy: `planned`, the cheapest plan there is, or `eager`.
+        residence: see `Profile.costs`.
         start: the step from which on to plan.
         source: boundary and codec of the store that rows come from at the start, if any.
         found: boundaries of stores that are on disk already.
@@ -84,6 +85,7 @@ class Forecast:
         *,
         codec: str = "raw",
         policy: str = "planned",
+        residence: Residence = ON_DISK,
         start: int = 0,
         source: tuple[int, str] | None = None,
         found: Set[int] = frozenset(),
@@ -93,7 +95,8 @@ class Forecast:
         self.max_bytes = max_bytes
         self.policy = policy
         self.start = start
-        self.costs = profile.costs(splits, codec)
+        self.residence = residence
+        self.costs = profile.costs(splits, codec, residence)
         self._all_keeps = self.costs.keeps
         self._splits = splits
         self._read_correction = 1.0
@@ -136,7 +139,7 @@ class Forecast:
         would save less than a hundredth of the time."""
         if self.profile.problem is not None or self.policy == "eager":
             return None
-        costs = self.profile.costs(self._splits, "raw")
+        costs = self.profile.costs(self._splits, "raw", self.residence)
         roomy = cheapest_plan(costs, self.run, math.inf, start=self.start)
         better = roomy.seconds < 0.99 * self.first.seconds
         return roomy if better and roomy.peak_bytes > self.max_bytes else None

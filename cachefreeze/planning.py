@@ -1,6 +1,8 @@
 """Runs a training loop's cache by plan: measures, plans, fills, and plans anew at every freeze."""
 
 import platform
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +12,24 @@ from cachefreeze.cache import PrefixCache
 from cachefreeze.data import InputRows
 from cachefreeze.device import numerics
 from cachefreeze.forecast import Filled, Forecast, pays_at_best
+from cachefreeze.moments import Moments
 from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
-from cachefreeze.profiler import Arithmetic, Profile, StepClock, measure, passes_for, profile
+from cachefreeze.profiler import (
+    Arithmetic,
+    Profile,
+    Residence,
+    StepClock,
+    measure,
+    passes_for,
+    profile,
+)
 from cachefreeze.report import duration, materialize_line, plan_words, room_words
 from cachefreeze.timing import timed
 
 # Images that are decoded to measure with.
 SAMPLE_ROWS = 16
+# Steps whose time is remembered: the device keeps an event for the ends of each.
+LAST_STEPS = 500
 # What a run without a cache spends on planning one.
 NO_PLANNING = {"profile": 0.0, "materialize": 0.0}
 
@@ -43,8 +56,9 @@ class Planning:
     Example:
         >>> planning.start()  # doctest: +SKIP
         >>> for batch in batches:  # doctest: +SKIP
-        ...     seconds = step(batch)
-        ...     planning.after_step(seconds, len(batch))
+        ...     planning.before_step()
+        ...     step(batch)
+        ...     planning.after_step(len(batch))
     """
 
     def __init__(
@@ -81,8 +95,11 @@ class Planning:
         self._cache_state: dict[str, Any] | None = None
         self._measured_before: Profile | None = None
         self._frontier = cache.units.frontier
-        # Of the whole batches since the frontier or the source of rows moved.
-        self._step_seconds: list[float] = []
+        # Of the steps with whole batches since the frontier or the source of rows moved: when the
+        # device began and ended with them.
+        self._steps: deque[tuple[Any, Any]] = deque(maxlen=LAST_STEPS)
+        self._moments = Moments(cache.device)
+        self._began: tuple[float, Any] = (0.0, None)
         self._served_from = cache.store
         # Of the steps before there was a plan.
         self._unplanned = 0.0
@@ -161,15 +178,21 @@ class Planning:
             )
         self._measure_the_rest(measured)
 
-    def after_step(self, seconds: float, rows: int) -> None:
-        """After every step and what the schedule froze then: its seconds, and its batch's rows."""
+    def before_step(self) -> None:
+        """Before every step, and before its rows are asked for."""
+        self._began = time.perf_counter(), self._moments.now() if self._moments.free else None
+
+    def after_step(self, rows: int) -> None:
+        """After every step, with a batch of so many rows, and what the schedule froze then."""
         self.step += 1
+        wall, began = self._began
+        seconds = time.perf_counter() - wall
         frontier = self.cache.units.frontier
         if self.cache.store is not self._served_from:  # it was given up in the middle
-            self._served_from, self._step_seconds = self.cache.store, []
-        elif rows == self.run.batch_size and self.cache.device.type == "cpu":
-            # Elsewhere a step's time is that of asking for it.
-            self._step_seconds.append(seconds)
+            self._served_from = self.cache.store
+            self._steps.clear()
+        elif rows == self.run.batch_size and began is not None:
+            self._steps.append((began, self._moments.now()))
         if self.forecast is None:
             self._unplanned += seconds
         if self._clock is not None:
@@ -182,7 +205,8 @@ class Planning:
                 plan = self._plan_again(self.forecast)
             self._carry_out(self.forecast, plan)
         if frontier > self._frontier:
-            self._frontier, self._step_seconds = frontier, []
+            self._frontier = frontier
+            self._steps.clear()
 
     def stop(self) -> None:
         """Measure no more: the run is over, or was given up."""
@@ -204,7 +228,7 @@ class Planning:
         seconds = seconds - self._unplanned + self.seconds["materialize"]
         measured = seconds + self.seconds["profile"]
         freezing_only = limit = reached = None
-        if cache.device.type == "cpu":  # elsewhere the parts of a step are not timed
+        if self._moments.free:  # elsewhere the parts of a step are not timed
             freezing_only = seconds + cache.saved_seconds
             # What a free cache would spare too. Normalising what nothing is frozen before stays.
             wasted = self.seconds["materialize"] + cache.read_seconds + cache.compute_seconds
@@ -303,6 +327,7 @@ class Planning:
                 self.cache.max_bytes,
                 codec=self.codec,
                 policy=self.policy,
+                residence=Residence(self.cache.tiers.first_with_room, self.cache.threads),
                 start=self.step,
                 source=None if store is None else (self.cache.boundary, store.description.codec),
                 found={boundary for boundary in kept if self.cache.has(boundary)},
@@ -317,7 +342,8 @@ class Planning:
     def _plan_again(self, forecast: Forecast) -> Plan:
         """After a freeze: with all that has been seen since the last."""
         source = self._source(forecast)
-        forecast.observe_steps(self._step_seconds, self._frontier, source)
+        steps = [self._moments.seconds(*step) for step in self._steps]
+        forecast.observe_steps(steps, self._frontier, source)
         reading = self.cache.seconds_per_byte_read
         if reading is not None:
             forecast.observe_reading(reading)
@@ -345,7 +371,8 @@ class Planning:
                 again = forecast.revise(self.step, self._source(forecast))
                 self._carry_out(forecast, again)
                 return
-        self._served_from, self._step_seconds = self.cache.store, []
+        self._served_from = self.cache.store
+        self._steps.clear()
 
     def _materialize(self, forecast: Forecast, move: Move) -> bool:
         source, before = self._source(forecast), self.cache.prefix_seconds_per_row

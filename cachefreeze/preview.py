@@ -7,15 +7,17 @@ import torch
 from cachefreeze import data
 from cachefreeze.config import Settings
 from cachefreeze.data import ArrayImages, InputRows, Outline
-from cachefreeze.device import resolve_device, resolve_precision
+from cachefreeze.device import resolve_device, resolve_precision, set_numerics
 from cachefreeze.files import nearest_folder
 from cachefreeze.forecast import Forecast
 from cachefreeze.network import check_network, find_weights, make_network
 from cachefreeze.planner import Run
-from cachefreeze.profiler import MAX_PASSES, measure, profile
+from cachefreeze.profiler import MAX_PASSES, Residence, measure, profile
 from cachefreeze.report import opening_words, plan_table, room_words, say
 from cachefreeze.schedule import Schedule
+from cachefreeze.staging import default_threads
 from cachefreeze.store import check_cache_dir
+from cachefreeze.tiers import Tiers
 
 
 def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
@@ -29,6 +31,7 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
     """
     device = resolve_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
+    set_numerics(device, tf32=settings.tf32, deterministic=settings.deterministic)
     check_cache_dir(settings.cache_dir)
     about = _outline(settings)
     generator = torch.Generator().manual_seed(0)
@@ -88,6 +91,7 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
         max_cache_bytes,
         codec=settings.codec,
         policy=settings.cache_policy,
+        residence=residence_of(settings, device),
     )
     say("")
     if units.frontier:
@@ -97,6 +101,12 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
     if (roomy := forecast.with_more_room) is not None:
         say(room_words(roomy, max_cache_bytes).strip())
     return forecast
+
+
+def residence_of(settings: Settings, device: torch.device) -> Residence:
+    """Where a run of these settings would hold its rows."""
+    tiers = Tiers(device, settings.cache_tier, settings.device_cache_bytes)
+    return Residence(tiers.first_with_room, default_threads(device))
 
 
 def _outline(settings: Settings) -> Outline:

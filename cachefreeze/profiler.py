@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cachefreeze.device import autocast, memory_for_rows, synchronize
-from cachefreeze.encoding import Encoding
+from cachefreeze.device import autocast, memory_for_rows
+from cachefreeze.encoding import Encoding, as_array
 from cachefreeze.models.units import Units, canonical
+from cachefreeze.moments import Moments
 from cachefreeze.planner import Costs, Keep
 from cachefreeze.rows import PixelRows
 from cachefreeze.scratch import measure_disk
@@ -62,6 +63,40 @@ class CodecCost:
     ratio: float
     encode: float
     decode: float
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Where rows will be held, and who moves them.
+
+    Args:
+        tier_for: says of so many bytes of rows in which of `TIERS` they would be.
+        beside: threads that read and write beside the device's work; 0 if that takes its time.
+    """
+
+    tier_for: Callable[[float], str] = lambda needed: "disk"
+    beside: int = 0
+
+    def read(self, needed: float) -> float:
+        """The share of reading so many bytes' rows that training has to wait for. (Rows from the
+        host overlap with a step; by how much, what is observed tells.)"""
+        if not self.beside:
+            return 1.0
+        return 0.0 if self.tier_for(needed) == "device" else 1 / self.beside
+
+    def write(self, needed: float) -> float:
+        """The share of writing them that filling a store has to wait for."""
+        if not self.beside:
+            return 1.0
+        return 1 / self.beside if self.tier_for(needed) == "disk" else 0.0
+
+    def load(self, needed: float) -> float:
+        """How often all of them have to be read before they are served from a store that is
+        there."""
+        return 0.0 if self.tier_for(needed) == "disk" else 1.0
+
+
+ON_DISK = Residence()
 
 
 @dataclass(frozen=True)
@@ -119,21 +154,22 @@ class Profile:
         plain = {name: float(value) for name, value in content.items() if name in _SECONDS}
         return cls(**{**content, **units, **plain, "boundaries": boundaries})
 
-    def costs(self, splits: Mapping[str, int], codec: str) -> Costs:
+    def costs(self, splits: Mapping[str, int], codec: str, residence: Residence = ON_DISK) -> Costs:
         """What the planner takes.
 
         Args:
             splits: rows of each split.
             codec: `raw`, `lz4`, `zstd`, or `auto`: raw, and the others where raw does not fit.
+            residence: where rows will be held.
         """
         if self.problem is not None:
             return self._costs(())
         keeps = []
         if self.decode > 0:
-            keep = self._keep(0, (self.pixel_bytes,), "uint8", splits)
+            keep = self._keep(0, (self.pixel_bytes,), "uint8", splits, residence)
             keeps.append(dataclasses.replace(keep, read=keep.read + self.normalize))
         for number, boundary in enumerate(self.boundaries, 1):
-            raw = self._keep(number, boundary.row_shape, boundary.dtype, splits)
+            raw = self._keep(number, boundary.row_shape, boundary.dtype, splits, residence)
             raw = dataclasses.replace(
                 raw, write=raw.write + boundary.encode, read=raw.read + boundary.decode
             )
@@ -144,7 +180,10 @@ class Profile:
                 continue  # decoded rows are served from memory, and would not fit
             for name, cost in boundary.codecs.items():
                 if codec in (name, "auto"):
-                    keeps.append(self._compressed(raw, boundary, name, cost, codec == "auto"))
+                    share = residence.write(in_memory)
+                    keeps.append(
+                        self._compressed(raw, boundary, name, cost, codec == "auto", share)
+                    )
         return self._costs(tuple(keeps))
 
     def _costs(self, keeps: tuple[Keep, ...]) -> Costs:
@@ -159,22 +198,34 @@ class Profile:
         )
 
     def _keep(
-        self, boundary: int, shape: Sequence[int], dtype: str, splits: Mapping[str, int]
+        self,
+        boundary: int,
+        shape: Sequence[int],
+        dtype: str,
+        splits: Mapping[str, int],
+        residence: Residence,
     ) -> Keep:
         layouts = [Layout.of(rows, shape, dtype) for rows in splits.values()]
         on_disk = sum(layout.bytes + layout.overhead_bytes for layout in layouts)
         plain = prod(shape) * np.dtype(dtype).itemsize
+        needed = plain * sum(splits.values())
         return Keep(
             boundary,
             "raw",
             row_bytes=on_disk / sum(splits.values()),
-            write=plain * self.write,
-            read=plain * self.read,
-            verify=plain * self.verify,
+            write=plain * self.write * residence.write(needed),
+            read=plain * self.read * residence.read(needed),
+            verify=plain * (self.verify + self.read * residence.load(needed)),
         )
 
     def _compressed(
-        self, raw: Keep, boundary: Boundary, codec: str, cost: CodecCost, reserve: bool
+        self,
+        raw: Keep,
+        boundary: Boundary,
+        codec: str,
+        cost: CodecCost,
+        reserve: bool,
+        share: float,
     ) -> Keep:
         plain = boundary.row_bytes
         decode = plain * (cost.ratio * self.read + cost.decode)
@@ -182,8 +233,8 @@ class Profile:
             raw,
             codec=codec,
             row_bytes=raw.row_bytes * cost.ratio,
-            write=plain * (cost.ratio * self.write + cost.encode) + boundary.encode,
-            load=decode,
+            write=share * plain * (cost.ratio * self.write + cost.encode) + boundary.encode,
+            load=decode if share else 0.0,  # rows that are in memory need not be decoded
             verify=decode,
             reserve=reserve,
         )
@@ -273,14 +324,17 @@ class StepClock:
     def __init__(
         self, units: Units, optimizer: torch.optim.Optimizer, device: torch.device
     ) -> None:
-        self.device = device
         self.outputs: list[Tensor] = [torch.empty(0)] * len(units)
-        self._forward: list[list[float]] = [[] for _ in units]
-        # When each unit's backward pass begins, and when the last one has ended.
-        self._marks: list[list[float]] = [[] for _ in range(len(units) + 1)]
+        self._moments = Moments(device)
+        self._origin = self._moments.now()
+        # When each unit's forward pass begins and ends.
+        self._forward: list[list[tuple[Any, Any]]] = [[] for _ in units]
+        # When each unit's backward pass begins, and when the last one has ended; None if it has
+        # none.
+        self._marks: list[list[Any]] = [[] for _ in range(len(units) + 1)]
         self._steps: list[float] = []
         self._rows: list[int] = []
-        self._mark = 0.0
+        self._mark: Any = None
         self._handles = [optimizer.register_step_pre_hook(self._after_backward)]
         for number, unit in enumerate(units):
             self._handles.append(unit.register_forward_pre_hook(self._before_forward))
@@ -300,9 +354,12 @@ class StepClock:
     def result(self) -> Arithmetic:
         """What the steps took, once enough have been taken."""
         rows = len(self.outputs[0])
-        forward = [self._a_row(times) for times in self._forward]
+        forward = [
+            self._a_row([self._moments.seconds(*mark) for mark in marks]) for marks in self._forward
+        ]
         # Backward passes go from the last unit to the first.
-        marks = [list(map(min, times, self._marks[0])) for times in self._marks]
+        ends = list(map(self._seconds, self._marks[0]))
+        marks = [list(map(min, map(self._seconds, times), ends)) for times in self._marks]
         backward = [
             self._a_row([end - begin for begin, end in zip(begins, ends, strict=True)])
             for ends, begins in pairwise(marks)
@@ -324,30 +381,30 @@ class StepClock:
         by_row = [each / rows for each, rows in zip(seconds, self._rows, strict=True)]
         return statistics.median(by_row[1:])
 
-    def _now(self) -> float:
-        synchronize(self.device)
-        return time.perf_counter()
+    def _seconds(self, mark: Any) -> float:
+        return math.inf if mark is None else self._moments.seconds(self._origin, mark)
 
     def _before_forward(self, unit: nn.Module, args: tuple[Any, ...]) -> None:
-        self._mark = self._now()
+        self._mark = self._moments.now()
 
     def _after_forward(
         self, number: int, unit: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> None:
         if not unit.training:  # validation after an epoch of fewer steps
             return
-        self._forward[number].append(self._now() - self._mark)
+        self._forward[number].append((self._mark, self._moments.now()))
         self.outputs[number] = output.detach()
         if number == 0:
             self._rows.append(len(output))
         if output.requires_grad:
             # Its gradient is there when the next unit's backward pass has ended.
-            output.register_hook(lambda gradient: self._marks[number + 1].append(self._now()))
+            marks = self._marks[number + 1]
+            output.register_hook(lambda gradient: marks.append(self._moments.now()))
         else:  # units without parameters in front: a backward pass of no length, at the very end
-            self._marks[number + 1].append(math.inf)
+            self._marks[number + 1].append(None)
 
     def _after_backward(self, optimizer: object, args: object, kwargs: object) -> None:
-        self._marks[0].append(self._now())
+        self._marks[0].append(self._moments.now())
 
 
 def profile(
@@ -412,11 +469,10 @@ def profile(
 
 def _timed(device: torch.device, work: Any) -> tuple[Any, float]:
     """What `work` returns, and the seconds that it took."""
-    synchronize(device)
-    mark = time.perf_counter()
+    moments = Moments(device)
+    mark = moments.now()
     result = work()
-    synchronize(device)
-    return result, time.perf_counter() - mark
+    return result, moments.seconds(mark, moments.now())
 
 
 class _Bench:
@@ -427,8 +483,11 @@ class _Bench:
         self.whole = units.model
         self.device = device
         self.dtype = dtype
-        self.forward: list[list[float]] = [[] for _ in units]
-        self.train: list[list[float]] = [[] for _ in units]
+        self.moments = Moments(device)
+        # When each unit began and ended in each pass. Nobody waits for a device in between: on its
+        # own a small unit would seem to take as long as starting it does.
+        self.forward: list[list[tuple[Any, Any]]] = [[] for _ in units]
+        self.train: list[list[tuple[Any, Any]]] = [[] for _ in units]
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         """One pass in eval mode, one in training mode, of a batch of network input; returns it at
@@ -442,8 +501,9 @@ class _Bench:
         outputs = []
         x = canonical(x)
         for unit, times in zip(self.units, self.forward, strict=True):
-            x, seconds = _timed(self.device, lambda unit=unit, x=x: self._eval(unit, x))
-            times.append(seconds)
+            mark = self.moments.now()
+            x = self._eval(unit, x)
+            times.append((mark, self.moments.now()))
             outputs.append(x)
         return tuple(outputs[:-1])
 
@@ -457,8 +517,9 @@ class _Bench:
             # The first unit's input takes no gradient, in training neither.
             x = x.detach().requires_grad_(number > 0)
             last = number == len(self.units) - 1
-            x, seconds = _timed(self.device, lambda u=unit, x=x, last=last: self._train(u, x, last))
-            times.append(seconds)
+            mark = self.moments.now()
+            x = self._train(unit, x, last)
+            times.append((mark, self.moments.now()))
 
     def _train(self, unit: nn.Module, x: Tensor, last: bool) -> Tensor:
         with autocast(self.device, self.dtype):
@@ -481,8 +542,9 @@ class _Bench:
     def medians(self, rows: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Seconds a row of each unit, training and forward; the first pass is not counted."""
 
-        def middle(times: Sequence[float]) -> float:
-            return statistics.median(times[1:] or times) / rows
+        def middle(times: Sequence[tuple[Any, Any]]) -> float:
+            seconds = [self.moments.seconds(*marks) for marks in times]
+            return statistics.median(seconds[1:] or seconds) / rows
 
         return tuple(map(middle, self.train)), tuple(map(middle, self.forward))
 
@@ -492,7 +554,8 @@ def _boundary(
 ) -> Boundary:
     """What storing a boundary's rows takes, tried on a batch of them."""
     encoding = Encoding.of(y, stored)
-    plain, encode = _timed(device, lambda: encoding.encode(y))
+    encoded, encode = _timed(device, lambda: encoding.encode(y))
+    plain = as_array(encoded)
     held, room = encoding.empty(len(y), plain.shape[1:])
     room[:] = plain.reshape(len(y), -1).view(np.uint8)
     _, decode = _timed(device, lambda: encoding.decode(held, device))

@@ -23,6 +23,8 @@ FREE = {
     "cache_policy",
     "cache_codec",
     "cache_dtype",
+    "cache_tier",
+    "device_cache_gb",
     "keep_cache",
     "checkpoint_every",
     "verify_cache",

@@ -1,12 +1,13 @@
-"""Rows that are served from a store."""
+"""Rows that are served from a store by whoever asks for them. (`staging` has threads do it.)"""
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cachefreeze.encoding import Encoding
-from cachefreeze.rows import Indices, PixelRows
+from cachefreeze.rows import Indices, PixelRows, Rows
 from cachefreeze.store import SplitReader
 
 # Batches that the system is asked to have in memory before they are read.
@@ -14,7 +15,7 @@ READ_AHEAD = 2
 
 
 class StoredRows:
-    """Rows of one split from a store, on the training device."""
+    """Rows of one split, read when they are asked for."""
 
     def __init__(
         self, reader: SplitReader, encoding: Encoding, device: torch.device, identity: str
@@ -39,10 +40,37 @@ class StoredRows:
             yield self.encoding.decode(stored, self.device)
 
 
+class ResidentRows:
+    """Rows of one split that lie in the training device's memory.
+
+    Args:
+        rows: all of them as they are stored, (rows, *row_shape), on the device.
+        encoding: of the rows.
+        identity: of the rows.
+    """
+
+    def __init__(self, rows: Tensor, encoding: Encoding, identity: str) -> None:
+        self.rows = rows
+        self.encoding = encoding
+        self.identity = identity
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        if not order:
+            return
+        # One copy for all of them: each would wait for the device.
+        places = torch.from_numpy(np.concatenate(order)).to(self.rows.device)
+        for indices in places.split([len(rows) for rows in order]):
+            stored = torch.index_select(self.rows, 0, indices)
+            yield self.encoding.decode(stored, self.rows.device)
+
+
 class StoredPixels:
     """Network input from decoded pixels that are kept in a store."""
 
-    def __init__(self, stored: StoredRows, inputs: PixelRows) -> None:
+    def __init__(self, stored: Rows, inputs: PixelRows) -> None:
         self.stored = stored
         self.inputs = inputs
         self.identity = inputs.identity

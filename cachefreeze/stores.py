@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefreeze.device import memory_for_rows, synchronize
-from cachefreeze.encoding import Encoding, name_of
+from cachefreeze.background import HeldStore
+from cachefreeze.device import memory_for_rows
+from cachefreeze.encoding import Encoding, as_array, name_of
 from cachefreeze.errors import Interrupted
 from cachefreeze.files import human_bytes, size_of_tree
+from cachefreeze.moments import DeviceClock
 from cachefreeze.report import progress_bar
 from cachefreeze.rows import Indices, batches_of
+from cachefreeze.sinks import Sink, sink_for
 from cachefreeze.store import (
     VALUES,
     Damage,
@@ -36,7 +39,7 @@ from cachefreeze.store import (
     remove_store,
     store_folders,
 )
-from cachefreeze.timing import Clock
+from cachefreeze.tiers import Memory, Tiers
 
 # How often to look whether another run has written its store, and for how long nothing may come of
 # it before that run is taken to have stopped.
@@ -53,12 +56,13 @@ Source = Callable[[str, Sequence[Indices]], Iterator[Tensor]]
 @dataclass(frozen=True)
 class Filling:
     """What it took to come by a store. Rows that a killed run had written already are `held`; one
-    that was there is `reused`."""
+    that was there is `reused`. If its rows are in `memory`, they are to be served from there."""
 
-    store: Store
+    store: HeldStore
     held: int = 0
     compute_seconds: float = 0.0
     reused: bool = False
+    memory: Memory | None = None
 
 
 class Stores:
@@ -69,6 +73,8 @@ class Stores:
         rows: of each split.
         batch_size: in which rows are computed.
         device: where they are computed.
+        tiers: where rows may be held.
+        threads: see `sink_for`.
         max_bytes, stored, network, warn, stopping: see `PrefixCache`.
     """
 
@@ -79,6 +85,8 @@ class Stores:
         batch_size: int,
         device: torch.device,
         *,
+        tiers: Tiers,
+        threads: int,
         max_bytes: float,
         stored: str | None,
         network: str,
@@ -89,6 +97,8 @@ class Stores:
         self.rows = dict(rows)
         self.batch_size = batch_size
         self.device = device
+        self.tiers = tiers
+        self.threads = threads
         self.max_bytes = max_bytes
         self.stored = stored
         self.network = network
@@ -206,14 +216,14 @@ class Stores:
         chunks = sum(layout.chunks for layout in about.splits.values())
         damage = f"{len(damaged)} of {chunks} chunks of the store after {about.unit}"
         damage += f" {'is' if len(damaged) == 1 else 'are'} damaged ({damaged[0]})"
-        encoding = encoding_of(about)
+        encoding = Encoding.described(about)
         for each in damaged:
             self._stop_if_asked()
             layout = about.splits[each.split]
             start = each.chunk * layout.rows_per_chunk
             rows = np.arange(start, min(start + layout.rows_per_chunk, layout.rows))
             batches = source(each.split, batches_of(rows, self.batch_size))
-            computed = np.concatenate([encoding.encode(x) for x in batches])
+            computed = np.concatenate([as_array(encoding.encode(x)) for x in batches])
             if not mend_chunk(store, each, computed):
                 self.warn(f"{damage}, and what is computed now is not what it held: not used")
                 return False
@@ -243,13 +253,13 @@ class Stores:
         """
         if in_use(self.directory / fingerprint):
             raise BlockingIOError  # before any row is computed
-        clock = Clock()
+        clock = DeviceClock(self.device)
         start, written, seen = time.perf_counter(), 0, 0
 
         def rows_from(split: str, first: int) -> Iterator[Tensor]:
             order = batches_of(np.arange(first, self.rows[split]), self.batch_size)
             nonlocal seen
-            for x in clock.around(self._synchronized(source(split, order))):
+            for x in clock.around(source(split, order)):
                 seen += len(x)
                 yield x
 
@@ -270,41 +280,43 @@ class Stores:
         # (Concatenating may change the layout, where both are the same bytes.)
         seen_first = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
         encoding = Encoding.of(seen_first, self.stored if boundary else None)
-        shape = encoding.encode(waiting[0][:1]).shape[1:]
-        writer = self._writer(fingerprint, boundary, unit, encoding, shape, codec)
-        if writer is None:
+        shape = tuple(encoding.encode(waiting[0][:1]).shape[1:])
+        sink = self._sink(fingerprint, boundary, unit, encoding, shape, codec)
+        if sink is None:
             return None
         bar = progress_bar(f"caching {unit}", sum(self.rows.values()), "row")
         try:
             for split in self.rows:
-                held = writer.held[split]
+                held = sink.held[split]
                 bar.update(held)
                 if split != first_split or held:
                     waiting, batches = [], rows_from(split, held)
                 for x in itertools.chain(waiting, batches):
                     plain = encoding.encode(x)
-                    writer.append(split, plain)
+                    sink.append(split, plain)
                     written += plain.nbytes
                     rate = written / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{human_bytes(rate)}/s", refresh=False)
                     bar.update(len(plain))
                     self._stop_if_asked()
             seconds_per_row += clock.seconds / seen
-            store = writer.commit({"prefix_seconds_per_row": seconds_per_row})
+            store = sink.commit({"prefix_seconds_per_row": seconds_per_row})
         except (Interrupted, KeyboardInterrupt):
-            writer.suspend()
+            sink.suspend()
             raise
         except BaseException:
-            writer.abort()
+            sink.abort()
             raise
         finally:
             bar.close()
-        try:
-            store.load()
-        except OSError:
-            store.remove()
-            raise
-        return Filling(store, sum(writer.held.values()), clock.seconds)
+        if isinstance(store, Store):
+            try:
+                store.load()
+            except OSError:
+                store.remove()
+                raise
+        held = sum(sink.held.values())
+        return Filling(store, held, clock.seconds, memory=sink.memory)
 
     def _wait_for_writer(self, fingerprint: str, unit: str) -> bool:
         """Until no other process is writing a store any more; whether it is worth another try, as
@@ -333,12 +345,7 @@ class Stores:
         if self.stopping():
             raise Interrupted
 
-    def _synchronized(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        for x in batches:
-            synchronize(self.device)
-            yield x
-
-    def _writer(
+    def _sink(
         self,
         fingerprint: str,
         boundary: int,
@@ -346,8 +353,8 @@ class Stores:
         encoding: Encoding,
         shape: tuple[int, ...],
         codec: str,
-    ) -> StoreWriter | None:
-        """A writer for a store that will fit, or may, if it is compressed; else None."""
+    ) -> Sink | None:
+        """For a store that will fit, or may, if it is compressed; else None."""
         description = Description(
             fingerprint=fingerprint,
             network=label(self.network),
@@ -372,7 +379,13 @@ class Stores:
         room = self._make_room(description)
         if room is None:
             return None
-        return StoreWriter(self.directory, description, max_bytes=room)
+        writer = StoreWriter(self.directory, description, max_bytes=room)
+        memory = None
+        if not description.lossy:
+            # What loses precision is to be on disk before a checkpoint names it: whoever goes on
+            # from there could not make the same rows again.
+            memory = self.tiers.memory_for(description, encoding)
+        return sink_for(writer, encoding.tensor_type, self.device, memory, self.threads)
 
     def _make_room(self, description: Description) -> float | None:
         """Bytes that the chunks of a new store may take beside the stores in use; None if that is
@@ -433,9 +446,3 @@ def bytes_in_the_end(folder: Path) -> int:
         return size
     # How small a codec makes the rest, nobody can know.
     return size if about.codec != "raw" else max(size, about.bytes)
-
-
-def encoding_of(about: Description) -> Encoding:
-    """How the rows of a store are encoded."""
-    dtype = getattr(torch, about.values)
-    return Encoding(dtype, about.stored, about.channels_last, about.quantization)

@@ -15,7 +15,12 @@ from cachefreeze import data
 from cachefreeze.cache import PrefixCache
 from cachefreeze.checkpoint import LAST, load_last_checkpoint
 from cachefreeze.config import Settings
-from cachefreeze.device import keep_freed_memory, resolve_device, resolve_precision
+from cachefreeze.device import (
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+    set_numerics,
+)
 from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.files import nearest_folder, size_of_tree
 from cachefreeze.models import Statistics
@@ -87,6 +92,7 @@ def _run_in(
     settings, began = start.settings, time.perf_counter()
     device = resolve_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
+    set_numerics(device, tf32=settings.tf32, deterministic=settings.deterministic)
     if settings.cache:
         check_cache_dir(settings.cache_dir)
     check_network(settings, (3, settings.image_size, settings.image_size))  # before the wait

@@ -1,7 +1,8 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from cachefreeze.cache import PrefixCache
 from cachefreeze.checkpoint import LAST, save_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.data import DataSet, InputRows
-from cachefreeze.device import autocast, numerics
+from cachefreeze.device import autocast, free_device_memory, numerics
 from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
 from cachefreeze.hashing import weights_sha256
@@ -28,6 +29,8 @@ from cachefreeze.rows import Indices, batches_of, epoch_order
 from cachefreeze.timing import timed
 from cachefreeze.totals import added, numbers_of, totals_of
 
+# Of the device's free memory: what the decoded pixels of a data set may take.
+PIXELS_SHARE = 0.2
 # What the cache counts: added up over the processes of a run that was cut off.
 COUNTED = (
     "rows_served",
@@ -84,10 +87,17 @@ class Trainer:
             self.units.freeze(settings.freeze_first)
         self.labels = {"train": data.train.labels.to(device), "val": data.val.labels.to(device)}
         augment_seed = settings.seed if settings.augment else None
+        resident = device.type == "cuda" and (len(data.train) + len(data.val)) * prod(
+            data.image_shape
+        ) <= PIXELS_SHARE * free_device_memory(device)
         self.inputs = {
-            "train": InputRows(data.train, data.mean, data.std, device, augment_seed),
-            "val": InputRows(data.val, data.mean, data.std, device),
+            "train": InputRows(
+                data.train, data.mean, data.std, device, augment_seed, resident=resident
+            ),
+            "val": InputRows(data.val, data.mean, data.std, device, resident=resident),
         }
+        if settings.compile:
+            self.units.compile()
         self.cache = make_cache(
             self.units,
             self.inputs,
@@ -98,6 +108,8 @@ class Trainer:
             max_bytes=max_cache_bytes,
             stored=settings.stored,
             keep=settings.keep_cache or None,
+            tier=settings.cache_tier,
+            device_bytes=settings.device_cache_bytes,
             network=settings.network,
             warn=lambda sentence: say(f"  {sentence}"),
             stopping=lambda: bool(self.interrupts),
@@ -144,7 +156,8 @@ class Trainer:
                     len(data.val),
                     settings.batch_size,
                 ),
-                decode_seconds=data.decode_seconds,
+                # Pixels that stay on the device are decoded once, kept or not.
+                decode_seconds=0.0 if resident else data.decode_seconds,
                 policy=settings.cache_policy,
                 codec=settings.codec,
                 tell=say,
@@ -218,6 +231,7 @@ class Trainer:
                         self._epoch()
                         say(epoch_line(self.metrics[-1], epochs, self.units.names))
                         bar.update()
+                self._finish()
                 return self._summary()
             except Interrupted:
                 self._save()
@@ -231,6 +245,14 @@ class Trainer:
                 if self.planning is not None:
                     self.planning.stop()
                 self.cache.close()
+
+    def _finish(self) -> None:
+        """See to it that all times are known, and all that is kept for later runs is on disk."""
+        if self.planning is None:
+            self.cache.finish()
+        else:
+            with timed(self.planning.seconds, "materialize"):
+                self.cache.finish()
 
     def _epoch(self) -> None:
         """What is left of an epoch: steps, validation, a line of metrics, a checkpoint."""
@@ -284,21 +306,23 @@ class Trainer:
         order = batches_of(epoch_order(rows, self.settings.seed, self.epoch), batch_size)
         order = order[self.position :]
         batches = self.cache.batches("train", order)
+        labels = self._labels("train", order)
         every = self.settings.checkpoint_every
         with progress_bar(f"epoch {self.epoch + 1}", rows, "img") as bar:
             bar.update(self.position * batch_size)
             for indices in order:
                 mark = time.perf_counter()
-                self._losses.append(self._step(next(batches), indices))
+                if self.planning is not None:
+                    self.planning.before_step()
+                self._losses.append(self._step(next(batches), next(labels)))
                 self.scheduler.step()
                 self.step += 1
                 self.position += 1
-                seconds = time.perf_counter() - mark
-                self.seconds["train"] += seconds
+                self.seconds["train"] += time.perf_counter() - mark
                 if self.device.type == "cpu":  # elsewhere it would wait for the device
                     self._refuse_losses(self._losses[-1:])
                 if self.planning is not None:
-                    self.planning.after_step(seconds, len(indices))
+                    self.planning.after_step(len(indices))
                 bar.update(len(indices))
                 self._stop_if_asked()
                 if every is not None and self.step % every == 0:
@@ -342,9 +366,9 @@ class Trainer:
             count = min(self.settings.batch_size, rows)
             self.cache.verify(split, random.choice(rows, count, replace=False))
 
-    def _step(self, x: Tensor, indices: Indices) -> Tensor:
+    def _step(self, x: Tensor, labels: Tensor) -> Tensor:
         """One optimiser step on a batch at the frontier; returns its mean loss."""
-        loss = F.cross_entropy(self._suffix(x), self._labels("train", indices))
+        loss = F.cross_entropy(self._suffix(x), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -358,9 +382,10 @@ class Trainer:
         losses, correct = [], []
         order = batches_of(np.arange(rows), self.settings.batch_size)
         with timed(self.seconds, "validate"):
-            for indices, x in zip(order, self.cache.batches("val", order), strict=True):
+            batches = zip(self.cache.batches("val", order), self._labels("val", order), strict=True)
+            for x, labels in batches:
                 self._stop_if_asked()
-                logits, labels = self._suffix(x), self._labels("val", indices)
+                logits = self._suffix(x)
                 losses.append(F.cross_entropy(logits, labels, reduction="sum"))
                 correct.append((logits.argmax(1) == labels).sum())
             loss = float(torch.stack(losses).cpu().double().sum()) / rows
@@ -371,8 +396,11 @@ class Trainer:
         with autocast(self.device, self.autocast_dtype):
             return self.units.run(x, self.units.frontier).float()
 
-    def _labels(self, split: str, indices: Indices) -> Tensor:
-        return self.labels[split][torch.from_numpy(indices).to(self.device)]
+    def _labels(self, split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
+        """One tensor for each batch. The order travels to the device as a whole: each copy from
+        there would wait for it."""
+        rows = torch.from_numpy(np.concatenate([*order, np.empty(0, np.int64)])).to(self.device)
+        return iter(self.labels[split][rows].split([len(indices) for indices in order]))
 
     def _save(self, *, best: bool = False) -> None:
         """A checkpoint of this very moment, unless it holds what is no number."""

@@ -16,8 +16,12 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 FLOORS = [
     ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
+    ["moments"],
     ["encoding", "scratch", "identity"],
-    ["config", "freezeout", "stored_rows", "stores", "profiler", "datasets"],
+    ["freezeout", "stored_rows", "tiers", "staging"],
+    ["background", "profiler", "datasets", "config"],
+    ["serving", "sinks"],
+    ["stores"],
     ["cache", "network"],
     ["forecast"],
     ["planning"],

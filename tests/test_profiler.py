@@ -230,7 +230,8 @@ def test_a_short_batch_among_them_is_counted_as_short(model: nn.Sequential) -> N
     assert clock is not None
     # What the clock saw, replaced by round figures: a row takes a second in every unit.
     clock._rows = [32, 32, 2]
-    clock._forward = [[32.0, 32.0, 2.0] for _ in range(5)]
+    clock._origin = 0.0
+    clock._forward = [[(0.0, 32.0), (0.0, 32.0), (0.0, 2.0)] for _ in range(5)]
     clock._marks = [[32.0 * (5 - n), 32.0 * (5 - n), 2.0 * (5 - n)] for n in range(6)]
     clock._steps = [400.0, 320.0, 20.0]
     found = clock.result()

@@ -23,6 +23,8 @@ class InputRows:
         device: of training.
         augment_seed: serve a random view of every image, another in each `epoch`; None serves the
             images as they are.
+        resident: keep the pixels in the device's memory once they have been decoded, N x H x W x C
+            bytes.
 
     Attributes:
         epoch: whose views are served; whoever trains sets it.
@@ -35,8 +37,11 @@ class InputRows:
         std: Sequence[float],
         device: torch.device,
         augment_seed: int | None = None,
+        *,
+        resident: bool = False,
     ) -> None:
         self.images = images
+        self._resident = ResidentImages(images, device) if resident else None
         self.device = device
         self.augment_seed = augment_seed
         self.epoch = 0
@@ -60,7 +65,8 @@ class InputRows:
 
     def pixels(self, order: Sequence[Indices]) -> Iterator[Tensor]:
         """Decoded pixels, uint8 (n, C, H, W), for each array of n row indices."""
-        for pixels in self.images.decode(order):
+        source = self.images if self._resident is None else self._resident
+        for pixels in source.decode(order):
             yield pixels.permute(0, 3, 1, 2)
 
     def from_pixels(self, pixels: Tensor) -> Tensor:
@@ -68,6 +74,43 @@ class InputRows:
         # uint8 travels to the device: a quarter of the bytes of float32.
         values = pixels.to(self.device).permute(0, 2, 3, 1).float()
         return ((values - self.offset) * self.scale).permute(0, 3, 1, 2)
+
+
+class ResidentImages:
+    """Decoded pixels that stay in the device's memory from the first time that they are asked for.
+
+    Args:
+        images: of one split.
+        device: of training.
+    """
+
+    def __init__(self, images: Images, device: torch.device) -> None:
+        self.images = images
+        self.device = device
+        self._pixels: Tensor | None = None  # (N, H, W, C)
+        self._there = np.zeros(len(images), bool)
+
+    def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        """See `Images.decode`; on the device."""
+        decoded = self.images.decode([rows for rows in order if not self._there[rows].all()])
+        places = torch.from_numpy(np.concatenate([*order, np.empty(0, np.int64)])).to(self.device)
+        missing = [not self._there[rows].all() for rows in order]
+        batches = zip(order, places.split([len(rows) for rows in order]), missing, strict=True)
+        for rows, indices, is_missing in batches:
+            if is_missing:
+                yield self._keep(rows, indices, next(decoded))
+            else:
+                assert self._pixels is not None
+                yield torch.index_select(self._pixels, 0, indices)
+
+    def _keep(self, rows: Indices, indices: Tensor, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.device)
+        if self._pixels is None:
+            shape = (len(self.images), *pixels.shape[1:])
+            self._pixels = torch.empty(shape, dtype=pixels.dtype, device=self.device)
+        self._pixels.index_copy_(0, indices, pixels)
+        self._there[rows] = True
+        return pixels
 
 
 def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """Reading a store."""
 
 import contextlib
+import copy
 import os
 import resource
 from abc import ABC, abstractmethod
@@ -147,6 +148,10 @@ class SplitReader(ABC):
                 yield Damage(self.folder.name, chunk, str(error))
 
     @abstractmethod
+    def another(self) -> "SplitReader":
+        """One for another thread: no two may read with the same one at a time."""
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of files and memory."""
 
@@ -183,6 +188,7 @@ class RawReader(SplitReader):
     ) -> None:
         super().__init__(folder, layout, checksums, sizes)
         self._open: dict[int, int] = {}
+        self._most_open = OPEN_CHUNKS
 
     def load(self, before_each: Callable[[], None] = lambda: None) -> None:
         """Nothing to do: the page cache is their memory."""
@@ -201,6 +207,11 @@ class RawReader(SplitReader):
         for chunk, row in self._places(indices):
             os.posix_fadvise(self._file(chunk), row * size, size, os.POSIX_FADV_WILLNEED)
 
+    def another(self) -> "RawReader":
+        reader = RawReader(self.folder, self.layout, self.checksums, self.sizes)
+        reader._most_open = max(self._most_open // 4, 1)
+        return reader
+
     def close(self) -> None:
         for file in self._open.values():
             os.close(file)
@@ -213,7 +224,7 @@ class RawReader(SplitReader):
     def _file(self, chunk: int) -> int:
         file = self._open.get(chunk)
         if file is None:
-            if len(self._open) >= OPEN_CHUNKS:
+            if len(self._open) >= self._most_open:
                 os.close(self._open.pop(next(iter(self._open))))
             file = self._open[chunk] = open_regular(self.chunk_path(chunk), os.O_RDONLY)
         return file
@@ -241,6 +252,10 @@ class DecodedReader(SplitReader):
 
     def will_need(self, indices: Indices) -> None:
         """Nothing to do: they are all there, or `read` loads them."""
+
+    def another(self) -> "DecodedReader":
+        self.load()
+        return copy.copy(self)  # of the same memory
 
     def close(self) -> None:
         self._rows = None

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from io import FileIO
@@ -91,16 +92,23 @@ class StoreWriter:
             raise FileExistsError(errno.EEXIST, f"{self.folder} holds other files")
         self._lock = Lock(self.folder, exclusive=True)
         self._journal: FileIO | None = None
+        # Of `bytes`, and of the journal: chunks may come from several threads.
+        self._accounts = threading.Lock()
         self._lost = False
         try:
             chunks = self._whole_chunks()
             if not any(chunks.values()):
                 self._start()
             self._splits = {
-                name: _SplitWriter(self.folder / name, layout, chunks[name], self._write_chunk)
+                name: _SplitWriter(self.folder / name, layout, chunks[name], self._write_file)
                 for name, layout in description.splits.items()
             }
             self.held = {name: split.written for name, split in self._splits.items()}
+            self._not_in_journal = [
+                (name, number)
+                for name, layout in description.splits.items()
+                for number in range(len(chunks[name]), layout.chunks)
+            ][::-1]
             self.bytes = sum(size for held in chunks.values() for _, size in held)
             self._clear(chunks)
             self._write_journal(chunks)
@@ -119,6 +127,18 @@ class StoreWriter:
             OSError: the disk is full, or fails.
         """
         self._splits[split].append(rows)
+        self._note_chunks()
+
+    def write_chunk(self, split: str, number: int, rows: NDArray[Any]) -> None:
+        """One of the chunks that are not `held`, from its rows (n, *row_shape): fewer than a chunk
+        has in the last one only. May be called from several threads, in any order, for each chunk
+        once, and instead of `append`.
+
+        Raises:
+            StoreTooLarge, OSError: see `append`.
+        """
+        self._splits[split].put(number, rows)
+        self._note_chunks()
 
     def commit(self, notes: dict[str, float] | None = None) -> Store:
         """Declare the store complete: from here on it may be read, by this run and by others.
@@ -127,17 +147,17 @@ class StoreWriter:
         """
         metadata = ["zarr.json", *(f"{name}/zarr.json" for name in self._splits)]
         for split in self._splits.values():
-            assert split.written == split.layout.rows, "committed before all rows were in"
+            assert all(split.chunks), "committed before all rows were in"
         manifest = {
             "format": FORMAT,
             "fingerprint": self.description.fingerprint,
             "sha256": {name: sha256((self.folder / name).read_bytes()) for name in metadata},
             "crc32c": {
-                name: [checksum for checksum, _ in split.chunks]
+                name: [checksum for checksum, _ in filter(None, split.chunks)]
                 for name, split in self._splits.items()
             },
             "bytes": {
-                name: [size for _, size in split.chunks]
+                name: [size for _, size in filter(None, split.chunks)]
                 for name, split in self._splits.items()
                 if split.layout.compressed
             },
@@ -248,15 +268,25 @@ class StoreWriter:
             self._journal = FileIO(written, "a")
             written.replace(self.folder / JOURNAL)
 
-    def _write_chunk(self, path: Path, number: int, content: Bytes) -> Chunk:
+    def _write_file(self, path: Path, content: Bytes) -> Chunk:
         size = len(content) + CHECKSUM_BYTES
-        if self.bytes + size > self.max_bytes:
-            raise StoreTooLarge(self.max_bytes)
-        self.bytes += size
-        chunk = write_chunk_file(path, content), size
+        with self._accounts:
+            if self.bytes + size > self.max_bytes:
+                raise StoreTooLarge(self.max_bytes)
+            self.bytes += size
+        return write_chunk_file(path, content), size
+
+    def _note_chunks(self) -> None:
+        """In the journal, in their order: whoever goes on from there goes on where it ends."""
         assert self._journal is not None
-        _write_all(self._journal, memoryview(_journal_line(path.parent.name, number, chunk)))
-        return chunk
+        with self._accounts:
+            while self._not_in_journal:
+                name, number = self._not_in_journal[-1]
+                chunk = self._splits[name].chunks[number]
+                if chunk is None:
+                    break
+                _write_all(self._journal, memoryview(_journal_line(name, number, chunk)))
+                self._not_in_journal.pop()
 
     def _close_journal(self) -> None:
         if self._journal is not None:
@@ -273,7 +303,7 @@ class _SplitWriter:
     zarr makes the array; the chunk files, whose format is as plain as can be, are written here: by
     way of zarr's event loop and codecs it took twice the time.
 
-    `chunks` are those that are there already; `write` takes path, number and encoded rows.
+    `chunks` are those that are there already; `write` takes path and encoded rows.
     """
 
     def __init__(
@@ -281,29 +311,40 @@ class _SplitWriter:
         folder: Path,
         layout: Layout,
         chunks: list[Chunk],
-        write: Callable[[Path, int, Bytes], Chunk],
+        write: Callable[[Path, Bytes], Chunk],
     ) -> None:
         self.folder = folder
         self.layout = layout
         self.codec = codec_for(layout.codec, layout.dtype)
-        self.chunks = list(chunks)
+        self.chunks: list[Chunk | None] = [*chunks, *[None] * (layout.chunks - len(chunks))]
         self.write = write
-        self.chunk = np.empty((layout.rows_per_chunk, *layout.row_shape), layout.dtype)
         self.written = min(len(chunks) * layout.rows_per_chunk, layout.rows)
+        self._chunk: NDArray[Any] | None = None
 
     def append(self, rows: NDArray[Any]) -> None:
+        if self._chunk is None:
+            self._chunk = self._empty_chunk()
         while len(rows):
-            held = self.written % self.layout.rows_per_chunk
+            number, held = divmod(self.written, self.layout.rows_per_chunk)
             part = rows[: self.layout.rows_per_chunk - held]
-            self.chunk[held : held + len(part)] = part
+            self._chunk[held : held + len(part)] = part
             held += len(part)
             self.written += len(part)
             rows = rows[len(part) :]
             if held == self.layout.rows_per_chunk or self.written == self.layout.rows:
-                self.chunk[held:] = FILL_VALUES[self.layout.dtype]
-                number = len(self.chunks)
-                path = self.folder / self.layout.chunk_name(number)
-                self.chunks.append(self.write(path, number, self.codec.encode(self.chunk)))
+                self.put(number, self._chunk[:held])
+
+    def put(self, number: int, rows: NDArray[Any]) -> None:
+        if len(rows) < self.layout.rows_per_chunk:
+            chunk = self._empty_chunk()
+            chunk[: len(rows)] = rows
+            chunk[len(rows) :] = FILL_VALUES[self.layout.dtype]
+            rows = chunk
+        path = self.folder / self.layout.chunk_name(number)
+        self.chunks[number] = self.write(path, self.codec.encode(rows))
+
+    def _empty_chunk(self) -> NDArray[Any]:
+        return np.empty((self.layout.rows_per_chunk, *self.layout.row_shape), self.layout.dtype)
 
 
 def mend_chunk(store: Store, damage: Damage, rows: NDArray[Any]) -> bool:

@@ -1,0 +1,255 @@
+"""Rows on their way from a device into a store, beside other work."""
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachefreeze.encoding import as_array
+from cachefreeze.store import Description, Layout, Store, StoreWriter
+from cachefreeze.tiers import Memory
+
+# Chunks that wait for a thread, beside those that threads are at.
+WAITING_CHUNKS = 2
+
+
+class ChunkStream:
+    """Encoded rows from a device, given to threads on the host a chunk at a time.
+
+    `append` returns as soon as copies have been asked for; what it was given may be written over
+    from then on by work in the current stream. Takes `threads + WAITING_CHUNKS` chunks of memory,
+    and waits when all of them are in use.
+
+    Args:
+        layouts: of the splits.
+        dtype: of the encoded rows.
+        device: that they are on.
+        put: is given split, number and rows of every chunk (fewer in the last one), in one of the
+            threads. The rows are not there any more when it has returned.
+        threads: at work on chunks.
+    """
+
+    def __init__(
+        self,
+        layouts: Mapping[str, Layout],
+        dtype: torch.dtype,
+        device: torch.device,
+        put: Callable[[str, int, Tensor], None],
+        threads: int,
+    ) -> None:
+        self.layouts = dict(layouts)
+        self.device = device
+        self.put = put
+        most = max(layout.rows_per_chunk for layout in layouts.values())
+        shape = next(iter(layouts.values())).row_shape
+        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for _ in range(threads + WAITING_CHUNKS):
+            pinned = self._stream is not None
+            self._free.put(torch.empty((most, *shape), dtype=dtype, pin_memory=pinned))
+        self._chunk: Tensor | None = None
+        self._next = dict.fromkeys(layouts, 0)
+        self._failure: BaseException | None = None
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cachefreeze-chunks")
+
+    def begin_at(self, split: str, row: int) -> None:
+        """The next row of a split is this one, the first of a chunk."""
+        self._next[split] = row
+
+    def append(self, split: str, rows: Tensor) -> None:
+        """The next rows of a split, all of them before those of another.
+
+        Raises:
+            OSError: whatever `put` has raised.
+        """
+        layout = self.layouts[split]
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            rows.record_stream(self._stream)
+        while len(rows):
+            self._raise_failure()
+            if self._chunk is None:
+                self._chunk = self._free.get()
+            number, held = divmod(self._next[split], layout.rows_per_chunk)
+            part = rows[: layout.rows_per_chunk - held]
+            with torch.cuda.stream(self._stream):
+                self._chunk[held : held + len(part)].copy_(part, non_blocking=True)
+            rows = rows[len(part) :]
+            self._next[split] += len(part)
+            held += len(part)
+            if held == layout.rows_per_chunk or self._next[split] == layout.rows:
+                copied = None if self._stream is None else self._stream.record_event()
+                self._threads.submit(self._give, split, number, self._chunk, held, copied)
+                self._chunk = None
+
+    def finish(self) -> None:
+        """Wait until all chunks have been put.
+
+        Raises:
+            OSError: whatever `put` has raised.
+        """
+        self._threads.shutdown(wait=True)
+        self._raise_failure()
+
+    def stop(self) -> None:
+        """Put no more; returns when nothing is under way."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _give(self, split: str, number: int, chunk: Tensor, rows: int, copied: Any) -> None:
+        try:
+            if self._failure is None:
+                if copied is not None:
+                    copied.synchronize()
+                self.put(split, number, chunk[:rows])
+        except BaseException as error:  # told to whoever appends or finishes
+            self._failure = error
+        finally:
+            self._free.put(chunk)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def chunks_into(
+    writer: StoreWriter, dtype: torch.dtype, device: torch.device, threads: int
+) -> ChunkStream:
+    """A stream of rows into the chunks that a store lacks."""
+
+    def put(split: str, number: int, rows: Tensor) -> None:
+        writer.write_chunk(split, number, as_array(rows))
+
+    stream = ChunkStream(writer.description.splits, dtype, device, put, threads)
+    for split, held in writer.held.items():
+        stream.begin_at(split, held)
+    return stream
+
+
+class WritingStore:
+    """A store whose rows are in memory, and which is written from there in the background.
+
+    To whoever serves the rows it is what a `Store` is that is never read. Until it has been written
+    it keeps the memory.
+
+    Args:
+        writer: of the store; what it holds already is not written again.
+        memory: all rows.
+        device: of training.
+        notes: see `StoreWriter.commit`.
+        threads: that write.
+    """
+
+    def __init__(
+        self,
+        writer: StoreWriter,
+        memory: Memory,
+        device: torch.device,
+        notes: dict[str, float],
+        threads: int,
+    ) -> None:
+        self.description: Description = writer.description
+        self.folder = writer.folder
+        self.notes = notes
+        self.error: OSError | None = None
+        self._writer = writer
+        self._memory: Memory | None = memory
+        self._device = device
+        self._threads = threads
+        self._store: Store | None = None
+        self._keep = False
+        self._stopping = False
+        # Of `_keep`: the thread and its owner may both find that the store is to be marked.
+        self._ending = threading.Lock()
+        self._filled = torch.cuda.Event() if device.type == "cuda" else None
+        if self._filled is not None:
+            self._filled.record(torch.cuda.current_stream(device))
+        self._thread = threading.Thread(target=self._write, name="cachefreeze-store", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been written, or cannot be (`error`)."""
+        return not self._thread.is_alive()
+
+    @property
+    def bytes(self) -> int:
+        """Of its chunk files, so far if they are compressed."""
+        compressed = self.description.codec != "raw"
+        return self._writer.bytes if self.done or compressed else self.description.bytes
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is to stay for later runs."""
+        return self._keep
+
+    def keep(self) -> None:
+        """It is to stay for later runs."""
+        with self._ending:
+            self._keep = True
+            if self._store is not None:
+                self._store.keep()
+
+    def wait(self) -> None:
+        """Until it is `done`."""
+        self._thread.join()
+
+    def put_away(self) -> None:
+        """Nothing of it is open for reading."""
+
+    def close(self) -> None:
+        """Wait until it has been written, and let go of it."""
+        self.wait()
+        if self._store is not None:
+            self._store.close()
+
+    def remove(self) -> None:
+        """It goes, written or not."""
+        self._stopping = True
+        self.wait()
+        if self._store is not None:
+            self._store.remove()
+
+    def _write(self) -> None:
+        """In a thread of its own."""
+        try:
+            self._write_chunks()
+            store = None if self._stopping else self._writer.commit(self.notes)
+            with self._ending:
+                self._store = store
+                if store is not None and self._keep:
+                    store.keep()
+            if store is None:
+                self._writer.abort()
+        except OSError as error:
+            self.error = error
+            self._writer.abort()
+        finally:
+            self._memory = None
+
+    def _write_chunks(self) -> None:
+        assert self._memory is not None
+        device = next(iter(self._memory.rows.values())).device
+        dtype = next(iter(self._memory.rows.values())).dtype
+        stream = torch.cuda.Stream(self._device) if self._filled is not None else None
+        with torch.cuda.stream(stream):
+            if stream is not None and self._filled is not None:
+                stream.wait_event(self._filled)
+            chunks = chunks_into(self._writer, dtype, device, self._threads)
+            try:
+                for split, rows in self._memory.rows.items():
+                    held = self._writer.held[split]
+                    for part in rows[held:].split(self.description.splits[split].rows_per_chunk):
+                        if self._stopping:
+                            return
+                        chunks.append(split, part)
+                chunks.finish()
+            finally:
+                chunks.stop()
+
+
+# What a cache holds: whole on disk, or in memory and on its way there.
+HeldStore = Store | WritingStore
