@@ -55,7 +55,7 @@ class Materialization:
     `bytes` on disk. `seconds` in all, `compute_seconds` of them reading the rows before and running
     the units between. `reused`: a store of an earlier run held these very rows, and nothing was
     computed. `held`: rows that a killed run had written already. `lossy`: the rows are not, to the
-    last bit, those that would be computed.
+    last bit, those that would be computed. `tier`: where they are held, see `PrefixCache.tier`.
     """
 
     boundary: int
@@ -67,6 +67,7 @@ class Materialization:
     held: int
     codec: str
     lossy: bool
+    tier: str = "disk"
 
 
 class PrefixCache:
@@ -422,6 +423,7 @@ class PrefixCache:
             held=taken.held,
             codec=store.description.codec,
             lossy=store.description.lossy,
+            tier=self.tier or "disk",
         )
 
     def leave(self) -> None:

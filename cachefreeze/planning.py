@@ -163,7 +163,9 @@ class Planning:
             self.tell(f"plan      nothing is kept: {why}")
             return
         passes = passes_for(self.run.row_passes, self.run.batch_size)
-        if passes < 2 and min(self.run.freeze_steps) > self.step + StepClock.STEPS:
+        # (Hooks in what is compiled would be compiled, too.)
+        unseen = not self.cache.units.compiled
+        if passes < 2 and unseen and min(self.run.freeze_steps) > self.step + StepClock.STEPS:
             self._clock = StepClock(self.cache.units, self.optimizer, self.cache.device)
             return
         with timed(self.seconds, "profile"):

@@ -156,6 +156,8 @@ def materialize_line(event: Mapping[str, Any]) -> str:
     lossy = ", at a loss of precision" if event["lossy"] else ""
     if event["held"]:
         lossy += f", {event['held']:,} rows of it before it was interrupted"
+    if event["tier"] != "disk":
+        lossy += f", rows in the {event['tier']}'s memory"
     predicted = event["predicted_seconds"]
     return (
         f"  step {event['step']}: {what} {verb}: {event['rows']:,} rows, "

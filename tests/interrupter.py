@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefreeze.stores import Stores
+from cachefreeze.moments import DeviceClock
 from cachefreeze.trainer import Trainer
 
 from .test_parity import NETWORKS, SCHEDULE
@@ -29,7 +29,7 @@ class Interrupter:
         owner, name = {
             "step": (Trainer, "_step"),
             "validation": (Trainer, "_validate"),
-            "filling": (Stores, "_synchronized"),
+            "filling": (DeviceClock, "around"),
         }[where]
         real, calls = getattr(owner, name), 0
 

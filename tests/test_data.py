@@ -1,16 +1,20 @@
 """Splits, orders and pixels: the same for everyone who asks."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from cachefreeze import UserError, batches_of, epoch_order
-from cachefreeze.data import FolderImages, InputRows, load
+from cachefreeze.data import FolderImages, Images, InputRows, load
 from cachefreeze.data.inputs import augment, random_views
 from cachefreeze.data.sets import statistics, stratified_split
+from cachefreeze.rows import Indices
 
 from .conftest import write_images
 
@@ -167,6 +171,48 @@ def test_an_augmented_row_depends_on_seed_epoch_and_row_alone(images: Path) -> N
     assert torch.equal(views([17, 99]), whole[[3, 1]])
     assert not torch.equal(views(rows, epoch=3), whole)
     assert not torch.equal(views(rows, seed=2), whole)
+
+
+@pytest.mark.parametrize("augment_seed", [None, 3])
+def test_pixels_that_stay_on_the_device_are_decoded_once_and_give_the_same_rows(
+    images: Path, augment_seed: int | None
+) -> None:
+    data = load_images(images)
+    counted = CountedImages(data.train)
+    here, there = (
+        InputRows(each, data.mean, data.std, torch.device("cpu"), augment_seed, resident=resident)
+        for each, resident in ((data.train, False), (counted, True))
+    )
+    for epoch in range(3):
+        here.epoch = there.epoch = epoch
+        order = batches_of(epoch_order(150, 0, epoch), 32)
+        if epoch == 0:
+            order = order[:3]  # a run that goes on in the middle of its first epoch
+        for one, other in zip(here.batches(order), there.batches(order), strict=True):
+            assert torch.equal(one, other)
+            assert one.stride() == other.stride()
+    # Batches of the second epoch may hold rows of the first again, but no third one decodes.
+    assert 150 <= counted.decoded <= 96 + 150
+    assert list(there.batches([])) == []
+
+
+class CountedImages:
+    """Images that count how many of them were decoded."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.decoded = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.images, name)
+
+    def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        for pixels in self.images.decode(order):
+            self.decoded += len(pixels)
+            yield pixels
 
 
 def test_an_augmented_image_is_a_shifted_perhaps_mirrored_one_on_black() -> None:

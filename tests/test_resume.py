@@ -13,9 +13,9 @@ import torch
 
 from cachefreeze.checkpoint import load_checkpoint, save_checkpoint
 from cachefreeze.files import lock_folder, unlock_file
+from cachefreeze.moments import DeviceClock
 from cachefreeze.store import Store
 from cachefreeze.store import format as store_format
-from cachefreeze.stores import Stores
 from cachefreeze.train import main
 from cachefreeze.trainer import Trainer
 
@@ -168,11 +168,11 @@ def test_a_store_that_was_half_written_goes_on_from_its_last_whole_chunk(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(store_format, "CHUNK_BYTES", 2**18)  # 4 rows after the stem
-    real, seen = Stores._synchronized, 0
+    real, seen = DeviceClock.around, 0
 
-    def interrupted(stores: Stores, batches: object) -> object:
+    def interrupted(clock: DeviceClock, batches: object) -> object:
         nonlocal seen
-        for x in real(stores, batches):  # type: ignore[arg-type]
+        for x in real(clock, batches):  # type: ignore[arg-type]
             seen += len(x)
             # Pixels, and then 70 rows and more of the store after the stem.
             if seen >= 183 + 70 and x.shape[1] == 16:
@@ -181,7 +181,7 @@ def test_a_store_that_was_half_written_goes_on_from_its_last_whole_chunk(
             yield x
 
     with monkeypatch.context() as patched:
-        patched.setattr(Stores, "_synchronized", interrupted)
+        patched.setattr(DeviceClock, "around", interrupted)
         assert main(argv) == 130
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["planning"]["cache"]["boundary"] == 0

@@ -177,6 +177,11 @@ class Units(Sequence[nn.Module]):
         )
         return self
 
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self._trained is not self._modules
+
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Any:
         """Units start .. stop-1 on a batch at boundary `start`; returns it at boundary `stop`: a
         tensor, or at the end whatever the model returns. Gradients are recorded as usual."""

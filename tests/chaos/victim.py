@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cachefreeze.moments import DeviceClock
 from cachefreeze.store import format as store_format
-from cachefreeze.stores import Stores
 from cachefreeze.train import main
 from cachefreeze.trainer import Trainer
 
@@ -101,7 +101,7 @@ def die_at(point: str, count: int) -> None:
 
         sys.addaudithook(watch)
         return
-    step, suffix, synchronized = Trainer._step, Trainer._suffix, Stores._synchronized
+    step, suffix, around = Trainer._step, Trainer._suffix, DeviceClock.around
 
     def a_step(trainer: Trainer, *args: Any) -> Any:
         result = step(trainer, *args)
@@ -113,15 +113,15 @@ def die_at(point: str, count: int) -> None:
             tick()
         return suffix(trainer, x)
 
-    def filling(stores: Stores, batches: Any) -> Any:
-        for x in synchronized(stores, batches):
+    def filling(clock: DeviceClock, batches: Any) -> Any:
+        for x in around(clock, batches):
             tick()
             yield x
 
     patches: dict[str, tuple[type, str, Any]] = {
         "step": (Trainer, "_step", a_step),
         "validation": (Trainer, "_suffix", validating),
-        "filling": (Stores, "_synchronized", filling),
+        "filling": (DeviceClock, "around", filling),
     }
     owner, name, patch = patches[point]
     setattr(owner, name, patch)

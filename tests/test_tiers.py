@@ -1,0 +1,513 @@
+"""Rows are the same from wherever they are held, and writing them keeps nobody waiting."""
+
+import filecmp
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cachefreeze import PrefixCache, Units, batches_of, partition
+from cachefreeze import cache as prefix_cache
+from cachefreeze.background import WAITING_CHUNKS, ChunkStream, WritingStore
+from cachefreeze.encoding import Encoding, as_array
+from cachefreeze.models import build
+from cachefreeze.rows import Rows
+from cachefreeze.serving import loaded, serve
+from cachefreeze.staging import StagedRows
+from cachefreeze.store import (
+    Description,
+    Layout,
+    Store,
+    StoreWriter,
+    prepare_cache_dir,
+    write,
+)
+from cachefreeze.tiers import MemoryReader, Tiers
+from cachefreeze.train import main
+
+from .conftest import Pixels, Run, Train
+from .interrupter import Interrupter, command
+
+CPU = torch.device("cpu")
+COUNT = 45
+
+
+def images(dtype: torch.dtype) -> Tensor:
+    """(45, 5, 4, 4), channels-last."""
+    values = torch.randn(COUNT, 4, 4, 5, generator=torch.Generator().manual_seed(1))
+    return values.to(dtype).permute(0, 3, 1, 2)
+
+
+def write_store(folder: Path, rows: Tensor, codec: str = "raw") -> tuple[Store, Encoding]:
+    """A store of seven rows a chunk."""
+    prepare_cache_dir(folder)
+    encoding = Encoding.of(rows, None)
+    plain = as_array(encoding.encode(rows))
+    layout = replace(
+        Layout.of(
+            COUNT,
+            plain.shape[1:],
+            plain.dtype.name,
+            codec,
+            channels_last=encoding.channels_last,
+        ),
+        rows_per_chunk=7,
+    )
+    values = str(rows.dtype).removeprefix("torch.")
+    about = Description("0" * 32, "net", 1, "unit", values, values, 0.0, {"train": layout}, {})
+    writer = StoreWriter(folder, about)
+    writer.append("train", plain)
+    return writer.commit(), encoding
+
+
+def read_here(store: Store, encoding: Encoding) -> Rows:
+    return serve(store, "train", None, CPU, threads=0)
+
+
+def read_by_threads(store: Store, encoding: Encoding) -> Rows:
+    return serve(store, "train", None, CPU, threads=3)
+
+
+def in_memory(store: Store, encoding: Encoding) -> Rows:
+    memory = loaded(store, Tiers(CPU, "device"))
+    assert memory is not None
+    return serve(store, "train", memory, CPU, threads=0)
+
+
+def in_host_memory(store: Store, encoding: Encoding) -> Rows:
+    """As it is with a GPU: from the host's memory, by threads."""
+    memory = loaded(store, Tiers(CPU, "host"))
+    assert memory is not None
+    layout = store.description.splits["train"]
+    reader = MemoryReader(memory.rows["train"])
+    return StagedRows(reader, layout.row_shape, layout.rows, encoding, CPU, "", threads=3)
+
+
+WAYS = [read_here, read_by_threads, in_memory, in_host_memory]
+
+
+@pytest.mark.parametrize("codec", ["raw", "lz4"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+class TestEveryWayOfServingRows:
+    """What whoever trains relies on, whatever is behind it."""
+
+    @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def rows(self, request: pytest.FixtureRequest) -> Tensor:
+        return images(request.param)
+
+    @pytest.fixture
+    def served(
+        self,
+        way: Callable[[Store, Encoding], Rows],
+        codec: str,
+        rows: Tensor,
+        tmp_path: Path,
+    ) -> Iterator[Rows]:
+        store, encoding = write_store(tmp_path / "cache", rows, codec)
+        store.load()
+        yield way(store, encoding)
+        store.close()
+
+    def test_they_come_as_they_were_in_any_order(self, served: Rows, rows: Tensor) -> None:
+        order = [*batches_of(np.random.default_rng(0).permutation(COUNT), 8), np.array([3, 3, 44])]
+        assert len(served) == COUNT
+        for indices, x in zip(order, served.batches(order), strict=True):
+            assert x.dtype == rows.dtype
+            assert torch.equal(x, rows[torch.from_numpy(indices)])
+            assert x.is_contiguous(memory_format=torch.channels_last)
+
+    def test_a_batch_that_is_kept_keeps_its_values(self, served: Rows, rows: Tensor) -> None:
+        order = batches_of(np.arange(COUNT), 4)
+        kept = list(served.batches(order))
+        assert torch.equal(torch.cat(kept), rows)
+
+    def test_no_order_gives_no_batches(self, served: Rows) -> None:
+        assert list(served.batches([])) == []
+
+    def test_two_passes_at_once_do_not_disturb_each_other(self, served: Rows, rows: Tensor) -> None:
+        one, other = np.arange(COUNT), np.arange(COUNT)[::-1].copy()
+        passes = served.batches(batches_of(one, 5)), served.batches(batches_of(other, 5))
+        pairs = list(zip(*passes, strict=True))
+        assert torch.equal(torch.cat([x for x, _ in pairs]), rows)
+        assert torch.equal(torch.cat([x for _, x in pairs]), rows.flip(0))
+
+    def test_a_pass_that_is_given_up_leaves_no_thread_and_no_file_behind(
+        self, served: Rows
+    ) -> None:
+        list(served.batches([np.array([0])]))
+        files, threads = os.listdir("/proc/self/fd"), threading.active_count()
+        batches = served.batches(batches_of(np.arange(COUNT), 2))
+        next(batches)
+        del batches
+        assert threading.active_count() == threads
+        # (Files that whoever reads here has open are a bounded few, and stay open.)
+        assert len(os.listdir("/proc/self/fd")) <= len(files) + 7
+
+
+@pytest.mark.parametrize("way", [read_here, read_by_threads], ids=lambda way: way.__name__)
+def test_a_chunk_that_is_gone_is_an_error_and_the_others_are_served(
+    way: Callable[[Store, Encoding], Rows], tmp_path: Path
+) -> None:
+    rows = images(torch.float32)
+    store, encoding = write_store(tmp_path / "cache", rows)
+    (store.folder / "train" / store.description.splits["train"].chunk_name(5)).unlink()
+    with pytest.raises(OSError, match="No such file"):
+        list(way(store, encoding).batches(batches_of(np.arange(COUNT), 7)))
+    seen = list(way(store, encoding).batches(batches_of(np.arange(35), 7)))
+    assert torch.equal(torch.cat(seen), rows[:35])
+    store.close()
+
+
+def test_rows_go_to_the_first_tier_that_has_room() -> None:
+    assert Tiers(CPU).first_with_room(1) == "disk", "without a GPU the page cache does"
+    tiers = Tiers(CPU, "device", device_bytes=1000)
+    assert tiers.first_with_room(1000) == "device"
+    assert tiers.first_with_room(1000, beside=1) == "host"
+    assert tiers.first_with_room(1e18) == "disk"
+    assert Tiers(CPU, "host", device_bytes=1000).first_with_room(1) == "host"
+    assert Tiers(CPU, "disk", device_bytes=1000).first_with_room(1) == "disk"
+
+
+def described(rows: int) -> Description:
+    layout = Layout.of(rows, (250,), "float32")
+    values = "float32"
+    return Description("0" * 32, "", 1, "", values, values, 0.0, {"train": layout}, {})
+
+
+def test_old_rows_and_new_ones_share_the_room() -> None:
+    tiers, encoding = (
+        Tiers(CPU, "device", device_bytes=2500),
+        Encoding(torch.float32, "float32", False),
+    )
+    old = tiers.memory_for(described(2), encoding)
+    assert old is not None
+    assert (old.tier, old.bytes) == ("device", 2000)
+    beside = tiers.memory_for(described(1), encoding)
+    assert beside is not None
+    assert beside.tier == "host"
+    del old
+    alone = tiers.memory_for(described(1), encoding)
+    assert alone is not None
+    assert alone.tier == "device"
+
+
+def test_memory_that_cannot_be_had_is_done_without() -> None:
+    tiers = Tiers(CPU, "device", device_bytes=float("inf"))
+    encoding = Encoding(torch.float32, "float32", False)
+    assert tiers.memory_for(described(10**13), encoding) is None
+
+
+# Whole caches.
+
+BATCH = 8
+ORDERS = {"train": np.random.default_rng(0).permutation(37), "val": np.arange(10)}
+
+
+@pytest.fixture
+def units() -> Units:
+    units = partition(build("wrn", 3, depth=10, width=1).to(memory_format=torch.channels_last))
+    units.freeze(4)
+    return units
+
+
+def make_cache(units: Units, directory: Path | None, **options: object) -> PrefixCache:
+    inputs = {"train": Pixels(37, 1), "val": Pixels(10, 2)}
+    options = {"batch_size": BATCH, "keep": False, **options}
+    return PrefixCache(units, inputs, directory=directory, **options)  # type: ignore[arg-type]
+
+
+def everything(cache: PrefixCache) -> dict[str, Tensor]:
+    return {
+        split: torch.cat(list(cache.batches(split, batches_of(order, BATCH))))
+        for split, order in ORDERS.items()
+    }
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert all(torch.equal(one[split], other[split]) for split in ORDERS)
+
+
+TIERS = [
+    {"tier": "disk", "threads": 3},
+    {"tier": "host"},
+    {"tier": "device", "threads": 2},
+    {"tier": "device", "device_bytes": 0},
+    {"tier": "disk", "threads": 3, "stored": "int8"},
+    {"tier": "device", "stored": "int8"},
+]
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+@pytest.mark.parametrize("options", TIERS, ids=lambda o: "-".join(map(str, o.values())))
+def test_stores_are_the_same_to_the_last_byte_whoever_writes_them(
+    units: Units, tmp_path: Path, options: dict[str, object], codec: str
+) -> None:
+    if "stored" in options and codec != "raw":
+        pytest.skip("int8 is stored raw here")
+    here = make_cache(units, tmp_path / "here", stored=options.get("stored"))
+    there = make_cache(units, tmp_path / "there", **options)
+    for boundary in (2, 4):
+        for each in (here, there):
+            assert each.materialize(boundary, codec) is not None
+        assert there.tier == ("host" if options.get("device_bytes") == 0 else options["tier"])
+        assert_same(everything(here), everything(there))
+    folders = [each.store.folder for each in (here, there) if each.store is not None]
+    here.close()
+    there.close()  # waits for what is written in the background
+    for split in ORDERS:
+        names = sorted(path.name for path in (folders[0] / split).iterdir())
+        same = filecmp.cmpfiles(folders[0] / split, folders[1] / split, names, shallow=False)[0]
+        assert sorted(same) == names
+    with make_cache(units, tmp_path / "there", stored=options.get("stored")) as again:
+        found = again.materialize()
+        assert found is not None
+        assert found.reused
+
+
+class Gate:
+    """Holds back whoever writes a chunk file, until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+        self.write = write.write_chunk_file
+        monkeypatch.setattr(write, "write_chunk_file", self.pass_through)
+
+    def pass_through(self, *args: object) -> int:
+        self.reached.set()
+        assert self.opened.wait(30)
+        return self.write(*args)  # type: ignore[arg-type]
+
+
+def test_rows_are_served_before_the_first_of_them_is_on_disk(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    cache = make_cache(units, tmp_path / "cache", tier="device")
+    assert cache.materialize() is not None
+    store = cache.store
+    assert isinstance(store, WritingStore)
+    computed = cache.prefix_unit_rows_computed
+    assert_same(everything(cache), everything(make_cache(units, None)))
+    assert cache.prefix_unit_rows_computed == computed
+    assert not (store.folder / "COMMITTED").exists()
+    assert store.bytes == store.description.bytes
+    gate.opened.set()
+    cache.finish()
+    assert (store.folder / "COMMITTED").exists()
+    assert store.bytes == sum(p.stat().st_size for p in store.folder.glob("*/c.*"))
+    cache.close()
+
+
+def test_a_store_nobody_needs_any_more_is_not_written_to_its_end(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    cache = make_cache(units, tmp_path / "cache", tier="device")
+    cache.materialize(2)
+    first = cache.store
+    assert first is not None
+    assert gate.reached.wait(30)
+    threading.Timer(0.2, gate.opened.set).start()
+    cache.materialize(4)
+    assert_same(everything(cache), everything(make_cache(units, None)))
+    assert not first.folder.exists()
+    cache.close()
+    assert cache.prefix_unit_rows_computed == 47 * 4
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_later_runs_or_checkpoints_may_want_is_written_to_its_end(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    gate = Gate(monkeypatch)
+    cache = make_cache(units, tmp_path / "cache", tier="device", keep=keep)
+    cache.materialize(2)
+    first = cache.store
+    assert first is not None
+    cache.release()  # a checkpoint names it
+    cache.materialize(4)  # which does not wait for the gate
+    assert cache.boundary == 4
+    if not keep:
+        assert cache.holds_retired
+    gate.opened.set()
+    cache.finish()
+    assert (first.folder / "COMMITTED").exists()
+    assert (first.folder / "kept").exists() == keep
+    cache.release()
+    assert first.folder.exists() == keep
+    assert not cache.holds_retired
+    cache.close()
+
+
+def test_a_disk_that_is_full_in_the_background_costs_the_store_and_nothing_else(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write, "write_chunk_file", full)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", tier="device", warn=told.append)
+    assert cache.materialize() is not None
+    cache.finish()
+    for _ in range(2):
+        assert_same(everything(cache), everything(make_cache(units, None)))
+    assert len(told) == 1
+    assert "No space left on device" in told[0]
+    assert "served from memory" in told[0]
+    assert cache.store is not None
+    assert not cache.store.folder.exists()
+    cache.close()
+
+
+def test_a_chunk_stream_takes_no_more_memory_than_it_says() -> None:
+    layout = replace(Layout.of(100, (4,), "float32"), rows_per_chunk=1)
+    taken: queue.SimpleQueue[int] = queue.SimpleQueue()
+    opened = threading.Event()
+    put: list[int] = []
+
+    def slow(split: str, number: int, rows: Tensor) -> None:
+        assert opened.wait(30)
+        assert torch.equal(rows, torch.full((1, 4), float(number)))
+        put.append(number)
+
+    stream = ChunkStream({"train": layout}, torch.float32, CPU, slow, threads=2)
+
+    def give() -> None:
+        for number in range(100):
+            stream.append("train", torch.full((1, 4), float(number)))
+            taken.put(number)
+
+    giver = threading.Thread(target=give)
+    giver.start()
+    for _ in range(2 + WAITING_CHUNKS):
+        taken.get(timeout=30)
+    with pytest.raises(queue.Empty):
+        taken.get(timeout=0.2)
+    opened.set()
+    giver.join()
+    stream.finish()
+    assert sorted(put) == list(range(100))
+
+
+def test_whoever_goes_on_with_a_store_finds_the_chunks_that_follow_one_another(
+    tmp_path: Path,
+) -> None:
+    rows = images(torch.float32)
+    store, _ = write_store(tmp_path / "whole", rows)
+    about = store.description
+    plain = as_array(Encoding.of(rows, None).encode(rows))
+    prepare_cache_dir(tmp_path / "cache")
+    writer = StoreWriter(tmp_path / "cache", about)
+    for number in (1, 3, 0):  # as threads may end
+        writer.write_chunk("train", number, plain[7 * number : 7 * number + 7])
+    writer.suspend()
+    writer = StoreWriter(tmp_path / "cache", about)
+    assert writer.held == {"train": 14}
+    for number in (6, 2, 5, 4, 3):
+        writer.write_chunk("train", number, plain[7 * number : 7 * number + 7])
+    again = writer.commit()
+    assert list(again.damage()) == []
+    assert [r.checksums for r in again.readers.values()] == [
+        r.checksums for r in store.readers.values()
+    ]
+    again.close()
+    store.close()
+
+
+def test_a_store_of_an_earlier_run_is_loaded_into_memory(units: Units, tmp_path: Path) -> None:
+    with make_cache(units, tmp_path / "cache") as cache:
+        cache.materialize()
+    with make_cache(units, tmp_path / "cache", tier="device") as cache:
+        found = cache.materialize()
+        assert found is not None
+        assert found.reused
+        assert cache.tier == "device"
+        assert cache.store is not None
+        for path in cache.store.folder.glob("*/c.*"):
+            path.unlink()  # nobody reads it any more
+        assert_same(everything(cache), everything(make_cache(units, None)))
+
+
+def test_rows_that_replace_others_may_use_their_memory(units: Units, tmp_path: Path) -> None:
+    # Boundary 2 is of 47 x 16 x 16 x 16 floats, boundary 4 of as many or fewer; both do not fit.
+    room = 47 * 16 * 16 * 16 * 4 * 1.2
+    cache = make_cache(units, tmp_path / "cache", tier="device", device_bytes=room)
+    cache.tiers.ladder = ("device", "disk")
+    for boundary in (2, 3):
+        assert cache.materialize(boundary) is not None
+        assert cache.tier == "device"
+    assert_same(everything(cache), everything(make_cache(units, None)))
+    cache.close()
+
+
+def test_a_run_without_its_units_left_idle_counts_every_row(units: Units, tmp_path: Path) -> None:
+    for options in ({"tier": "device"}, {"tier": "disk", "threads": 3}, {}):
+        with make_cache(units, tmp_path / "cache", **options) as cache:
+            cache.materialize()
+            everything(cache)
+            cache.finish()
+            assert cache.rows_served == 47
+            assert cache.read_seconds > 0
+            cache.leave()
+            everything(cache)
+            assert cache.compute_seconds > 0
+
+
+# Whole runs.
+
+SCHEDULE = ("--arch", "wrn10_1", "--epochs", 6, "--t0", 0.25, "--schedule", "linear", "--lr", 0.05)
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_a_run_ends_with_the_same_weights_wherever_its_rows_are_held(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tier: str
+) -> None:
+    plain = train(*SCHEDULE, "--no-cache")
+    # As beside a GPU.
+    monkeypatch.setattr(prefix_cache, "default_threads", lambda device: 3)
+    run = train(*SCHEDULE, "--cache-tier", tier)
+    assert run.summary["weights_sha256"] == plain.summary["weights_sha256"]
+    events = run.summary["cache"]["boundaries"]
+    assert len(events) >= 2
+    assert {event["tier"] for event in events} == {tier}
+    assert run.summary["cache"]["rows_served"] > 3 * 150
+    # It was waited for, at the end.
+    assert (Path(run.summary["cache"]["store"]) / "COMMITTED").exists()
+
+
+def test_an_interrupted_run_goes_on_with_rows_in_memory(
+    images: Path, tmp_path: Path, interrupt: Interrupter
+) -> None:
+    argv = [*command(images, tmp_path, "wrn"), "--cache-tier", "device"]
+    interrupt(12)
+    assert main(argv) == 130
+    interrupt.no_more()
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert main([*command(images, tmp_path / "other", "wrn"), "--no-cache"]) == 0
+    resumed, plain = Run.load(tmp_path / "run"), Run.load(tmp_path / "other" / "run")
+    assert resumed.summary["weights_sha256"] == plain.summary["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (("--cache-tier", "attic"), "attic"),
+        (("--device-cache-gb", -1), "--device-cache-gb -1.0"),
+        (("--device", "cpu", "--tf32"), "--tf32 is for CUDA devices"),
+        (("--tf32", "--precision", "bf16"), "--tf32 is about float32"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_sentence(
+    fails: Callable[..., str], tmp_path: Path, options: tuple[object, ...], what: str
+) -> None:
+    assert what in fails("--output-dir", tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
