@@ -12,6 +12,8 @@ cached          as it is meant to be
 limit           the cached run with the frozen prefix's rows in memory, filling and measuring not
                 counted: what no cache can beat
 same time       no freezing, with as many epochs as fit into the cached run's time
+
+With `--device cuda` as its first words it is another program, for GPUs: `benchmark_device.py`.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import benchmark_device
 import numpy as np
 import torch
 from torch import Tensor
@@ -74,6 +77,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the summaries of all runs to this file")
     parser.add_argument("--limit", action="store_true", help=argparse.SUPPRESS)  # runs one itself
     parser.add_argument("options", nargs="*", help="of cachefreeze.train, after --")
+    if sys.argv[1:2] == ["--device"]:
+        return benchmark_device.main(sys.argv[1:])
     args = parser.parse_args()
     if args.limit:
         settings = dataclasses.replace(config.parse(args.options), cache_max_gb=1e6)
