@@ -164,17 +164,20 @@ class DatasetRows:
         self.channels_last = channels_last
         self.workers = workers
         self.identity = dataset.identity
+        # From other memory a copy to a GPU waits for it.
+        self._pinned = device.type == "cuda"
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        for x in loaded(_Inputs(self.dataset.dataset), order, self.workers, torch.stack):
+        inputs = _Inputs(self.dataset.dataset)
+        for x in loaded(inputs, order, self.workers, torch.stack, pinned=self._pinned):
             yield self.as_input(x)
 
     def items(self, order: Sequence[Indices]) -> Iterator[tuple[Indices, Tensor, Any]]:
         """Row indices, inputs and targets, as an `IndexedDataset` gives them."""
-        batches = loaded(self.dataset, order, self.workers, default_collate)
+        batches = loaded(self.dataset, order, self.workers, default_collate, pinned=self._pinned)
         for rows, (_, x, y) in zip(order, batches, strict=True):
             yield rows, x, y
 
@@ -188,7 +191,7 @@ class DatasetRows:
 
     def as_input(self, x: Tensor) -> Tensor:
         """Inputs in the one layout that the network is always given."""
-        x = x.to(self.device)
+        x = x.to(self.device, non_blocking=x.is_pinned())
         if x.dim() != 4:
             return canonical(x)
         if not self.channels_last:
@@ -207,7 +210,12 @@ class _Inputs(Dataset[Tensor]):
 
 
 def loaded(
-    dataset: Dataset[Any], order: Sequence[Indices], workers: int, collate: Callable[..., Any]
+    dataset: Dataset[Any],
+    order: Sequence[Indices],
+    workers: int,
+    collate: Callable[..., Any],
+    *,
+    pinned: bool = False,
 ) -> Iterator[Any]:
     """One batch for each array of row indices."""
     # A generator of its own: without one, each pass would draw from the global random state, and a
@@ -218,6 +226,7 @@ def loaded(
         collate_fn=collate,
         num_workers=min(workers, len(order)),
         generator=torch.Generator(),
+        pin_memory=pinned,
         worker_init_fn=leave_signals_to_the_parent,
     )
 

@@ -45,6 +45,11 @@ def epoch_order(rows: int, seed: int, epoch: int) -> Indices:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
+def all_rows(order: Sequence[Indices]) -> Indices:
+    """The rows of all batches, one after another."""
+    return np.concatenate([*order, np.empty(0, np.int64)])
+
+
 def batches_of(order: Indices, batch_size: int) -> list[Indices]:
     """Cut into batches; the last one may be short."""
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

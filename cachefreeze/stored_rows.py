@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cachefreeze.encoding import Encoding
-from cachefreeze.rows import Indices, PixelRows, Rows
+from cachefreeze.rows import Indices, PixelRows, Rows, all_rows
 from cachefreeze.store import SplitReader
 
 # Batches that the system is asked to have in memory before they are read.
@@ -58,10 +57,8 @@ class ResidentRows:
         return len(self.rows)
 
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        if not order:
-            return
         # One copy for all of them: each would wait for the device.
-        places = torch.from_numpy(np.concatenate(order)).to(self.rows.device)
+        places = torch.from_numpy(all_rows(order)).to(self.rows.device)
         for indices in places.split([len(rows) for rows in order]):
             stored = torch.index_select(self.rows, 0, indices)
             yield self.encoding.decode(stored, self.rows.device)

@@ -25,7 +25,7 @@ from cachefreeze.planning import NO_PLANNING, Planning
 from cachefreeze.randomness import random_state, set_random_state
 from cachefreeze.report import RunFolder, epoch_line, progress_bar, say
 from cachefreeze.resume import check_same_run
-from cachefreeze.rows import Indices, batches_of, epoch_order
+from cachefreeze.rows import Indices, all_rows, batches_of, epoch_order
 from cachefreeze.timing import timed
 from cachefreeze.totals import added, numbers_of, totals_of
 
@@ -399,7 +399,7 @@ class Trainer:
     def _labels(self, split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
         """One tensor for each batch. The order travels to the device as a whole: each copy from
         there would wait for it."""
-        rows = torch.from_numpy(np.concatenate([*order, np.empty(0, np.int64)])).to(self.device)
+        rows = torch.from_numpy(all_rows(order)).to(self.device)
         return iter(self.labels[split][rows].split([len(indices) for indices in order]))
 
     def _save(self, *, best: bool = False) -> None:

@@ -218,7 +218,9 @@ class CountedImages:
 def test_an_augmented_image_is_a_shifted_perhaps_mirrored_one_on_black() -> None:
     pixels = torch.randint(1, 256, (50, 12, 10, 3), dtype=torch.uint8)
     flipped, shifts = 0, set()
-    for image, view in zip(pixels, augment(pixels, random_views(50, 0, 0)), strict=True):
+    for image, view in zip(
+        pixels, augment(pixels, torch.from_numpy(random_views(50, 0, 0))), strict=True
+    ):
         padded = torch.zeros(20, 18, 3, dtype=torch.uint8)
         padded[4:16, 4:14] = image
         found = [

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cachefreeze.data.images import Images
-from cachefreeze.rows import Indices
+from cachefreeze.rows import Indices, all_rows
 
 PADDING = 4
 
@@ -59,8 +59,11 @@ class InputRows:
             yield from map(self.from_pixels, self.pixels(order))
             return
         views = random_views(len(self), self.augment_seed, self.epoch)
-        for rows, pixels in zip(order, self.pixels(order), strict=True):
-            seen = augment(pixels.to(self.device).permute(0, 2, 3, 1), views[rows])
+        # To the device as a whole: each copy would wait for it.
+        drawn = torch.from_numpy(views[all_rows(order)]).to(self.device)
+        parts = drawn.split([len(rows) for rows in order])
+        for pixels, view in zip(self.pixels(order), parts, strict=True):
+            seen = augment(pixels.to(self.device).permute(0, 2, 3, 1), view)
             yield self.from_pixels(seen.permute(0, 3, 1, 2))
 
     def pixels(self, order: Sequence[Indices]) -> Iterator[Tensor]:
@@ -93,7 +96,7 @@ class ResidentImages:
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
         """See `Images.decode`; on the device."""
         decoded = self.images.decode([rows for rows in order if not self._there[rows].all()])
-        places = torch.from_numpy(np.concatenate([*order, np.empty(0, np.int64)])).to(self.device)
+        places = torch.from_numpy(all_rows(order)).to(self.device)
         missing = [not self._there[rows].all() for rows in order]
         batches = zip(order, places.split([len(rows) for rows in order]), missing, strict=True)
         for rows, indices, is_missing in batches:
@@ -123,11 +126,14 @@ def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.column_stack([corners, random.integers(0, 2, rows)])
 
 
-def augment(pixels: Tensor, views: NDArray[np.int64]) -> Tensor:
-    """Crops of images padded with 4 black pixels, perhaps mirrored: (n, H, W, C) to the same."""
+def augment(pixels: Tensor, views: Tensor) -> Tensor:
+    """Crops of images padded with 4 black pixels, perhaps mirrored: (n, H, W, C) to the same.
+
+    `views` is (n, 3), see `random_views`, on the device of the pixels.
+    """
     n, height, width, _ = pixels.shape
     padded = F.pad(pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))
-    top, left, mirrored = torch.from_numpy(views).to(pixels.device)[:, :, None].unbind(1)
+    top, left, mirrored = views[:, :, None].unbind(1)
     ys = top + torch.arange(height, device=pixels.device)
     xs = torch.arange(width, device=pixels.device).expand(n, width)
     xs = left + torch.where(mirrored.bool(), width - 1 - xs, xs)
