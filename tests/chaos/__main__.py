@@ -34,6 +34,7 @@ def main() -> int:
                 codec = dice.choice(["raw", "raw", "zstd", "auto"])
                 options = ["--cache-codec", codec]
                 options += ["--cache-policy", dice.choice(["eager", "eager", "planned"])]
+                options += ["--cache-tier", dice.choice(["auto", "auto", "device"])]
                 options += ["-j", dice.choice(["0", "0", "1"])]
                 every = dice.choice([None, 1, 3])
                 if every is not None:
