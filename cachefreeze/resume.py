@@ -27,6 +27,7 @@ FREE = {
     "checkpoint_every",
     "verify_cache",
     "workers",
+    "report",
     "output_dir",
 }
 

@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
     ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"],
+    ["record", "figures"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
-    ["encoding", "scratch", "identity"],
-    ["config", "freezeout", "stored_rows", "stores", "profiler", "datasets"],
+    ["encoding", "scratch", "identity", "markup"],
+    ["page", "compare", "config", "freezeout", "stored_rows", "stores", "profiler", "datasets"],
     ["cache", "network"],
     ["forecast"],
     ["planning"],
