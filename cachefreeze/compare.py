@@ -89,7 +89,6 @@ def comparison_page(runs: Sequence[Record]) -> bytes:
 <p>Speed-up is the time of the first run by that of another, everything included. Weights with the
 same letter are the same to the last bit.</p>
 {table(HEADER, rows, right=range(1, 6))}
-<h2>Accuracy against time</h2>
 <div class="figures">{picture}</div>
 <h2>Settings that differ</h2>
 {differ}"""

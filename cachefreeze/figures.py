@@ -89,45 +89,48 @@ Steps = Sequence[tuple[float, float]]
 
 
 def rates(
-    times: Sequence[float],
-    rates_by_unit: Sequence[Sequence[float]],
+    curves: Sequence[Steps],
     names: Sequence[str],
     freezes: Sequence[float | None],
+    end: float,
 ) -> str:
-    """Rate of every unit over time, a row a unit, all to one scale; a dot where it freezes.
+    """Rate of every unit over time, a row a unit, as high as its highest rate, which stands at its
+    end; a dot where it freezes.
 
     Args:
-        times: in epochs.
-        rates_by_unit: of each unit, at each of these times.
+        curves: of each unit: times in epochs, in order, and rates.
         names: of the units.
         freezes: when each is frozen, in epochs; None: never.
+        end: of the run, in epochs.
     """
     units = len(names)
     row = 20 if units <= MOST_NAMES else 10
-    highest = max(max(each) for each in rates_by_unit) or 1.0
+    highest = [max(rate for _, rate in curve) for curve in curves]
     with _drawing(60 + row * units) as figure:
         axes = figure.subplots()
         axes.grid(visible=False, axis="y")
-        for number, (values, freeze) in enumerate(zip(rates_by_unit, freezes, strict=True)):
+        for number, (curve, freeze) in enumerate(zip(curves, freezes, strict=True)):
             base = number + 0.9
-            points = list(zip(times, values, strict=True))
-            if freeze is not None:
-                points = sorted([*(p for p in points if p[0] < freeze), (freeze, 0.0)])
-            x = [time for time, _ in points]
-            heights = [base - 0.8 * rate / highest for _, rate in points]
-            outline = axes.fill([x[0], *x, x[-1]], [base, *heights, base], color=_c("suffix"))
-            outline[0].set_gid(f"rate-{number}")
-            axes.plot([times[0], times[-1]], [base, base], color=_c("grid"), linewidth=0.8)
+            axes.plot([0, end], [base, base], color=_c("grid"), linewidth=0.8)
+            if highest[number] > 0:
+                x = [time for time, _ in curve]
+                heights = [base - 0.75 * rate / highest[number] for _, rate in curve]
+                (area,) = axes.fill([x[0], *x, x[-1]], [base, *heights, base], color=_c("suffix"))
+                area.set_gid(f"rate-{number}")
             if freeze is not None:
                 (dot,) = axes.plot(freeze, base, "o", color=_c("materialising"), clip_on=False)
                 dot.set_gid(f"freeze-{number}")
-        every = -(-units // MOST_NAMES)
-        shown = range(0, units, every)
-        axes.set_yticks([number + 0.6 for number in shown], [names[n] for n in shown])
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.set_ylim(units, 0)
-        _epochs(axes, times[-1])
+        shown = range(0, units, _every(units))
+        places = [number + 0.6 for number in shown]
+        axes.set_yticks(places, [names[number] for number in shown])
+        right = axes.twinx()
+        right.set_yticks(places, [f"{highest[number]:.3g}" for number in shown])
+        for each in (axes, right):
+            each.tick_params(axis="y", length=0)
+            each.spines["left"].set_visible(False)
+            each.set_ylim(units, 0)
+        right.grid(visible=False)
+        _epochs(axes, end)
         _legend(figure, [("rate", "suffix", "area"), ("frozen from here on", "materialising", "o")])
         return _svg(figure, "rates")
 
@@ -151,9 +154,7 @@ def seconds(parts: Mapping[str, Sequence[float]]) -> str:
             below = top
         axes.set_ylabel("seconds")
         axes.set_ylim(0, max(below) * 1.03 or 1)
-        axes.set_xlim(edges[0], edges[-1])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set_xlabel("epoch")
+        _epoch_numbers(axes, epochs)
         axes.grid(visible=False, axis="x")
         _legend(figure, [(name, name, "area") for name in names])
         return _svg(figure, "seconds")
@@ -207,7 +208,8 @@ def learning(
         best = max(range(len(accuracy)), key=accuracy.__getitem__)
         (line,) = upper.plot(epochs, accuracy, "-o" if few else "-", color=_c("suffix"))
         line.set_gid("accuracy")
-        upper.plot(epochs[best], accuracy[best], "*", color=_c("materialising"), markersize=11)
+        star = {"color": _c("materialising"), "markersize": 11, "clip_on": False}
+        upper.plot(epochs[best], accuracy[best], "*", zorder=3, **star)
         upper.yaxis.set_major_formatter(PercentFormatter(1.0))
         upper.set_ylabel("accuracy")
         for name, values, colour, how in (
@@ -224,8 +226,7 @@ def learning(
         else:
             lower.set_ylim(bottom=0)
         lower.set_ylabel("loss")
-        lower.set_xlabel("epoch")
-        lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        _epoch_numbers(lower, len(accuracy))
         _legend(
             figure,
             [
@@ -273,23 +274,31 @@ def predicted(
     Args:
         totals, fillings: a name, and the seconds; None is not known.
     """
-    rows = [len(totals), len(fillings)] if fillings else [len(totals)]
-    with _drawing(75 + 30 * sum(rows) + 45 * (len(rows) - 1)) as figure:
+    drawn = [
+        (title, pairs)
+        for title, pairs in (
+            ("whole run, seconds", totals),
+            ("filling a store, seconds", fillings),
+        )
+        if pairs
+    ]
+    rows = [len(pairs) * 30 // _every(len(pairs)) for _, pairs in drawn]
+    with _drawing(75 + sum(rows) + 45 * (len(rows) - 1)) as figure:
         panels = figure.subplots(len(rows), height_ratios=rows, squeeze=False)[:, 0]
-        titles = ("whole run, seconds", "filling a store, seconds")
-        for axes, title, pairs in zip(panels, titles, (totals, fillings), strict=False):
+        for axes, (title, pairs) in zip(panels, drawn, strict=True):
             for column, colour in enumerate(("muted", "suffix")):
                 known = [(n, pair[1 + column]) for n, pair in enumerate(pairs)]
-                drawn = [(n, each) for n, each in known if each is not None]
+                known = [(n, each) for n, each in known if each is not None]
                 bars = axes.barh(
-                    [n + 0.38 * column for n, _ in drawn],
-                    [each for _, each in drawn],
+                    [n + 0.38 * column for n, _ in known],
+                    [each for _, each in known],
                     height=0.36,
                     color=_c(colour),
                 )
-                for (number, _), bar in zip(drawn, bars, strict=True):
+                for (number, _), bar in zip(known, bars, strict=True):
                     bar.set_gid(f"{title.split()[0]}-{number}-{('predicted', 'actual')[column]}")
-            axes.set_yticks([n + 0.19 for n in range(len(pairs))], [pair[0] for pair in pairs])
+            shown = range(0, len(pairs), _every(len(pairs)))
+            axes.set_yticks([n + 0.19 for n in shown], [pairs[n][0] for n in shown])
             axes.set_ylim(len(pairs) - 0.3, -0.3)
             axes.tick_params(axis="y", length=0)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -364,6 +373,18 @@ def _epochs(axes: Axes, end: float) -> None:
     axes.set_xlim(0, end)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=end >= 2))
     axes.set_xlabel("epochs")
+
+
+def _epoch_numbers(axes: Axes, epochs: int) -> None:
+    """Whole epochs from left to right."""
+    axes.set_xlim(0.5, epochs + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
+
+
+def _every(names: int) -> int:
+    """Every how many of so many rows there is room for a name."""
+    return -(-names // MOST_NAMES)
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[str, str, str]], columns: int = 3) -> None:

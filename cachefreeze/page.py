@@ -4,6 +4,7 @@ import math
 import shlex
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from cachefreeze import figures
 from cachefreeze.errors import UserError
@@ -11,8 +12,11 @@ from cachefreeze.files import write_atomically
 from cachefreeze.markup import code, document, figure, folded, left_out, number, table, terms, tiles
 from cachefreeze.record import Record
 from cachefreeze.report import opening_words
+from cachefreeze.schedule import Schedule
 
 REPORT = "report.html"
+# Points that a curve is drawn through.
+CURVE = 48
 # Whole runs that were measured, by what they are called.
 Measured = dict[str, Record]
 
@@ -143,7 +147,7 @@ def _times(record: Record, measured: Measured) -> str:
 def _plan_table(record: Record) -> str:
     plan = record.summary.get("plan")
     if plan is None:
-        return "<p>There was no plan in this run, so nothing was predicted.</p>"
+        return "<p>There was no plan for this run as a whole, so its time was not predicted.</p>"
     since = ""
     if plan["from_step"]:
         since = f" from step {number(record, 'summary.plan.from_step', 'count')} on"
@@ -155,9 +159,8 @@ def _plan_table(record: Record) -> str:
         ("limit: frozen units for nothing", "limit"),
     ):
         known = plan["actual"].get(key) is not None
-        predicted = number(record, f"summary.plan.predicted.{key}", "seconds")
-        actual = number(record, f"summary.plan.actual.{key}", "seconds") if known else ""
-        rows.append([name, predicted, actual])
+        actual = _plan(record, "actual", key) if known else ""
+        rows.append([name, _plan(record, "predicted", key), actual])
     faster = [
         _times_as_fast(record, f"summary.plan.{which}", other) + f" as fast as {name} ({how})"
         for which, other, name, how in (
@@ -170,7 +173,7 @@ def _plan_table(record: Record) -> str:
     return (
         f"<p>Training, filling and validation{since}, as the plan predicted it and as it was "
         "measured. What freezing only and the limit would have taken is worked out from this "
-        "run's own steps; nothing was measured without freezing.</p>"
+        "run's own steps.</p>"
         f"{table(('', 'predicted', 'measured'), rows, right=[1, 2])}"
         f"<p>This run is {', '.join(faster)}.</p>"
     )
@@ -197,32 +200,49 @@ def _measured_table(record: Record, measured: Measured) -> str:
 
 def _rates(record: Record) -> str:
     title = "Rate of every unit"
-    summary, lines = record.summary, record.metrics
-    names, known = summary["units"], "initial_rates" in summary
-    times = [_epochs_at(record, line["step"]) for line in lines]
-    rates = [[line["lr"][unit] for line in lines] for unit in range(len(names))]
-    if known:
-        times = [0.0, *times]
-        rates = [
-            [first, *rest] for first, rest in zip(summary["initial_rates"], rates, strict=True)
-        ]
-    elif len(times) < 2:
+    summary = record.summary
+    names = summary["units"]
+    curves = _curves(record)
+    if max(map(len, curves)) < 2:
         return left_out(title, "this run had one epoch, and did not note the rates before it")
     freezes = [None if step is None else _epochs_at(record, step) for step in _freeze_steps(record)]
     frozen = [
-        f"{name} at {_in_epochs(time)}"
+        f"{name} at {time:.4g}"
         for name, time in zip(names, freezes, strict=True)
         if time is not None
     ]
-    how = f"; they freeze one after another: {', '.join(frozen)}" if frozen else "; none freezes"
-    exactly = "" if known else " Old runs note their rates only at the end of each epoch."
+    how = (
+        f"they freeze one after another, in epochs: {', '.join(frozen)}"
+        if frozen
+        else "none freezes"
+    )
     return figure(
         title,
-        figures.rates(times, rates, names, freezes),
-        f"Learning rate of {len(names)} units over {_in_epochs(times[-1])}{how}.",
-        "A row a unit, the first of the network on top, all to one scale. Where a rate comes to "
-        f"nothing, the unit is frozen for good.{exactly}",
+        figures.rates(curves, names, freezes, _end(record)),
+        f"Learning rates of {len(names)} units over {_count(summary['epochs'], 'epoch')}; {how}.",
+        "A row a unit, the first of the network on top, each as high as its highest rate (on the "
+        "right). Where a rate comes to nothing, the unit is frozen for good.",
     )
+
+
+def _curves(record: Record) -> list[list[tuple[float, float]]]:
+    """Epochs and rates of every unit, up to its freeze."""
+    args, summary = record.args, record.summary
+    units, steps = range(len(summary["units"])), summary["steps"]
+    if "freeze_steps" not in summary:  # an older run: what it noted at the end of each epoch
+        return [
+            [(_epochs_at(record, line["step"]), line["lr"][unit]) for line in record.metrics]
+            for unit in units
+        ]
+    t0, first = args["t0"] if args["freeze"] else 1.0, summary["freeze_steps"].count(0)
+    schedule = Schedule(len(units), steps, t0, args["schedule"], args["scale_lr"], first)
+    return [
+        [
+            (_epochs_at(record, step), args["lr"] * schedule.factor(unit, step))
+            for step in sorted({round(end * part / CURVE) for part in range(CURVE + 1)})
+        ]
+        for unit, end in zip(units, summary["freeze_steps"], strict=True)
+    ]
 
 
 def _seconds(record: Record) -> str:
@@ -310,7 +330,8 @@ def _store(record: Record) -> str:
     most = number(record, f"summary.cache.boundaries.{largest}.bytes", "bytes")
     caption = f"On disk, of the store that rows come from. The largest took {most}"
     if budget is not None and math.isfinite(budget):
-        caption += f"; the cache was allowed {number(record, 'summary.cache.max_bytes', 'bytes')}"
+        allowed = number(record, "summary.cache.max_bytes", "bytes")
+        caption += f"; the cache was allowed {allowed}, a line only where that is near"
     return figure(
         title,
         figures.store(sizes, math.inf if budget is None else budget, _end(record)),
@@ -322,36 +343,49 @@ def _store(record: Record) -> str:
 
 def _predicted_beside_actual(record: Record) -> str:
     title, plan = "Predicted beside actual", record.summary.get("plan")
-    if plan is None:
-        return left_out(title, "there was no plan in this run")
-    totals = [
-        (name, plan["predicted"][key], plan["actual"].get(key))
-        for name, key in (
-            ("this run", "seconds"),
-            ("freezing only", "freezing_only"),
-            ("no freezing", "no_freezing"),
-            ("limit", "limit"),
-        )
-    ]
-    fillings = [
-        (
-            f"after {each['unit']}" if each["boundary"] else "pixels",
-            each["predicted_seconds"],
-            each["seconds"],
-        )
-        for each in record.summary["cache"]["boundaries"]
-    ]
-    predicted, actual = (
-        number(record, f"summary.plan.{which}.seconds", "seconds")
-        for which in ("predicted", "actual")
+    totals = (
+        []
+        if plan is None
+        else [
+            (name, plan["predicted"][key], plan["actual"].get(key))
+            for name, key in (
+                ("this run", "seconds"),
+                ("freezing only", "freezing_only"),
+                ("no freezing", "no_freezing"),
+                ("limit", "limit"),
+            )
+        ]
     )
+    fillings = [
+        (_place(each), each["predicted_seconds"], each["seconds"])
+        for each in record.summary["cache"]["boundaries"]
+        if not each.get("reused")
+    ]
+    if not totals and not fillings:
+        return left_out(title, "nothing was predicted in this run")
+    caption = "By the plan made just before each."
+    if plan is not None:
+        predicted, actual = (
+            _plan(record, "predicted", "seconds"),
+            _plan(record, "actual", "seconds"),
+        )
+        caption = f"Of the run: {predicted} predicted, {actual} taken. "
+        caption += "What was only predicted has one bar."
     return figure(
         title,
         figures.predicted(totals, fillings),
-        "Bars of predicted and actual seconds: of the run, and of "
+        f"Bars of predicted and actual seconds: {'of the run, and ' if totals else ''}of "
         f"{_count(len(fillings), 'filling')}.",
-        f"Of the run: {predicted} predicted, {actual} taken. What was only predicted has one bar.",
+        caption,
     )
+
+
+def _place(filling: dict[str, Any]) -> str:
+    return f"after {filling['unit']}" if filling["boundary"] else "pixels"
+
+
+def _plan(record: Record, which: str, key: str) -> str:
+    return number(record, f"summary.plan.{which}.{key}", "seconds")
 
 
 def _freeze_steps(record: Record) -> list[int | None]:
@@ -380,10 +414,6 @@ def _epochs_at(record: Record, step: float) -> float:
 
 def _end(record: Record) -> float:
     return float(record.summary["epochs"])
-
-
-def _in_epochs(time: float) -> str:
-    return f"{time:.4g} epochs"
 
 
 def _count(count: int, what: str) -> str:

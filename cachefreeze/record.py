@@ -71,6 +71,7 @@ _ARGS = {
     "scale_lr": True,
     "schedule": _TEXT,
     "t0": _NUMBER,
+    "lr": _NUMBER,
     "cache": True,
     "cache_dir": _TEXT,
     "cache_codec": _TEXT,
