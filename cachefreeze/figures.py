@@ -45,8 +45,16 @@ COLOURS = {
 SERIES = ("suffix", "materialising", "reading", "other", "prefix", "muted")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "os^Dv*"
-# What seconds are spent on, from the bottom of a bar to its top.
-PARTS = ("suffix", "prefix", "reading", "materialising", "validation")
+# What seconds are spent on, from the bottom of a bar to its top, and their colours. Where the parts
+# of training are not known, there is `training` instead of the first three.
+PARTS = {
+    "suffix": "suffix",
+    "training": "suffix",
+    "prefix": "prefix",
+    "reading": "reading",
+    "materialising": "materialising",
+    "validation": "validation",
+}
 
 WIDTH, TEXT, POINTS = 360, 10, 72
 # Losses that are so many times each other would all lie at the bottom of a plain axis.
@@ -149,14 +157,14 @@ def seconds(parts: Mapping[str, Sequence[float]]) -> str:
         below = [0.0] * epochs
         for name in names:
             top = [low + high for low, high in zip(below, parts[name], strict=True)]
-            bars = axes.stairs(top, edges, baseline=below, fill=True, color=_c(name))
+            bars = axes.stairs(top, edges, baseline=below, fill=True, color=_c(PARTS[name]))
             bars.set_gid(name)
             below = top
         axes.set_ylabel("seconds")
         axes.set_ylim(0, max(below) * 1.03 or 1)
         _epoch_numbers(axes, epochs)
         axes.grid(visible=False, axis="x")
-        _legend(figure, [(name, name, "area") for name in names])
+        _legend(figure, [(name, PARTS[name], "area") for name in names])
         return _svg(figure, "seconds")
 
 
