@@ -126,17 +126,22 @@ def folded(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
+def variables(colours: Mapping[str, tuple[str, str]]) -> str:
+    """CSS variables, by name: their values on a light page, and on a dark one."""
+    light, dark = (
+        ";".join(f"--{name}:{pair[which]}" for name, pair in colours.items()) for which in (0, 1)
+    )
+    return f":root{{{light}}}\n@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
+
+
 def document(title: str, body: str, colours: Mapping[str, tuple[str, str]]) -> bytes:
     """A whole page.
 
     Args:
         title: text.
         body: HTML.
-        colours: of CSS variables, by name: on a light page, and on a dark one.
+        colours: see `variables`.
     """
-    light, dark = (
-        ";".join(f"--{name}:{pair[which]}" for name, pair in colours.items()) for which in (0, 1)
-    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -146,8 +151,7 @@ def document(title: str, body: str, colours: Mapping[str, tuple[str, str]]) -> b
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{escape(title)}</title>
 <style>
-:root{{{light}}}
-@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}</style>
+{variables(colours)}{STYLE}</style>
 </head>
 <body>
 {body}
