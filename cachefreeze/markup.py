@@ -36,7 +36,7 @@ dd{margin:0}
 .tiles{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
 .tile{border:1px solid var(--grid);padding:.6rem .8rem}
 .tile b{display:block;font-size:1.5rem;line-height:1.3}
-.figures{columns:2 480px;column-gap:2rem}
+.figures{columns:2 480px;column-gap:2rem;margin-top:1.5rem}
 figure{margin:0 0 2rem;break-inside:avoid}
 figure h3{font-size:1rem;margin:0 0 .5rem}
 figcaption{font-size:.9rem;margin-top:.25rem}
@@ -46,7 +46,8 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--grid)}
 th{font-weight:600}
-td.n,th.n{text-align:right;white-space:nowrap}
+td.n,th.n{text-align:right}
+td.n{white-space:nowrap}
 .scroll code,.scroll th{overflow-wrap:normal}
 summary{cursor:pointer;padding:.3rem 0}
 """

@@ -1,5 +1,6 @@
 """report.html: a run as a page in one file, made of what is in its folder. Needs matplotlib."""
 
+import json
 import math
 import shlex
 from html import escape
@@ -97,7 +98,7 @@ def _result(record: Record) -> list[tuple[str, str]]:
     shown = [
         (number(record, "summary.val_accuracy", "percent"), "of the validation images are right"),
         (number(record, "summary.best_val_accuracy", "percent"), "in the best epoch"),
-        (number(record, "summary.wall_seconds", "seconds"), "in all"),
+        (number(record, "summary.wall_seconds", "seconds"), "for the whole run"),
         (frozen, "units were frozen at the end"),
     ]
     if summary["cache"]["boundaries"]:
@@ -172,9 +173,9 @@ def _plan_table(record: Record) -> str:
     ]
     return (
         f"<p>Training, filling and validation{since}, as the plan predicted it and as it was "
-        "measured. What freezing only and the limit would have taken is worked out from this "
-        "run's own steps.</p>"
-        f"{table(('', 'predicted', 'measured'), rows, right=[1, 2])}"
+        "in this run. What freezing only and the limit would have taken is worked out from its "
+        "own steps.</p>"
+        f"{table(('', 'predicted', 'in this run'), rows, right=[1, 2])}"
         f"<p>This run is {', '.join(faster)}.</p>"
     )
 
@@ -444,7 +445,7 @@ def _units(record: Record) -> str:
     rows = []
     for unit, (name, step) in enumerate(zip(summary["units"], _freeze_steps(record), strict=True)):
         known = "freeze_steps" in summary
-        when = "trains to the end"
+        when = "never"
         if step is not None:
             when = number(record, f"summary.freeze_steps.{unit}", "count") if known else ""
         rate = number(record, f"summary.initial_rates.{unit}", "rate") if known else ""
@@ -453,5 +454,9 @@ def _units(record: Record) -> str:
 
 
 def _settings(record: Record) -> str:
-    rows = [[code(name), code(value)] for name, value in record.args.items()]
+    rows = [
+        [code(name), code(json.dumps(value))]
+        for name, value in record.args.items()
+        if name != "command"  # which stands above
+    ]
     return table(("setting", "value"), rows)
