@@ -82,6 +82,7 @@ class Settings:
     workers: int
     checkpoint_every: int | None
     verify_cache: bool
+    report: bool
     output_dir: Path
 
     @property
@@ -226,6 +227,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         workers=args.workers,
         checkpoint_every=args.checkpoint_every,
         verify_cache=args.verify_cache,
+        report=args.report,
         output_dir=args.output_dir
         or _new_output_dir(f"{args.arch.rpartition(':')[2]}-{args.dataset}"),
     )
@@ -578,6 +580,12 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output-dir", type=Path, help="of this run (default: runs/DATE-TIME-ARCH-DATASET)"
+    )
+    group.add_argument(
+        "--report",
+        action=flag,
+        default=True,
+        help="draw the run's report.html when it has come to its end",
     )
     group.add_argument(
         "--checkpoint-every",

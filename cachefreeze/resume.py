@@ -29,6 +29,7 @@ FREE = {
     "checkpoint_every",
     "verify_cache",
     "workers",
+    "report",
     "output_dir",
 }
 

@@ -117,12 +117,14 @@ def _run_in(
     trainer.started = began
     facts = {**settings.as_json(), "network": settings.network, "command": command}
     folder.create(facts)
-    parameters = sum(parameter.numel() for parameter in units.model.parameters())
-    where = f"{device}, {'bf16 autocast' if dtype else 'fp32'}"
-    about = images.outline.description
+    about: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in units.model.parameters()),
+        "data_set": images.outline.description,
+        "where": f"{device}, {'bf16 autocast' if dtype else 'fp32'}",
+    }
     started_from = None if weights is None else (weights.words, new)
     for line in opening_words(
-        facts, units.names, parameters, about, where, started_from, units.frontier
+        facts, units.names, **about, weights=started_from, first=units.frontier
     ):
         say(line)
     if start.resuming:
@@ -131,11 +133,32 @@ def _run_in(
         else:
             trainer.resume(state)
             say(f"resume    after {trainer.place}")
-    summary = trainer.fit()
+    summary = {**trainer.fit(), "about": about}
     folder.write_json("summary.json", summary)
     for line in closing_words(summary, facts, folder.path, this_python(), device.type == "cpu"):
         say(line)
+    # The last thing done: all that the run gave is on disk, and told.
+    if settings.report:
+        say(f"report    {draw_report(folder.path)}")
     return summary
+
+
+def draw_report(folder: Path) -> str:
+    """Make report.html of a run; returns where it is, or why it is not, and how to get it. Nothing
+    that goes wrong here may take anything from a run that is done."""
+    again = f"{this_python()} scripts/write_report.py {shlex.quote(str(folder))}"
+    try:
+        # Half a second, and an extra.
+        from cachefreeze.page import write_report
+
+        return str(write_report(folder))
+    except UserError as error:
+        return f"none: {error}; then: {again}"
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        return (
+            f"none: it could not be drawn ({type(error).__name__}: {reason}); to see why: {again}"
+        )
 
 
 def statistics_of(

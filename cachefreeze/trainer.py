@@ -164,7 +164,7 @@ class Trainer:
                 record=lambda profile: self.folder.write_json("profile.json", profile),
                 checkpoint=self._save,
             )
-        self._epoch_start = self._spent()
+        self._epoch_start = self._so_far()
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Take the place of a run that was cut off where `state` was saved.
@@ -189,7 +189,9 @@ class Trainer:
             self._losses = list(state["losses"].to(self.device).reshape(self.position))
             self._earlier = totals_of(state["totals"], self._totals())
             self._earlier["resumed"].append(self.step)
-            self._epoch_start = numbers_of(state["epoch_start"], self._spent())
+            # An older checkpoint does not say what was counted: that begins here.
+            start = {**self._counted(), **state["epoch_start"]}
+            self._epoch_start = numbers_of(start, self._so_far())
             if self.planning is not None:
                 self.planning.load_state_dict(self.step, state["planning"])
             set_random_state(state["random"], self.device)
@@ -257,6 +259,8 @@ class Trainer:
     def _epoch(self) -> None:
         """What is left of an epoch: steps, validation, a line of metrics, a checkpoint."""
         self._train()
+        # Before validation, whose seconds are not told apart.
+        counted = {n: c - self._epoch_start[n] for n, c in self._counted().items()}
         rows = len(self.labels["train"])
         with timed(self.seconds, "train"):
             weights = torch.full((len(self._losses),), float(self.settings.batch_size)).double()
@@ -285,11 +289,14 @@ class Trainer:
                 "train_seconds": spent["train"],
                 "materialize_seconds": spent["materialize"],
                 "validate_seconds": spent["validate"],
+                "prefix_seconds": counted["compute_seconds"],
+                "read_seconds": counted["read_seconds"],
+                "store_bytes": 0 if self.cache.store is None else self.cache.store.bytes,
                 "images_per_second": rows / spent["train"],
             }
         )
         self.epoch, self.position, self._losses = self.epoch + 1, 0, []
-        self._epoch_start = self._spent()
+        self._epoch_start = self._so_far()
         self.folder.add_metrics(self.metrics[-1])
         self._save(best=best)
 
@@ -347,10 +354,7 @@ class Trainer:
 
     def _not_finite(self, what: str, value: float, step: int) -> UserError:
         schedule, names = self.scheduler.schedule, self.units.names
-        rates = [
-            float(base) * schedule.factor(unit, step - 1)
-            for unit, base in enumerate(self.scheduler.base_lrs)
-        ]
+        rates = self._rates(step - 1)
         last = self.folder.path / LAST
         kept = f"; {last} is from before" if last.exists() else ""
         return UserError(
@@ -359,6 +363,12 @@ class Trainer:
             f"{rates[0]:.3g} ({names[0]}) to {rates[-1]:.3g} ({names[-1]}): try a smaller "
             f"--lr{kept}"
         )
+
+    def _rates(self, step: int) -> list[float]:
+        """Of every unit at a step (from 0)."""
+        factor = self.scheduler.schedule.factor
+        bases = self.scheduler.base_lrs
+        return [float(base) * factor(unit, step) for unit, base in enumerate(bases)]
 
     def _verify_cache(self) -> None:
         for number, (split, rows) in enumerate(self.cache.rows.items()):
@@ -442,13 +452,21 @@ class Trainer:
         wall = time.perf_counter() - self.started
         return added({**planned, **self.seconds, "wall": wall}, self._earlier["seconds"])
 
+    def _counted(self) -> dict[str, float]:
+        """What the cache counted so far, in all processes."""
+        counted = {name: getattr(self.cache, name) for name in COUNTED}
+        return added(counted, self._earlier["cache"])
+
+    def _so_far(self) -> dict[str, float]:
+        """What an epoch's line tells the growth of."""
+        return {**self._spent(), **self._counted()}
+
     def _totals(self) -> dict[str, Any]:
         """What has come together so far, in all processes."""
-        counted = {name: getattr(self.cache, name) for name in COUNTED}
         events = self.planning.events if self.planning is not None else []
         return {
             "seconds": self._spent(),
-            "cache": added(counted, self._earlier["cache"]),
+            "cache": self._counted(),
             "events": [*self._earlier["events"], *events],
             "resumed": self._earlier["resumed"],
         }
@@ -467,8 +485,12 @@ class Trainer:
             "weights_sha256": weights_sha256(self.model.state_dict()),
             "frozen_units": self.units.frontier,
             "units": list(self.units.names),
+            "initial_rates": self._rates(0),
+            "freeze_steps": list(self.scheduler.schedule.freeze_steps),
+            "numerics": self._numerics(),
             "cache": {
                 "enabled": self.settings.cache,
+                "max_bytes": self.cache.max_bytes,
                 "boundaries": totals["events"],
                 **totals["cache"],
                 "store": None if self.cache.store is None else str(self.cache.store.folder),

@@ -118,7 +118,7 @@ def measure(modes: dict[str, list[str]], repeats: int, once: set[str], options: 
 def run(options: list[str], output: Path, *, limit: bool) -> Summary:
     """One run in a process of its own; returns its summary."""
     program = [str(Path(__file__)), "--limit", "--"] if limit else ["-m", "cachefreeze.train"]
-    command = [sys.executable, *program, *options, "--output-dir", str(output)]
+    command = [sys.executable, *program, *options, "--no-report", "--output-dir", str(output)]
     finished = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)

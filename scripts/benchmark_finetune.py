@@ -45,6 +45,7 @@ def run(mode: str, folder: Path, options: list[str]) -> dict[str, Any]:
     """One run; returns its summary, with the seconds of the whole process."""
     output = folder / mode.replace(" ", "-").replace(",", "")
     command = [sys.executable, "-m", "cachefreeze.train", *options, "--output-dir", str(output)]
+    command += ["--no-report"]
     command += ["--no-cache"] if mode == MODES[0] else ["--cache-dir", str(folder / "cache")]
     start = time.perf_counter()
     finished = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)

@@ -126,7 +126,7 @@ def compare(setting: Setting, repeats: int, folder: Path) -> tuple[float, list[s
 
 
 def run_once(setting: Setting, folder: Path, switch: str) -> dict[str, Any]:
-    options = [*setting.options, switch, "--cache-dir", str(folder / "cache")]
+    options = [*setting.options, switch, "--no-report", "--cache-dir", str(folder / "cache")]
     if "imagefolder" in options:
         options += ["--data-dir", str(folder / "images")]
     output = folder / "run"

@@ -102,7 +102,7 @@ def train(images: Path, tmp_path: Path) -> Train:
         argv += ["--cache-policy", "eager"]
         if "--dataset" not in options:
             argv += ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32]
-        argv += ["--output-dir", folder, *options]
+        argv += ["--no-report", "--output-dir", folder, *options]
         assert main([str(part) for part in argv]) == 0
         return Run.load(folder)
 

@@ -48,6 +48,7 @@ class Interrupter:
 
 def command(images: Path, folder: Path, arch: str) -> list[str]:
     options = ["-b", 32, "-j", 0, "--precision", "fp32", "--cache-policy", "eager"]
+    options += ["--no-report"]
     options += ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32]
     options += ["--cache-dir", folder / "cache", "--output-dir", folder / "run"]
     return [str(option) for option in (*options, *NETWORKS[arch], *SCHEDULE)]

@@ -15,11 +15,12 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
     ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"],
+    ["record", "figures"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
     ["moments"],
-    ["encoding", "scratch", "identity"],
+    ["encoding", "scratch", "identity", "markup"],
     ["freezeout", "stored_rows", "tiers", "staging"],
-    ["background", "profiler", "datasets", "config"],
+    ["background", "profiler", "datasets", "config", "page", "compare"],
     ["serving", "sinks"],
     ["stores"],
     ["cache", "network"],

@@ -25,7 +25,7 @@ SHORT = ("--arch", "wrn10_1", "--epochs", 4, "--t0", 0.2, "--schedule", "linear"
 
 
 def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None:
-    run = train(*SHORT, "--lr", 0.05)
+    run = train(*SHORT, "--lr", 0.05, "--report")
     assert sorted(path.name for path in run.folder.iterdir()) == [
         "args.json",
         "best.pt",
@@ -33,6 +33,7 @@ def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None
         "metrics.jsonl",
         "previous.pt",
         "profile.json",
+        "report.html",
         "summary.json",
     ]
     assert run.args["lr"] == 0.05

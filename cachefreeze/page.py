@@ -1,0 +1,462 @@
+"""report.html: a run as a page in one file, made of what is in its folder. Needs matplotlib."""
+
+import json
+import math
+import shlex
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from cachefreeze import figures
+from cachefreeze.errors import UserError
+from cachefreeze.files import write_atomically
+from cachefreeze.markup import code, document, figure, folded, left_out, number, table, terms, tiles
+from cachefreeze.record import Record
+from cachefreeze.report import opening_words
+from cachefreeze.schedule import Schedule
+
+REPORT = "report.html"
+# Points that a curve is drawn through.
+CURVE = 48
+# Whole runs that were measured, by what they are called.
+Measured = dict[str, Record]
+
+
+def write_report(folder: Path, measured: dict[str, Path] | None = None) -> Path:
+    """Make a run's folder into a page; returns its path.
+
+    Args:
+        folder: of a run that has come to its end.
+        measured: folders of the same run with `freezing only` and with `no freezing`, if there are
+            such; else those times are the plan's predictions.
+
+    Raises:
+        UserError: there is no such run, its files are damaged, another run is not the same but for
+            cache and freezing, or the page cannot be written.
+    """
+    record = Record.load(folder)
+    others = {name: Record.load(path) for name, path in (measured or {}).items()}
+    for name, other in others.items():
+        _refuse_another(record, name, other)
+    path = folder / REPORT
+    try:
+        write_atomically(path, report(record, others))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): make room for it") from error
+    return path
+
+
+def _refuse_another(record: Record, name: str, other: Record) -> None:
+    """Raises UserError if the other run is not what its name says."""
+    same = ("network", "dataset", "epochs", "batch_size", "precision", "weights", "freeze_first")
+    for setting in same:
+        if record.args.get(setting) != other.args.get(setting):
+            raise UserError(
+                f"{other.folder} was run with {setting} {other.args.get(setting)}, and "
+                f"{record.folder} with {record.args.get(setting)}: their times cannot be compared"
+            )
+    if other.args["freeze"] != (name == "freezing only") or other.args["cache"]:
+        options = "--no-cache" if name == "freezing only" else "--no-freeze --no-cache"
+        raise UserError(f"{other.folder} is no run with {name}: that is one with {options}")
+
+
+def report(record: Record, measured: Measured) -> bytes:
+    """The page, as bytes of UTF-8."""
+    args = record.args
+    title = f"{args['network']} on {args['dataset']}"
+    figures_html = "\n".join(
+        draw(record)
+        for draw in (_rates, _seconds, _frontier, _learning, _store, _predicted_beside_actual)
+    )
+    command = shlex.join(["python", "-m", "cachefreeze.train", *args["command"]])
+    body = f"""<header><h1>{escape(title)}</h1>
+<p>A training run of cachefreeze: units of the network freeze one after another, and what the frozen
+ones compute is kept instead of computed again.</p></header>
+<main>
+{tiles(_result(record))}
+<h2>What was run</h2>
+<pre>{code(command)}</pre>
+{terms(_what_was_run(record))}
+<h2>What took how long</h2>
+{_times(record, measured)}
+<h2>How it went</h2>
+<div class="figures">
+{figures_html}
+</div>
+<h2>All numbers</h2>
+{folded("every epoch", _epochs(record))}
+{folded("every unit", _units(record))}
+{folded("all settings", _settings(record))}
+</main>"""
+    return document(title, body, figures.COLOURS)
+
+
+def _result(record: Record) -> list[tuple[str, str]]:
+    summary = record.summary
+    units = len(summary["units"])
+    frozen = f"{number(record, 'summary.frozen_units', 'count')} of {units}"
+    shown = [
+        (number(record, "summary.val_accuracy", "percent"), "of the validation images are right"),
+        (number(record, "summary.best_val_accuracy", "percent"), "in the best epoch"),
+        (number(record, "summary.wall_seconds", "seconds"), "for the whole run"),
+        (frozen, "units were frozen at the end"),
+    ]
+    if summary["cache"]["boundaries"]:
+        saved = number(record, "summary.cache.saved_seconds", "seconds")
+        shown.append((saved, "saved by the cache, by an estimate from what was measured"))
+        served = number(record, "summary.cache.rows_served", "count")
+        shown.append((served, "rows came from the cache"))
+    return shown
+
+
+def _what_was_run(record: Record) -> list[tuple[str, str]]:
+    args, summary = record.args, record.summary
+    pairs = []
+    if "about" in summary:
+        first = summary["freeze_steps"].count(0)
+        lines = opening_words(args, summary["units"], **summary["about"], first=first)
+        # A word, and from the tenth column on what there is to say.
+        pairs += [(line[:10].strip(), code(line[10:])) for line in lines]
+    if "numerics" in summary:
+        machine = ", ".join(f"{name} {value}" for name, value in summary["numerics"].items())
+        pairs.append(("machine", code(machine)))
+    if summary["resumed_at"]:
+        steps = (
+            number(record, f"summary.resumed_at.{place}", "count")
+            for place in range(len(summary["resumed_at"]))
+        )
+        pairs.append(("resumed", f"after step {', '.join(steps)}"))
+    pairs.append(("weights", code(f"SHA-256 {summary['weights_sha256']}")))
+    return pairs
+
+
+def _times(record: Record, measured: Measured) -> str:
+    """What it took, and beside it what it would have taken otherwise."""
+    parts = [
+        ("training", "summary.train_seconds"),
+        ("filling the cache", "summary.materialize_seconds"),
+        ("validation", "summary.validate_seconds"),
+        ("measuring", "summary.profile_seconds"),
+        ("in all, with loading and saving", "summary.wall_seconds"),
+    ]
+    spent = table(
+        ("", "seconds"), [[name, number(record, at, "seconds")] for name, at in parts], right=[1]
+    )
+    return "\n".join([spent, _plan_table(record), _measured_table(record, measured)])
+
+
+def _plan_table(record: Record) -> str:
+    plan = record.summary.get("plan")
+    if plan is None:
+        return "<p>There was no plan for this run as a whole, so its time was not predicted.</p>"
+    since = ""
+    if plan["from_step"]:
+        since = f" from step {number(record, 'summary.plan.from_step', 'count')} on"
+    rows = []
+    for name, key in (
+        ("this run", "seconds"),
+        ("freezing only", "freezing_only"),
+        ("no freezing", "no_freezing"),
+        ("limit: frozen units for nothing", "limit"),
+    ):
+        known = plan["actual"].get(key) is not None
+        actual = _plan(record, "actual", key) if known else ""
+        rows.append([name, _plan(record, "predicted", key), actual])
+    faster = [
+        _times_as_fast(record, f"summary.plan.{which}", other) + f" as fast as {name} ({how})"
+        for which, other, name, how in (
+            ("predicted", "freezing_only", "freezing only", "predicted"),
+            ("actual", "freezing_only", "freezing only", "measured within this run"),
+            ("predicted", "no_freezing", "no freezing", "predicted"),
+        )
+        if plan[which].get(other) is not None
+    ]
+    return (
+        f"<p>Training, filling and validation{since}, as the plan predicted it and as it was "
+        "in this run. What freezing only and the limit would have taken is worked out from its "
+        "own steps.</p>"
+        f"{table(('', 'predicted', 'in this run'), rows, right=[1, 2])}"
+        f"<p>This run is {', '.join(faster)}.</p>"
+    )
+
+
+def _times_as_fast(record: Record, times: str, other: str) -> str:
+    return number(record, f"{times}.{other}", "times", by=(record, f"{times}.seconds"))
+
+
+def _measured_table(record: Record, measured: Measured) -> str:
+    """Whole runs beside each other."""
+    if not measured:
+        return ""
+    wall = "summary.wall_seconds"
+    rows = [["this run", number(record, wall, "seconds"), ""]]
+    for name, other in measured.items():
+        ratio = number(other, wall, "times", by=(record, wall))
+        rows.append([name, number(other, wall, "seconds"), ratio])
+    return (
+        "<p>Whole runs of the same settings, measured:</p>"
+        f"{table(('', 'in all', 'of this run'), rows, right=[1, 2])}"
+    )
+
+
+def _rates(record: Record) -> str:
+    title = "Rate of every unit"
+    summary = record.summary
+    names = summary["units"]
+    curves = _curves(record)
+    if max(map(len, curves)) < 2:
+        return left_out(title, "this run had one epoch, and did not note the rates before it")
+    freezes = [None if step is None else _epochs_at(record, step) for step in _freeze_steps(record)]
+    frozen = [
+        f"{name} at {time:.4g}"
+        for name, time in zip(names, freezes, strict=True)
+        if time is not None
+    ]
+    how = (
+        f"they freeze one after another, in epochs: {', '.join(frozen)}"
+        if frozen
+        else "none freezes"
+    )
+    return figure(
+        title,
+        figures.rates(curves, names, freezes, _end(record)),
+        f"Learning rates of {len(names)} units over {_count(summary['epochs'], 'epoch')}; {how}.",
+        "A row a unit, the first of the network on top, each as high as its highest rate (on the "
+        "right). Where a rate comes to nothing, the unit is frozen for good.",
+    )
+
+
+def _curves(record: Record) -> list[list[tuple[float, float]]]:
+    """Epochs and rates of every unit, up to its freeze."""
+    args, summary = record.args, record.summary
+    units, steps = range(len(summary["units"])), summary["steps"]
+    if "freeze_steps" not in summary:  # an older run: what it noted at the end of each epoch
+        return [
+            [(_epochs_at(record, line["step"]), line["lr"][unit]) for line in record.metrics]
+            for unit in units
+        ]
+    t0, first = args["t0"] if args["freeze"] else 1.0, summary["freeze_steps"].count(0)
+    schedule = Schedule(len(units), steps, t0, args["schedule"], args["scale_lr"], first)
+    return [
+        [
+            (_epochs_at(record, step), args["lr"] * schedule.factor(unit, step))
+            for step in sorted({round(end * part / CURVE) for part in range(CURVE + 1)})
+        ]
+        for unit, end in zip(units, summary["freeze_steps"], strict=True)
+    ]
+
+
+def _seconds(record: Record) -> str:
+    lines = record.metrics
+    rest = {
+        "materialising": [line["materialize_seconds"] for line in lines],
+        "validation": [line["validate_seconds"] for line in lines],
+    }
+    # Elsewhere work is not done when it was asked for, and waiting would slow it down.
+    timed = record.summary.get("numerics", {}).get("device") in ("cpu", "cuda")
+    if timed and all("prefix_seconds" in line for line in lines):
+        prefix = [line["prefix_seconds"] for line in lines]
+        reading = [line["read_seconds"] for line in lines]
+        own = [
+            max(line["train_seconds"] - line["prefix_seconds"] - line["read_seconds"], 0.0)
+            for line in lines
+        ]
+        parts = {"suffix": own, "prefix": prefix, "reading": reading, **rest}
+        caption = (
+            "Suffix: forward and backward through what still trains. Prefix: decoding images and "
+            "running frozen units. Reading: rows from the cache. Materialising: filling it."
+        )
+    else:
+        parts = {"training": [line["train_seconds"] for line in lines], **rest}
+        caption = "The parts of a training step were not timed in this run. Materialising: filling "
+        caption += "the cache."
+    first, last = (number(record, f"metrics.{which}.seconds", "seconds") for which in (0, -1))
+    return figure(
+        "Seconds of every epoch",
+        figures.seconds(parts),
+        f"Seconds of {_count(len(lines), 'epoch')}, stacked by what they were spent on: "
+        f"{', '.join(name for name in parts if any(parts[name]))}.",
+        f"{caption} The first epoch took {first}, the last {last}.",
+    )
+
+
+def _frontier(record: Record) -> str:
+    title, summary = "Frozen units, and where rows come from", record.summary
+    if not summary["frozen_units"]:
+        return left_out(title, "no unit was frozen in this run")
+    steps = sorted(step for step in _freeze_steps(record) if step is not None)
+    frozen = [(_epochs_at(record, step), float(count)) for count, step in enumerate(steps, 1)]
+    end = _epochs_at(record, summary["steps"])
+    units = len(summary["units"])
+    moved = _over_time(record, "boundary", "boundary")
+    highest = max(boundary for _, boundary in moved)
+    return figure(
+        title,
+        figures.frontier(frozen, moved, units, end),
+        f"Of {units} units, {summary['frozen_units']} are frozen in the end; rows come from the "
+        f"cache after up to {highest:.0f} of them.",
+        "The frontier is the upper edge of what is frozen, the boundary that of what the cache "
+        "stands for. Between them frozen units run in every step.",
+    )
+
+
+def _learning(record: Record) -> str:
+    lines = record.metrics
+    train, val, accuracy = (
+        [line[name] for line in lines] for name in ("train_loss", "val_loss", "val_accuracy")
+    )
+    last = number(record, "metrics.-1.train_loss", "loss")
+    return figure(
+        "Accuracy and loss",
+        figures.learning(train, val, accuracy),
+        f"Validation accuracy over {_count(len(lines), 'epoch')}, from {accuracy[0]:.2%} to "
+        f"{accuracy[-1]:.2%}; below, the training and validation loss.",
+        f"At the end of every epoch. The last training loss is {last}.",
+    )
+
+
+def _store(record: Record) -> str:
+    title, summary = "Size of the store", record.summary
+    if not summary["cache"]["boundaries"]:
+        why = (
+            "nothing was kept in this run" if summary["cache"]["enabled"] else "there was no cache"
+        )
+        return left_out(title, why)
+    sizes = _over_time(record, "bytes", "store_bytes")
+    budget = summary["cache"].get("max_bytes")
+    largest = max(
+        range(len(summary["cache"]["boundaries"])),
+        key=lambda place: summary["cache"]["boundaries"][place]["bytes"],
+    )
+    most = number(record, f"summary.cache.boundaries.{largest}.bytes", "bytes")
+    caption = f"On disk, of the store that rows come from. The largest took {most}"
+    if budget is not None and math.isfinite(budget):
+        allowed = number(record, "summary.cache.max_bytes", "bytes")
+        caption += f"; the cache was allowed {allowed}, a line only where that is near"
+    return figure(
+        title,
+        figures.store(sizes, math.inf if budget is None else budget, _end(record)),
+        f"Bytes of the store over the run, in {_count(len(summary['cache']['boundaries']), 'step')}"
+        f" from a store to the next.",
+        f"{caption}.",
+    )
+
+
+def _predicted_beside_actual(record: Record) -> str:
+    title, plan = "Predicted beside actual", record.summary.get("plan")
+    totals = (
+        []
+        if plan is None
+        else [
+            (name, plan["predicted"][key], plan["actual"].get(key))
+            for name, key in (
+                ("this run", "seconds"),
+                ("freezing only", "freezing_only"),
+                ("no freezing", "no_freezing"),
+                ("limit", "limit"),
+            )
+        ]
+    )
+    fillings = [
+        (_place(each), each["predicted_seconds"], each["seconds"])
+        for each in record.summary["cache"]["boundaries"]
+        if not each.get("reused")
+    ]
+    if not totals and not fillings:
+        return left_out(title, "nothing was predicted in this run")
+    caption = "By the plan made just before each."
+    if plan is not None:
+        predicted, actual = (
+            _plan(record, "predicted", "seconds"),
+            _plan(record, "actual", "seconds"),
+        )
+        caption = f"Of the run: {predicted} predicted, {actual} taken. "
+        caption += "What was only predicted has one bar."
+    return figure(
+        title,
+        figures.predicted(totals, fillings),
+        f"Bars of predicted and actual seconds: {'of the run, and ' if totals else ''}of "
+        f"{_count(len(fillings), 'filling')}.",
+        caption,
+    )
+
+
+def _place(filling: dict[str, Any]) -> str:
+    return f"after {filling['unit']}" if filling["boundary"] else "pixels"
+
+
+def _plan(record: Record, which: str, key: str) -> str:
+    return number(record, f"summary.plan.{which}.{key}", "seconds")
+
+
+def _freeze_steps(record: Record) -> list[int | None]:
+    """The step before which each unit is frozen; None if it trains to the end."""
+    summary = record.summary
+    if "freeze_steps" in summary:
+        return [step if step < summary["steps"] else None for step in summary["freeze_steps"]]
+    # Older runs note at the end of every epoch how many are.
+    return [
+        next((line["step"] for line in record.metrics if line["frozen_units"] > unit), None)
+        for unit in range(len(summary["units"]))
+    ]
+
+
+def _over_time(record: Record, of_filling: str, of_epoch: str) -> list[tuple[float, float]]:
+    """A value that moves when a store is filled, and is noted at the end of every epoch too."""
+    fillings = record.summary["cache"]["boundaries"]
+    moved = [(_epochs_at(record, each["step"]), float(each[of_filling])) for each in fillings]
+    lines = [line for line in record.metrics if of_epoch in line]
+    return moved + [(_epochs_at(record, line["step"]), float(line[of_epoch])) for line in lines]
+
+
+def _epochs_at(record: Record, step: float) -> float:
+    return step * record.summary["epochs"] / record.summary["steps"]
+
+
+def _end(record: Record) -> float:
+    return float(record.summary["epochs"])
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _epochs(record: Record) -> str:
+    columns = [
+        ("epoch", "epoch", "count"),
+        ("step", "step", "count"),
+        ("training loss", "train_loss", "loss"),
+        ("validation loss", "val_loss", "loss"),
+        ("accuracy", "val_accuracy", "percent"),
+        ("frozen", "frozen_units", "count"),
+        ("boundary", "boundary", "count"),
+        ("seconds", "seconds", "seconds"),
+        ("images/s", "images_per_second", "count"),
+    ]
+    rows = [
+        [number(record, f"metrics.{epoch}.{key}", how) for _, key, how in columns]
+        for epoch in range(len(record.metrics))
+    ]
+    return table([title for title, _, _ in columns], rows, right=range(len(columns)))
+
+
+def _units(record: Record) -> str:
+    summary = record.summary
+    rows = []
+    for unit, (name, step) in enumerate(zip(summary["units"], _freeze_steps(record), strict=True)):
+        known = "freeze_steps" in summary
+        when = "never"
+        if step is not None:
+            when = number(record, f"summary.freeze_steps.{unit}", "count") if known else ""
+        rate = number(record, f"summary.initial_rates.{unit}", "rate") if known else ""
+        rows.append([code(name), rate, when])
+    return table(("unit", "initial rate", "frozen from step"), rows, right=[1, 2])
+
+
+def _settings(record: Record) -> str:
+    rows = [
+        [code(name), code(json.dumps(value))]
+        for name, value in record.args.items()
+        if name != "command"  # which stands above
+    ]
+    return table(("setting", "value"), rows)
