@@ -305,7 +305,7 @@ def as_of_an_older_version(record: Record) -> None:
 
 
 def as_of_a_gpu(record: Record) -> None:
-    record.summary["numerics"]["device"] = "cuda"
+    record.summary["numerics"]["device"] = "mps"
     record.summary["plan"]["actual"] |= dict.fromkeys(("freezing_only", "limit", "efficiency"))
     for line in record.metrics:
         line["prefix_seconds"] = line["read_seconds"] = 0.0
