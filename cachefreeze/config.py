@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from cachefreeze.device import DEVICES, PRECISIONS
 from cachefreeze.errors import UserError
 from cachefreeze.schedule import SHAPES
+from cachefreeze.terminal import Manner
 
 ARCHITECTURES = ("wrn", "densenet", "vgg")
 CODECS = ("raw", "lz4", "zstd", "int8", "auto")
@@ -133,6 +134,24 @@ def split_output_dir(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     parser.add_argument("--output-dir", type=Path)
     known, others = parser.parse_known_args(list(argv))
     return known.output_dir, others
+
+
+def split_manner(argv: Sequence[str]) -> tuple[Manner, list[str]]:
+    """How much a command line wants to be told, and its other words: that is of a terminal, and a
+    run that goes on may have another one."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    _add_manner(parser)
+    known, others = parser.parse_known_args(list(argv))
+    return Manner(lines=not known.quiet, bars=known.progress and not known.quiet), others
+
+
+def _add_manner(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--no-progress", dest="progress", action="store_false", help="lines only, and no bars"
+    )
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="warnings, errors and the result only"
+    )
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -522,6 +541,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("output")
+    _add_manner(group)
     group.add_argument(
         "--output-dir", type=Path, help="of this run (default: runs/DATE-TIME-ARCH-DATASET)"
     )

@@ -1,6 +1,7 @@
 """Runs a training loop's cache by plan: measures, plans, fills, and plans anew at every freeze."""
 
 import platform
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from cachefreeze.cache import PrefixCache
 from cachefreeze.data import InputRows
 from cachefreeze.device import numerics
 from cachefreeze.forecast import Filled, Forecast, pays_at_best
+from cachefreeze.outlook import Outlook, stretches
 from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
 from cachefreeze.profiler import Arithmetic, Profile, StepClock, measure, passes_for, profile
 from cachefreeze.report import duration, materialize_line, plan_words, room_words
@@ -38,6 +40,7 @@ class Planning:
 
     Attributes:
         forecast: once there is one. A run too short for a store to pay has none.
+        outlook: what is left of the run by the present plan, likewise.
         seconds: spent on measuring (`profile`), and on filling stores and planning (`materialize`).
 
     Example:
@@ -72,6 +75,7 @@ class Planning:
         self.record = record
         self.checkpoint = checkpoint
         self.forecast: Forecast | None = None
+        self.outlook: Outlook | None = None
         self.seconds = dict(NO_PLANNING)
         self.step = 0
         self._clock: StepClock | None = None
@@ -346,6 +350,9 @@ class Planning:
                 self._carry_out(forecast, again)
                 return
         self._served_from, self._step_seconds = self.cache.store, []
+        coming = [event for event in plan.events if event.step > self.step]
+        left = stretches(forecast.costs, self.run, self.step, self._source(forecast), coming)
+        self.outlook = Outlook(self.step, time.perf_counter(), left)
 
     def _materialize(self, forecast: Forecast, move: Move) -> bool:
         source, before = self._source(forecast), self.cache.prefix_seconds_per_row

@@ -1,4 +1,4 @@
-"""What a run tells: lines and bars on the terminal, and the files in its folder."""
+"""What a run tells: its lines in words, and the files in its folder."""
 
 import json
 import shlex
@@ -6,9 +6,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import (
@@ -20,28 +17,8 @@ from cachefreeze.files import (
 )
 from cachefreeze.planner import Drop, Move, Plan, Run
 
-
-def say(line: str) -> None:
-    """Print a line without tearing the bars."""
-    tqdm.write(line)
-
-
-def progress_bar(description: str, total: int, unit: str, *, leave: bool = False) -> "tqdm[Any]":
-    """A bar that shows only on a terminal."""
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=unit != "epoch",
-        leave=leave,
-        dynamic_ncols=True,
-        disable=None,
-    )
-
-
-def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
-    """A bar around a pass over the images."""
-    yield from tqdm(batches, "reading images", total, unit="batch", leave=False, disable=None)
+# How the lines begin that are wanted even of a quiet run, see `closing_words`.
+RESULT = ("accuracy", "time", "run", "weights")
 
 
 class RunFolder:

@@ -14,7 +14,6 @@ from cachefreeze.device import memory_for_rows, synchronize
 from cachefreeze.encoding import Encoding, name_of
 from cachefreeze.errors import Interrupted
 from cachefreeze.files import human_bytes, size_of_tree
-from cachefreeze.report import progress_bar
 from cachefreeze.rows import Indices, batches_of
 from cachefreeze.store import (
     VALUES,
@@ -36,6 +35,7 @@ from cachefreeze.store import (
     remove_store,
     store_folders,
 )
+from cachefreeze.terminal import progress_bar
 from cachefreeze.timing import Clock
 
 # How often to look whether another run has written its store, and for how long nothing may come of

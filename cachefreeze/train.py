@@ -21,9 +21,10 @@ from cachefreeze.files import nearest_folder, size_of_tree
 from cachefreeze.models import Statistics
 from cachefreeze.network import Weights, check_network, find_weights, make_network, trained_on
 from cachefreeze.preview import preview
-from cachefreeze.report import RunFolder, closing_words, opening_words, say, track
+from cachefreeze.report import RESULT, RunFolder, closing_words, opening_words
 from cachefreeze.resume import Start, start_of
 from cachefreeze.store import check_cache_dir
+from cachefreeze.terminal import say, speaking, track, warn
 from cachefreeze.trainer import Trainer
 
 # Of the disk's free bytes: what the cache folder may take if nothing else is said.
@@ -37,12 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         start = start_of(argv)
         keep_freed_memory()
-        if start.settings.plan:
-            preview(start.settings, cache_budget(start.settings))
-        elif start.finished:
-            say(f"{start.settings.output_dir} has come to its end: see its summary.json")
-        else:
-            run(start)
+        with speaking(start.manner):
+            carry_out(start)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,6 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped at once: {kept}", file=sys.stderr)
         return 130
     return 0
+
+
+def carry_out(start: Start) -> None:
+    """Do what was asked for, see `run`."""
+    settings = start.settings
+    if settings.plan:
+        preview(settings, cache_budget(settings))
+    elif start.finished:
+        say(f"{settings.output_dir} has come to its end: see its summary.json", always=True)
+    else:
+        run(start)
 
 
 def how_to_resume(start: Start) -> str:
@@ -90,7 +98,7 @@ def _run_in(
     if settings.cache:
         check_cache_dir(settings.cache_dir)
     check_network(settings, (3, settings.image_size, settings.image_size))  # before the wait
-    state = load_last_checkpoint(folder.path, say) if start.resuming else None
+    state = load_last_checkpoint(folder.path, warn) if start.resuming else None
     # A checkpoint holds the weights, and how images are normalised: the file may be gone.
     weights = None if state is not None else find_weights(settings)
     images = data.load(
@@ -128,7 +136,7 @@ def _run_in(
     summary = trainer.fit()
     folder.write_json("summary.json", summary)
     for line in closing_words(summary, facts, folder.path, this_python(), device.type == "cpu"):
-        say(line)
+        say(line, always=line.startswith(RESULT))
     return summary
 
 

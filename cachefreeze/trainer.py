@@ -19,12 +19,15 @@ from cachefreeze.freezeout import FreezeOutLR, param_groups
 from cachefreeze.hashing import weights_sha256
 from cachefreeze.interrupts import Interrupts
 from cachefreeze.models import Units
+from cachefreeze.outlook import Outlook, stretches_by_units
 from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
+from cachefreeze.progress import RunBar, Standing
 from cachefreeze.randomness import random_state, set_random_state
-from cachefreeze.report import RunFolder, epoch_line, progress_bar, say
+from cachefreeze.report import RunFolder, epoch_line
 from cachefreeze.resume import check_same_run
 from cachefreeze.rows import Indices, batches_of, epoch_order
+from cachefreeze.terminal import say, warn
 from cachefreeze.timing import timed
 from cachefreeze.totals import added, numbers_of, totals_of
 
@@ -99,7 +102,7 @@ class Trainer:
             stored=settings.stored,
             keep=settings.keep_cache or None,
             network=settings.network,
-            warn=lambda sentence: say(f"  {sentence}"),
+            warn=warn,
             stopping=lambda: bool(self.interrupts),
         )
         self.steps_per_epoch = -(-len(data.train) // settings.batch_size)
@@ -131,19 +134,20 @@ class Trainer:
         # What this run had come to when it was cut off, in this and in earlier processes.
         self._earlier: dict[str, Any] = {"seconds": {}, "cache": {}, "events": [], "resumed": []}
         self.started = time.perf_counter()
+        self.run = Run(
+            self.scheduler.schedule.freeze_steps,
+            self.total_steps,
+            len(data.train),
+            len(data.val),
+            settings.batch_size,
+        )
         self.planning = None
         if settings.cache:
             self.planning = Planning(
                 self.cache,
                 self.optimizer,
                 self.inputs["train"],
-                Run(
-                    self.scheduler.schedule.freeze_steps,
-                    self.total_steps,
-                    len(data.train),
-                    len(data.val),
-                    settings.batch_size,
-                ),
+                self.run,
                 decode_seconds=data.decode_seconds,
                 policy=settings.cache_policy,
                 codec=settings.codec,
@@ -161,7 +165,7 @@ class Trainer:
         """
         try:
             check_same_run(
-                state, self.settings, self.data, self._numerics(), self.folder.path / LAST, say
+                state, self.settings, self.data, self._numerics(), self.folder.path / LAST, warn
             )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -211,13 +215,12 @@ class Trainer:
             try:
                 if self.planning is not None and self.step < self.total_steps:
                     self.planning.start()
+                self._outlook = self._outlook_by_units()
                 epochs = self.settings.epochs
-                with progress_bar("epochs", epochs, "epoch", leave=True) as bar:
-                    bar.update(self.epoch)
+                with RunBar(self.total_steps, self._standing) as bar:
                     while self.epoch < epochs:
-                        self._epoch()
+                        self._epoch(bar)
                         say(epoch_line(self.metrics[-1], epochs, self.units.names))
-                        bar.update()
                 return self._summary()
             except Interrupted:
                 self._save()
@@ -232,9 +235,9 @@ class Trainer:
                     self.planning.stop()
                 self.cache.close()
 
-    def _epoch(self) -> None:
+    def _epoch(self, bar: RunBar) -> None:
         """What is left of an epoch: steps, validation, a line of metrics, a checkpoint."""
-        self._train()
+        self._train(bar)
         rows = len(self.labels["train"])
         with timed(self.seconds, "train"):
             weights = torch.full((len(self._losses),), float(self.settings.batch_size)).double()
@@ -276,7 +279,7 @@ class Trainer:
         """Of the epochs so far."""
         return max(line["val_accuracy"] for line in self.metrics)
 
-    def _train(self) -> None:
+    def _train(self, bar: RunBar) -> None:
         """The steps that are left of an epoch."""
         self.model.train()
         self.inputs["train"].epoch = self.epoch
@@ -285,24 +288,55 @@ class Trainer:
         order = order[self.position :]
         batches = self.cache.batches("train", order)
         every = self.settings.checkpoint_every
-        with progress_bar(f"epoch {self.epoch + 1}", rows, "img") as bar:
-            bar.update(self.position * batch_size)
-            for indices in order:
-                mark = time.perf_counter()
-                self._losses.append(self._step(next(batches), indices))
-                self.scheduler.step()
-                self.step += 1
-                self.position += 1
-                seconds = time.perf_counter() - mark
-                self.seconds["train"] += seconds
-                if self.device.type == "cpu":  # elsewhere it would wait for the device
-                    self._refuse_losses(self._losses[-1:])
-                if self.planning is not None:
-                    self.planning.after_step(seconds, len(indices))
-                bar.update(len(indices))
-                self._stop_if_asked()
-                if every is not None and self.step % every == 0:
-                    self._save()
+        for indices in order:
+            bar.update(self.step)
+            mark = time.perf_counter()
+            self._losses.append(self._step(next(batches), indices))
+            self.scheduler.step()
+            self.step += 1
+            self.position += 1
+            seconds = time.perf_counter() - mark
+            self.seconds["train"] += seconds
+            if self.device.type == "cpu":  # elsewhere it would wait for the device
+                self._refuse_losses(self._losses[-1:])
+            if self.planning is not None:
+                self.planning.after_step(seconds, len(indices))
+            self._stop_if_asked()
+            if every is not None and self.step % every == 0:
+                self._save()
+
+    def _standing(self) -> Standing:
+        """For the bar."""
+        last = self.metrics[-1] if self.metrics else {}
+        loss, speed = last.get("train_loss"), last.get("images_per_second")
+        if self._losses and self.device.type == "cpu":  # elsewhere it would wait for the device
+            loss = float(self._losses[-1])
+        rows = min(self.position * self.settings.batch_size, len(self.labels["train"]))
+        seconds = self._spent()["train"] - self._epoch_start["train"]
+        if rows and seconds:
+            speed = rows / seconds
+        return Standing(
+            epoch=min(self.epoch + 1, self.settings.epochs),
+            epochs=self.settings.epochs,
+            loss=loss,
+            accuracy=last.get("val_accuracy"),
+            frozen=self.units.frontier,
+            units=len(self.units),
+            source=self.cache.unit,
+            images_per_second=speed,
+            seconds_left=self._seconds_left(),
+        )
+
+    def _seconds_left(self) -> float | None:
+        """By the plan; where there is none, by how many units are left to train."""
+        planned = None if self.planning is None else self.planning.outlook
+        outlook = planned or self._outlook
+        return outlook.seconds_left(self.step, time.perf_counter())
+
+    def _outlook_by_units(self) -> Outlook:
+        units, boundary = len(self.units), self.cache.boundary
+        left = stretches_by_units(self.run, units, self.step, boundary)
+        return Outlook(self.step, time.perf_counter(), left, trust=0)
 
     def _stop_if_asked(self) -> None:
         if self.interrupts:

@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
     ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"],
+    ["terminal", "outlook"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
+    ["progress"],
     ["encoding", "scratch", "identity"],
     ["config", "freezeout", "stored_rows", "stores", "profiler", "datasets"],
     ["cache", "network"],
