@@ -77,6 +77,7 @@ class Settings:
     workers: int
     checkpoint_every: int | None
     verify_cache: bool
+    tensorboard: bool
     output_dir: Path
 
     @property
@@ -229,6 +230,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         workers=args.workers,
         checkpoint_every=args.checkpoint_every,
         verify_cache=args.verify_cache,
+        tensorboard=args.tensorboard,
         output_dir=args.output_dir
         or _new_output_dir(f"{args.arch.rpartition(':')[2]}-{args.dataset}"),
     )
@@ -541,6 +543,12 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("output")
+    group.add_argument(
+        "--tensorboard",
+        action=flag,
+        default=False,
+        help="write scalars for TensorBoard too, into tensorboard/ of the run's folder",
+    )
     _add_manner(group)
     group.add_argument(
         "--output-dir", type=Path, help="of this run (default: runs/DATE-TIME-ARCH-DATASET)"

@@ -22,7 +22,7 @@ RESULT = ("accuracy", "time", "run", "weights")
 
 
 class RunFolder:
-    """The folder of one run: args.json, profile.json, metrics.jsonl, summary.json, checkpoints.
+    """The folder of one run: args.json, profile.json, metrics, summary.json, checkpoints.
 
     Nothing is written before `create`.
 
@@ -83,17 +83,6 @@ class RunFolder:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         with self.writing():
             write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
-
-    def add_metrics(self, line: Mapping[str, Any]) -> None:
-        """One more line of metrics.jsonl."""
-        with self.writing(), (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """All of metrics.jsonl anew: what came after a checkpoint comes again."""
-        content = "".join(json.dumps(line) + "\n" for line in lines)
-        with self.writing():
-            write_atomically(self.path / "metrics.jsonl", content.encode())
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -388,7 +377,7 @@ def closing_words(
             "more --epochs or a smaller --t0 leave more to save"
         )
     lines += [
-        f"run       {folder} (args.json, metrics.jsonl, summary.json, last.pt, best.pt)",
+        f"run       {folder} (args.json, metrics.jsonl and .csv, summary.json, last.pt, best.pt)",
         f"weights   SHA-256 {summary['weights_sha256'][:16]}...",
     ]
     hints = []

@@ -26,6 +26,7 @@ FREE = {
     "cache_dtype",
     "keep_cache",
     "checkpoint_every",
+    "tensorboard",
     "verify_cache",
     "workers",
     "output_dir",

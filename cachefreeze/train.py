@@ -18,6 +18,7 @@ from cachefreeze.config import Settings
 from cachefreeze.device import keep_freed_memory, resolve_device, resolve_precision
 from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.files import nearest_folder, size_of_tree
+from cachefreeze.metrics import check_tensorboard
 from cachefreeze.models import Statistics
 from cachefreeze.network import Weights, check_network, find_weights, make_network, trained_on
 from cachefreeze.preview import preview
@@ -97,6 +98,8 @@ def _run_in(
     dtype = resolve_precision(settings.precision, device)
     if settings.cache:
         check_cache_dir(settings.cache_dir)
+    if settings.tensorboard:
+        check_tensorboard()
     check_network(settings, (3, settings.image_size, settings.image_size))  # before the wait
     state = load_last_checkpoint(folder.path, warn) if start.resuming else None
     # A checkpoint holds the weights, and how images are normalised: the file may be gone.
@@ -129,7 +132,7 @@ def _run_in(
         say(line)
     if start.resuming:
         if state is None:
-            folder.write_metrics([])  # of epochs that no checkpoint came after
+            trainer.written.rewrite([])  # of epochs that no checkpoint came after
         else:
             trainer.resume(state)
             say(f"resume    after {trainer.place}")

@@ -18,6 +18,7 @@ from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
 from cachefreeze.hashing import weights_sha256
 from cachefreeze.interrupts import Interrupts
+from cachefreeze.metrics import Metrics
 from cachefreeze.models import Units
 from cachefreeze.outlook import Outlook, stretches_by_units
 from cachefreeze.planner import Run
@@ -59,6 +60,7 @@ class Trainer:
     Attributes:
         epoch, position, step: whole epochs, batches of the present one, and steps in all, so far.
         metrics: a line for each whole epoch.
+        written: the same in the run's folder.
         started: when the clock of this process began; whoever did something for the run before may
             set it back.
     """
@@ -128,6 +130,7 @@ class Trainer:
         self.data = data.facts
         self.epoch = self.position = self.step = 0
         self.metrics: list[dict[str, Any]] = []
+        self.written = Metrics(folder, units.names, tensorboard=settings.tensorboard)
         # Of the steps of this epoch. Kept on the device: `.item()` in every step would wait for it.
         self._losses: list[Tensor] = []
         self.seconds = {"train": 0.0, "validate": 0.0}
@@ -184,6 +187,7 @@ class Trainer:
             if self.planning is not None:
                 self.planning.load_state_dict(self.step, state["planning"])
             set_random_state(state["random"], self.device)
+            self.written.rewrite(self.metrics)
         except UserError:
             raise
         except Exception as error:  # whatever content of a file may lead to
@@ -191,7 +195,6 @@ class Trainer:
             raise UserError(
                 f"{self.folder.path / LAST} does not fit this run ({reason}): start a new one"
             ) from error
-        self.folder.write_metrics(self.metrics)
 
     def _numerics(self) -> dict[str, str]:
         """What decides the last bits besides the settings."""
@@ -234,6 +237,7 @@ class Trainer:
                 if self.planning is not None:
                     self.planning.stop()
                 self.cache.close()
+                self.written.close()
 
     def _epoch(self, bar: RunBar) -> None:
         """What is left of an epoch: steps, validation, a line of metrics, a checkpoint."""
@@ -271,7 +275,7 @@ class Trainer:
         )
         self.epoch, self.position, self._losses = self.epoch + 1, 0, []
         self._epoch_start = self._spent()
-        self.folder.add_metrics(self.metrics[-1])
+        self.written.add(self.metrics)
         self._save(best=best)
 
     @property

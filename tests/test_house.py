@@ -18,7 +18,7 @@ FLOORS = [
     ["terminal", "outlook"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
     ["progress"],
-    ["encoding", "scratch", "identity"],
+    ["encoding", "scratch", "identity", "metrics"],
     ["config", "freezeout", "stored_rows", "stores", "profiler", "datasets"],
     ["cache", "network"],
     ["forecast"],
