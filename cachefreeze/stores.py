@@ -69,7 +69,7 @@ class Stores:
         rows: of each split.
         batch_size: in which rows are computed.
         device: where they are computed.
-        max_bytes, stored, network, warn, stopping: see `PrefixCache`.
+        max_bytes, stored, network, details, warn, stopping: see `PrefixCache`.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Stores:
         max_bytes: float,
         stored: str | None,
         network: str,
+        details: Mapping[str, str],
         warn: Callable[[str], None],
         stopping: Callable[[], bool],
     ) -> None:
@@ -92,6 +93,7 @@ class Stores:
         self.max_bytes = max_bytes
         self.stored = stored
         self.network = network
+        self.details = details
         self.warn = warn
         self.stopping = stopping
         # Those that another run did not come to an end with.
@@ -366,7 +368,11 @@ class Stores:
                 )
                 for split, rows in self.rows.items()
             },
-            details={"batch_size": str(self.batch_size), "torch": torch.__version__},
+            details={
+                "batch_size": str(self.batch_size),
+                "torch": torch.__version__,
+                **{label(name): label(text) for name, text in self.details.items()},
+            },
             quantization=encoding.quantization,
         )
         room = self._make_room(description)

@@ -1,7 +1,6 @@
 """`python -m cachefreeze.train`: parse, build, fit, report."""
 
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,19 +16,15 @@ from cachefreeze.checkpoint import LAST, load_last_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.device import keep_freed_memory, resolve_device, resolve_precision
 from cachefreeze.errors import Interrupted, UserError
-from cachefreeze.files import nearest_folder, size_of_tree
 from cachefreeze.metrics import check_tensorboard
 from cachefreeze.models import Statistics
 from cachefreeze.network import Weights, check_network, find_weights, make_network, trained_on
 from cachefreeze.preview import preview
 from cachefreeze.report import RESULT, RunFolder, closing_words, opening_words
 from cachefreeze.resume import Start, start_of
-from cachefreeze.store import check_cache_dir
+from cachefreeze.store import check_cache_dir, default_budget
 from cachefreeze.terminal import say, speaking, track, warn
 from cachefreeze.trainer import Trainer
-
-# Of the disk's free bytes: what the cache folder may take if nothing else is said.
-FREE_DISK_SHARE = 0.8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,9 +157,7 @@ def cache_budget(settings: Settings) -> float:
     """Bytes that the cache folder may take."""
     if settings.cache_max_gb is not None:
         return settings.cache_max_gb * 1e9
-    # What lies in the folder already is not free, but the cache's to use.
-    free = shutil.disk_usage(nearest_folder(settings.cache_dir)).free
-    return FREE_DISK_SHARE * (free + size_of_tree(settings.cache_dir))
+    return default_budget(settings.cache_dir)
 
 
 def this_python() -> str:

@@ -104,6 +104,7 @@ class Trainer:
             stored=settings.stored,
             keep=settings.keep_cache or None,
             network=settings.network,
+            details={"input": "x".join(map(str, data.image_shape))},
             warn=warn,
             stopping=lambda: bool(self.interrupts),
         )

@@ -20,7 +20,7 @@ FLOORS = [
     ["progress"],
     ["encoding", "scratch", "identity", "metrics"],
     ["config", "freezeout", "stored_rows", "stores", "profiler", "datasets"],
-    ["cache", "network"],
+    ["cache", "network", "samples"],
     ["forecast"],
     ["planning"],
     ["preview", "resume"],
@@ -31,7 +31,7 @@ INSIDE = {
     "adapters": [["lightning"]],
     "models": [["units", "layers"], ["wrn", "densenet", "vgg", "partition", "ready_made"]],
     "data": [["images"], ["inputs", "sets"]],
-    "store": [["codecs"], ["folder", "format"], ["read"], ["write", "inspect"]],
+    "store": [["codecs"], ["folder", "format"], ["read", "usage"], ["write", "inspect"]],
 }
 
 
