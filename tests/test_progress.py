@@ -1,15 +1,17 @@
 """What a run shows while it goes on: on a terminal, and where there is none."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cachefreeze import progress
+from cachefreeze import planning, progress
+from cachefreeze.outlook import Outlook, Stretch
 from cachefreeze.progress import Standing, clock, status
 from cachefreeze.resume import start_of
-from cachefreeze.terminal import EVERYTHING, Manner
+from cachefreeze.terminal import EVERYTHING, Manner, say
 from cachefreeze.train import main
 
 from .conftest import Run
@@ -23,10 +25,12 @@ OPTIONS += ["--dataset", "imagefolder", "--image-size", "32"]
 
 @dataclass
 class Watched:
-    """A run on a terminal: what was written there, and what every bar was asked to show."""
+    """A run on a terminal: what was written there, what the bar was asked to show, and what was
+    left of the run whenever that was planned (after so many steps)."""
 
     screen: Screen
     standings: list[Standing]
+    outlooks: list[tuple[int, Sequence[Stretch]]]
     run: Run
 
 
@@ -40,7 +44,12 @@ def watched(
     request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Watched:
     folder = tmp_path_factory.mktemp("watched")
-    standings = []
+    standings: list[Standing] = []
+    outlooks = []
+
+    def planned(step: int, now: float, left: Sequence[Stretch]) -> Outlook:
+        outlooks.append((step, left))
+        return Outlook(step, now, left)
 
     def recorded(standing: Standing, columns: int) -> str:
         standings.append(standing)
@@ -49,8 +58,9 @@ def watched(
     with pytest.MonkeyPatch.context() as patch, terminal(request.param) as screen:
         patch.setattr(progress, "SECONDS_BETWEEN", 0.0)  # every step: the run is short
         patch.setattr(progress, "status", recorded)
+        patch.setattr(planning, "Outlook", planned)
         assert main(options(images, folder)) == 0
-    return Watched(screen, standings, Run.load(folder / "run"))
+    return Watched(screen, standings, outlooks, Run.load(folder / "run"))
 
 
 def test_one_bar_shows_the_run_and_fits_the_terminal(watched: Watched) -> None:
@@ -115,6 +125,17 @@ def test_time_left_comes_to_its_end(watched: Watched) -> None:
     assert left[-1] < watched.run.summary["wall_seconds"]
 
 
+def test_the_outlook_is_that_of_the_plan_from_here_on(watched: Watched) -> None:
+    fillings = [event["step"] for event in watched.run.summary["cache"]["boundaries"]]
+    assert len(fillings) > 2
+    assert [step for step, _ in watched.outlooks][-3:] == fillings[-3:], "planned at every freeze"
+    for step, left in watched.outlooks:
+        assert step + sum(stretch.steps for stretch in left) == 5 * EPOCHS
+        # What was filled at this step is filled.
+        coming = [later for later in fillings if later > step]
+        assert sum(stretch.before > 0 for stretch in left) == len(set(coming))
+
+
 def test_no_progress_is_lines_only_even_on_a_terminal(images: Path, tmp_path: Path) -> None:
     with terminal(80) as screen:
         assert main([*options(images, tmp_path), "--epochs", "1", "--no-progress"]) == 0
@@ -130,9 +151,8 @@ def test_a_quiet_run_tells_its_result(
         assert main([*options(images, tmp_path), "--epochs", "1", "-q"]) == 0
     lines = screen.text.splitlines()
     assert [line.split()[0] for line in lines] == ["accuracy", "time", "run", "weights"]
-    # And the next one is as talkative as ever.
-    assert main([*options(images, tmp_path), "--epochs", "1", "--output-dir", str(tmp_path)]) == 0
-    assert "epoch 1/1  loss" in capsys.readouterr().out
+    say("and whoever comes next is heard again")
+    assert "heard again" in capsys.readouterr().out
 
 
 def test_a_quiet_plan_is_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
