@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
+from cachefreeze import PrefixCache, freeze, partition
 from cachefreeze.store import (
     Description,
     Layout,
@@ -309,6 +311,16 @@ def test_long_names_are_cut(cache_dir: Path, stats: Stats, wide: str) -> None:
     assert "x" * 27 + "..." in stats(cache_dir).stdout
 
 
+def test_the_largest_store_there_can_be_fits_the_line(cache_dir: Path, stats: Stats) -> None:
+    split = {"x" * 60: Layout(2**39, (1, 2, 1, 2, 1, 2, 1), "uint8", rows_per_chunk=2**10)}
+    now = time.time()
+    writer = StoreWriter(
+        cache_dir, Description("1" * 32, "vgg", 1, "conv1", "uint8", "uint8", now, split, {})
+    )
+    assert "0/549,755,813,888 rows" in stats(cache_dir).stdout
+    writer.abort()
+
+
 def test_the_budget_may_be_named(cache_dir: Path, stats: Stats) -> None:
     used = json.loads(stats(cache_dir, "--json").stdout)
     assert not used["budget_given"]
@@ -369,6 +381,22 @@ def test_a_run_that_finds_a_store_has_no_misses(
     # Seven steps, the fifth of 22 rows, and one validation.
     assert last_run() == (6 * 32 + 22 + 33, 0)
     assert stats(tmp_path / "cache", "--verify").returncode == 0
+
+
+def test_a_loop_of_ones_own_leaves_what_it_had_of_a_store(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    units = partition(model)
+    freeze(units, 1)
+    data = TensorDataset(torch.zeros(10, 3), torch.zeros(10))
+    with PrefixCache(units, data, batch_size=4, directory=tmp_path / "cache") as cache:
+        cache.materialize()
+        assert cache.store is not None
+        folder = cache.store.folder
+        for epoch in range(3):
+            assert len(list(cache.epoch(epoch))) == 3
+    usage = read_usage(folder)
+    assert usage is not None
+    assert (usage.hits, usage.misses) == (30, 10)
 
 
 def test_what_a_run_wrote_of_its_use_disturbs_nothing(cache_dir: Path, stats: Stats) -> None:
@@ -496,6 +524,17 @@ def test_values_are_decoded_as_those_who_train_get_them(cache_dir: Path, stats: 
     found = sampled(stats, cache_dir, "d", "--values")
     assert (found["low"], found["high"]) == (-54.0, 284.0)
     assert found["mean"] == pytest.approx((-54 + 20 + 284) / 3)
+
+
+def test_what_fills_up_the_last_chunk_is_no_value(cache_dir: Path, stats: Stats) -> None:
+    split = {"train": Layout(50, (3,), "float32", rows_per_chunk=20)}
+    now = time.time()
+    about = Description("c" * 32, "vgg", 1, "conv1", "float32", "float32", now, split, {})
+    writer = StoreWriter(cache_dir, about)
+    writer.append("train", np.ones((50, 3), np.float32))
+    writer.commit().close()
+    found = sampled(stats, cache_dir, "c", "--values")
+    assert (found["rows"], found["nan"]) == (50, 0)
 
 
 def test_a_large_store_is_sampled_the_same_way_each_time(cache_dir: Path, stats: Stats) -> None:
