@@ -33,7 +33,9 @@ from cachefreeze.store import (
     Store,
     StoreError,
     StoreTooLarge,
+    Usage,
     is_committed,
+    note_usage,
     prepare_cache_dir,
 )
 from cachefreeze.stored_rows import StoredPixels
@@ -104,6 +106,7 @@ class PrefixCache:
             with a CPU, which has no time that is not taken.
         workers: processes that load items of a data set when rows are computed from them.
         network: its name, for people who look into the cache.
+        details: likewise, whatever else they may want to know, by name.
         warn: is given one sentence when a store cannot be used; training goes on without.
         stopping: asked while a store is filled; if it says so, `materialize` raises `Interrupted`,
             and what was written is left for the next attempt.
@@ -176,6 +179,7 @@ class PrefixCache:
         threads: int | None = None,
         workers: int = 0,
         network: str = "",
+        details: Mapping[str, str] | None = None,
         warn: Callable[[str], None] = warnings.warn,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -228,6 +232,8 @@ class PrefixCache:
         self._retired: list[HeldStore] = []
         self._mended: Store | None = None
         self._told_of: HeldStore | None = None
+        # Rows served before the present store was, and rows computed to fill it.
+        self._served_before = self._missed = 0
         self._rows: Mapping[str, Rows] = self.inputs
         self.prefix_seconds_per_row = 0.0
         if directory is not None:
@@ -242,6 +248,7 @@ class PrefixCache:
                 max_bytes=max_bytes,
                 stored=stored,
                 network=network or type(units.model).__name__,
+                details=details or {},
                 warn=warn,
                 stopping=stopping,
             )
@@ -413,6 +420,8 @@ class PrefixCache:
                 "written down (for a data set of your own: IndexedDataset(..., identity=...))"
             )
         self._switch(store, stop, taken.memory)
+        self._served_before = self.rows_served
+        self._missed = 0 if taken.reused else sum(self.rows.values()) - taken.held
         return Materialization(
             boundary=stop,
             rows=sum(self.rows.values()),
@@ -429,6 +438,7 @@ class PrefixCache:
     def leave(self) -> None:
         """Go back to computing rows from the network's input; the store is removed, unless a
         checkpoint names it."""
+        self._note_usage()
         old = self._store
         self._leave_store()
         self._retire(old)
@@ -445,6 +455,7 @@ class PrefixCache:
         """To be called when a checkpoint with the present `state_dict` is on disk: stores that only
         an earlier one names are removed. A store that a checkpoint names stays until then, so
         that whoever goes on from there finds it."""
+        self._note_usage()
         self._checkpointed = self.state_dict()["store"]
         for store in self._retired:
             if not store.kept:
@@ -573,6 +584,7 @@ class PrefixCache:
     def close(self) -> None:
         """Let go of the store. One that is kept stays on disk until the room is needed, any other
         until a run with this folder fills its own."""
+        self._note_usage()
         for store in (self._store, *self._retired):
             if store is not None:
                 store.close()
@@ -742,6 +754,7 @@ class PrefixCache:
         return self.units.names[boundary - 1] if boundary else "pixels"
 
     def _switch(self, store: HeldStore, boundary: int, memory: Memory | None) -> None:
+        self._note_usage()
         self._forget_reading()
         old, self._store = self._store, store
         # What is loaded next may need the memory of the rows before.
@@ -776,6 +789,12 @@ class PrefixCache:
                     "served from memory, and no later run will find them"
                 )
             self._told_of = store
+
+    def _note_usage(self) -> None:
+        """Beside the store in use, for people: what this run had of it so far."""
+        if self._store is not None:
+            hits = self.rows_served - self._served_before
+            note_usage(self._store.folder, Usage(hits, self._missed, time.time()))
 
     def _retire(self, store: HeldStore | None, *, whole: bool = True) -> None:
         """Done with a store: it goes, now or when no checkpoint names it any more, unless it is

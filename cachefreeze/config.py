@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from cachefreeze.device import DEVICES, PRECISIONS
 from cachefreeze.errors import UserError
 from cachefreeze.schedule import SHAPES
+from cachefreeze.terminal import Manner
 from cachefreeze.tiers import TIERS
 
 ARCHITECTURES = ("wrn", "densenet", "vgg")
@@ -31,6 +32,24 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "cifar100": {"sizes": _PAPER, "epochs": 100, "batch_size": 50, "image_size": 32},
     "imagefolder": {"sizes": _MEDIUM, "epochs": 30, "batch_size": 64, "image_size": 64},
 }
+MOST_WORKERS = 8
+# The options of FreezeOut's authors (train.py of their repository), and ours.
+FREEZEOUT = (
+    ("-L, --depth, -k, --growth-rate, --dropout", "the same"),
+    ("--epochs, --seed", "the same"),
+    ("--t_0", "the same, or --t0"),
+    ("--how_scale", "the same, or --schedule"),
+    ("--scale_lr, --no_scale", "the same, without a value; or --scale-lr, --no-scale-lr"),
+    ("--batch_size", "the same, or -b, --batch-size"),
+    ("--model", "the same, or --arch: densenet, wrn or vgg"),
+    ("--augment, --no-augment", "the same, but off unless asked for"),
+    ("--which_dataset 10, 100", "--dataset cifar10, cifar100"),
+    ("--save-weights FILE", "--output-dir FOLDER"),
+    ("--resume True", "--resume RUN_DIR"),
+    ("--validate, --no-validate", "not there: every epoch ends with a validation"),
+    ("--validate-test", "likewise; for CIFAR that is of its test set"),
+    ("--const_time", "not there: give --epochs"),
+)
 # Below, nothing is left to pool over at the network's end.
 _SMALLEST_IMAGE = {"wrn": 8, "densenet": 8, "vgg": 32}
 
@@ -83,6 +102,7 @@ class Settings:
     checkpoint_every: int | None
     verify_cache: bool
     report: bool
+    tensorboard: bool
     output_dir: Path
 
     @property
@@ -147,10 +167,44 @@ def split_output_dir(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return known.output_dir, others
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        # "(default: None)" tells nobody anything.
-        return action.help if action.default is None else super()._get_help_string(action)
+def split_manner(argv: Sequence[str]) -> tuple[Manner, list[str]]:
+    """How much a command line wants to be told, and its other words: that is of a terminal, and a
+    run that goes on may have another one."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    _add_manner(parser)
+    known, others = parser.parse_known_args(list(argv))
+    return Manner(lines=not known.quiet, bars=known.progress and not known.quiet), others
+
+
+def _add_manner(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--no-progress",
+        dest="progress",
+        action="store_false",
+        help="lines, and no bars (nor are there any where the output is no terminal)",
+    )
+    parser.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="warnings, errors and the result only; with --plan the plan",
+    )
+
+
+def meaning(action: argparse.Action) -> str:
+    """What an option does, and its default, unless that is to do nothing."""
+    # Before Python 3.13 argparse adds this to what may be switched off.
+    text = (action.help or "").removesuffix(" (default: %(default)s)").replace("%%", "%")
+    default = action.default
+    if isinstance(action, argparse.BooleanOptionalAction) and default is not None:
+        default = "on" if default else "off"
+    silent = default is None or isinstance(default, bool) or default is argparse.SUPPRESS
+    return text if silent or "(default" in text else f"{text} (default: {default})"
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return meaning(action).replace("%", "%%")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,7 +218,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     Raises:
         UserError: an option that does not exist, or a value that makes no sense.
     """
-    args = _parser().parse_args(argv)
+    args = options().parse_args(argv)
     arch, depth, second = _parse_arch(args.arch)
     defaults = _DEFAULTS[args.dataset]
     if arch in ARCHITECTURES:
@@ -224,10 +278,11 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         tf32=args.tf32,
         deterministic=args.deterministic,
         compile=args.compile,
-        workers=args.workers,
+        workers=_workers() if args.workers is None else args.workers,
         checkpoint_every=args.checkpoint_every,
         verify_cache=args.verify_cache,
         report=args.report,
+        tensorboard=args.tensorboard,
         output_dir=args.output_dir
         or _new_output_dir(f"{args.arch.rpartition(':')[2]}-{args.dataset}"),
     )
@@ -369,10 +424,20 @@ def _new_output_dir(name: str) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _workers() -> int:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    return min(processors, MOST_WORKERS)
+
+
+def options() -> argparse.ArgumentParser:
+    """All options of the program, in groups by topic."""
+    width = max(len(theirs) for theirs, _ in FREEZEOUT)
+    names = "\n".join(f"  {theirs:<{width}}  {ours}" for theirs, ours in FREEZEOUT)
     parser = _Parser(
         prog="python -m cachefreeze.train",
+        usage="%(prog)s [options]",
         description="Train with FreezeOut, the frozen prefix's activations served from a cache.",
+        epilog=f"options of FreezeOut's own code, and what they are here:\n{names}",
         formatter_class=_Help,
         allow_abbrev=False,
     )
@@ -383,6 +448,7 @@ def _parser() -> argparse.ArgumentParser:
         "--arch",
         "--model",
         default="wrn",
+        metavar="NAME",
         help="wrn, densenet or vgg; sizes may be spelled out, as in wrn40_4; without them the "
         "data set decides; torchvision:NAME and timm:NAME are their networks",
     )
@@ -398,16 +464,25 @@ def _parser() -> argparse.ArgumentParser:
         help="freeze the network up to and with this unit, or its first N units (negative: all but "
         "N), before the first step; the others train to the end, or by FreezeOut with --schedule",
     )
-    group.add_argument("-L", "--depth", type=int, help="layers (6n+4 for wrn and densenet)")
-    group.add_argument("--width", type=int, help="widening factor of a wrn")
     group.add_argument(
-        "-k", "--growth-rate", type=int, help="channels each dense layer of a densenet adds"
+        "-L", "--depth", type=int, metavar="N", help="layers (6n+4 for wrn and densenet)"
+    )
+    group.add_argument("--width", type=int, metavar="N", help="widening factor of a wrn")
+    group.add_argument(
+        "-k",
+        "--growth-rate",
+        type=int,
+        metavar="N",
+        help="channels each dense layer of a densenet adds",
     )
     group.add_argument(
         "--bottleneck", action=flag, default=True, help="DenseNet-BC, or the plain one"
     )
     group.add_argument(
-        "--dropout", type=float, help="in blocks (default 0), or in the head of a vgg (default 0.5)"
+        "--dropout",
+        type=float,
+        metavar="P",
+        help="in blocks, or in the head of a vgg (default: 0, of a vgg 0.5)",
     )
 
     group = parser.add_argument_group("data")
@@ -415,14 +490,19 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--data-dir",
         type=Path,
+        metavar="FOLDER",
         help="the folder of an imagefolder; where cifar is, or is downloaded to (default: data)",
     )
     group.add_argument(
-        "--image-size", type=int, help="imagefolder: images become squares of this (default 64)"
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="imagefolder: images become squares of this (default: 64)",
     )
     group.add_argument(
         "--val-fraction",
         type=float,
+        metavar="SHARE",
         help="imagefolder without a val or test folder: share of each class to validate on",
     )
     group.add_argument(
@@ -437,6 +517,7 @@ def _parser() -> argparse.ArgumentParser:
         "--t0",
         "--t_0",
         type=float,
+        metavar="SHARE",
         help="share of the run after which the first unit freezes, before --schedule is applied "
         "(default: 0.8)",
     )
@@ -448,12 +529,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--scale-lr",
-        "--scale_lr",
         action=flag,
         default=True,
         help="divide each unit's initial rate by its share of the run",
     )
-    group.add_argument("--no_scale", dest="scale_lr", action="store_false", help=argparse.SUPPRESS)
+    for theirs, action in (("--scale_lr", "store_true"), ("--no_scale", "store_false")):
+        group.add_argument(
+            theirs, dest="scale_lr", action=action, default=True, help=argparse.SUPPRESS
+        )
     group.add_argument(
         "--freeze",
         action=flag,
@@ -469,11 +552,16 @@ def _parser() -> argparse.ArgumentParser:
         help="--no-cache is FreezeOut as published (default: on, but for --augment)",
     )
     group.add_argument(
-        "--cache-dir", type=Path, default=Path("data/cache"), help="where activations are stored"
+        "--cache-dir",
+        type=Path,
+        default=Path("data/cache"),
+        metavar="FOLDER",
+        help="where activations are stored",
     )
     group.add_argument(
         "--cache-max-gb",
         type=float,
+        metavar="GB",
         help="what the folder may take, in GB (default: 80%% of the free disk)",
     )
     group.add_argument(
@@ -515,6 +603,14 @@ def _parser() -> argparse.ArgumentParser:
         help="keep this run's stores for later runs, also those of units that freeze in its course",
     )
     group.add_argument(
+        "--verify-cache",
+        action="store_true",
+        help="compute a batch of rows of each split anew in every epoch, and stop if they differ "
+        "from those that the cache serves",
+    )
+
+    group = parser.add_argument_group("a look ahead")
+    group.add_argument(
         "--plan",
         action="store_true",
         help="measure, print what would be kept and what that would bring, and stop",
@@ -526,26 +622,40 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("TRAIN", "VAL"),
         help="with --plan, for an imagefolder that is not there: how many images",
     )
-    group.add_argument("--classes", type=int, help="likewise: how many classes")
-
-    group.add_argument(
-        "--verify-cache",
-        action="store_true",
-        help="compute a batch of rows of each split anew in every epoch, and stop if they differ "
-        "from those that the cache serves",
-    )
+    group.add_argument("--classes", type=int, metavar="N", help="likewise: how many classes")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, help="passes over the data (default: by data set)")
+    defaults = {
+        name: ", ".join(f"{values[name]} for {data_set}" for data_set, values in _DEFAULTS.items())
+        for name in ("epochs", "batch_size")
+    }
     group.add_argument(
-        "-b", "--batch-size", "--batch_size", type=int, help="images a step (default: by data set)"
+        "--epochs",
+        type=int,
+        metavar="N",
+        help=f"passes over the data (default: {defaults['epochs']})",
     )
     group.add_argument(
-        "--lr", type=float, help="base learning rate of SGD (default: 0.1; 0.01 with --weights)"
+        "-b",
+        "--batch-size",
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help=f"images a step (default: {defaults['batch_size']})",
     )
-    group.add_argument("--momentum", type=float, default=0.9, help="of SGD, Nesterov's")
-    group.add_argument("--weight-decay", type=float, default=1e-4, help="of SGD")
-    group.add_argument("--seed", type=int, default=0, help="of weights, dropout and row order")
+    group.add_argument(
+        "--lr",
+        type=float,
+        metavar="RATE",
+        help="base learning rate of SGD (default: 0.1; 0.01 with --weights)",
+    )
+    group.add_argument(
+        "--momentum", type=float, default=0.9, metavar="M", help="of SGD, Nesterov's"
+    )
+    group.add_argument("--weight-decay", type=float, default=1e-4, metavar="W", help="of SGD")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of weights, dropout and row order"
+    )
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     group.add_argument(
         "--precision",
@@ -573,13 +683,23 @@ def _parser() -> argparse.ArgumentParser:
         "-j",
         "--workers",
         type=int,
-        default=min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8),
-        help="processes that decode images of an imagefolder",
+        metavar="N",
+        help="processes that decode images of an imagefolder (default: as many as there are "
+        f"processors, at most {MOST_WORKERS})",
     )
 
-    group = parser.add_argument_group("output")
+    group = parser.add_argument_group("what a run leaves, and going on with it")
     group.add_argument(
-        "--output-dir", type=Path, help="of this run (default: runs/DATE-TIME-ARCH-DATASET)"
+        "--tensorboard",
+        action=flag,
+        default=False,
+        help="write scalars for TensorBoard too, into tensorboard/ of the run's folder",
+    )
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="of this run (default: runs/DATE-TIME-ARCH-DATASET)",
     )
     group.add_argument(
         "--report",
@@ -599,4 +719,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with a run and its settings; auto: with the newest one of these settings that "
         "has not come to its end (or with the one in --output-dir), else start one",
     )
+
+    group = parser.add_argument_group("what is told on the terminal")
+    _add_manner(group)
     return parser

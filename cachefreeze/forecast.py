@@ -9,6 +9,7 @@ from typing import Any
 
 from cachefreeze.cache import Materialization
 from cachefreeze.files import human_bytes
+from cachefreeze.outlook import prefix_seconds
 from cachefreeze.planner import Keep, Move, Plan, Run, cheapest_plan, eager_plan
 from cachefreeze.profiler import ON_DISK, Profile, Residence
 
@@ -165,14 +166,8 @@ class Forecast:
     def step_seconds(self, frontier: int, source: Keep | None) -> float:
         """Predicted seconds of a training step on a whole batch."""
         costs = self.costs
-        per_row = self._prefix_seconds(source, frontier) + sum(costs.train[frontier:])
+        per_row = prefix_seconds(costs, source, frontier) + sum(costs.train[frontier:])
         return costs.step + min(self.run.batch_size, self.run.train_rows) * per_row
-
-    def _prefix_seconds(self, source: Keep | None, stop: int) -> float:
-        """Predicted seconds of a row from its source, through the units, to boundary `stop`."""
-        if source is None:
-            return self.costs.inputs + sum(self.costs.forward[:stop])
-        return source.read + sum(self.costs.forward[source.boundary : stop])
 
     def observe_steps(self, seconds: Sequence[float], frontier: int, source: Keep | None) -> None:
         """Correct what computing costs by steps that were all taken in the same state."""
@@ -186,7 +181,7 @@ class Forecast:
         if done.reused or done.held:
             return
         costs = self.costs
-        per_row = self._prefix_seconds(source, keep.boundary)
+        per_row = prefix_seconds(costs, source, keep.boundary)
         forward = correction(done.compute_seconds, done.rows * per_row)
         write = 1.0
         if keep.boundary:  # pixels are too few bytes to tell

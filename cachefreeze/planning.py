@@ -13,6 +13,7 @@ from cachefreeze.data import InputRows
 from cachefreeze.device import numerics
 from cachefreeze.forecast import Filled, Forecast, pays_at_best
 from cachefreeze.moments import Moments
+from cachefreeze.outlook import Outlook, stretches
 from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
 from cachefreeze.profiler import (
     Arithmetic,
@@ -51,6 +52,7 @@ class Planning:
 
     Attributes:
         forecast: once there is one. A run too short for a store to pay has none.
+        outlook: what is left of the run by the present plan, likewise.
         seconds: spent on measuring (`profile`), and on filling stores and planning (`materialize`).
 
     Example:
@@ -86,6 +88,7 @@ class Planning:
         self.record = record
         self.checkpoint = checkpoint
         self.forecast: Forecast | None = None
+        self.outlook: Outlook | None = None
         self.seconds = dict(NO_PLANNING)
         self.step = 0
         self._clock: StepClock | None = None
@@ -375,6 +378,9 @@ class Planning:
                 return
         self._served_from = self.cache.store
         self._steps.clear()
+        coming = [event for event in plan.events if event.step > self.step]
+        left = stretches(forecast.costs, self.run, self.step, self._source(forecast), coming)
+        self.outlook = Outlook(self.step, time.perf_counter(), left)
 
     def _materialize(self, forecast: Forecast, move: Move) -> bool:
         source, before = self._source(forecast), self.cache.prefix_seconds_per_row

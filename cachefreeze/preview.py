@@ -13,10 +13,11 @@ from cachefreeze.forecast import Forecast
 from cachefreeze.network import check_network, find_weights, make_network
 from cachefreeze.planner import Run
 from cachefreeze.profiler import MAX_PASSES, Residence, measure, profile
-from cachefreeze.report import opening_words, plan_table, room_words, say
+from cachefreeze.report import opening_words, plan_table, room_words
 from cachefreeze.schedule import Schedule
 from cachefreeze.staging import default_threads
 from cachefreeze.store import check_cache_dir
+from cachefreeze.terminal import say
 from cachefreeze.tiers import Tiers
 
 
@@ -97,9 +98,9 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
     if units.frontier:
         say("(stores that are in the cache already are not counted)")
     for line in plan_table(forecast.first, run, units.names, forecast.why_nothing):
-        say(line)
+        say(line, always=True)
     if (roomy := forecast.with_more_room) is not None:
-        say(room_words(roomy, max_cache_bytes).strip())
+        say(room_words(roomy, max_cache_bytes).strip(), always=True)
     return forecast
 
 

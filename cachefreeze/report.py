@@ -1,4 +1,4 @@
-"""What a run tells: lines and bars on the terminal, and the files in its folder."""
+"""What a run tells: its lines in words, and the files in its folder."""
 
 import json
 import shlex
@@ -6,9 +6,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import (
@@ -20,32 +17,12 @@ from cachefreeze.files import (
 )
 from cachefreeze.planner import Drop, Move, Plan, Run
 
-
-def say(line: str) -> None:
-    """Print a line without tearing the bars."""
-    tqdm.write(line)
-
-
-def progress_bar(description: str, total: int, unit: str, *, leave: bool = False) -> "tqdm[Any]":
-    """A bar that shows only on a terminal."""
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=unit != "epoch",
-        leave=leave,
-        dynamic_ncols=True,
-        disable=None,
-    )
-
-
-def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
-    """A bar around a pass over the images."""
-    yield from tqdm(batches, "reading images", total, unit="batch", leave=False, disable=None)
+# How the lines begin that are wanted even of a quiet run, see `closing_words`.
+RESULT = ("accuracy", "time", "run", "weights")
 
 
 class RunFolder:
-    """The folder of one run: args.json, profile.json, metrics.jsonl, summary.json, checkpoints.
+    """The folder of one run: args.json, profile.json, metrics, summary.json, checkpoints.
 
     Nothing is written before `create`.
 
@@ -106,17 +83,6 @@ class RunFolder:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         with self.writing():
             write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
-
-    def add_metrics(self, line: Mapping[str, Any]) -> None:
-        """One more line of metrics.jsonl."""
-        with self.writing(), (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """All of metrics.jsonl anew: what came after a checkpoint comes again."""
-        content = "".join(json.dumps(line) + "\n" for line in lines)
-        with self.writing():
-            write_atomically(self.path / "metrics.jsonl", content.encode())
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -413,7 +379,7 @@ def closing_words(
             "more --epochs or a smaller --t0 leave more to save"
         )
     lines += [
-        f"run       {folder} (args.json, metrics.jsonl, summary.json, last.pt, best.pt)",
+        f"run       {folder} (args.json, metrics.jsonl and .csv, summary.json, last.pt, best.pt)",
         f"weights   SHA-256 {summary['weights_sha256'][:16]}...",
     ]
     hints = []

@@ -11,6 +11,7 @@ from cachefreeze import config
 from cachefreeze.config import Settings
 from cachefreeze.errors import UserError
 from cachefreeze.files import is_locked
+from cachefreeze.terminal import EVERYTHING, Manner
 
 RUNS = Path("runs")
 # Settings that may be changed in the middle of a run: they change its time, or what it leaves, but
@@ -27,6 +28,7 @@ FREE = {
     "device_cache_gb",
     "keep_cache",
     "checkpoint_every",
+    "tensorboard",
     "verify_cache",
     "workers",
     "report",
@@ -40,13 +42,15 @@ class Start:
 
     Args:
         settings: of the run.
-        command: the words that say so, without those that name its folder.
+        command: the words that say so, without those that name its folder, and `manner`.
+        manner: how much to tell of it.
         resuming: the folder holds it already.
         finished: there is nothing left to do.
     """
 
     settings: Settings
     command: list[str]
+    manner: Manner = EVERYTHING
     resuming: bool = False
     finished: bool = False
 
@@ -58,23 +62,24 @@ def start_of(argv: Sequence[str]) -> Start:
         UserError: a setting makes no sense, there is no such run, its files cannot be used, or a
             setting was changed that would change its results.
     """
-    target, words = config.split_resume(argv)
+    manner, words = config.split_manner(argv)
+    target, words = config.split_resume(words)
     output_dir, words = config.split_output_dir(words)
     named = [] if output_dir is None else ["--output-dir", str(output_dir)]
     if target is None:
-        return Start(config.parse([*words, *named]), words)
+        return Start(config.parse([*words, *named]), words, manner)
     if "--plan" in words:
         raise UserError("--plan shows what a new run would keep: leave out --resume")
     if target == "auto":
         settings = config.parse([*words, *named])
         folder = output_dir if output_dir is not None else newest_unfinished(settings)
         if folder is None or not (folder / "args.json").exists():
-            return Start(settings, words)
+            return Start(settings, words, manner)
     else:
         folder = Path(target)
         if output_dir not in (None, folder):
             raise UserError(f"--resume {folder} goes on in that folder: leave out --output-dir")
-    return _go_on(folder, words)
+    return _go_on(folder, words, manner)
 
 
 def newest_unfinished(settings: Settings) -> Path | None:
@@ -94,7 +99,7 @@ def newest_unfinished(settings: Settings) -> Path | None:
     return None
 
 
-def _go_on(folder: Path, words: list[str]) -> Start:
+def _go_on(folder: Path, words: list[str], manner: Manner) -> Start:
     stored, command = _read_args(folder)
     place = ["--output-dir", str(folder)]
     before = config.parse([*command, *place])
@@ -115,7 +120,7 @@ def _go_on(folder: Path, words: list[str]) -> Start:
     if settings != before:
         command = [*command, *words]
     finished = (folder / "summary.json").exists()
-    return Start(settings, command, True, finished)
+    return Start(settings, command, manner, True, finished)
 
 
 def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -163,7 +168,7 @@ def check_same_run(
     data: Mapping[str, Any],
     numerics: Mapping[str, str],
     path: Path,
-    say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> None:
     """See that a checkpoint is of the run that is to go on, with what it was trained on.
 
@@ -173,7 +178,7 @@ def check_same_run(
         data: see `DataSet.facts`.
         numerics: what decides the last bits besides the settings; `device` and `precision` must be
             the same.
-        say: is told what may change the results, but need not.
+        warn: is told what may change the results, but need not.
 
     Raises:
         UserError: it is not.
@@ -190,8 +195,8 @@ def check_same_run(
             "or start a new run"
         )
     if state["data"]["identity"] != data["identity"]:
-        say(
-            "  image files were copied or written since: if they do not hold the same images, the "
+        warn(
+            "image files were copied or written since: if they do not hold the same images, the "
             "results will differ"
         )
     before = state["numerics"]
@@ -204,7 +209,7 @@ def check_same_run(
     changed = [name for name in numerics if before.get(name) != numerics[name]]
     if changed:
         was = ", ".join(f"{name} {before.get(name)}" for name in changed)
-        say(f"  not as it was before ({was}): the last bits of the results may differ")
+        warn(f"not as it was before ({was}): the last bits of the results may differ")
 
 
 def option_of(name: str) -> str:

@@ -16,7 +16,6 @@ from cachefreeze.encoding import Encoding, as_array, name_of
 from cachefreeze.errors import Interrupted
 from cachefreeze.files import human_bytes, size_of_tree
 from cachefreeze.moments import DeviceClock
-from cachefreeze.report import progress_bar
 from cachefreeze.rows import Indices, batches_of
 from cachefreeze.sinks import Sink, sink_for
 from cachefreeze.store import (
@@ -39,6 +38,7 @@ from cachefreeze.store import (
     remove_store,
     store_folders,
 )
+from cachefreeze.terminal import progress_bar
 from cachefreeze.tiers import Memory, Tiers
 
 # How often to look whether another run has written its store, and for how long nothing may come of
@@ -75,7 +75,7 @@ class Stores:
         device: where they are computed.
         tiers: where rows may be held.
         threads: see `sink_for`.
-        max_bytes, stored, network, warn, stopping: see `PrefixCache`.
+        max_bytes, stored, network, details, warn, stopping: see `PrefixCache`.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Stores:
         max_bytes: float,
         stored: str | None,
         network: str,
+        details: Mapping[str, str],
         warn: Callable[[str], None],
         stopping: Callable[[], bool],
     ) -> None:
@@ -102,6 +103,7 @@ class Stores:
         self.max_bytes = max_bytes
         self.stored = stored
         self.network = network
+        self.details = details
         self.warn = warn
         self.stopping = stopping
         # Those that another run did not come to an end with.
@@ -373,7 +375,11 @@ class Stores:
                 )
                 for split, rows in self.rows.items()
             },
-            details={"batch_size": str(self.batch_size), "torch": torch.__version__},
+            details={
+                "batch_size": str(self.batch_size),
+                "torch": torch.__version__,
+                **{label(name): label(text) for name, text in self.details.items()},
+            },
             quantization=encoding.quantization,
         )
         room = self._make_room(description)

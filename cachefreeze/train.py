@@ -1,7 +1,6 @@
 """`python -m cachefreeze.train`: parse, build, fit, report."""
 
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,17 +21,15 @@ from cachefreeze.device import (
     set_numerics,
 )
 from cachefreeze.errors import Interrupted, UserError
-from cachefreeze.files import nearest_folder, size_of_tree
+from cachefreeze.metrics import check_tensorboard
 from cachefreeze.models import Statistics
 from cachefreeze.network import Weights, check_network, find_weights, make_network, trained_on
 from cachefreeze.preview import preview
-from cachefreeze.report import RunFolder, closing_words, opening_words, say, track
+from cachefreeze.report import RESULT, RunFolder, closing_words, opening_words
 from cachefreeze.resume import Start, start_of
-from cachefreeze.store import check_cache_dir
+from cachefreeze.store import check_cache_dir, default_budget
+from cachefreeze.terminal import say, speaking, track, warn
 from cachefreeze.trainer import Trainer
-
-# Of the disk's free bytes: what the cache folder may take if nothing else is said.
-FREE_DISK_SHARE = 0.8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,12 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         start = start_of(argv)
         keep_freed_memory()
-        if start.settings.plan:
-            preview(start.settings, cache_budget(start.settings))
-        elif start.finished:
-            say(f"{start.settings.output_dir} has come to its end: see its summary.json")
-        else:
-            run(start)
+        with speaking(start.manner):
+            carry_out(start)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,6 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped at once: {kept}", file=sys.stderr)
         return 130
     return 0
+
+
+def carry_out(start: Start) -> None:
+    """Do what was asked for, see `run`."""
+    settings = start.settings
+    if settings.plan:
+        preview(settings, cache_budget(settings))
+    elif start.finished:
+        say(f"{settings.output_dir} has come to its end: see its summary.json", always=True)
+    else:
+        run(start)
 
 
 def how_to_resume(start: Start) -> str:
@@ -95,8 +99,10 @@ def _run_in(
     set_numerics(device, tf32=settings.tf32, deterministic=settings.deterministic)
     if settings.cache:
         check_cache_dir(settings.cache_dir)
+    if settings.tensorboard:
+        check_tensorboard()
     check_network(settings, (3, settings.image_size, settings.image_size))  # before the wait
-    state = load_last_checkpoint(folder.path, say) if start.resuming else None
+    state = load_last_checkpoint(folder.path, warn) if start.resuming else None
     # A checkpoint holds the weights, and how images are normalised: the file may be gone.
     weights = None if state is not None else find_weights(settings)
     images = data.load(
@@ -129,17 +135,17 @@ def _run_in(
         say(line)
     if start.resuming:
         if state is None:
-            folder.write_metrics([])  # of epochs that no checkpoint came after
+            trainer.written.rewrite([])  # of epochs that no checkpoint came after
         else:
             trainer.resume(state)
             say(f"resume    after {trainer.place}")
     summary = {**trainer.fit(), "about": about}
     folder.write_json("summary.json", summary)
     for line in closing_words(summary, facts, folder.path, this_python(), device.type == "cpu"):
-        say(line)
+        say(line, always=line.startswith(RESULT))
     # The last thing done: all that the run gave is on disk, and told.
     if settings.report:
-        say(f"report    {draw_report(folder.path)}")
+        say(f"report    {draw_report(folder.path)}", always=True)
     return summary
 
 
@@ -180,9 +186,7 @@ def cache_budget(settings: Settings) -> float:
     """Bytes that the cache folder may take."""
     if settings.cache_max_gb is not None:
         return settings.cache_max_gb * 1e9
-    # What lies in the folder already is not free, but the cache's to use.
-    free = shutil.disk_usage(nearest_folder(settings.cache_dir)).free
-    return FREE_DISK_SHARE * (free + size_of_tree(settings.cache_dir))
+    return default_budget(settings.cache_dir)
 
 
 def this_python() -> str:

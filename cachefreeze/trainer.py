@@ -19,13 +19,17 @@ from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
 from cachefreeze.hashing import weights_sha256
 from cachefreeze.interrupts import Interrupts
+from cachefreeze.metrics import Metrics
 from cachefreeze.models import Units
+from cachefreeze.outlook import Outlook, stretches_by_units
 from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
+from cachefreeze.progress import RunBar, Standing
 from cachefreeze.randomness import random_state, set_random_state
-from cachefreeze.report import RunFolder, epoch_line, progress_bar, say
+from cachefreeze.report import RunFolder, epoch_line
 from cachefreeze.resume import check_same_run
 from cachefreeze.rows import Indices, all_rows, batches_of, epoch_order
+from cachefreeze.terminal import say, warn
 from cachefreeze.timing import timed
 from cachefreeze.totals import added, numbers_of, totals_of
 
@@ -59,6 +63,7 @@ class Trainer:
     Attributes:
         epoch, position, step: whole epochs, batches of the present one, and steps in all, so far.
         metrics: a line for each whole epoch.
+        written: the same in the run's folder.
         started: when the clock of this process began; whoever did something for the run before may
             set it back.
     """
@@ -111,7 +116,8 @@ class Trainer:
             tier=settings.cache_tier,
             device_bytes=settings.device_cache_bytes,
             network=settings.network,
-            warn=lambda sentence: say(f"  {sentence}"),
+            details={"input": "x".join(map(str, data.image_shape))},
+            warn=warn,
             stopping=lambda: bool(self.interrupts),
         )
         self.steps_per_epoch = -(-len(data.train) // settings.batch_size)
@@ -137,25 +143,27 @@ class Trainer:
         self.data = data.facts
         self.epoch = self.position = self.step = 0
         self.metrics: list[dict[str, Any]] = []
+        self.written = Metrics(folder, units.names, tensorboard=settings.tensorboard)
         # Of the steps of this epoch. Kept on the device: `.item()` in every step would wait for it.
         self._losses: list[Tensor] = []
         self.seconds = {"train": 0.0, "validate": 0.0}
         # What this run had come to when it was cut off, in this and in earlier processes.
         self._earlier: dict[str, Any] = {"seconds": {}, "cache": {}, "events": [], "resumed": []}
         self.started = time.perf_counter()
+        self.run = Run(
+            self.scheduler.schedule.freeze_steps,
+            self.total_steps,
+            len(data.train),
+            len(data.val),
+            settings.batch_size,
+        )
         self.planning = None
         if settings.cache:
             self.planning = Planning(
                 self.cache,
                 self.optimizer,
                 self.inputs["train"],
-                Run(
-                    self.scheduler.schedule.freeze_steps,
-                    self.total_steps,
-                    len(data.train),
-                    len(data.val),
-                    settings.batch_size,
-                ),
+                self.run,
                 # Pixels that stay on the device are decoded once, kept or not.
                 decode_seconds=0.0 if resident else data.decode_seconds,
                 policy=settings.cache_policy,
@@ -174,7 +182,7 @@ class Trainer:
         """
         try:
             check_same_run(
-                state, self.settings, self.data, self._numerics(), self.folder.path / LAST, say
+                state, self.settings, self.data, self._numerics(), self.folder.path / LAST, warn
             )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -195,6 +203,7 @@ class Trainer:
             if self.planning is not None:
                 self.planning.load_state_dict(self.step, state["planning"])
             set_random_state(state["random"], self.device)
+            self.written.rewrite(self.metrics)
         except UserError:
             raise
         except Exception as error:  # whatever content of a file may lead to
@@ -202,7 +211,6 @@ class Trainer:
             raise UserError(
                 f"{self.folder.path / LAST} does not fit this run ({reason}): start a new one"
             ) from error
-        self.folder.write_metrics(self.metrics)
 
     def _numerics(self) -> dict[str, str]:
         """What decides the last bits besides the settings."""
@@ -226,13 +234,12 @@ class Trainer:
             try:
                 if self.planning is not None and self.step < self.total_steps:
                     self.planning.start()
+                self._outlook = self._outlook_by_units()
                 epochs = self.settings.epochs
-                with progress_bar("epochs", epochs, "epoch", leave=True) as bar:
-                    bar.update(self.epoch)
+                with RunBar(self.total_steps, self._standing) as bar:
                     while self.epoch < epochs:
-                        self._epoch()
+                        self._epoch(bar)
                         say(epoch_line(self.metrics[-1], epochs, self.units.names))
-                        bar.update()
                 self._finish()
                 return self._summary()
             except Interrupted:
@@ -247,6 +254,7 @@ class Trainer:
                 if self.planning is not None:
                     self.planning.stop()
                 self.cache.close()
+                self.written.close()
 
     def _finish(self) -> None:
         """See to it that all times are known, and all that is kept for later runs is on disk."""
@@ -256,9 +264,9 @@ class Trainer:
             with timed(self.planning.seconds, "materialize"):
                 self.cache.finish()
 
-    def _epoch(self) -> None:
+    def _epoch(self, bar: RunBar) -> None:
         """What is left of an epoch: steps, validation, a line of metrics, a checkpoint."""
-        self._train()
+        self._train(bar)
         # Before validation, whose seconds are not told apart.
         counted = {n: c - self._epoch_start[n] for n, c in self._counted().items()}
         rows = len(self.labels["train"])
@@ -297,7 +305,7 @@ class Trainer:
         )
         self.epoch, self.position, self._losses = self.epoch + 1, 0, []
         self._epoch_start = self._so_far()
-        self.folder.add_metrics(self.metrics[-1])
+        self.written.add(self.metrics)
         self._save(best=best)
 
     @property
@@ -305,7 +313,7 @@ class Trainer:
         """Of the epochs so far."""
         return max(line["val_accuracy"] for line in self.metrics)
 
-    def _train(self) -> None:
+    def _train(self, bar: RunBar) -> None:
         """The steps that are left of an epoch."""
         self.model.train()
         self.inputs["train"].epoch = self.epoch
@@ -315,25 +323,56 @@ class Trainer:
         batches = self.cache.batches("train", order)
         labels = self._labels("train", order)
         every = self.settings.checkpoint_every
-        with progress_bar(f"epoch {self.epoch + 1}", rows, "img") as bar:
-            bar.update(self.position * batch_size)
-            for indices in order:
-                mark = time.perf_counter()
-                if self.planning is not None:
-                    self.planning.before_step()
-                self._losses.append(self._step(next(batches), next(labels)))
-                self.scheduler.step()
-                self.step += 1
-                self.position += 1
-                self.seconds["train"] += time.perf_counter() - mark
-                if self.device.type == "cpu":  # elsewhere it would wait for the device
-                    self._refuse_losses(self._losses[-1:])
-                if self.planning is not None:
-                    self.planning.after_step(len(indices))
-                bar.update(len(indices))
-                self._stop_if_asked()
-                if every is not None and self.step % every == 0:
-                    self._save()
+        for indices in order:
+            bar.update(self.step)
+            mark = time.perf_counter()
+            if self.planning is not None:
+                self.planning.before_step()
+            self._losses.append(self._step(next(batches), next(labels)))
+            self.scheduler.step()
+            self.step += 1
+            self.position += 1
+            self.seconds["train"] += time.perf_counter() - mark
+            if self.device.type == "cpu":  # elsewhere it would wait for the device
+                self._refuse_losses(self._losses[-1:])
+            if self.planning is not None:
+                self.planning.after_step(len(indices))
+            self._stop_if_asked()
+            if every is not None and self.step % every == 0:
+                self._save()
+
+    def _standing(self) -> Standing:
+        """For the bar."""
+        last = self.metrics[-1] if self.metrics else {}
+        loss, speed = last.get("train_loss"), last.get("images_per_second")
+        if self._losses and self.device.type == "cpu":  # elsewhere it would wait for the device
+            loss = float(self._losses[-1])
+        rows = min(self.position * self.settings.batch_size, len(self.labels["train"]))
+        seconds = self._spent()["train"] - self._epoch_start["train"]
+        if rows and seconds:
+            speed = rows / seconds
+        return Standing(
+            epoch=min(self.epoch + 1, self.settings.epochs),
+            epochs=self.settings.epochs,
+            loss=loss,
+            accuracy=last.get("val_accuracy"),
+            frozen=self.units.frontier,
+            units=len(self.units),
+            source=self.cache.unit,
+            images_per_second=speed,
+            seconds_left=self._seconds_left(),
+        )
+
+    def _seconds_left(self) -> float | None:
+        """By the plan; where there is none, by how many units are left to train."""
+        planned = None if self.planning is None else self.planning.outlook
+        outlook = planned or self._outlook
+        return outlook.seconds_left(self.step, time.perf_counter())
+
+    def _outlook_by_units(self) -> Outlook:
+        units, boundary = len(self.units), self.cache.boundary
+        left = stretches_by_units(self.run, units, self.step, boundary)
+        return Outlook(self.step, time.perf_counter(), left, trust=0)
 
     def _stop_if_asked(self) -> None:
         if self.interrupts:

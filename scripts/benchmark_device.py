@@ -47,8 +47,9 @@ from cachefreeze.models import build
 from cachefreeze.moments import Moments
 from cachefreeze.network import make_network
 from cachefreeze.planner import efficiency
-from cachefreeze.report import RunFolder, markdown_table, track
+from cachefreeze.report import RunFolder, markdown_table
 from cachefreeze.rows import batches_of
+from cachefreeze.terminal import track
 from cachefreeze.trainer import Trainer
 
 MODES = {

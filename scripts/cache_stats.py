@@ -1,22 +1,60 @@
 """Show what is in a cache folder: `python scripts/cache_stats.py [CACHE_DIR]`.
 
-Exit code 0: all is well; 1: something is damaged; 2: the folder is no cache.
+It may be used while runs use the cache; nothing is changed but by `--prune`. Exit code 0: all is
+well; 1: something is damaged; 2: the folder is no cache.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
 from cachefreeze.report import duration, format_table
-from cachefreeze.store import CacheReport, StoreReport, inspect_cache, remove_rubbish
+from cachefreeze.samples import Encoded, Values, encodings, sample
+from cachefreeze.store import (
+    CacheReport,
+    StoreError,
+    StoreReport,
+    default_budget,
+    inspect_cache,
+    remove_rubbish,
+)
 
-HEADER = ["store", "network", "boundary", "split", "rows", "shape", "type", "codec", "chunks"]
-HEADER += ["size", "state", "age"]
-RIGHT_ALIGNED = [HEADER.index(title) for title in ("rows", "chunks", "size", "age")]
+# Of a line; a folder's name is as long as it is.
+COLUMNS = 100
+BAR = 20
+# Of names that a store gives itself.
+MOST_NAME = 30
+
+
+@dataclass
+class Look:
+    """What was found in a folder.
+
+    Args:
+        cache: the report on it.
+        budget: bytes that it may take.
+        chosen: the budget was given, and is not what a run would take without being told.
+        pruned: how much rubbish was removed.
+        verified: every chunk was looked at.
+        values, codecs: by the name of a store, if that was asked for: of a sample of its rows, or
+            why there is none.
+    """
+
+    cache: CacheReport
+    budget: float
+    chosen: bool
+    pruned: int = 0
+    verified: bool = False
+    values: dict[str, Values | str] = field(default_factory=dict)
+    codecs: dict[str, list[Encoded] | str] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -27,44 +65,88 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--verify", action="store_true", help="check every chunk's checksum")
     parser.add_argument("--prune", action="store_true", help="remove what killed runs left")
+    parser.add_argument(
+        "--values", action="store_true", help="range and histogram of a sample of each store's rows"
+    )
+    parser.add_argument(
+        "--codecs", action="store_true", help="what each store would take otherwise, by a sample"
+    )
+    parser.add_argument(
+        "--max-gb",
+        type=float,
+        help="what the folder may take, as in --cache-max-gb (default: 80%% of the free disk)",
+    )
     args = parser.parse_args()
     try:
-        report = inspect_cache(args.cache_dir, verify=args.verify)
-        pruned = 0
-        if args.prune and report.orphans:
-            pruned = remove_rubbish(args.cache_dir)
-            report = inspect_cache(args.cache_dir, verify=args.verify)
+        found = look(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        print(json.dumps(as_json(report, pruned), indent=2))
-    else:
-        print("\n".join(as_text(report, pruned, args.verify)))
-    return 1 if report.damaged else 0
+    print(json.dumps(as_json(found), indent=2) if args.json else "\n".join(as_text(found)))
+    return 1 if found.cache.damaged else 0
 
 
-def as_json(report: CacheReport, pruned: int) -> dict[str, Any]:
+def look(args: argparse.Namespace) -> Look:
+    """Whatever the options ask for.
+
+    Raises:
+        UserError: the folder is no cache, or the budget no size.
+    """
+    cache, pruned = inspect_cache(args.cache_dir, verify=args.verify), 0
+    if args.prune and cache.orphans:
+        pruned = remove_rubbish(args.cache_dir)
+        cache = inspect_cache(args.cache_dir, verify=args.verify)
+    chosen = args.max_gb is not None
+    if chosen and not args.max_gb >= 0:
+        raise UserError(f"--max-gb {args.max_gb} does not make sense: it must be 0 or more")
+    budget = args.max_gb * 1e9 if chosen else default_budget(args.cache_dir)
+    found = Look(cache, budget, chosen, pruned, args.verify)
+    if args.values or args.codecs:
+        for store in cache.stores:
+            name = store.folder.name
+            try:
+                drawn = sample(store.folder)
+            except StoreError as error:
+                if args.values:
+                    found.values[name] = str(error)
+                if args.codecs:
+                    found.codecs[name] = str(error)
+                continue
+            if args.values:
+                found.values[name] = Values.of(drawn)
+            if args.codecs:
+                found.codecs[name] = encodings(drawn)
+    return found
+
+
+def as_json(found: Look) -> dict[str, Any]:
     """All that is known, in plain values."""
+    cache = found.cache
     return {
-        "cache_dir": str(report.folder),
-        "bytes": report.bytes,
-        "free_bytes": report.free_bytes,
-        "damaged": report.damaged,
-        "orphans": [path.name for path in report.orphans],
-        "pruned": pruned,
-        "stores": [_store_as_json(store) for store in report.stores],
+        "cache_dir": str(cache.folder),
+        "bytes": cache.bytes,
+        "free_bytes": cache.free_bytes,
+        "budget_bytes": found.budget,
+        "budget_given": found.chosen,
+        "damaged": cache.damaged,
+        "verified": found.verified,
+        "orphans": [path.name for path in cache.orphans],
+        "pruned": found.pruned,
+        "stores": [_store_as_json(store, found) for store in cache.stores],
     }
 
 
-def _store_as_json(store: StoreReport) -> dict[str, Any]:
+def _store_as_json(store: StoreReport, found: Look) -> dict[str, Any]:
     result: dict[str, Any] = {
         "fingerprint": store.folder.name,
         "state": store.state,
         "committed": store.committed,
+        "kept": store.kept,
         "in_use": store.in_use,
         "bytes": store.bytes,
         "age_seconds": store.age_seconds,
+        "unused_seconds": store.unused_seconds,
+        "last_run": None if store.usage is None else dataclasses.asdict(store.usage),
         "damage": list(store.damage),
     }
     if store.description is not None:
@@ -81,7 +163,9 @@ def _store_as_json(store: StoreReport) -> dict[str, Any]:
             "splits": {
                 split: {
                     "rows": layout.rows,
+                    "rows_present": store.rows_present[split],
                     "row_shape": list(layout.row_shape),
+                    "row_bytes": layout.row_bytes,
                     "dtype": layout.dtype,
                     "rows_per_chunk": layout.rows_per_chunk,
                     "chunks_present": store.chunks_present[split],
@@ -91,60 +175,149 @@ def _store_as_json(store: StoreReport) -> dict[str, Any]:
                 for split, layout in about.splits.items()
             },
         }
+    name = store.folder.name
+    if name in found.values:
+        result["sampled_values"] = _plain(found.values[name])
+    if name in found.codecs:
+        result["sampled_codecs"] = _plain(found.codecs[name])
     return result
 
 
-def as_text(report: CacheReport, pruned: int, verified: bool) -> list[str]:
-    """A table with a line for each split of each store, then totals."""
-    rows = [row for store in report.stores for row in _table_rows(store)]
-    lines = (
-        format_table([HEADER, *rows], right=RIGHT_ALIGNED)
-        if rows
-        else [f"no stores in {report.folder}"]
-    )
-    for store in report.stores:
-        lines += [f"damaged: {store.folder.name}: {sentence}" for sentence in store.damage]
-    if verified and rows and not report.damaged:
+def _plain(sampled: Values | list[Encoded] | str) -> Any:
+    if isinstance(sampled, str):
+        return {"error": sampled}
+    if isinstance(sampled, list):
+        return [dataclasses.asdict(each) for each in sampled]
+    return dataclasses.asdict(sampled)
+
+
+def as_text(found: Look) -> list[str]:
+    """A few lines for each store, then totals; none longer than `COLUMNS`."""
+    cache = found.cache
+    lines = []
+    for store in cache.stores:
+        lines += [*map(_cut_line, _store_lines(store, found)), ""]
+    if found.verified and cache.stores and not cache.damaged:
         lines.append("verified: every chunk of a complete store is as it was written")
-    stores = f"{len(report.stores)} store{'' if len(report.stores) == 1 else 's'}"
+    count = len(cache.stores)
+    stores = f"{count} store{'' if count == 1 else 's'}" if count else "no stores"
+    lines.append(f"{stores} in {cache.folder}")
+    which = "--max-gb" if found.chosen else "80 % of the free disk, a run's default"
+    share = cache.bytes / found.budget if found.budget else float(cache.bytes > 0)
     lines.append(
-        f"{stores}, {human_bytes(report.bytes)} in {report.folder}; "
-        f"{human_bytes(report.free_bytes)} free on this disk"
+        f"{bar(share)}  {human_bytes(cache.bytes)} of {human_bytes(found.budget)} ({which})"
     )
-    if pruned:
-        lines.append(f"pruned: {pruned} orphans of killed runs")
-    if report.orphans:
-        lines.append(
-            f"orphans of killed runs: {len(report.orphans)} (--prune removes them; a run that is "
-            "resumed goes on with a store that was half written)"
-        )
+    lines.append(f"{human_bytes(cache.free_bytes)} free on this disk")
+    if found.pruned:
+        lines.append(f"pruned: {found.pruned} orphans of killed runs")
+    if cache.orphans:
+        lines.append(f"orphans of killed runs: {len(cache.orphans)} (--prune removes them;")
+        lines.append("  a run that is resumed goes on with a store that was half written)")
     return lines
 
 
-def _table_rows(store: StoreReport) -> list[list[str]]:
-    name, age = store.folder.name[:12], duration(store.age_seconds)
-    about = store.description
-    if about is None:
-        unknown = ["?", "?", "", "", "", "", "", ""]
-        return [[name, *unknown, human_bytes(store.bytes), store.state, age]]
-    kind = f"{about.values} as {about.stored} (lossy)" if about.lossy else about.values
-    rows: list[list[str]] = []
-    for split, layout in about.splits.items():
-        what = [
-            split,
-            f"{layout.rows:,}",
-            "x".join(map(str, layout.row_shape)),
-            kind,
-            about.codec,
-            f"{store.chunks_present[split]}/{layout.chunks}",
-            human_bytes(store.split_bytes[split]),
+def _store_lines(store: StoreReport, found: Look) -> Iterator[str]:
+    about, name = store.description, store.folder.name
+    what = "what is not known"
+    if about is not None:
+        place = f"{about.boundary} after {_cut(about.unit)}" if about.boundary else "0 (pixels)"
+        what = f"{_cut(about.network)}, boundary {place}"
+    yield f"{name[:12]}  {what}"
+    yield f"  {store.state}, {human_bytes(store.bytes)}, made {ago(store.age_seconds)}"
+    if about is not None:
+        table = [
+            [
+                f"  {_cut(split)}",
+                f"{store.rows_present[split]:,}/{layout.rows:,} rows",
+                bar(store.rows_present[split] / layout.rows),
+                f"{store.chunks_present[split]}/{layout.chunks} chunks",
+                human_bytes(store.split_bytes[split]),
+            ]
+            for split, layout in about.splits.items()
         ]
-        if rows:
-            rows.append(["", "", "", *what, "", ""])
-        else:
-            place = f"{about.boundary} {about.unit}"
-            rows.append([name, about.network, place, *what, store.state, age])
-    return rows
+        yield from format_table(table, right=(1, 3, 4))
+        layout = next(iter(about.splits.values()))
+        shape = "x".join(map(str, layout.row_shape)) or "one number"
+        kind = f"{about.values} as {about.stored} (lossy)" if about.lossy else about.values
+        yield f"  a row: {shape} {kind}, {human_bytes(layout.row_bytes)}, {about.codec}"
+        if (batch := about.details.get("batch_size")) is not None:
+            source = about.details.get("input")
+            of = "" if source is None else f" from input of {_cut(source)}"
+            yield f"  made in batches of {_cut(batch)}{of}"
+    if store.unused_seconds is not None:
+        yield f"  last used {ago(store.unused_seconds)}"
+    if store.usage is not None:
+        hits, misses = store.usage.hits, store.usage.misses
+        share = f", {hits / (hits + misses):.1%} hits" if hits + misses else ""
+        yield f"  its last run: {hits:,} hits, {misses:,} misses (rows computed to fill it){share}"
+    for sentence in store.damage:
+        yield from _wrapped("damaged", sentence)
+    if (values := found.values.get(name)) is not None:
+        yield from _value_lines(values)
+    if (codecs := found.codecs.get(name)) is not None:
+        yield from _codec_lines(codecs)
+
+
+def _value_lines(values: Values | str) -> Iterator[str]:
+    if isinstance(values, str):
+        yield from _wrapped("no values", values)
+        return
+    yield (
+        f"  values of {values.rows:,} rows: {values.zeros / max(values.numbers, 1):.1%} are 0, "
+        f"{values.nan:,} NaN, {values.infinite:,} infinite"
+    )
+    if values.low is None:
+        return
+    yield (
+        f"    {values.low:.4g} to {values.high:.4g}, mean {values.mean:.4g}, "
+        f"standard deviation {values.deviation:.4g}"
+    )
+    most = max(values.counts, default=0)
+    others = sum(values.counts)
+    table = [
+        [f"    {low:.3g}", f"{high:.3g}", f"{count / others:.2%}", "#" * -(-50 * count // most)]
+        for low, high, count in zip(values.edges, values.edges[1:], values.counts, strict=False)
+    ]
+    if table:
+        header = ["    from", "to", "share", "of what is not 0"]
+        yield from format_table([header, *table], right=(0, 1, 2))
+
+
+def _codec_lines(codecs: list[Encoded] | str) -> Iterator[str]:
+    if isinstance(codecs, str):
+        yield from _wrapped("no codecs", codecs)
+        return
+    raw = codecs[0].bytes
+    table = [["    kept with", "takes", "of raw", "loses"]]
+    for each in codecs:
+        loses = "nothing" if each.error is None else f"{each.error:.2%} of the values, rms"
+        share = f"{each.bytes / raw:.0%}" if raw else ""
+        table.append([f"    {each.option}", human_bytes(each.bytes), share, loses])
+    yield from format_table(table, right=(1, 2))
+
+
+def _wrapped(label: str, sentence: str) -> list[str]:
+    whole = f"{label}: {sentence}"
+    return textwrap.wrap(whole, COLUMNS, initial_indent="  ", subsequent_indent="    ")
+
+
+def _cut(name: str, most: int = MOST_NAME) -> str:
+    return name if len(name) <= most else name[: most - 3] + "..."
+
+
+def _cut_line(line: str) -> str:
+    """A store may claim any number of dimensions, and batches of any size."""
+    return _cut(line, COLUMNS)
+
+
+def bar(share: float) -> str:
+    """`[##########          ]  50%`; full only if nothing is missing."""
+    share = min(max(share, 0.0), 1.0)
+    return f"[{'#' * int(share * BAR):{BAR}}] {int(share * 100):3}%"
+
+
+def ago(seconds: float) -> str:
+    return f"{duration(seconds)} ago"
 
 
 if __name__ == "__main__":

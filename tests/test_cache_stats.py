@@ -1,26 +1,43 @@
 """scripts/cache_stats.py tells what is in a cache folder, and whether it is whole."""
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
+from cachefreeze import PrefixCache, freeze, partition
 from cachefreeze.store import (
     Description,
     Layout,
     Quantization,
     SplitReader,
     StoreWriter,
+    Usage,
     inspect_cache,
+    note_usage,
+    open_store,
     prepare_cache_dir,
+    read_usage,
     remove_store,
 )
+from cachefreeze.train import main
+
+from .conftest import Run
+from .interrupter import Interrupter
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "cache_stats.py"
+FINGERPRINT = "0123456789abcdef" * 2
 ROWS = {"train": np.ones((60, 4, 4, 8), np.uint16), "val": np.ones((9, 4, 4, 8), np.uint16)}
 
 
@@ -28,7 +45,7 @@ ROWS = {"train": np.ones((60, 4, 4, 8), np.uint16), "val": np.ones((9, 4, 4, 8),
 def cache_dir(tmp_path: Path) -> Path:
     """A cache folder with one committed store."""
     prepare_cache_dir(tmp_path / "cache")
-    writer = start_store(tmp_path / "cache", "0123456789abcdef" * 2)
+    writer = start_store(tmp_path / "cache", FINGERPRINT)
     for split, rows in ROWS.items():
         writer.append(split, rows)
     writer.commit().close()
@@ -43,53 +60,61 @@ def start_store(cache_dir: Path, name: str) -> StoreWriter:
     return StoreWriter(cache_dir, about)
 
 
-def stats(*options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@dataclass
+class Said:
+    """What the script said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_a_table_shows_every_store_with_its_splits(cache_dir: Path) -> None:
+Stats = Callable[..., Said]
+
+
+@pytest.fixture
+def stats(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Stats:
+    """Runs the script in this process."""
+    look = runpy.run_path(str(SCRIPT))["main"]
+
+    def run(*options: object) -> Said:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
+        code = look()
+        captured = capsys.readouterr()
+        if "--json" not in options:
+            lines = captured.out.replace(str(options[0]), "").splitlines()
+            assert max(map(len, lines), default=0) <= 100
+        return Said(code, captured.out, captured.err)
+
+    return run
+
+
+def test_every_store_is_shown_with_its_splits(cache_dir: Path, stats: Stats) -> None:
     result = stats(cache_dir)
     assert result.returncode == 0
-    header, train, val, total = result.stdout.splitlines()
-    assert header.split() == (
-        [
-            "store",
-            "network",
-            "boundary",
-            "split",
-            "rows",
-            "shape",
-            "type",
-            "codec",
-            "chunks",
-            "size",
-            "state",
-            "age",
-        ]
+    name, state, train, val, row, gap, *totals = result.stdout.splitlines()
+    assert name == "0123456789ab  wrn16_2, boundary 3 after group1_block2"
+    assert state.startswith("  committed, ")
+    assert re.sub(" +", " ", train).startswith(
+        " train 60/60 rows [####################] 100% 1/1 chunks 16"
     )
-    assert train.split()[:11] == (
-        [
-            "0123456789ab",
-            "wrn16_2",
-            "3",
-            "group1_block2",
-            "train",
-            "60",
-            "4x4x8",
-            "bfloat16",
-            "raw",
-            "1/1",
-            "16",
-        ]
-    )
-    assert "committed" in train
-    assert val.split()[:4] == ["val", "9", "4x4x8", "bfloat16"]
-    assert total.startswith("1 store, ")
-    assert "free on this disk" in total
+    assert re.sub(" +", " ", val).startswith(" val 9/9 rows [####################] 100% 1/1 chunks")
+    assert row == "  a row: 4x4x8 bfloat16, 256 B, raw"
+    assert gap == ""
+    assert totals[0] == f"1 store in {cache_dir}"
+    assert re.match(r"\[ {20}\]   0%  \d\S* kB of .* \(80 % of the free disk, ", totals[1])
+    assert totals[2].endswith(" free on this disk")
 
 
-def test_json_holds_the_same_in_plain_values(cache_dir: Path) -> None:
+def test_the_program_runs_by_itself(cache_dir: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(cache_dir)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("0123456789ab")
+
+
+def test_json_holds_the_same_in_plain_values(cache_dir: Path, stats: Stats) -> None:
     found = json.loads(stats(cache_dir, "--json", "--verify").stdout)
     (store,) = found["stores"]
     assert store["unit"] == "group1_block2"
@@ -104,7 +129,7 @@ def test_json_holds_the_same_in_plain_values(cache_dir: Path) -> None:
     assert not found["damaged"]
 
 
-def test_what_is_stored_is_shown_beside_what_it_stands_for(cache_dir: Path) -> None:
+def test_what_is_stored_is_shown_beside_what_it_stands_for(cache_dir: Path, stats: Stats) -> None:
     pixels = np.zeros((50, 4, 4, 3), np.uint8)
     zstd = {"train": Layout.of(50, (4, 4, 3), "uint8", "zstd")}
     lz4 = {"train": Layout.of(50, (4, 4, 3), "int8", "lz4")}
@@ -119,11 +144,10 @@ def test_what_is_stored_is_shown_beside_what_it_stands_for(cache_dir: Path) -> N
         writer.commit().close()
     result = stats(cache_dir, "--verify")
     assert result.returncode == 0
-    header, _, _, first, second = result.stdout.splitlines()[:5]
-    column = header.index("type")
-    assert "  0 pixels  " in first
-    assert first[column:].split()[:3] == ["uint8", "zstd", "1/1"]
-    assert second[column:].startswith("float32 as int8 (lossy)  lz4")
+    assert "111111111111  vgg, boundary 0 (pixels)\n" in result.stdout
+    assert "  a row: 4x4x3 uint8, 48 B, zstd\n" in result.stdout
+    assert "222222222222  vgg, boundary 1 after conv1\n" in result.stdout
+    assert "  a row: 4x4x3 float32 as int8 (lossy), 48 B, lz4\n" in result.stdout
     _, pixel_store, lossy_store = json.loads(stats(cache_dir, "--json").stdout)["stores"]
     assert (pixel_store["codec"], pixel_store["lossy"]) == ("zstd", False)
     assert (lossy_store["values"], lossy_store["stored"]) == ("float32", "int8")
@@ -134,7 +158,7 @@ def test_what_is_stored_is_shown_beside_what_it_stands_for(cache_dir: Path) -> N
     assert pixel_store["splits"]["train"]["bytes"] == on_disk + metadata
 
 
-def test_verify_finds_a_flipped_bit_and_exits_with_1(cache_dir: Path) -> None:
+def test_verify_finds_a_flipped_bit_and_exits_with_1(cache_dir: Path, stats: Stats) -> None:
     chunk = next(cache_dir.glob("*/val/c.*"))
     content = bytearray(chunk.read_bytes())
     content[7] ^= 1
@@ -142,10 +166,11 @@ def test_verify_finds_a_flipped_bit_and_exits_with_1(cache_dir: Path) -> None:
     assert stats(cache_dir).returncode == 0, "a bit is not looked at without --verify"
     result = stats(cache_dir, "--verify")
     assert result.returncode == 1
-    assert "damaged: 0123456789abcdef0123456789abcdef: val: c.0.0.0.0 has a wrong" in result.stdout
+    assert "  damaged, " in result.stdout
+    assert "  damaged: val: c.0.0.0.0 has a wrong checksum\n" in result.stdout
 
 
-def test_a_missing_chunk_is_damage_without_verify(cache_dir: Path) -> None:
+def test_a_missing_chunk_is_damage_without_verify(cache_dir: Path, stats: Stats) -> None:
     next(cache_dir.glob("*/val/c.*")).unlink()
     result = stats(cache_dir)
     assert result.returncode == 1
@@ -181,8 +206,8 @@ def test_a_store_is_not_removed_while_it_is_verified(
     assert removed == [False, False]
 
 
-def test_metadata_that_are_not_ours_are_damage_not_a_crash(cache_dir: Path) -> None:
-    (cache_dir / ("0123456789abcdef" * 2) / "zarr.json").write_text('{"attributes": 3}')
+def test_metadata_that_are_not_ours_are_damage_not_a_crash(cache_dir: Path, stats: Stats) -> None:
+    (cache_dir / FINGERPRINT / "zarr.json").write_text('{"attributes": 3}')
     result = stats(cache_dir, "--verify")
     assert result.returncode == 1
     assert result.stderr == ""
@@ -190,7 +215,7 @@ def test_metadata_that_are_not_ours_are_damage_not_a_crash(cache_dir: Path) -> N
     assert json.loads(stats(cache_dir, "--json").stdout)["stores"][0]["state"] == "damaged"
 
 
-def test_orphans_of_killed_runs_are_counted_and_pruned(cache_dir: Path) -> None:
+def test_orphans_of_killed_runs_are_counted_and_pruned(cache_dir: Path, stats: Stats) -> None:
     writer = start_store(cache_dir, "a" * 32)
     running = stats(cache_dir)
     assert running.returncode == 0
@@ -211,7 +236,9 @@ def test_orphans_of_killed_runs_are_counted_and_pruned(cache_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["missing", "file", "untagged", "photos"])
-def test_a_folder_that_is_no_cache_is_refused_with_2(tmp_path: Path, what: str) -> None:
+def test_a_folder_that_is_no_cache_is_refused_with_2(
+    tmp_path: Path, what: str, stats: Stats
+) -> None:
     folder = tmp_path / what
     if what == "file":
         folder.write_text("")
@@ -226,8 +253,341 @@ def test_a_folder_that_is_no_cache_is_refused_with_2(tmp_path: Path, what: str) 
     assert what != "photos" or (folder / ("a" * 32)).exists()
 
 
-def test_an_empty_cache_is_no_error(tmp_path: Path) -> None:
+def test_an_empty_cache_is_no_error(tmp_path: Path, stats: Stats) -> None:
     prepare_cache_dir(tmp_path / "cache")
     result = stats(tmp_path / "cache")
     assert result.returncode == 0
     assert "no stores" in result.stdout
+
+
+def test_a_store_that_is_being_written_shows_how_far_it_is(cache_dir: Path, stats: Stats) -> None:
+    thirds = {"train": Layout(60, (4, 4, 8), "uint16", rows_per_chunk=20)}
+    now = time.time()
+    about = Description("b" * 32, "vgg", 1, "conv1", "bfloat16", "bfloat16", now, thirds, {})
+    writer = StoreWriter(cache_dir, about)
+    writer.append("train", ROWS["train"][:50])
+    result = stats(cache_dir, "--values", "--codecs")
+    lines = result.stdout[result.stdout.index("bbbbbbbbbbbb") :].splitlines()
+    assert lines[1].startswith("  being written, ")
+    assert "40/60 rows  [#############       ]  66%  2/3 chunks" in lines[2]
+    assert "  no values: it is not complete" in lines
+    store = json.loads(stats(cache_dir, "--json").stdout)["stores"][1]
+    assert store["splits"]["train"]["rows_present"] == 40
+    writer.append("train", ROWS["train"][50:])
+    writer.commit().close()
+    assert "60/60 rows  [####################] 100%  3/3 chunks" in stats(cache_dir).stdout
+
+
+def test_a_store_may_be_looked_at_while_it_is_used(cache_dir: Path, stats: Stats) -> None:
+    store = open_store(cache_dir, FINGERPRINT)
+    assert store is not None
+    result = stats(cache_dir, "--verify", "--values", "--codecs", "--prune")
+    assert "  in use, " in result.stdout
+    assert "values of 69 rows" in result.stdout
+    assert store.readers["train"].chunk(0).shape == (60, 256)
+    assert store.remove(), "nobody holds it any more"
+
+
+@pytest.mark.parametrize("wide", ["network", "unit"])
+def test_long_names_are_cut(cache_dir: Path, stats: Stats, wide: str) -> None:
+    names = {"network": "vgg", "unit": "conv1", wide: "x" * 200}
+    split = {"train": Layout.of(50, (4, 4, 3), "uint8")}
+    details = {"batch_size": "9" * 200, "input": "8" * 200}
+    writer = StoreWriter(
+        cache_dir,
+        Description(
+            "1" * 32,
+            boundary=1,
+            values="uint8",
+            stored="uint8",
+            created=time.time(),
+            splits=split,
+            details=details,
+            **names,
+        ),
+    )
+    writer.append("train", np.zeros((50, 4, 4, 3), np.uint8))
+    writer.commit().close()
+    assert "x" * 27 + "..." in stats(cache_dir).stdout
+
+
+def test_the_largest_store_there_can_be_fits_the_line(cache_dir: Path, stats: Stats) -> None:
+    split = {"x" * 60: Layout(2**39, (1, 2, 1, 2, 1, 2, 1), "uint8", rows_per_chunk=2**10)}
+    now = time.time()
+    writer = StoreWriter(
+        cache_dir, Description("1" * 32, "vgg", 1, "conv1", "uint8", "uint8", now, split, {})
+    )
+    assert "0/549,755,813,888 rows" in stats(cache_dir).stdout
+    writer.abort()
+
+
+def test_the_budget_may_be_named(cache_dir: Path, stats: Stats) -> None:
+    used = json.loads(stats(cache_dir, "--json").stdout)
+    assert not used["budget_given"]
+    assert used["budget_bytes"] == pytest.approx(0.8 * used["free_bytes"], rel=0.1)
+    half = stats(cache_dir, "--max-gb", 2 * used["bytes"] / 1e9)
+    assert "[##########          ]  50%" in half.stdout
+    given = json.loads(stats(cache_dir, "--json", "--max-gb", 0.25).stdout)
+    assert (given["budget_bytes"], given["budget_given"]) == (0.25e9, True)
+    assert "[####################] 100%" in stats(cache_dir, "--max-gb", 0).stdout.splitlines()[-2]
+    refused = stats(cache_dir, "--max-gb", -1)
+    assert refused.returncode == 2
+    assert "--max-gb -1.0 does not make sense" in refused.stderr
+
+
+OPTIONS = ["--arch", "wrn10_1", "-b", "32", "-j", "0", "--precision", "fp32", "--quiet"]
+OPTIONS += ["--dataset", "imagefolder", "--image-size", "32", "--cache-policy", "eager"]
+
+
+@pytest.fixture(scope="module")
+def used(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the cache of a run, and the run beside it."""
+    folder = tmp_path_factory.mktemp("used")
+    words = [*OPTIONS, "--data-dir", str(images), "--cache-dir", str(folder / "cache")]
+    words += ["--epochs", "4", "--t0", "0.2", "--schedule", "linear"]
+    assert main([*words, "--output-dir", str(folder / "run")]) == 0
+    return folder
+
+
+def test_hits_and_misses_are_those_of_the_last_run(used: Path, stats: Stats) -> None:
+    run = Run.load(used / "run")
+    assert [event["step"] for event in run.summary["cache"]["boundaries"]][-1] == 16
+    (store,) = json.loads(stats(used / "cache", "--json").stdout)["stores"]
+    # From step 16 on three batches of 32 rows, one of 22, and the last validation.
+    assert (store["last_run"]["hits"], store["last_run"]["misses"]) == (3 * 32 + 22 + 33, 183)
+    assert store["unused_seconds"] <= store["age_seconds"]
+    assert store["details"]["input"] == "3x32x32"
+    text = stats(used / "cache").stdout
+    assert "  its last run: 151 hits, 183 misses (rows computed to fill it), 45.2% hits" in text
+    assert "  made in batches of 32 from input of 3x32x32\n" in text
+    assert "  last used " in text
+
+
+def test_a_run_that_finds_a_store_has_no_misses(
+    images: Path, tmp_path: Path, stats: Stats, interrupt: Interrupter
+) -> None:
+    words = [*OPTIONS, "--data-dir", str(images), "--cache-dir", str(tmp_path / "cache")]
+    words += ["--epochs", "2", "--freeze-first", "-1"]
+
+    def last_run() -> tuple[int, int]:
+        (store,) = json.loads(stats(tmp_path / "cache", "--json").stdout)["stores"]
+        return store["last_run"]["hits"], store["last_run"]["misses"]
+
+    assert main([*words, "--output-dir", str(tmp_path / "one")]) == 0
+    assert last_run() == (2 * 183, 183)
+    interrupt(7)
+    assert main([*words, "--output-dir", str(tmp_path / "two")]) == 130
+    interrupt.no_more()
+    # Seven steps, the fifth of 22 rows, and one validation.
+    assert last_run() == (6 * 32 + 22 + 33, 0)
+    assert stats(tmp_path / "cache", "--verify").returncode == 0
+
+
+def test_a_loop_of_ones_own_leaves_what_it_had_of_a_store(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    units = partition(model)
+    freeze(units, 1)
+    data = TensorDataset(torch.zeros(10, 3), torch.zeros(10))
+    with PrefixCache(units, data, batch_size=4, directory=tmp_path / "cache") as cache:
+        cache.materialize()
+        assert cache.store is not None
+        folder = cache.store.folder
+        for epoch in range(3):
+            assert len(list(cache.epoch(epoch))) == 3
+    usage = read_usage(folder)
+    assert usage is not None
+    assert (usage.hits, usage.misses) == (30, 10)
+
+
+def test_what_a_run_wrote_of_its_use_disturbs_nothing(cache_dir: Path, stats: Stats) -> None:
+    folder, usage = cache_dir / FINGERPRINT, Usage(3, 4, 5.0)
+    note_usage(folder, usage)
+    assert read_usage(folder) == usage
+    (folder / "usage.json.123.partial").write_text("{")
+    result = stats(cache_dir, "--verify", "--prune")
+    assert result.returncode == 0
+    assert "pruned: 1" in result.stdout
+    assert read_usage(folder) == usage
+    store = open_store(cache_dir, FINGERPRINT)
+    assert store is not None
+    assert list(store.damage()) == []
+    assert store.remove()
+    assert not folder.exists()
+    note_usage(folder, usage)
+    assert not folder.exists(), "what is gone is not made again"
+    writer = start_store(cache_dir, "a" * 32)
+    note_usage(writer.folder, usage)
+    assert read_usage(writer.folder) is None, "nor is a store that nobody can have used"
+    writer.abort()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"3",
+        b"[1, 2, 3.0]",
+        b"{",
+        b"[" * 900,
+        b'{"hits": -1, "misses": 0, "time": 1.0}',
+        b'{"hits": 1.5, "misses": 0, "time": 1.0}',
+        b'{"hits": true, "misses": 0, "time": 1.0}',
+        b'{"hits": "1", "misses": 0, "time": 1.0}',
+        b'{"hits": 1, "misses": 99999999999999999999, "time": 1.0}',
+        b'{"hits": 1, "misses": 0, "time": NaN}',
+        b'{"hits": 1, "misses": 0, "time": 1e999}',
+        b'{"hits": 1, "misses": 0}',
+        b'{"hits": 1, "misses": 0, "time": 1.0, "run": "\\u0007"}',
+        b'{"hits": 1, "misses": 0, "time": 1.0}' + b" " * 2000,
+        b"\xff\xfe",
+    ],
+)
+def test_a_note_that_is_none_of_ours_is_passed_over(
+    cache_dir: Path, stats: Stats, content: bytes
+) -> None:
+    (cache_dir / FINGERPRINT / "usage.json").write_bytes(content)
+    assert read_usage(cache_dir / FINGERPRINT) is None
+    result = stats(cache_dir, "--verify")
+    assert result.returncode == 0
+    assert "last" not in result.stdout
+
+
+def test_a_note_is_not_read_through_a_link(cache_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "else").write_text('{"hits": 1, "misses": 2, "time": 3.0}')
+    (cache_dir / FINGERPRINT / "usage.json").symlink_to(tmp_path / "else")
+    assert read_usage(cache_dir / FINGERPRINT) is None
+    note_usage(cache_dir / FINGERPRINT, Usage(4, 5, 6.0))
+    assert read_usage(cache_dir / FINGERPRINT) == Usage(4, 5, 6.0)
+    assert '"hits": 1' in (tmp_path / "else").read_text()
+
+
+def write_store(
+    cache_dir: Path,
+    name: str,
+    rows: np.ndarray,
+    values: str = "float32",
+    stored: str = "float32",
+    codec: str = "raw",
+    quantization: Quantization | None = None,
+) -> Path:
+    split = {"train": Layout.of(len(rows), rows.shape[1:], rows.dtype.name, codec)}
+    about = Description(
+        name * 32, "vgg", 1, "conv1", values, stored, time.time(), split, {}, quantization
+    )
+    writer = StoreWriter(cache_dir, about)
+    writer.append("train", rows)
+    writer.commit().close()
+    return writer.folder
+
+
+def sampled(stats: Stats, cache_dir: Path, name: str, option: str) -> Any:
+    found = json.loads(stats(cache_dir, "--json", option).stdout)["stores"]
+    (store,) = [store for store in found if store["fingerprint"] == name * 32]
+    return store[f"sampled_{option.removeprefix('--')}"]
+
+
+def activations() -> np.ndarray:
+    """As after a ReLU: half of them 0."""
+    random = np.random.default_rng(1)
+    return random.normal(0, 3, (100, 6, 6, 16)).clip(0).astype(np.float32)
+
+
+def test_values_are_those_of_the_rows(cache_dir: Path, stats: Stats) -> None:
+    rows = activations()
+    rows[3, 0, 0, :3] = np.nan
+    rows[99, 5, 5, :2] = np.inf, -np.inf
+    write_store(cache_dir, "c", rows)
+    found = sampled(stats, cache_dir, "c", "--values")
+    finite = rows[np.isfinite(rows)].astype(float)
+    assert (found["rows"], found["numbers"]) == (100, rows.size)
+    assert (found["nan"], found["infinite"]) == (3, 2)
+    assert found["zeros"] == (finite == 0).sum()
+    assert (found["low"], found["high"]) == (0, finite.max())
+    assert found["mean"] == pytest.approx(finite.mean())
+    assert found["deviation"] == pytest.approx(finite.std())
+    counts, edges = np.histogram(finite[finite != 0], 10)
+    assert found["counts"] == counts.tolist()
+    assert found["edges"] == edges.tolist()
+    text = stats(cache_dir, "--values").stdout
+    assert f"  values of 100 rows: {(rows == 0).mean():.1%} are 0, 3 NaN, 2 infinite" in text
+    assert f"  {counts.max() / counts.sum():.2%}  {'#' * 50}\n" in text
+
+
+def test_values_are_decoded_as_those_who_train_get_them(cache_dir: Path, stats: Stats) -> None:
+    bits = torch.full((20, 3), -1.5, dtype=torch.bfloat16).view(torch.uint16).numpy()
+    write_store(cache_dir, "c", bits, "bfloat16", "bfloat16", "zstd")
+    steps = np.tile(np.array([-128, 0, 127], np.int8), (20, 1))
+    scale = Quantization(scale=(0.5, 1.0, 2.0), offset=(10.0, 20.0, 30.0))
+    write_store(cache_dir, "d", steps, "float32", "int8", "raw", scale)
+    found = sampled(stats, cache_dir, "c", "--values")
+    assert (found["low"], found["high"], found["numbers"]) == (-1.5, -1.5, 60)
+    found = sampled(stats, cache_dir, "d", "--values")
+    assert (found["low"], found["high"]) == (-54.0, 284.0)
+    assert found["mean"] == pytest.approx((-54 + 20 + 284) / 3)
+
+
+def test_what_fills_up_the_last_chunk_is_no_value(cache_dir: Path, stats: Stats) -> None:
+    split = {"train": Layout(50, (3,), "float32", rows_per_chunk=20)}
+    now = time.time()
+    about = Description("c" * 32, "vgg", 1, "conv1", "float32", "float32", now, split, {})
+    writer = StoreWriter(cache_dir, about)
+    writer.append("train", np.ones((50, 3), np.float32))
+    writer.commit().close()
+    found = sampled(stats, cache_dir, "c", "--values")
+    assert (found["rows"], found["nan"]) == (50, 0)
+
+
+def test_a_large_store_is_sampled_the_same_way_each_time(cache_dir: Path, stats: Stats) -> None:
+    rows = np.arange(2000, dtype=np.float32)[:, None] * np.ones(10_000, np.float32)  # 80 MB
+    write_store(cache_dir, "c", rows)
+    once, again = (sampled(stats, cache_dir, "c", "--values") for _ in range(2))
+    assert once == again
+    assert once["rows"] == 256
+    assert 0 <= once["low"] < once["high"] < 2000
+
+
+def test_codecs_tell_what_a_store_would_take(cache_dir: Path, stats: Stats) -> None:
+    rows = activations()
+    takes = {}
+    for name, codec in (("c", "raw"), ("d", "lz4"), ("e", "zstd")):
+        folder = write_store(cache_dir, name, rows, codec=codec)
+        takes[f"--cache-codec {codec}"] = sum(p.stat().st_size for p in folder.glob("train/c.*"))
+    for name in "cde":
+        found = {each["option"]: each for each in sampled(stats, cache_dir, name, "--codecs")}
+        # That is exact here, where the sample is the store.
+        assert {option: found[option]["bytes"] for option in takes} == takes
+        assert {found[option]["error"] for option in takes} == {None}
+        half, quarter = found["--cache-dtype bf16"], found["--cache-codec int8"]
+        assert (half["bytes"], quarter["bytes"]) == (rows.nbytes // 2, rows.nbytes // 4)
+        assert 0 < half["error"] < 2**-8
+        assert 0 < quarter["error"] < 0.02
+    assert takes["--cache-codec zstd"] < rows.nbytes
+    text = stats(cache_dir, "--codecs").stdout
+    assert f"{takes['--cache-codec zstd'] / takes['--cache-codec raw']:.0%}  nothing" in text
+
+
+def test_what_has_lost_precision_is_not_offered_to_lose_more(cache_dir: Path, stats: Stats) -> None:
+    lossless = [f"--cache-codec {codec}" for codec in ("raw", "lz4", "zstd")]
+
+    def options(name: str) -> list[str]:
+        return [each["option"] for each in sampled(stats, cache_dir, name, "--codecs")]
+
+    write_store(cache_dir, "c", np.ones((20, 4, 4, 3), np.uint8), "uint8", "uint8")
+    assert options("c") == lossless, "pixels"
+    bits = torch.ones((20, 3), dtype=torch.bfloat16).view(torch.uint16).numpy()
+    write_store(cache_dir, "d", bits, "float32", "bfloat16")
+    assert options("d") == lossless
+    write_store(cache_dir, "e", bits, "bfloat16", "bfloat16")
+    assert options("e") == [*lossless, "--cache-codec int8"]
+    write_store(cache_dir, "f", np.full((20, 3), np.nan, np.float32))
+    assert options("f") == [*lossless, "--cache-dtype bf16"], "int8 has no NaN"
+
+
+def test_a_damaged_chunk_gives_no_values(cache_dir: Path, stats: Stats) -> None:
+    for chunk in cache_dir.glob("*/*/c.*"):
+        chunk.write_bytes(bytes(chunk.stat().st_size))
+    result = stats(cache_dir, "--values", "--codecs")
+    assert "  no values: c.0.0.0.0 has a wrong checksum" in result.stdout
+    assert "  no codecs: c.0.0.0.0 has a wrong checksum" in result.stdout
+    (store,) = json.loads(stats(cache_dir, "--json", "--values").stdout)["stores"]
+    assert store["sampled_values"] == {"error": "c.0.0.0.0 has a wrong checksum"}

@@ -1,6 +1,9 @@
 """The command line: what it means, and what it refuses."""
 
+import argparse
 import re
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +39,9 @@ def test_freezeouts_own_option_names_are_accepted() -> None:
     assert (settings.t0, settings.schedule, settings.scale_lr) == (0.5, "squared", False)
     settings = config.parse([])
     assert (settings.t0, settings.schedule, settings.scale_lr) == (0.8, "cubic", True)
+    assert config.parse(["--no-scale-lr", "--scale_lr"]).scale_lr
+    assert not config.parse(["--scale_lr", "--no-scale-lr"]).scale_lr
+    assert config.parse(["--model", "WRN"]).arch == "wrn"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,44 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_page_about_options_is_what_the_script_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.setattr(sys, "argv", ["options_table.py"])
+    assert runpy.run_path(str(root / "scripts" / "options_table.py"))["main"]() == 0
+    page = capsys.readouterr().out
+    assert page == (root / "docs" / "options.md").read_text(), (
+        "python scripts/options_table.py > docs/options.md"
+    )
+    for action in config.options()._actions:
+        if action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
+            assert all(f"`{name}`" in page for name in action.option_strings)
+
+
+def test_help_is_in_groups_and_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        config.parse(["--help"])
+    assert end.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for group in ("network:", "data:", "schedule (FreezeOut):", "cache:", "training:"):
+        assert f" {group} " in text
+    assert "where activations are stored (default: data/cache)" in text
+    assert "unit's initial rate by its share of the run (default: on)" in text
+    assert "None" not in text
+    assert "True)" not in text
+    assert "False)" not in text
+
+
+@pytest.mark.parametrize(("theirs", "ours"), config.FREEZEOUT)
+def test_what_help_says_of_freezeouts_options_is_so(theirs: str, ours: str) -> None:
+    known = config.options()._option_string_actions
+    for name in re.findall(r"--?\w[\w-]*", theirs):
+        assert (name in known) == (ours.startswith("the same") or name == "--resume")
+    for name in re.findall(r"--\w[\w-]*", ours):
+        assert name in known
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
     assert "--device cuda is not available" in fails("--device", "cuda")
@@ -98,7 +142,7 @@ def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
 def test_every_option_that_the_readme_names_exists() -> None:
     root = Path(__file__).parents[1]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (root / "README.md").read_text()))
-    known = set(config._parser()._option_string_actions)
+    known = set(config.options()._option_string_actions)
     for script in (root / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert len(named) > 20

@@ -15,15 +15,15 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
     ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"],
-    ["record", "figures"],
+    ["record", "figures", "terminal", "outlook"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
-    ["moments"],
-    ["encoding", "scratch", "identity", "markup"],
+    ["moments", "progress"],
+    ["encoding", "scratch", "identity", "markup", "metrics"],
     ["freezeout", "stored_rows", "tiers", "staging"],
     ["background", "profiler", "datasets", "config", "page", "compare"],
     ["serving", "sinks"],
     ["stores"],
-    ["cache", "network"],
+    ["cache", "network", "samples"],
     ["forecast"],
     ["planning"],
     ["preview", "resume"],
@@ -34,7 +34,7 @@ INSIDE = {
     "adapters": [["lightning"]],
     "models": [["units", "layers"], ["wrn", "densenet", "vgg", "partition", "ready_made"]],
     "data": [["images"], ["inputs", "sets"]],
-    "store": [["codecs"], ["folder", "format"], ["read"], ["write", "inspect"]],
+    "store": [["codecs"], ["folder", "format"], ["read", "usage"], ["write", "inspect"]],
 }
 
 

@@ -30,6 +30,7 @@ def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None
         "args.json",
         "best.pt",
         "last.pt",
+        "metrics.csv",
         "metrics.jsonl",
         "previous.pt",
         "profile.json",
@@ -340,7 +341,8 @@ def test_a_full_disk_under_the_output_folder_is_one_sentence(
     sentence = fails(*options, "--output-dir", small_disk / "out")
     assert "No space left on device" in sentence
     left = {path.name for path in (small_disk / "out").iterdir()}
-    assert left <= {"args.json", "profile.json", "metrics.jsonl"}, "no part of a checkpoint"
+    metrics = {"metrics.jsonl", "metrics.csv"}
+    assert left <= {"args.json", "profile.json", *metrics}, "no part of a checkpoint"
 
 
 def test_a_checkpoint_too_large_for_the_disk_is_one_sentence(
@@ -351,7 +353,7 @@ def test_a_checkpoint_too_large_for_the_disk_is_one_sentence(
         sentence = fails(*folder_options(images, tmp_path), "--no-cache")
     assert "File too large" in sentence
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert left == ["args.json", "metrics.jsonl"], "no part of a checkpoint"
+    assert left == ["args.json", "metrics.csv", "metrics.jsonl"], "no part of a checkpoint"
 
 
 def test_a_full_disk_under_the_cache_folder_costs_only_the_cache(

@@ -9,6 +9,7 @@
                             journal        the chunks so far, until it is committed
                             lock           held shared by readers, exclusively by the writer
                             kept           if later runs may want it
+                            usage.json     what the last run had of it, for people
 
 An uncompressed chunk file is its rows' bytes in C order, and the checksum in four bytes more. So
 any zarr tool opens a store, and training reads rows straight from the files, with `pread`: as fast
@@ -25,6 +26,7 @@ from cachefreeze.store.codecs import CODECS, Codec, codec_for, encoded_bytes
 from cachefreeze.store.folder import (
     SCRATCH,
     check_cache_dir,
+    default_budget,
     in_use,
     is_being_written,
     is_cache_dir,
@@ -48,6 +50,7 @@ from cachefreeze.store.format import (
 )
 from cachefreeze.store.inspect import CacheReport, StoreReport, inspect_cache
 from cachefreeze.store.read import Damage, SplitReader, Store, open_store
+from cachefreeze.store.usage import Usage, note_usage, read_usage
 from cachefreeze.store.write import StoreTooLarge, StoreWriter, mend_chunk
 
 __all__ = [
@@ -68,8 +71,10 @@ __all__ = [
     "StoreReport",
     "StoreTooLarge",
     "StoreWriter",
+    "Usage",
     "check_cache_dir",
     "codec_for",
+    "default_budget",
     "encoded_bytes",
     "in_use",
     "inspect_cache",
@@ -79,9 +84,11 @@ __all__ = [
     "kept_since",
     "label",
     "mend_chunk",
+    "note_usage",
     "open_store",
     "prepare_cache_dir",
     "read_description",
+    "read_usage",
     "remove_rubbish",
     "remove_store",
     "store_folders",

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from cachefreeze.files import (
     entries_below,
     is_locked,
     lock_file,
+    nearest_folder,
     open_regular,
     remove_tree,
+    size_of_tree,
     unlock_file,
     why_not_writable,
     write_atomically,
@@ -25,6 +28,8 @@ from cachefreeze.files import (
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 # Stores on their way out, and those that are only to measure with.
 TRASH, SCRATCH = ".trash-", ".scratch-"
+# Of the disk's free bytes: what the cache folder may take if nothing else is said.
+FREE_DISK_SHARE = 0.8
 # Marks a store that is to stay; when it was written is when the store was last taken into use.
 KEPT = "kept"
 TAG = (
@@ -109,6 +114,13 @@ def is_cache_dir(folder: Path) -> bool:
             return file.read(len(TAG) + 1) == TAG.encode()
     except OSError:
         return False
+
+
+def default_budget(folder: Path) -> float:
+    """Bytes that a cache folder may take if nothing else is said."""
+    # What lies in it already is not free, but the cache's to use.
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    return FREE_DISK_SHARE * (free + size_of_tree(folder))
 
 
 def store_folders(cache_dir: Path) -> list[Path]:

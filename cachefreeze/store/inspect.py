@@ -26,11 +26,13 @@ from cachefreeze.store.format import (
     read_manifest,
 )
 from cachefreeze.store.read import split_reader
+from cachefreeze.store.usage import Usage, read_usage
 
 
 @dataclass(frozen=True)
 class StoreReport:
-    """What is known of one store. Without a `description`, `damage` says why."""
+    """What is known of one store. Without a `description`, `damage` says why. `unused_seconds` is
+    how long ago a run wrote down that it used it."""
 
     folder: Path
     description: Description | None
@@ -42,6 +44,17 @@ class StoreReport:
     age_seconds: float
     chunks_present: dict[str, int]
     damage: tuple[str, ...]
+    usage: Usage | None
+    unused_seconds: float | None
+
+    @property
+    def rows_present(self) -> dict[str, int]:
+        """Rows of each split in chunks that are there."""
+        splits = {} if self.description is None else self.description.splits
+        return {
+            name: min(self.chunks_present.get(name, 0) * split.rows_per_chunk, split.rows)
+            for name, split in splits.items()
+        }
 
     @property
     def state(self) -> str:
@@ -129,18 +142,24 @@ def _look(folder: Path, verify: bool, used: bool) -> StoreReport:
         # A store that is not complete may well lack its description: that is no damage.
         if committed:
             damage.append(str(error))
+    usage, kept = read_usage(folder), kept_since(folder)
+    uses = [] if kept is None else [kept]
+    if usage is not None:
+        uses.append(usage.time)
     created = description.created if description else folder.stat().st_mtime
     return StoreReport(
         folder=folder,
         description=description,
         committed=committed,
-        kept=kept_since(folder) is not None,
+        kept=kept is not None,
         in_use=used,
         split_bytes={split: size_of_tree(folder / split) for split in present},
         bytes=size_of_tree(folder),
         age_seconds=max(time.time() - created, 0.0),
         chunks_present=present,
         damage=tuple(damage),
+        usage=usage,
+        unused_seconds=max(time.time() - max(uses), 0.0) if uses else None,
     )
 
 

@@ -147,6 +147,24 @@ class SplitReader(ABC):
             except OSError as error:
                 yield Damage(self.folder.name, chunk, str(error))
 
+    def chunk(self, number: int) -> NDArray[np.uint8]:
+        """All rows of a chunk, (rows, row_bytes), once they are known to be those that were
+        written.
+
+        Raises:
+            OSError: they are not.
+        """
+        layout = self.layout
+        rows = np.empty((layout.rows_per_chunk, layout.row_bytes), np.uint8)
+        self._decode_chunk(number, rows.reshape(-1))
+        return rows[: layout.rows - number * layout.rows_per_chunk]
+
+    def _decode_chunk(self, chunk: int, out: NDArray[np.uint8]) -> None:
+        try:
+            codec_for(self.layout.codec, self.layout.dtype).decode(self._content(chunk), out)
+        except ValueError as error:
+            raise OSError(f"{self.chunk_path(chunk).name} is damaged: {error}") from error
+
     @abstractmethod
     def another(self) -> "SplitReader":
         """One for another thread: no two may read with the same one at a time."""
@@ -262,7 +280,6 @@ class DecodedReader(SplitReader):
 
     def _decode(self, before_each: Callable[[], None]) -> NDArray[np.uint8]:
         layout = self.layout
-        codec = codec_for(layout.codec, layout.dtype)
         try:
             # One piece: a large one goes back to the system when it is freed, small ones may not.
             memory = np.empty((layout.chunks, layout.chunk_bytes), np.uint8)
@@ -271,10 +288,7 @@ class DecodedReader(SplitReader):
             raise OSError(f"its rows take {size} of memory, more than there is") from error
         for chunk, out in enumerate(memory):
             before_each()
-            try:
-                codec.decode(self._content(chunk), out)
-            except ValueError as error:
-                raise OSError(f"{self.chunk_path(chunk).name} is damaged: {error}") from error
+            self._decode_chunk(chunk, out)
         return memory.reshape(-1, layout.row_bytes)
 
 

@@ -1,0 +1,77 @@
+"""Write the page about all options: `python scripts/options_table.py > docs/options.md`."""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+
+from cachefreeze.config import FREEZEOUT, meaning, options
+from cachefreeze.report import markdown_table
+
+INTRODUCTION = """\
+# Options
+
+`python scripts/options_table.py > docs/options.md` wrote this page from what
+`python -m cachefreeze.train --help` says. An option that would do nothing in a run is refused.
+"""
+TERMINAL = """
+Bars go to the standard error, and only if that is a terminal; a log file gets plain lines in any
+case. `--quiet` is for jobs whose output is sent to somebody (cron): warnings, then the accuracy,
+the time, the run's folder and the hash of its weights. Errors go to the standard error, with exit
+code 2 (130 or 143 after a signal). Neither option is one of the run: `--resume` does not remember
+them.
+"""
+FREEZEOUTS = """
+## FreezeOut's own options
+
+Those of the train.py of FreezeOut's authors, and what they are here.
+"""
+
+
+def main() -> int:
+    argparse.ArgumentParser(description="Write the page about all options.").parse_args()
+    print("\n".join(page()))
+    return 0
+
+
+def page() -> Iterator[str]:
+    """The whole page in Markdown, by line."""
+    yield INTRODUCTION.rstrip()
+    for group in options()._action_groups:
+        shown = [
+            action
+            for action in group._group_actions
+            if action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)
+        ]
+        if shown:
+            title = str(group.title)
+            yield from ("", f"## {title[0].upper()}{title[1:]}", "")
+            rows = [[spelled(action), _cell(meaning(action))] for action in shown]
+            yield from markdown_table([["option", "meaning"], *rows])
+    yield TERMINAL.rstrip()
+    yield FREEZEOUTS
+    rows = [[_cell(theirs), _cell(ours)] for theirs, ours in FREEZEOUT]
+    yield from markdown_table([["there", "here"], *rows])
+
+
+def spelled(action: argparse.Action) -> str:
+    """An option in all its spellings, and what it takes."""
+    names = ", ".join(f"`{name}`" for name in action.option_strings)
+    if action.nargs == 0:
+        return names
+    value = action.metavar
+    if value is None:
+        value = "|".join(map(str, action.choices or [action.dest.upper()]))
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    return f"{names} `{_cell(value)}`"
+
+
+def _cell(text: str) -> str:
+    """Options as code: two hyphens may become a dash."""
+    coded = re.sub(r"(?<![\w-])--?[A-Za-z][\w-]*", r"`\g<0>`", text)
+    return coded.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

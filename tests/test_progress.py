@@ -1,0 +1,246 @@
+"""What a run shows while it goes on: on a terminal, and where there is none."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cachefreeze import planning, progress
+from cachefreeze.outlook import Outlook, Stretch
+from cachefreeze.progress import Standing, clock, status
+from cachefreeze.resume import start_of
+from cachefreeze.terminal import EVERYTHING, Manner, say
+from cachefreeze.train import main
+
+from .conftest import Run
+from .screen import Screen, terminal
+
+EPOCHS = 3
+OPTIONS = ["--arch", "wrn10_1", "-b", "32", "-j", "0", "--precision", "fp32", "--t0", "0.3"]
+OPTIONS += ["--epochs", str(EPOCHS), "--schedule", "linear", "--cache-policy", "eager"]
+OPTIONS += ["--dataset", "imagefolder", "--image-size", "32"]
+
+
+@dataclass
+class Watched:
+    """A run on a terminal: what was written there, what the bar was asked to show, and what was
+    left of the run whenever that was planned (after so many steps)."""
+
+    screen: Screen
+    standings: list[Standing]
+    outlooks: list[tuple[int, Sequence[Stretch]]]
+    run: Run
+
+
+def options(images: Path, folder: Path) -> list[str]:
+    words = [*OPTIONS, "--data-dir", str(images), "--cache-dir", str(folder / "cache")]
+    return [*words, "--output-dir", str(folder / "run")]
+
+
+@pytest.fixture(scope="module", params=[60, 80, 120])
+def watched(
+    request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Watched:
+    folder = tmp_path_factory.mktemp("watched")
+    standings: list[Standing] = []
+    outlooks = []
+
+    def planned(step: int, now: float, left: Sequence[Stretch]) -> Outlook:
+        outlooks.append((step, left))
+        return Outlook(step, now, left)
+
+    def recorded(standing: Standing, columns: int) -> str:
+        standings.append(standing)
+        return status(standing, columns)
+
+    with pytest.MonkeyPatch.context() as patch, terminal(request.param) as screen:
+        patch.setattr(progress, "SECONDS_BETWEEN", 0.0)  # every step: the run is short
+        patch.setattr(progress, "status", recorded)
+        patch.setattr(planning, "Outlook", planned)
+        assert main(options(images, folder)) == 0
+    return Watched(screen, standings, outlooks, Run.load(folder / "run"))
+
+
+def test_one_bar_shows_the_run_and_fits_the_terminal(watched: Watched) -> None:
+    columns = watched.screen.columns
+    bars = [frame for frame in watched.screen.frames if frame.endswith("|")]
+    assert len(bars) >= 5 * EPOCHS, "the bar moves with the steps"
+    assert all(len(bar) < columns for bar in bars)
+    assert any("loss " in bar and "val " in bar and " left |" in bar for bar in bars)
+    last = bars[-1]
+    assert re.match(rf"(epoch )?{EPOCHS}/{EPOCHS}  ", last)
+    assert "frozen 4/5" in last
+    if columns >= 80:
+        assert re.search(r"[\d,]+ img/s", last)
+        assert "cached" in last or "rows from the cache after group3_block1" in last
+    if columns >= 120:
+        assert "rows from the cache after group3_block1" in last
+
+
+def test_bars_leave_nothing_behind_and_tear_no_line(watched: Watched) -> None:
+    lines = watched.screen.lines
+    assert not [line for line in lines if "left" in line or "caching" in line or "|" in line]
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    whole = r"epoch \d/3  loss \d\.\d{4}  val +[\d.]+%  frozen \d/5 +[\d,]+ img/s  rows from .+"
+    assert len(epochs) == EPOCHS
+    assert all(re.fullmatch(whole, line) for line in epochs)
+    filled = [line for line in lines if line.startswith("  step ")]
+    assert len(filled) == len(watched.run.summary["cache"]["boundaries"]) > 1
+    assert all(line.endswith((" s", " predicted)")) for line in filled)
+
+
+def test_filling_a_store_has_a_bar_below(watched: Watched) -> None:
+    filling = [frame for frame in watched.screen.frames if frame.startswith("caching ")]
+    assert len(filling) >= len(watched.run.summary["cache"]["boundaries"])
+    assert all(len(frame) < watched.screen.columns for frame in filling)
+
+
+def test_the_bar_shows_what_the_metrics_say(watched: Watched) -> None:
+    standings, metrics = watched.standings, watched.run.metrics
+    assert len(standings) == 5 * EPOCHS, "one for every step"
+    for number, standing in enumerate(standings):
+        epoch, position = divmod(number, 5)
+        assert (standing.epoch, standing.epochs, standing.units) == (epoch + 1, EPOCHS, 5)
+        before = metrics[epoch - 1] if epoch else None
+        assert standing.accuracy == (before and before["val_accuracy"])
+        if position == 0:
+            assert standing.loss == (before and before["train_loss"])
+    for epoch, line in enumerate(metrics):
+        last = standings[5 * epoch + 4]
+        assert last.frozen <= line["frozen_units"] <= 4
+    assert standings[0].source == "pixels"
+    assert standings[-1].source == "group3_block1"
+    # Of an epoch, the loss of the last step that was shown is one of those that it is the mean of.
+    first = [standing.loss for standing in standings[1:5] if standing.loss is not None]
+    assert len(first) == 4
+    assert min(first) < metrics[0]["train_loss"] * 1.5
+
+
+def test_time_left_comes_to_its_end(watched: Watched) -> None:
+    left = [standing.seconds_left for standing in watched.standings]
+    assert all(seconds is None or seconds > 0 for seconds in left)
+    assert left[-1] is not None
+    assert left[-1] < watched.run.summary["wall_seconds"]
+
+
+def test_the_outlook_is_that_of_the_plan_from_here_on(watched: Watched) -> None:
+    fillings = [event["step"] for event in watched.run.summary["cache"]["boundaries"]]
+    assert len(fillings) > 2
+    assert [step for step, _ in watched.outlooks][-3:] == fillings[-3:], "planned at every freeze"
+    for step, left in watched.outlooks:
+        assert step + sum(stretch.steps for stretch in left) == 5 * EPOCHS
+        # What was filled at this step is filled.
+        coming = [later for later in fillings if later > step]
+        assert sum(stretch.before > 0 for stretch in left) == len(set(coming))
+
+
+def test_no_progress_is_lines_only_even_on_a_terminal(images: Path, tmp_path: Path) -> None:
+    with terminal(80) as screen:
+        assert main([*options(images, tmp_path), "--epochs", "1", "--no-progress"]) == 0
+    assert "\x1b" not in screen.text
+    assert "\r" not in screen.text.replace("\r\n", "")
+    assert "epoch 1/1  loss" in screen.text
+
+
+def test_a_quiet_run_tells_its_result(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with terminal(80) as screen:
+        assert main([*options(images, tmp_path), "--epochs", "1", "-q"]) == 0
+    lines = screen.text.splitlines()
+    assert [line.split()[0] for line in lines] == ["accuracy", "time", "run", "weights"]
+    say("and whoever comes next is heard again")
+    assert "heard again" in capsys.readouterr().out
+
+
+def test_a_quiet_plan_is_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--plan", "--arch", "wrn10_1", "-q", "--cache-dir", str(tmp_path / "cache")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("unit  ")
+    assert lines[-1].startswith("efficiency ")
+
+
+def test_an_error_ends_the_bar_first(images: Path, tmp_path: Path) -> None:
+    with terminal(100) as screen:
+        assert main([*options(images, tmp_path), "--lr", "1e30"]) == 2
+    *_, last = [line for line in screen.lines if line]
+    assert last.startswith("error: the loss is ")
+    assert "|" not in last
+
+
+def test_where_there_is_no_terminal_there_are_plain_lines(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options(images, tmp_path), "--epochs", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert not set(captured.out) & set("\r\x1b|█")
+
+
+def test_how_much_is_told_is_no_setting_of_the_run(images: Path, tmp_path: Path) -> None:
+    words = options(images, tmp_path)
+    start = start_of([*words[:5], "--quiet", *words[5:]])
+    assert start.manner == Manner(lines=False, bars=False)
+    assert "--quiet" not in start.command
+    assert start_of([*words, "--no-progress"]).manner == Manner(lines=True, bars=False)
+    assert start_of(words).manner == EVERYTHING
+    assert not {"quiet", "progress"} & set(start.settings.as_json())
+
+
+def test_a_run_goes_on_in_another_manner_and_warns_in_any(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert main([*options(images, tmp_path), "--epochs", "2", "--quiet"]) == 0
+    (folder / "summary.json").unlink()
+    (folder / "last.pt").write_bytes(b"damaged")
+    resume = ["--resume", str(folder)]
+    assert start_of(resume).manner == EVERYTHING
+    capsys.readouterr()
+    assert main([*resume, "--quiet"]) == 0
+    warning, *result = capsys.readouterr().out.splitlines()
+    assert warning.endswith(": going on from previous.pt")
+    assert [line.split()[0] for line in result] == ["accuracy", "time", "run", "weights"]
+
+
+STANDING = Standing(7, 12, 0.01234, 0.98331, 2, 8, "group1_block1", 2463.4, 65.0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (
+            200,
+            "epoch  7/12  loss 0.012  val 98.3%  frozen 2/8  "
+            "rows from the cache after group1_block1  2,463 img/s  1:05 left",
+        ),
+        (
+            80,
+            "epoch  7/12  loss 0.012  val 98.3%  frozen 2/8  cached  2,463 img/s  1:05 left",
+        ),
+        (74, "7/12  loss 0.012  val 98.3%  frozen 2/8  cached  2,463 img/s  1:05 left"),
+        (70, "7/12  loss 0.012  val 98.3%  frozen 2/8  2,463 img/s  1:05 left"),
+        (54, "7/12  loss 0.012  val 98.3%  frozen 2/8  1:05 left"),
+        (40, "7/12  loss 0.012  1:05 left"),
+        (5, "7/12  1:05 left"),
+    ],
+)
+def test_a_narrow_terminal_gets_fewer_words(columns: int, line: str) -> None:
+    assert " ".join(status(STANDING, columns).split()) == " ".join(line.split())
+
+
+def test_what_is_not_known_yet_is_left_out() -> None:
+    standing = Standing(1, 12, None, None, 0, 8, "pixels", None, None)
+    assert status(standing, 80) == "epoch  1/12  frozen 0/8  rows from pixels"
+
+
+def test_a_clock_is_short() -> None:
+    assert [clock(s) for s in (0.2, 59.6, 61, 3600, 360000)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "1:00:00",
+        "100:00:00",
+    ]
