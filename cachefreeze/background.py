@@ -1,5 +1,6 @@
 """Rows on their way from a device into a store, beside other work."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cachefreeze.device import host_memory
 from cachefreeze.encoding import as_array
 from cachefreeze.store import Description, Layout, Store, StoreWriter
 from cachefreeze.tiers import Memory
@@ -20,8 +22,8 @@ WAITING_CHUNKS = 2
 class ChunkStream:
     """Encoded rows from a device, given to threads on the host a chunk at a time.
 
-    `append` returns as soon as copies have been asked for; what it was given may be written over
-    from then on by work in the current stream. Takes `threads + WAITING_CHUNKS` chunks of memory,
+    `append` returns as soon as copies have been asked for. What it was given may be freed then, but
+    not written over. Takes `threads + WAITING_CHUNKS` chunks of memory,
     and waits when all of them are in use.
 
     Args:
@@ -49,8 +51,7 @@ class ChunkStream:
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for _ in range(threads + WAITING_CHUNKS):
-            pinned = self._stream is not None
-            self._free.put(torch.empty((most, *shape), dtype=dtype, pin_memory=pinned))
+            self._free.put(host_memory((most, *shape), dtype, pinned=self._stream is not None))
         self._chunk: Tensor | None = None
         self._next = dict.fromkeys(layouts, 0)
         self._failure: BaseException | None = None
@@ -76,15 +77,25 @@ class ChunkStream:
                 self._chunk = self._free.get()
             number, held = divmod(self._next[split], layout.rows_per_chunk)
             part = rows[: layout.rows_per_chunk - held]
-            with torch.cuda.stream(self._stream):
-                self._chunk[held : held + len(part)].copy_(part, non_blocking=True)
+            room = self._chunk[held : held + len(part)]
+            if self._stream is None:
+                room.copy_(part)
+            else:
+                with torch.cuda.stream(self._stream):
+                    room.copy_(part, non_blocking=True)
             rows = rows[len(part) :]
             self._next[split] += len(part)
             held += len(part)
             if held == layout.rows_per_chunk or self._next[split] == layout.rows:
-                copied = None if self._stream is None else self._stream.record_event()
-                self._threads.submit(self._give, split, number, self._chunk, held, copied)
-                self._chunk = None
+                copied = None
+                if self._stream is not None:
+                    copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+                    copied.record(self._stream)
+                chunk, self._chunk = self._chunk, None
+                try:
+                    self._threads.submit(self._give, split, number, chunk, held, copied)
+                except RuntimeError:  # the interpreter is about to end, and starts no thread more
+                    self._give(split, number, chunk, held, copied)
 
     def finish(self) -> None:
         """Wait until all chunks have been put.
@@ -133,7 +144,7 @@ class WritingStore:
     """A store whose rows are in memory, and which is written from there in the background.
 
     To whoever serves the rows it is what a `Store` is that is never read. Until it has been written
-    it keeps the memory.
+    it keeps the memory. A process that ends without `close` ends when it has been written.
 
     Args:
         writer: of the store; what it holds already is not written again.
@@ -155,6 +166,7 @@ class WritingStore:
         self.folder = writer.folder
         self.notes = notes
         self.error: OSError | None = None
+        self.told = False  # of the error
         self._writer = writer
         self._memory: Memory | None = memory
         self._device = device
@@ -167,7 +179,7 @@ class WritingStore:
         self._filled = torch.cuda.Event() if device.type == "cuda" else None
         if self._filled is not None:
             self._filled.record(torch.cuda.current_stream(device))
-        self._thread = threading.Thread(target=self._write, name="cachefreeze-store", daemon=True)
+        self._thread = threading.Thread(target=self._write, name="cachefreeze-store")
         self._thread.start()
 
     @property
@@ -177,9 +189,8 @@ class WritingStore:
 
     @property
     def bytes(self) -> int:
-        """Of its chunk files, so far if they are compressed."""
-        compressed = self.description.codec != "raw"
-        return self._writer.bytes if self.done or compressed else self.description.bytes
+        """Of its chunk files, once it is done."""
+        return self._writer.bytes if self.done else self.description.bytes
 
     @property
     def kept(self) -> bool:
@@ -224,9 +235,12 @@ class WritingStore:
                     store.keep()
             if store is None:
                 self._writer.abort()
-        except OSError as error:
-            self.error = error
+        except BaseException as error:
+            known = isinstance(error, OSError)
+            self.error = error if isinstance(error, OSError) else OSError(str(error))
             self._writer.abort()
+            if not known:
+                raise  # with its traceback
         finally:
             self._memory = None
 
@@ -234,10 +248,11 @@ class WritingStore:
         assert self._memory is not None
         device = next(iter(self._memory.rows.values())).device
         dtype = next(iter(self._memory.rows.values())).dtype
-        stream = torch.cuda.Stream(self._device) if self._filled is not None else None
-        with torch.cuda.stream(stream):
-            if stream is not None and self._filled is not None:
+        with contextlib.ExitStack() as context:
+            if self._filled is not None:
+                stream = torch.cuda.Stream(self._device)
                 stream.wait_event(self._filled)
+                context.enter_context(torch.cuda.stream(stream))
             chunks = chunks_into(self._writer, dtype, device, self._threads)
             try:
                 for split, rows in self._memory.rows.items():

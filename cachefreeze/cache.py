@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from cachefreeze.background import HeldStore, WritingStore
 from cachefreeze.datasets import DatasetRows, joined, rows_of, split_rows
 from cachefreeze.device import autocast, numerics
+from cachefreeze.encoding import Encoding
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
 from cachefreeze.fingerprint import UNKNOWN, Sources, structure
@@ -40,7 +41,7 @@ from cachefreeze.store import (
 )
 from cachefreeze.stored_rows import StoredPixels
 from cachefreeze.stores import Source, Stores
-from cachefreeze.tiers import Memory, Tiers
+from cachefreeze.tiers import TIERS, Memory, Tiers
 
 # Batches whose reading is compared with computing them.
 WATCHED_BATCHES = 20
@@ -231,7 +232,8 @@ class PrefixCache:
         self._checkpointed: str | None = None
         self._retired: list[HeldStore] = []
         self._mended: Store | None = None
-        self._told_of: HeldStore | None = None
+        # Rows that are in a lower tier only while those before them have not left theirs.
+        self._may_rise = False
         # Rows served before the present store was, and rows computed to fill it.
         self._served_before = self._missed = 0
         self._rows: Mapping[str, Rows] = self.inputs
@@ -387,6 +389,9 @@ class PrefixCache:
         taken, name, knowable = None, self._name(stop), False
         try:
             fingerprint, knowable = self._fingerprint(stop)
+            for each in self._retired:
+                if isinstance(each, WritingStore) and each.description.fingerprint == fingerprint:
+                    each.wait()
             taken = self._stores.take(
                 fingerprint,
                 stop,
@@ -404,10 +409,8 @@ class PrefixCache:
         except (OSError, StoreError) as error:
             reason = getattr(error, "strerror", None) or error
             self.warn(f"the store after {name} cannot be written ({reason}): not cached")
-        finally:
-            seconds = time.perf_counter() - start
-            self.saved_seconds -= seconds
         if taken is None:
+            self.saved_seconds -= time.perf_counter() - start
             return None
         store = taken.store
         keep = 0 < stop <= self._from_start if self.keep is None else self.keep
@@ -420,6 +423,8 @@ class PrefixCache:
                 "written down (for a data set of your own: IndexedDataset(..., identity=...))"
             )
         self._switch(store, stop, taken.memory)
+        seconds = time.perf_counter() - start
+        self.saved_seconds -= seconds
         self._served_before = self.rows_served
         self._missed = 0 if taken.reused else sum(self.rows.values()) - taken.held
         return Materialization(
@@ -457,12 +462,16 @@ class PrefixCache:
         that whoever goes on from there finds it."""
         self._note_usage()
         self._checkpointed = self.state_dict()["store"]
+        self._tell_of_failures()
+        writing: list[HeldStore] = []
         for store in self._retired:
             if not store.kept:
                 store.remove()
-            elif not _is_being_written(store):
+            elif _is_being_written(store):
+                writing.append(store)
+            else:
                 store.close()
-        self._retired = list(filter(_is_being_written, self._retired))
+        self._retired = writing
 
     def finish(self) -> None:
         """Wait until what is written in the background is on disk (as `close` does, too), and all
@@ -471,7 +480,7 @@ class PrefixCache:
         for store in (self._store, *self._retired):
             if isinstance(store, WritingStore):
                 store.wait()
-        self._tell_of_failure()
+        self._tell_of_failures()
 
     @property
     def bytes_in_use(self) -> int:
@@ -481,7 +490,7 @@ class PrefixCache:
     @property
     def holds_retired(self) -> bool:
         """Whether there are stores that would be removed by `release`."""
-        return bool(self._retired)
+        return not all(store.kept for store in self._retired)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Materialization | None:
         """Go on with the store that a checkpoint names; None if it names none, or that one is not
@@ -584,11 +593,11 @@ class PrefixCache:
     def close(self) -> None:
         """Let go of the store. One that is kept stays on disk until the room is needed, any other
         until a run with this folder fills its own."""
+        self.finish()
         self._note_usage()
         for store in (self._store, *self._retired):
             if store is not None:
                 store.close()
-        self._tell_of_failure()
         self._retired = []
         self._leave_store()
 
@@ -616,8 +625,9 @@ class PrefixCache:
         """Rows at boundary `stop`; None is the frontier, and counts as serving the run."""
         done = 0
         self._leave_if_other_weights()
-        self._tell_of_failure()
+        self._tell_of_failures()
         while done < len(order):
+            self._rise()
             boundary, store, source = self.boundary, self._store, self._rows
             try:
                 mark = self._mark()
@@ -635,6 +645,7 @@ class PrefixCache:
                     if self._rows is not source:
                         break
                     mark = self._mark()
+                del source  # which may be the last to hold rows in memory
             except OSError as error:
                 if not isinstance(store, Store):
                     raise
@@ -755,40 +766,71 @@ class PrefixCache:
 
     def _switch(self, store: HeldStore, boundary: int, memory: Memory | None) -> None:
         self._note_usage()
-        self._forget_reading()
-        old, self._store = self._store, store
-        # What is loaded next may need the memory of the rows before.
-        self._rows, self._memory = self.inputs, memory
-        if memory is None:
-            assert isinstance(store, Store)
-            self._memory = loaded(store, self.tiers)
-        stored = {
-            name: serve(store, name, self._memory, self.device, self.threads)
-            for name in store.description.splits
-        }
-        self._rows = dict(stored)
-        if boundary == 0:
-            self._rows = {
-                name: StoredPixels(rows, self.inputs[name])  # type: ignore[arg-type]
-                for name, rows in stored.items()
-            }
-        self.boundary = boundary
+        old = self._store
+        # What is loaded next may need the memory of the rows before; and if that goes wrong, rows
+        # are computed.
+        self._leave_store()
+        self._retire(old)
+        try:
+            if memory is None:
+                assert isinstance(store, Store)
+                memory = loaded(store, self.tiers)
+            rows = self._rows_of(store, boundary, memory)
+        except BaseException:
+            store.close()
+            raise
+        self._store, self._memory, self._rows, self.boundary = store, memory, rows, boundary
+        tier = "disk" if memory is None else memory.tier
+        self._may_rise = tier != self.tiers.ladder[0]
         self._versions = self._weights_version()
         self._tell_datasets()
         self.prefix_seconds_per_row = store.notes.get("prefix_seconds_per_row", 0.0)
-        self._retire(old)
 
-    def _tell_of_failure(self) -> None:
-        """Of what could not be written in the background; its rows are in memory."""
+    def _rows_of(
+        self, store: HeldStore, boundary: int, memory: Memory | None
+    ) -> Mapping[str, Rows]:
+        stored = {
+            name: serve(store, name, memory, self.device, self.threads)
+            for name in store.description.splits
+        }
+        if boundary:
+            return stored
+        return {
+            name: StoredPixels(rows, self.inputs[name])  # type: ignore[arg-type]
+            for name, rows in stored.items()
+        }
+
+    def _rise(self) -> None:
+        """Once the rows before have left their memory: take it, if it does for these."""
         store = self._store
-        if isinstance(store, WritingStore) and store.error is not None:
-            if store is not self._told_of:
+        if not self._may_rise or store is None:
+            return
+        self._may_rise = False
+        before = self._memory
+        there = self.tiers.now_with_room(store.description)
+        if TIERS.index(there) >= TIERS.index(self.tier or "disk"):
+            return
+        if before is None:
+            assert isinstance(store, Store)
+            memory = loaded(store, self.tiers)
+        else:
+            memory = self.tiers.memory_for(store.description, Encoding.described(store.description))
+            if memory is not None:
+                for split, rows in before.rows.items():
+                    memory.rows[split].copy_(rows)
+        if memory is not None:
+            self._memory, self._rows = memory, self._rows_of(store, self.boundary, memory)
+
+    def _tell_of_failures(self) -> None:
+        """Of what could not be written in the background; its rows are in memory."""
+        for store in (self._store, *self._retired):
+            if isinstance(store, WritingStore) and store.error is not None and not store.told:
+                store.told = True
                 reason = store.error.strerror or store.error
                 self.warn(
-                    f"the store after {self.unit} cannot be written ({reason}): its rows are "
-                    "served from memory, and no later run will find them"
+                    f"the store after {self._name(store.description.boundary)} cannot be written "
+                    f"({reason}): its rows are served from memory, and no later run will find them"
                 )
-            self._told_of = store
 
     def _note_usage(self) -> None:
         """Beside the store in use, for people: what this run had of it so far."""

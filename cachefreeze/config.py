@@ -671,8 +671,8 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="on CUDA: the same bits every time, with the cache and without, for some speed (a CPU "
-        "always does)",
+        help="on CUDA: only algorithms that give the same bits every time, with the cache and "
+        "without; torch warns of what has none (a CPU always does so)",
     )
     group.add_argument(
         "--compile",

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -74,34 +75,57 @@ def numerics(device: torch.device) -> dict[str, object]:
             "deterministic": torch.backends.cudnn.deterministic,
             "benchmark": torch.backends.cudnn.benchmark,
             "algorithms": torch.are_deterministic_algorithms_enabled(),
-            "matmul": torch.get_float32_matmul_precision(),
-            "tf32": torch.backends.cudnn.allow_tf32,
+            "matmul": _matmul_precision(),
+            "tf32": _convolution_tf32(),
         }
     return common | {
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "matmul": torch.get_float32_matmul_precision(),
+        "matmul": _matmul_precision(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "threads": torch.get_num_threads(),
     }
 
 
-def set_numerics(device: torch.device, *, tf32: bool = False, deterministic: bool = False) -> None:
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by torch's newer name for it
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def _convolution_tf32() -> bool | str:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+
+
+def set_numerics(
+    device: torch.device,
+    autocast_dtype: torch.dtype | None = None,
+    *,
+    tf32: bool = False,
+    deterministic: bool = False,
+) -> None:
     """Decide how a CUDA device may round, for this process. A CPU always computes float32 as such,
     and the same way each time.
 
     Args:
         device: of the run.
+        autocast_dtype: of the run.
         tf32: multiply float32 with 10 bits of mantissa instead of 23 (TensorFloat-32).
         deterministic: use only algorithms that give the same bits every time, and choose them by
             the shapes alone. Otherwise cuDNN tries several, and takes the fastest of the day.
 
     Raises:
-        UserError: TF32 is asked for on another device.
+        UserError: TF32 is asked for on another device, or beside bfloat16.
     """
     if device.type != "cuda":
         if tf32:
             raise UserError("--tf32 is for CUDA devices: leave it out, or choose --device cuda")
         return
+    if tf32 and autocast_dtype is not None:
+        raise UserError("--tf32 is about float32: leave it out, or give --precision fp32")
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic
@@ -111,6 +135,8 @@ def set_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # What has no such algorithm runs all the same, and torch says so.
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # Or all memory that is taken would be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def synchronize(device: torch.device) -> None:
@@ -141,11 +167,23 @@ def free_memory() -> int:
 
 
 def free_device_memory(device: torch.device) -> int:
-    """Bytes that can be had on the device; an estimate. What torch's allocator holds in reserve
-    for the next step is not free."""
+    """Bytes that can be had on the device, beside what this process had in use at most so far: the
+    next training step will want that again. An estimate."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        reserved = torch.cuda.memory_reserved(device)
+        return (
+            torch.cuda.mem_get_info(device)[0] + reserved - torch.cuda.max_memory_allocated(device)
+        )
     return free_memory()
+
+
+def host_memory(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+    """Memory of the host, `pinned` for copies that a GPU makes beside its work; if there is no more
+    of that to be had, copies from there wait for it."""
+    if pinned:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    return torch.empty(tuple(shape), dtype=dtype)
 
 
 def keep_freed_memory() -> None:

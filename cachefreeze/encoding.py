@@ -1,6 +1,7 @@
 """Tensors as the arrays that a store holds, and back."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cachefreeze.device import host_memory
 from cachefreeze.models.units import canonical, is_channels_last
 from cachefreeze.store import ARRAY_TYPES, Description, Quantization
 
@@ -86,7 +88,7 @@ class Encoding:
         assert self.quantization or is_channels_last(x) == self.channels_last
         plain = in_order(x, self.channels_last)
         if self.quantization is not None:
-            scale, offset = self._quantization_on(plain.device)
+            scale, offset = _on_device(self.quantization, plain.device)
             steps = ((plain.float() - offset) / scale).round_()
             plain = steps.clamp_(-128, 127).to(torch.int8)
         elif self.stored != name_of(self.values):
@@ -98,25 +100,27 @@ class Encoding:
     ) -> tuple[Tensor, NDArray[np.uint8]]:
         """Room for encoded rows: the tensor that `decode` takes, and its bytes (rows, row_bytes)
         for a store to read into; `pinned` for copies that a GPU makes beside its work."""
-        stored = torch.empty((rows, *row_shape), dtype=self.tensor_type, pin_memory=pinned)
+        stored = host_memory((rows, *row_shape), self.tensor_type, pinned=pinned)
         return stored, as_bytes(stored)
 
     def decode(self, stored: Tensor, device: torch.device) -> Tensor:
         """Encoded rows as the tensor (n, C, H, W) or (n, ...) that they came from."""
         x = stored.to(device)
         if self.quantization is not None:
-            scale, offset = self._quantization_on(device)
+            scale, offset = _on_device(self.quantization, device)
             x = (x.float() * scale + offset).to(self.values)
         else:
             x = x.to(self.values)
         return x.permute(0, 3, 1, 2) if self.channels_last else x
 
-    def _quantization_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        assert self.quantization is not None
-        return (
-            torch.tensor(self.quantization.scale, device=device),
-            torch.tensor(self.quantization.offset, device=device),
-        )
+
+@lru_cache(maxsize=8)
+def _on_device(quantization: Quantization, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and offset of each channel. Made once: copying them would wait for the device."""
+    return (
+        torch.tensor(quantization.scale, device=device),
+        torch.tensor(quantization.offset, device=device),
+    )
 
 
 def as_array(encoded: Tensor) -> NDArray[Any]:

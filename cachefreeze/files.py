@@ -101,6 +101,9 @@ def lock_file(file: int, *, exclusive: bool) -> None:
 
 def unlock_file(file: int) -> None:
     """Close a file, and let go of its lock."""
+    # First of all: a child that another thread forks just now would have it, too.
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
     _holding.discard(file)
     os.close(file)
 

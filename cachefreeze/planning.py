@@ -23,6 +23,7 @@ from cachefreeze.profiler import (
     measure,
     passes_for,
     profile,
+    warm_up,
 )
 from cachefreeze.report import duration, materialize_line, plan_words, room_words
 from cachefreeze.timing import timed
@@ -150,6 +151,11 @@ class Planning:
         Raises:
             Interrupted: see `PrefixCache.materialize`.
         """
+        if self.cache.device.type == "cuda":
+            with timed(self.seconds, "profile"):
+                warm_up(
+                    self.cache.units, self._batch(), self.cache.device, self.cache.autocast_dtype
+                )
         if self._cache_state is not None:
             self._take_up(self._cache_state)
         if self._nothing_to_plan():
@@ -172,11 +178,9 @@ class Planning:
             self._clock = StepClock(self.cache.units, self.optimizer, self.cache.device)
             return
         with timed(self.seconds, "profile"):
-            pixels = self._pixels()
-            rows = torch.arange(self.run.batch_size) % len(pixels)
             measured = measure(
                 self.cache.units,
-                self.inputs.from_pixels(pixels[rows]),
+                self._batch(),
                 passes=max(passes, 2),
                 device=self.cache.device,
                 autocast_dtype=self.cache.autocast_dtype,
@@ -288,6 +292,12 @@ class Planning:
                 self.tell(materialize_line(self._found.as_json()))
         self._served_from = self.cache.store
         return self.cache.boundary == frontier
+
+    def _batch(self) -> torch.Tensor:
+        """A batch of network input, of a few images again and again."""
+        pixels = self._pixels()
+        rows = torch.arange(self.run.batch_size) % len(pixels)
+        return self.inputs.from_pixels(pixels[rows])
 
     def _pixels(self) -> torch.Tensor:
         """A few real images, decoded: arithmetic takes as long whatever it is done on, but how

@@ -32,7 +32,7 @@ def preview(settings: Settings, max_cache_bytes: float) -> Forecast:
     """
     device = resolve_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
-    set_numerics(device, tf32=settings.tf32, deterministic=settings.deterministic)
+    set_numerics(device, dtype, tf32=settings.tf32, deterministic=settings.deterministic)
     check_cache_dir(settings.cache_dir)
     about = _outline(settings)
     generator = torch.Generator().manual_seed(0)

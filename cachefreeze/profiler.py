@@ -298,6 +298,23 @@ def measure(
     return Arithmetic(train, forward, step, outputs, len(x), passes, seconds)
 
 
+def warm_up(
+    units: Units, x: Tensor, device: torch.device, autocast_dtype: torch.dtype | None
+) -> None:
+    """A whole training step, but for the optimiser's, on a copy: what it takes of the device's
+    memory is in the allocator's books from then on.
+
+    Args:
+        x: a batch of network input.
+    """
+    with _same_random_state(device):
+        copied = copy.deepcopy(units)
+        copied.model.train()
+        with autocast(device, autocast_dtype):
+            y = copied.run(x, 0).float()
+        F.cross_entropy(y, torch.zeros(len(y), dtype=torch.int64, device=device)).backward()
+
+
 @contextmanager
 def _same_random_state(device: torch.device) -> Iterator[None]:
     mps = torch.mps.get_rng_state() if device.type == "mps" else None

@@ -147,11 +147,18 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Settings in which two runs differ so that their results do."""
+    # A setting that a run before it does not know of is as it was then: off.
     names = [field.name for field in dataclasses.fields(Settings) if field.name not in FREE]
     if _lossy(one) or _lossy(other):
         # What is rounded, and when, is part of the result then.
-        names += sorted(name for name in FREE if name.startswith("cache"))
-    return [name for name in names if _plain(one.get(name)) != _plain(other.get(name))]
+        names += sorted(name for name in FREE if name.startswith("cache") and name != "cache_tier")
+    return [name for name in names if _differs(name, one, other)]
+
+
+def _differs(name: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    if name in one and name in other:
+        return bool(_plain(one[name]) != _plain(other[name]))
+    return bool(one.get(name) or other.get(name))
 
 
 def _lossy(settings: dict[str, Any]) -> bool:

@@ -50,7 +50,9 @@ def loaded(store: Store, tiers: Tiers) -> Memory | None:
     try:
         for split, layout in store.description.splits.items():
             for rows in batches_of(np.arange(layout.rows), layout.rows_per_chunk):
-                stored, room = encoding.empty(len(rows), layout.row_shape)
+                stored, room = encoding.empty(
+                    len(rows), layout.row_shape, pinned=tiers.device.type == "cuda"
+                )
                 store.readers[split].read(rows, room)
                 memory.rows[split][rows[0] : rows[-1] + 1] = stored
     except OSError:

@@ -26,20 +26,17 @@ def default_threads(device: torch.device) -> int:
 
 
 class RowReader(Protocol):
-    """Reads stored rows; see `SplitReader`, and `MemoryReader`."""
+    """Reads stored rows, for several threads at a time; see `SplitReader`, and `MemoryReader`."""
 
     def read(self, indices: Indices, out: NDArray[np.uint8]) -> None: ...
     def will_need(self, indices: Indices) -> None: ...
-    def another(self) -> "RowReader": ...
-    def close(self) -> None: ...
 
 
 @dataclass
 class _Station:
-    """What one batch at a time is gathered with: a reader of its own and, for a GPU, pinned memory
-    to copy from (a copy from any other memory waits for the device)."""
+    """Pinned memory that one batch at a time is copied from: a copy from any other memory waits for
+    the device."""
 
-    reader: RowReader
     pinned: Tensor | None = None
     room: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
     copied: Any = None
@@ -59,7 +56,7 @@ class StagedRows:
         encoding: of the rows.
         device: of training.
         identity: of the rows.
-        threads: that gather, each with a reader of its own.
+        threads: that gather.
         ahead: batches on their way.
     """
 
@@ -84,15 +81,17 @@ class StagedRows:
         self.threads = threads
         self.ahead = ahead
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stations: queue.SimpleQueue[_Station] = queue.SimpleQueue()
+        for _ in range(threads):
+            self._stations.put(_Station())
 
     def __len__(self) -> int:
         return self.rows
 
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        stations: queue.SimpleQueue[_Station] = queue.SimpleQueue()
-        opened = [_Station(self.reader.another()) for _ in range(min(self.threads, len(order)))]
-        for station in opened:
-            stations.put(station)
+        if len(order) == 1:  # nothing is known of the next: threads would only cost time
+            yield self._arrived(*self._fetch(order[0]))
+            return
         coming: deque[Future[tuple[Tensor, Any]]] = deque()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="cachefreeze-rows")
         try:
@@ -100,44 +99,41 @@ class StagedRows:
                 asked = number + self.ahead
                 if asked < len(order):
                     later = order[asked + self.ahead : asked + self.ahead + 1]
-                    coming.append(pool.submit(self._fetch, stations, order[asked], later))
+                    coming.append(pool.submit(self._fetch, order[asked], later))
                 if number >= 0:
                     yield self._arrived(*coming.popleft().result())
         finally:
-            # Nobody may read from what is closed next.
+            # Nobody may read any more from what is closed next.
             pool.shutdown(wait=True, cancel_futures=True)
-            for station in opened:
-                station.reader.close()
 
-    def _fetch(
-        self, stations: "queue.SimpleQueue[_Station]", rows: Indices, later: Sequence[Indices]
-    ) -> tuple[Tensor, Any]:
-        """In a thread: a batch on the device, and when its copy will have come there."""
-        station = stations.get()
+    def _fetch(self, rows: Indices, later: Sequence[Indices] = ()) -> tuple[Tensor, Any]:
+        """A batch on the device, and when its copy will have come there."""
+        station = self._stations.get()
         try:
             for each in later:
-                station.reader.will_need(each)
+                self.reader.will_need(each)
             if self._stream is None:
                 stored, room = self.encoding.empty(len(rows), self.row_shape)
-                station.reader.read(rows, room)
+                self.reader.read(rows, room)
                 return stored, None
             return self._copied(station, rows, self._stream)
         finally:
-            stations.put(station)
+            self._stations.put(station)
 
     def _copied(
         self, station: _Station, rows: Indices, stream: torch.cuda.Stream
     ) -> tuple[Tensor, Any]:
+        if station.copied is not None:
+            station.copied.synchronize()  # what lies there may not be overwritten before
         if station.pinned is None or len(station.pinned) < len(rows):
             station.pinned, station.room = self.encoding.empty(
                 len(rows), self.row_shape, pinned=True
             )
-        if station.copied is not None:
-            station.copied.synchronize()  # what lies there may not be overwritten before
-        station.reader.read(rows, station.room[: len(rows)])
+        self.reader.read(rows, station.room[: len(rows)])
         with torch.cuda.stream(stream):
             stored = station.pinned[: len(rows)].to(self.device, non_blocking=True)
-            station.copied = stream.record_event()
+            station.copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+            station.copied.record(stream)
         return stored, station.copied
 
     def _arrived(self, stored: Tensor, copied: Any) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefreeze.background import HeldStore
+from cachefreeze.background import HeldStore, WritingStore
 from cachefreeze.device import memory_for_rows
 from cachefreeze.encoding import Encoding, as_array, name_of
 from cachefreeze.errors import Interrupted
@@ -311,6 +311,10 @@ class Stores:
             raise
         finally:
             bar.close()
+        if isinstance(store, WritingStore) and codec != "raw":
+            store.wait()  # how much room it takes nobody can know before
+            if store.error is not None:
+                raise store.error
         if isinstance(store, Store):
             try:
                 store.load()

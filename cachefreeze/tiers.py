@@ -1,8 +1,8 @@
 """Where the rows of a store are served from: the device's memory, the host's, or the disk."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from weakref import WeakSet
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -41,8 +41,9 @@ class Tiers:
     Args:
         device: of training.
         tier: `auto` or one of `TIERS`; where there is no room there, the next.
-        device_bytes: that rows may take of the device's memory; None is `DEVICE_SHARE` of what is
-            free when it is asked for the first time, so do that after a training step.
+        device_bytes: that rows may take of the device's memory, old ones and new ones together;
+            None is `DEVICE_SHARE` of what is free when it is asked for the first time, so do that
+            after a training step.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Tiers:
             tier = "device" if device.type == "cuda" else "disk"
         self.ladder = TIERS[TIERS.index(tier) :]
         self._device_bytes = device_bytes
-        self._taken: WeakSet[Memory] = WeakSet()
+        # Rows on the device, for as long as anybody serves from them.
+        self._taken: list[ReferenceType[Tensor]] = []
 
     @property
     def device_bytes(self) -> float:
@@ -64,26 +66,42 @@ class Tiers:
 
     def first_with_room(self, needed: float, *, beside: float = 0.0) -> str:
         """The tier that so many bytes would go to, with so many others on the device."""
-        room: dict[str, Callable[[], float]] = {
-            "device": lambda: self.device_bytes - beside,
-            "host": memory_for_rows,
-            "disk": lambda: float("inf"),
-        }
-        return next(tier for tier in self.ladder if needed <= room[tier]())
+        return next(tier for tier in self.ladder if needed <= self._room(tier, beside))
+
+    def now_with_room(self, about: Description) -> str:
+        """The tier that the rows of a store would go to now."""
+        return self.first_with_room(_bytes_of(about), beside=self._taken_bytes)
 
     def memory_for(self, about: Description, encoding: Encoding) -> Memory | None:
         """Room for all rows of a store, not filled; None if they are to come from the disk."""
         shapes = {split: (each.rows, *each.row_shape) for split, each in about.splits.items()}
-        needed = sum(each.rows * each.row_bytes for each in about.splits.values())
-        taken = sum(memory.bytes for memory in self._taken if memory.tier == "device")
-        tier = self.first_with_room(needed, beside=taken)
-        for each in self.ladder[self.ladder.index(tier) : -1]:
-            place = self.device if each == "device" else torch.device("cpu")
-            memory = _allocated(each, shapes, encoding.tensor_type, place)
+        for tier in self.ladder:
+            if tier == "disk":
+                break
+            if _bytes_of(about) > self._room(tier, self._taken_bytes):
+                continue
+            place = self.device if tier == "device" else torch.device("cpu")
+            memory = _allocated(tier, shapes, encoding.tensor_type, place)
             if memory is not None:
-                self._taken.add(memory)
+                if tier == "device":
+                    self._taken += map(ref, memory.rows.values())
                 return memory
         return None
+
+    def _room(self, tier: str, beside: float) -> float:
+        if tier == "device":
+            return self.device_bytes - beside
+        return memory_for_rows() if tier == "host" else float("inf")
+
+    @property
+    def _taken_bytes(self) -> int:
+        alive = [(each, rows) for each in self._taken if (rows := each()) is not None]
+        self._taken = [each for each, _ in alive]
+        return sum(rows.nbytes for _, rows in alive)
+
+
+def _bytes_of(about: Description) -> int:
+    return sum(each.rows * each.row_bytes for each in about.splits.values())
 
 
 def _allocated(
@@ -94,7 +112,7 @@ def _allocated(
         rows = {name: torch.empty(s, dtype=dtype, device=place) for name, s in shapes.items()}
     except RuntimeError as error:
         # On a CPU the allocator raises a plain RuntimeError.
-        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "CPUAllocator" in str(error):
             return None
         raise
     return Memory(tier, rows)
@@ -118,9 +136,3 @@ class MemoryReader:
 
     def will_need(self, indices: Indices) -> None:
         """Nothing to do: they are there."""
-
-    def another(self) -> "MemoryReader":
-        return self  # copying out of memory disturbs nobody
-
-    def close(self) -> None:
-        """Nothing to let go of."""

@@ -96,7 +96,7 @@ def _run_in(
     settings, began = start.settings, time.perf_counter()
     device = resolve_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
-    set_numerics(device, tf32=settings.tf32, deterministic=settings.deterministic)
+    set_numerics(device, dtype, tf32=settings.tf32, deterministic=settings.deterministic)
     if settings.cache:
         check_cache_dir(settings.cache_dir)
     if settings.tensorboard:

@@ -150,7 +150,7 @@ def test_a_quiet_run_tells_its_result(
     with terminal(80) as screen:
         assert main([*options(images, tmp_path), "--epochs", "1", "-q"]) == 0
     lines = screen.text.splitlines()
-    assert [line.split()[0] for line in lines] == ["accuracy", "time", "run", "weights"]
+    assert [line.split()[0] for line in lines] == ["accuracy", "time", "run", "weights", "report"]
     say("and whoever comes next is heard again")
     assert "heard again" in capsys.readouterr().out
 
@@ -202,7 +202,7 @@ def test_a_run_goes_on_in_another_manner_and_warns_in_any(
     assert main([*resume, "--quiet"]) == 0
     warning, *result = capsys.readouterr().out.splitlines()
     assert warning.endswith(": going on from previous.pt")
-    assert [line.split()[0] for line in result] == ["accuracy", "time", "run", "weights"]
+    assert [line.split()[0] for line in result] == ["accuracy", "time", "run", "weights", "report"]
 
 
 STANDING = Standing(7, 12, 0.01234, 0.98331, 2, 8, "group1_block1", 2463.4, 65.0)

@@ -4,6 +4,8 @@ import filecmp
 import os
 import queue
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,11 @@ from torch import Tensor
 
 from cachefreeze import PrefixCache, Units, batches_of, partition
 from cachefreeze import cache as prefix_cache
+from cachefreeze import tiers as tiers_module
 from cachefreeze.background import WAITING_CHUNKS, ChunkStream, WritingStore
 from cachefreeze.encoding import Encoding, as_array
+from cachefreeze.errors import Interrupted
+from cachefreeze.files import size_of_tree
 from cachefreeze.models import build
 from cachefreeze.rows import Rows
 from cachefreeze.serving import loaded, serve
@@ -26,9 +31,13 @@ from cachefreeze.store import (
     Layout,
     Store,
     StoreWriter,
+    in_use,
     prepare_cache_dir,
     write,
 )
+from cachefreeze.store import format as store_format
+from cachefreeze.store import read as store_read
+from cachefreeze.store.read import RawReader
 from cachefreeze.tiers import MemoryReader, Tiers
 from cachefreeze.train import main
 
@@ -460,6 +469,379 @@ def test_a_run_without_its_units_left_idle_counts_every_row(units: Units, tmp_pa
             cache.leave()
             everything(cache)
             assert cache.compute_seconds > 0
+
+
+def test_room_of_rows_counts_as_taken_while_a_pass_over_them_is_suspended(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at a freeze in the middle of an epoch: the loop's iterator still has the old rows."""
+    room = 47 * 16 * 16 * 16 * 4 * 1.2
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    real = tiers_module._allocated
+
+    def counted(tier, shapes, dtype, place):
+        nonlocal most
+        memory = real(tier, shapes, dtype, place)
+        if memory is not None and tier == "device":
+            alive.extend(map(weakref.ref, memory.rows.values()))
+            most = max(most, sum(t.nbytes for r in alive if (t := r()) is not None))
+        return memory
+
+    monkeypatch.setattr(tiers_module, "_allocated", counted)
+    cache = make_cache(units, tmp_path / "cache", tier="device", device_bytes=room)
+    cache.tiers.ladder = ("device", "disk")
+    assert cache.materialize(2) is not None
+    passing = cache.batches("train", batches_of(ORDERS["train"], BATCH))
+    next(passing)
+    assert cache.materialize(3) is not None
+    assert cache.tier == "disk"
+    rows = torch.cat(list(passing))
+    assert cache.tier == "device", "once the old rows have left it"
+    assert torch.equal(rows, everything(make_cache(units, None))["train"][BATCH:])
+    cache.close()
+    assert most <= room
+
+
+def test_two_compressed_stores_in_the_background_keep_within_the_budget(
+    units: Units, tmp_path: Path
+) -> None:
+    with make_cache(units, tmp_path / "one") as cache:
+        one = cache.materialize(1, "zstd")
+        assert one is not None
+    budget = one.bytes * 1.6  # the next is of the same size: both do not fit
+    told: list[str] = []
+    cache = make_cache(
+        units, tmp_path / "cache", tier="device", keep=True, max_bytes=budget, warn=told.append
+    )
+    cache.materialize(1, "zstd")
+    cache.materialize(2, "zstd")
+    cache.finish()
+    assert size_of_tree(tmp_path / "cache") <= budget
+    cache.close()
+
+
+def test_where_the_device_has_no_memory_the_host_has_to_have_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = tiers_module._allocated
+    monkeypatch.setattr(tiers_module, "memory_for_rows", lambda: 500.0)
+    monkeypatch.setattr(
+        tiers_module,
+        "_allocated",
+        lambda tier, *rest: None if tier == "device" else real(tier, *rest),
+    )
+    tiers = Tiers(CPU, "device", device_bytes=1e9)
+    assert tiers.memory_for(described(1), Encoding(torch.float32, "float32", False)) is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_the_background_writer_is_told_and_leaves_no_lock(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> int:
+        raise RuntimeError("CUDA error: out of memory")  # pinned memory cannot be had, say
+
+    monkeypatch.setattr(write, "write_chunk_file", fail)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", tier="device", warn=told.append)
+    assert cache.materialize() is not None
+    store = cache.store
+    assert store is not None
+    cache.finish()
+    assert_same(everything(cache), everything(make_cache(units, None)))
+    cache.close()
+    assert len(told) == 1
+    assert not in_use(store.folder)
+
+
+def test_a_store_that_is_kept_and_cannot_be_written_after_it_was_left_is_told_of(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, real = threading.Event(), write.write_chunk_file
+
+    def full(path: Path, *rest: object) -> int:
+        assert opened.wait(30)
+        if first.folder in path.parents:
+            raise OSError(28, "No space left on device")
+        return real(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(write, "write_chunk_file", full)
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", tier="device", keep=True, warn=told.append)
+    cache.materialize(2)
+    assert cache.store is not None
+    first = cache.store
+    cache.materialize(4)
+    opened.set()
+    cache.finish()
+    cache.close()
+    assert len(told) == 1
+    assert "No space left on device" in told[0]
+
+
+def test_loading_that_is_interrupted_leaves_a_cache_that_serves_right_rows(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_cache(units, tmp_path / "cache", keep=True) as cache:
+        cache.materialize(2)
+        cache.materialize(4)
+    cache = make_cache(units, tmp_path / "cache", tier="device", keep=True)
+    cache.materialize(2)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prefix_cache, "loaded", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.materialize(4)
+    assert_same(everything(cache), everything(make_cache(units, None)))
+    cache.close()
+
+
+def test_the_seconds_of_a_store_that_is_loaded_hold_the_loading(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = prefix_cache.loaded
+
+    def slow(*args):
+        time.sleep(0.3)
+        return real(*args)
+
+    monkeypatch.setattr(prefix_cache, "loaded", slow)
+    with make_cache(units, tmp_path / "cache", keep=True) as cache:
+        cache.materialize()
+    with make_cache(units, tmp_path / "cache", tier="device") as cache:
+        found = cache.materialize()
+        assert found is not None
+        assert found.seconds > 0.3
+
+
+def test_a_kept_store_that_is_written_while_it_is_released_is_let_go_of(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may end between two looks at whether it has."""
+    gate = Gate(monkeypatch)
+    cache = make_cache(units, tmp_path / "cache", tier="device", keep=True)
+    cache.materialize(2)
+    first = cache.store
+    assert isinstance(first, WritingStore)
+    cache.materialize(4)
+    real, looks = prefix_cache._is_being_written, 0
+
+    def ends_after_the_first_look(store: object) -> bool:
+        nonlocal looks
+        if store is not first:
+            return real(store)  # type: ignore[arg-type]
+        looks += 1
+        if looks > 1:
+            gate.opened.set()
+            first.wait()
+        return looks == 1
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prefix_cache, "_is_being_written", ends_after_the_first_look)
+        cache.release()
+    gate.opened.set()
+    cache.finish()
+    cache.release()
+    assert not in_use(first.folder)
+    cache.close()
+
+
+def test_batches_asked_for_one_by_one_open_no_file_twice(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`PrefixCache.batch` in a loop of one's own, with threads as beside a GPU."""
+    opened: list[Path] = []
+    real = store_read.open_regular
+
+    def counted(path, flags, *rest):
+        opened.append(Path(path))
+        return real(path, flags, *rest)
+
+    cache = make_cache(units, tmp_path / "cache", tier="disk", threads=3)
+    cache.materialize()
+    monkeypatch.setattr(store_read, "open_regular", counted)
+    for _ in range(10):
+        for rows in batches_of(np.arange(37), BATCH):
+            cache.batch(rows)
+    chunks = {path for path in opened if path.name.startswith("c.")}
+    assert len(opened) <= 4 * len(chunks)
+    cache.close()
+
+
+def test_a_precision_that_was_set_by_torchs_newer_names_does_no_harm(
+    units: Units, tmp_path: Path
+) -> None:
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has no such names")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with make_cache(units, tmp_path / "cache") as cache:
+            assert cache.materialize() is not None
+    finally:
+        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_int8_rows_are_decoded_without_a_copy_to_the_device_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy from memory that is not pinned waits for a GPU, in every step."""
+    x = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    encoding = Encoding.of(x, "int8")
+    stored = encoding.encode(x)
+    encoding.decode(stored, CPU)
+    made, real = [], torch.tensor
+
+    def counted(*args, **kwargs):
+        made.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", counted)
+    encoding.decode(stored, CPU)
+    assert not made
+
+
+def test_memory_is_filled_whole_where_a_killed_run_had_written_a_part(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_format, "CHUNK_BYTES", 4 * 16 * 16 * 16 * 4)  # 4 rows
+    asked = 0
+
+    def stopping() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 3
+
+    with make_cache(units, tmp_path / "cache", stopping=stopping) as cache:
+        with pytest.raises(Interrupted):
+            cache.materialize(2)
+    cache = make_cache(units, tmp_path / "cache", tier="device", keep=True)
+    found = cache.materialize(2)
+    assert found is not None
+    assert_same(everything(cache), everything(make_cache(units, None)))
+    store = cache.store
+    assert isinstance(store, WritingStore)
+    assert sum(store._writer.held.values()) > 0, "or this tests nothing"
+    cache.close()
+    with make_cache(units, tmp_path / "cache") as again:
+        reused = again.materialize(2)
+        assert reused is not None
+        assert reused.reused
+        assert_same(everything(again), everything(make_cache(units, None)))
+
+
+def test_rows_in_the_hosts_memory_take_no_room_on_the_device() -> None:
+    encoding = Encoding(torch.float32, "float32", False)
+    tiers = Tiers(CPU, "device", device_bytes=2500)
+    small, large = (
+        tiers.memory_for(described(1), encoding),
+        tiers.memory_for(described(9), encoding),
+    )
+    assert small is not None
+    assert large is not None
+    assert (small.tier, large.tier) == ("device", "host")
+    other = tiers.memory_for(described(1), encoding)
+    assert other is not None
+    assert other.tier == "device"
+
+
+def test_a_pass_reads_no_more_batches_ahead_than_it_says_and_no_fewer(tmp_path: Path) -> None:
+    asked: list[int] = []
+    announced: list[int] = []
+
+    class Reader:
+        def read(self, indices, out):
+            asked.append(int(indices[0]))
+            out[:] = 0
+
+        def will_need(self, indices):
+            announced.append(int(indices[0]))
+
+    encoding = Encoding(torch.float32, "float32", False)
+    rows = StagedRows(Reader(), (2,), 100, encoding, CPU, "", threads=2, ahead=4)  # type: ignore[arg-type]
+    threads = threading.active_count()
+    batches = rows.batches([np.array([n]) for n in range(20)])
+    next(batches)
+    end = time.monotonic() + 5
+    while len(asked) < 5 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(asked) == [0, 1, 2, 3, 4]
+    assert sorted(announced) == [4, 5, 6, 7, 8]
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_rows_that_lost_precision_are_on_disk_before_a_checkpoint_can_name_them(
+    units: Units, tmp_path: Path, tier: str
+) -> None:
+    with make_cache(units, tmp_path / "cache", tier=tier, stored="int8") as cache:
+        assert cache.materialize() is not None
+        assert isinstance(cache.store, Store)
+        assert (cache.store.folder / "COMMITTED").exists()
+        assert cache.tier == tier
+
+
+def test_a_chunk_that_fails_while_rows_are_loaded_leaves_them_on_the_disk(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_cache(units, tmp_path / "cache", keep=True) as cache:
+        cache.materialize()
+    real, reads = RawReader.read, 0
+
+    def fails_once(reader, indices, out):
+        nonlocal reads
+        reads += 1
+        if reads == 1:
+            raise OSError(5, "Input/output error")
+        real(reader, indices, out)
+
+    monkeypatch.setattr(RawReader, "read", fails_once)
+    with make_cache(units, tmp_path / "cache", tier="device", keep=True) as cache:
+        found = cache.materialize()
+        assert found is not None
+        assert cache.tier == "disk"
+        assert_same(everything(cache), everything(make_cache(units, None)))
+
+
+def test_a_store_that_is_kept_is_waited_for_at_the_end_and_not_by_release(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, real = threading.Event(), write.write_chunk_file
+
+    def slow(path: Path, *rest: object) -> int:
+        if first.folder in path.parents:
+            assert opened.wait(30)
+        return real(path, *rest)  # type: ignore[arg-type]
+
+    gate = Gate(monkeypatch)
+    cache = make_cache(units, tmp_path / "cache", tier="device", keep=True)
+    cache.materialize(2)
+    assert isinstance(cache.store, WritingStore)
+    first = cache.store
+    assert gate.reached.wait(30)
+    monkeypatch.setattr(write, "write_chunk_file", slow)  # the first is held back once more
+    cache.materialize(4)
+    assert isinstance(cache.store, WritingStore)
+    cache.store.wait()
+    releasing = threading.Thread(target=cache.release)
+    releasing.start()
+    releasing.join(2)
+    waited = releasing.is_alive()
+    threading.Timer(0.5, gate.opened.set).start()
+    threading.Timer(0.5, opened.set).start()
+    releasing.join()
+    assert not waited, "a checkpoint waited for the disk"
+    cache.finish()
+    assert (first.folder / "COMMITTED").exists()
+    cache.close()
 
 
 # Whole runs.

@@ -90,7 +90,9 @@ class ResidentImages:
     def __init__(self, images: Images, device: torch.device) -> None:
         self.images = images
         self.device = device
-        self._pixels: Tensor | None = None  # (N, H, W, C)
+        # (N, H, W, C); taken now, so that what is free later is free.
+        shape = (len(images), *images.sample(1).shape[1:])
+        self._pixels = torch.empty(shape, dtype=torch.uint8, device=device)
         self._there = np.zeros(len(images), bool)
 
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
@@ -103,14 +105,10 @@ class ResidentImages:
             if is_missing:
                 yield self._keep(rows, indices, next(decoded))
             else:
-                assert self._pixels is not None
                 yield torch.index_select(self._pixels, 0, indices)
 
     def _keep(self, rows: Indices, indices: Tensor, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.device)
-        if self._pixels is None:
-            shape = (len(self.images), *pixels.shape[1:])
-            self._pixels = torch.empty(shape, dtype=pixels.dtype, device=self.device)
         self._pixels.index_copy_(0, indices, pixels)
         self._there[rows] = True
         return pixels

@@ -1,9 +1,9 @@
 """Reading a store."""
 
 import contextlib
-import copy
 import os
 import resource
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -166,10 +166,6 @@ class SplitReader(ABC):
             raise OSError(f"{self.chunk_path(chunk).name} is damaged: {error}") from error
 
     @abstractmethod
-    def another(self) -> "SplitReader":
-        """One for another thread: no two may read with the same one at a time."""
-
-    @abstractmethod
     def close(self) -> None:
         """Let go of files and memory."""
 
@@ -199,14 +195,18 @@ class SplitReader(ABC):
 
 
 class RawReader(SplitReader):
-    """Reads rows straight from the chunk files, which hold them as they are."""
+    """Reads rows straight from the chunk files, which hold them as they are. Several threads may
+    read with one."""
 
     def __init__(
         self, folder: Path, layout: Layout, checksums: Sequence[int], sizes: Sequence[int]
     ) -> None:
         super().__init__(folder, layout, checksums, sizes)
+        # By chunk, and how many threads read from each just now: it must not be closed under their
+        # hands, for its number may be another file's a moment later.
         self._open: dict[int, int] = {}
-        self._most_open = OPEN_CHUNKS
+        self._users: dict[int, int] = {}
+        self._files = threading.Lock()
 
     def load(self, before_each: Callable[[], None] = lambda: None) -> None:
         """Nothing to do: the page cache is their memory."""
@@ -214,8 +214,12 @@ class RawReader(SplitReader):
     def read(self, indices: Indices, out: NDArray[np.uint8]) -> None:
         size = self.layout.row_bytes
         for position, (chunk, row) in enumerate(self._places(indices)):
-            if os.preadv(self._file(chunk), (out[position],), row * size) != size:
-                raise OSError(f"{self.chunk_path(chunk)} is cut short")
+            file = self._borrow(chunk)
+            try:
+                if os.preadv(file, (out[position],), row * size) != size:
+                    raise OSError(f"{self.chunk_path(chunk)} is cut short")
+            finally:
+                self._give_back(chunk, file)
 
     def will_need(self, indices: Indices) -> None:
         """Five times the speed when they are not in memory, a percent of a step when they are."""
@@ -223,29 +227,48 @@ class RawReader(SplitReader):
             return
         size = self.layout.row_bytes
         for chunk, row in self._places(indices):
-            os.posix_fadvise(self._file(chunk), row * size, size, os.POSIX_FADV_WILLNEED)
-
-    def another(self) -> "RawReader":
-        reader = RawReader(self.folder, self.layout, self.checksums, self.sizes)
-        reader._most_open = max(self._most_open // 4, 1)
-        return reader
+            file = self._borrow(chunk)
+            try:
+                os.posix_fadvise(file, row * size, size, os.POSIX_FADV_WILLNEED)
+            finally:
+                self._give_back(chunk, file)
 
     def close(self) -> None:
-        for file in self._open.values():
-            os.close(file)
-        self._open.clear()
+        with self._files:
+            for chunk in list(self._open):
+                self._close(chunk)
+
+    def __del__(self) -> None:
+        self.close()  # what a thread that came late has opened
 
     def _places(self, indices: Indices) -> Iterator[tuple[int, int]]:
         chunks, rows = np.divmod(indices, self.layout.rows_per_chunk)
         return zip(chunks.tolist(), rows.tolist(), strict=True)
 
-    def _file(self, chunk: int) -> int:
-        file = self._open.get(chunk)
-        if file is None:
-            if len(self._open) >= self._most_open:
-                os.close(self._open.pop(next(iter(self._open))))
-            file = self._open[chunk] = open_regular(self.chunk_path(chunk), os.O_RDONLY)
-        return file
+    def _borrow(self, chunk: int) -> int:
+        """A chunk's open file, until it is given back."""
+        with self._files:
+            file = self._open.get(chunk)
+            if file is None:
+                if len(self._open) >= OPEN_CHUNKS:
+                    self._close(next(iter(self._open)))
+                file = self._open[chunk] = open_regular(self.chunk_path(chunk), os.O_RDONLY)
+            self._users[file] = self._users.get(file, 0) + 1
+            return file
+
+    def _give_back(self, chunk: int, file: int) -> None:
+        with self._files:
+            self._users[file] -= 1
+            if not self._users[file]:
+                del self._users[file]
+                if self._open.get(chunk) != file:
+                    os.close(file)
+
+    def _close(self, chunk: int) -> None:
+        """Close a chunk's file, or leave that to the last who gives it back."""
+        file = self._open.pop(chunk)
+        if file not in self._users:
+            os.close(file)
 
 
 class DecodedReader(SplitReader):
@@ -270,10 +293,6 @@ class DecodedReader(SplitReader):
 
     def will_need(self, indices: Indices) -> None:
         """Nothing to do: they are all there, or `read` loads them."""
-
-    def another(self) -> "DecodedReader":
-        self.load()
-        return copy.copy(self)  # of the same memory
 
     def close(self) -> None:
         self._rows = None
