@@ -718,9 +718,11 @@ def test_memory_is_filled_whole_where_a_killed_run_had_written_a_part(
         asked += 1
         return asked > 3
 
-    with make_cache(units, tmp_path / "cache", stopping=stopping) as cache:
-        with pytest.raises(Interrupted):
-            cache.materialize(2)
+    with (
+        make_cache(units, tmp_path / "cache", stopping=stopping) as cache,
+        pytest.raises(Interrupted),
+    ):
+        cache.materialize(2)
     cache = make_cache(units, tmp_path / "cache", tier="device", keep=True)
     found = cache.materialize(2)
     assert found is not None
