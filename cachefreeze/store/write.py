@@ -104,11 +104,12 @@ class StoreWriter:
                 for name, layout in description.splits.items()
             }
             self.held = {name: split.written for name, split in self._splits.items()}
-            self._not_in_journal = [
+            self._not_in_journal = (
                 (name, number)
                 for name, layout in description.splits.items()
                 for number in range(len(chunks[name]), layout.chunks)
-            ][::-1]
+            )
+            self._next_in_journal = next(self._not_in_journal, None)
             self.bytes = sum(size for held in chunks.values() for _, size in held)
             self._clear(chunks)
             self._write_journal(chunks)
@@ -147,17 +148,17 @@ class StoreWriter:
         """
         metadata = ["zarr.json", *(f"{name}/zarr.json" for name in self._splits)]
         for split in self._splits.values():
-            assert all(split.chunks), "committed before all rows were in"
+            assert len(split.chunks) == split.layout.chunks, "committed before all rows were in"
         manifest = {
             "format": FORMAT,
             "fingerprint": self.description.fingerprint,
             "sha256": {name: sha256((self.folder / name).read_bytes()) for name in metadata},
             "crc32c": {
-                name: [checksum for checksum, _ in filter(None, split.chunks)]
+                name: [checksum for _, (checksum, _) in sorted(split.chunks.items())]
                 for name, split in self._splits.items()
             },
             "bytes": {
-                name: [size for _, size in filter(None, split.chunks)]
+                name: [size for _, (_, size) in sorted(split.chunks.items())]
                 for name, split in self._splits.items()
                 if split.layout.compressed
             },
@@ -280,13 +281,13 @@ class StoreWriter:
         """In the journal, in their order: whoever goes on from there goes on where it ends."""
         assert self._journal is not None
         with self._accounts:
-            while self._not_in_journal:
-                name, number = self._not_in_journal[-1]
-                chunk = self._splits[name].chunks[number]
+            while self._next_in_journal is not None:
+                name, number = self._next_in_journal
+                chunk = self._splits[name].chunks.get(number)
                 if chunk is None:
                     break
                 _write_all(self._journal, memoryview(_journal_line(name, number, chunk)))
-                self._not_in_journal.pop()
+                self._next_in_journal = next(self._not_in_journal, None)
 
     def _close_journal(self) -> None:
         if self._journal is not None:
@@ -316,7 +317,7 @@ class _SplitWriter:
         self.folder = folder
         self.layout = layout
         self.codec = codec_for(layout.codec, layout.dtype)
-        self.chunks: list[Chunk | None] = [*chunks, *[None] * (layout.chunks - len(chunks))]
+        self.chunks: dict[int, Chunk] = dict(enumerate(chunks))
         self.write = write
         self.written = min(len(chunks) * layout.rows_per_chunk, layout.rows)
         self._chunk: NDArray[Any] | None = None
