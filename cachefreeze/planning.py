@@ -104,6 +104,8 @@ class Planning:
         self._moments = Moments(cache.device)
         self._began: tuple[float, Any] = (0.0, None)
         self._served_from = cache.store
+        # Boundary and codec of the last store whose reading the cache has watched.
+        self._read: tuple[int, str] | None = None
         # Of the steps before there was a plan.
         self._unplanned = 0.0
         self._computed_before, self._rows_before = 0.0, 0
@@ -350,8 +352,8 @@ class Planning:
         steps = [self._moments.seconds(*step) for step in self._steps]
         forecast.observe_steps(steps, self._frontier, source)
         reading = self.cache.seconds_per_byte_read
-        if reading is not None:
-            forecast.observe_reading(reading)
+        if reading is not None and self._read is not None:
+            forecast.observe_reading(forecast.keep(*self._read), reading)
         now = self.cache.units.frontier
         found = {now} if self.cache.has(now) else frozenset()
         return forecast.revise(self.step, source, found)
@@ -377,6 +379,8 @@ class Planning:
                 self._carry_out(forecast, again)
                 return
         self._served_from = self.cache.store
+        if self.cache.store is not None and self.cache.boundary and self.cache.tier == "disk":
+            self._read = self.cache.boundary, self.cache.store.description.codec
         self._steps.clear()
         coming = [event for event in plan.events if event.step > self.step]
         left = stretches(forecast.costs, self.run, self.step, self._source(forecast), coming)

@@ -169,12 +169,22 @@ def test_rows_that_come_slower_than_computing_them_are_computed(
     options = (*WRN, "-b", 4, "--epochs", 3)
     plain = train(*options, "--no-cache")
     SlowDisk(monkeypatch, after=WATCHED_BATCHES // 2)
+    learnt: list[float] = []
+    real = forecast.Forecast.observe_reading
+
+    def watch(self: forecast.Forecast, keep: Keep, seconds_per_byte: float) -> None:
+        real(self, keep, seconds_per_byte)
+        learnt.append(self.keep(keep.boundary, keep.codec).read)
+
+    monkeypatch.setattr(forecast.Forecast, "observe_reading", watch)
     slow = train(*options)
     assert_same_run(slow, plain)
     out = capsys.readouterr().out
     assert "rows are computed from here on" in out
     assert slow.summary["cache"]["prefix_unit_rows_computed"] > 0
     served = slow.summary["cache"]["rows_served"]
+    # Planning hears of it though the store is left: half of its four rows' tenth of a second.
+    assert max(learnt) > 0.5 * 0.1 / 4
     assert 4 * WATCHED_BATCHES <= served < plain.summary["cache"]["prefix_unit_rows_computed"]
 
 
