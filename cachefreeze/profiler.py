@@ -345,7 +345,8 @@ class StepClock:
         # When each unit's backward pass begins, and when the last one has ended; None if it has
         # none.
         self._marks: list[list[Any]] = [[] for _ in range(len(units) + 1)]
-        self._steps: list[float] = []
+        # When each step began and ended.
+        self._steps: list[tuple[Any, Any]] = []
         self._rows: list[int] = []
         self._mark: Any = None
         self._handles = [optimizer.register_step_pre_hook(self._after_backward)]
@@ -354,10 +355,15 @@ class StepClock:
             after = functools.partial(self._after_forward, number)
             self._handles.append(unit.register_forward_hook(after))
 
-    def step_taken(self, seconds: float) -> bool:
-        """Told after every step what it took; returns whether enough has been seen."""
-        self._steps.append(seconds)
-        return len(self._steps) == self.STEPS
+    def step_taken(self, began: Any, ended: Any) -> None:
+        """Told after every step of the moments between which the device was at it. (The host may
+        have asked for all of it long before.)"""
+        self._steps.append((began, ended))
+
+    @property
+    def done(self) -> bool:
+        """Whether enough has been seen."""
+        return len(self._steps) >= self.STEPS
 
     def stop(self) -> None:
         """Measure no more."""
@@ -365,7 +371,7 @@ class StepClock:
             handle.remove()
 
     def result(self) -> Arithmetic:
-        """What the steps took, once enough have been taken."""
+        """What the steps took, once it is `done`; waits until the device has done them."""
         rows = len(self.outputs[0])
         forward = [
             self._a_row([self._moments.seconds(*mark) for mark in marks]) for marks in self._forward
@@ -378,7 +384,7 @@ class StepClock:
             for ends, begins in pairwise(marks)
         ]
         train = [f + b for f, b in zip(forward, backward, strict=True)]
-        whole = self._a_row(self._steps)
+        whole = self._a_row([self._moments.seconds(*step) for step in self._steps])
         return Arithmetic(
             train=tuple(train),
             forward=tuple(forward),

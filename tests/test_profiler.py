@@ -241,7 +241,7 @@ def train_steps(model: nn.Sequential, rows: Sequence[int], *, clocked: bool) -> 
         loss.backward()
         optimizer.step()
         if clock is not None:
-            clock.step_taken(time.perf_counter() - start)
+            clock.step_taken(start, time.perf_counter())
     return clock
 
 
@@ -266,7 +266,7 @@ def test_a_short_batch_among_them_is_counted_as_short(model: nn.Sequential) -> N
     clock._origin = 0.0
     clock._forward = [[(0.0, 32.0), (0.0, 32.0), (0.0, 2.0)] for _ in range(5)]
     clock._marks = [[32.0 * (5 - n), 32.0 * (5 - n), 2.0 * (5 - n)] for n in range(6)]
-    clock._steps = [400.0, 320.0, 20.0]
+    clock._steps = [(0.0, 400.0), (400.0, 720.0), (720.0, 740.0)]
     found = clock.result()
     assert found.forward == pytest.approx((1.0,) * 5)
     assert found.train == pytest.approx((2.0,) * 5)
