@@ -100,7 +100,6 @@ class Forecast:
         self.costs = profile.costs(splits, codec, residence)
         self._all_keeps = self.costs.keeps
         self._splits = splits
-        self._read_correction = 1.0
         self.filled: list[Filled] = []
         # Those that the present source of rows was made of, and what had been served by then.
         self._chain: list[Filled] = []
@@ -174,7 +173,7 @@ class Forecast:
         if len(seconds) >= ENOUGH_STEPS:
             ratio = correction(statistics.median(seconds), self.step_seconds(frontier, source))
             # A machine that is slower than it was is so forward and backward.
-            self.costs = self.costs.scaled(train=ratio, forward=ratio, inputs=ratio)
+            self._correct(train=ratio, forward=ratio, inputs=ratio)
 
     def observe_filling(self, source: Keep | None, keep: Keep, done: Materialization) -> None:
         """Correct what computing forward and writing cost by a materialisation."""
@@ -184,10 +183,12 @@ class Forecast:
         per_row = prefix_seconds(costs, source, keep.boundary)
         forward = correction(done.compute_seconds, done.rows * per_row)
         write = 1.0
-        if keep.boundary:  # pixels are too few bytes to tell
+        # What goes to memory first is written in the background: of the disk it tells nothing.
+        awaited = keep.write > 0 and (done.lossy or done.tier == "disk")
+        if keep.boundary and awaited:  # pixels are too few bytes to tell
             writing = done.rows * (keep.write + keep.load) + costs.store
             write = correction(done.seconds - done.compute_seconds, writing)
-        self.costs = costs.scaled(forward=forward, write=write)
+        self._correct(forward=forward, write=write)
 
     def add(self, filled: Filled) -> None:
         """A materialisation that rows come from, from here on."""
@@ -210,11 +211,22 @@ class Forecast:
         if dropped:
             self._chain = []
 
-    def observe_reading(self, seconds_per_byte: float) -> None:
-        """Correct what reading costs."""
-        ratio = seconds_per_byte / (self.profile.read * self._read_correction)
-        self._read_correction *= ratio
-        self.costs = self.costs.scaled(read=ratio)
+    def observe_reading(self, keep: Keep, seconds_per_byte: float) -> None:
+        """Correct what reading costs by what it took.
+
+        Args:
+            keep: what was read, as `keep` gives it now: an activation's boundary.
+            seconds_per_byte: that training waited for its rows, decoding included.
+        """
+        if keep.read > 0 and seconds_per_byte > 0:  # a factor of 0 could never be corrected again
+            row_bytes = self.profile.boundaries[keep.boundary - 1].row_bytes
+            self._correct(read=seconds_per_byte * row_bytes / keep.read)
+
+    def _correct(self, **factors: float) -> None:
+        """Multiply costs, those of what was forgotten, too; see `Costs.scaled`."""
+        everything = dataclasses.replace(self.costs, keeps=self._all_keeps)
+        self._all_keeps = everything.scaled(**factors).keeps
+        self.costs = self.costs.scaled(**factors)
 
 
 def correction(observed: float, predicted: float) -> float:

@@ -48,6 +48,11 @@ class Moments:
             return float(start.elapsed_time(end)) / 1e3
         return float(end - start)
 
+    def wait(self) -> None:
+        """Until the device has done what it was asked for so far."""
+        moment = self.now()
+        self.seconds(moment, moment)
+
 
 class Lapses:
     """Stretches of a device's work that are told of once they are over, so that nobody waits."""

@@ -290,7 +290,8 @@ class _Search:
         self.read = np.array([costs.inputs, *(keep.read for keep in keeps)])
         self.bytes = np.array([0.0, *(keep.row_bytes * run.rows for keep in keeps)])
         self.fits = self._fits(max_bytes)
-        # Several changes at one moment can be cheaper than one only where the budget is small.
+        # Where there is room for any two stores, filling one on the way to another only adds to the
+        # cost: one change at a moment is enough.
         self.tight = bool((self.bytes[:, None] + self.bytes > max_bytes).any())
         # The cost of a change is a sum: one part depends on the old source, one on the new.
         once = np.array([np.inf, *(keep.write + keep.load for keep in keeps)])
@@ -355,6 +356,8 @@ class _Search:
         Returns for each source the one it was filled from, or itself.
         """
         parents = np.arange(len(best))
+        # What is found costs no more than its verification, so another may be filled from there.
+        several = self.tight or (first and bool(self.found))
         reach = int(np.searchsorted(self.start_unit, interval.frontier, side="right"))
         for _ in range(len(best)):
             lowest = int(np.argmin(best))
@@ -372,7 +375,7 @@ class _Search:
             better = total < best[:reach] - NOTHING
             best[:reach][better] = total[better]
             parents[:reach][better] = origin[better]
-            if not self.tight or not (changed or better.any()):
+            if not several or not (changed or better.any()):
                 break
         return parents
 

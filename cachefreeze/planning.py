@@ -61,7 +61,8 @@ class Planning:
         >>> for batch in batches:  # doctest: +SKIP
         ...     planning.before_step()
         ...     step(batch)
-        ...     planning.after_step(len(batch))
+        ...     planning.after_step(len(batch))  # until here it is a step's time
+        ...     planning.decide()
     """
 
     def __init__(
@@ -103,8 +104,11 @@ class Planning:
         # device began and ended with them.
         self._steps: deque[tuple[Any, Any]] = deque(maxlen=LAST_STEPS)
         self._moments = Moments(cache.device)
+        # When the step began, for the host and for the device.
         self._began: tuple[float, Any] = (0.0, None)
         self._served_from = cache.store
+        # Boundary and codec of the last store whose reading the cache has watched.
+        self._read: tuple[int, str] | None = None
         # Of the steps before there was a plan.
         self._unplanned = 0.0
         self._computed_before, self._rows_before = 0.0, 0
@@ -189,33 +193,49 @@ class Planning:
 
     def before_step(self) -> None:
         """Before every step, and before its rows are asked for."""
-        self._began = time.perf_counter(), self._moments.now() if self._moments.free else None
+        watched = self._moments.free or self._clock is not None
+        self._began = time.perf_counter(), self._moments.now() if watched else None
 
     def after_step(self, rows: int) -> None:
-        """After every step, with a batch of so many rows, and what the schedule froze then."""
+        """After every step, with a batch of so many rows, and what the schedule froze then. It is
+        part of the step: where there is something to `decide`, it waits for the device, whose work
+        would be taken for the time that deciding takes."""
         self.step += 1
         wall, began = self._began
-        seconds = time.perf_counter() - wall
-        frontier = self.cache.units.frontier
+        ended = None if began is None else self._moments.now()
         if self.cache.store is not self._served_from:  # it was given up in the middle
             self._served_from = self.cache.store
             self._steps.clear()
         elif rows == self.run.batch_size and began is not None:
-            self._steps.append((began, self._moments.now()))
-        if self.forecast is None:
-            self._unplanned += seconds
+            self._steps.append((began, ended))
         if self._clock is not None:
-            if self._clock.step_taken(seconds):
-                measured = self._clock.result()
-                self.stop()
-                self._measure_the_rest(measured)
-        elif frontier > self._frontier and self.forecast is not None:
+            self._clock.step_taken(began, ended)
+        if self._due:
+            self._moments.wait()
+        if self.forecast is None:
+            self._unplanned += time.perf_counter() - wall
+
+    def decide(self) -> None:
+        """After `after_step`, and not part of the step: plan, and fill a store, if it is time."""
+        if self._due and self._clock is not None:
+            measured = self._clock.result()
+            self.stop()
+            self._measure_the_rest(measured)
+        elif self._due and self.forecast is not None:
             with timed(self.seconds, "materialize"):
                 plan = self._plan_again(self.forecast)
             self._carry_out(self.forecast, plan)
+        frontier = self.cache.units.frontier
         if frontier > self._frontier:
             self._frontier = frontier
             self._steps.clear()
+
+    @property
+    def _due(self) -> bool:
+        """Whether there is something to decide."""
+        if self._clock is not None:
+            return self._clock.done
+        return self.forecast is not None and self.cache.units.frontier > self._frontier
 
     def stop(self) -> None:
         """Measure no more: the run is over, or was given up."""
@@ -360,8 +380,8 @@ class Planning:
         steps = [self._moments.seconds(*step) for step in self._steps]
         forecast.observe_steps(steps, self._frontier, source)
         reading = self.cache.seconds_per_byte_read
-        if reading is not None:
-            forecast.observe_reading(reading)
+        if reading is not None and self._read is not None:
+            forecast.observe_reading(forecast.keep(*self._read), reading)
         now = self.cache.units.frontier
         found = {now} if self.cache.has(now) else frozenset()
         return forecast.revise(self.step, source, found)
@@ -387,6 +407,8 @@ class Planning:
                 self._carry_out(forecast, again)
                 return
         self._served_from = self.cache.store
+        if self.cache.store is not None and self.cache.boundary and self.cache.tier == "disk":
+            self._read = self.cache.boundary, self.cache.store.description.codec
         self._steps.clear()
         coming = [event for event in plan.events if event.step > self.step]
         left = stretches(forecast.costs, self.run, self.step, self._source(forecast), coming)

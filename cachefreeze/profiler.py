@@ -42,13 +42,15 @@ CODEC_BYTES = 2**20
 @dataclass(frozen=True)
 class Boundary:
     """One boundary as measured: the shape and type of a stored row, seconds a row to make one of
-    a tensor and back where that takes more than a copy, and what each codec makes of it."""
+    a tensor and back where that takes more than a copy, what each codec makes of it, and whether
+    storing it loses precision."""
 
     row_shape: tuple[int, ...]
     dtype: str
     encode: float
     decode: float
     codecs: dict[str, "CodecCost"]
+    lossy: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -70,7 +72,9 @@ class Residence:
     """Where rows will be held, and who moves them.
 
     Args:
-        tier_for: says of so many bytes of rows in which of `TIERS` they would be.
+        tier_for: says of so many bytes of rows in which of `TIERS` they would be, with no others
+            there: those before them go once they have come, and what had to wait elsewhere for
+            that room moves there then.
         beside: threads that read and write beside the device's work; 0 if that takes its time.
     """
 
@@ -84,15 +88,16 @@ class Residence:
             return 1.0
         return 0.0 if self.tier_for(needed) == "device" else 1 / self.beside
 
-    def write(self, needed: float) -> float:
-        """The share of writing them that filling a store has to wait for."""
+    def write(self, needed: float, *, lossy: bool) -> float:
+        """The share of writing them that filling a store has to wait for. (What loses precision is
+        on disk before its first row is served, wherever that comes from.)"""
         if not self.beside:
             return 1.0
-        return 1 / self.beside if self.tier_for(needed) == "disk" else 0.0
+        return 1 / self.beside if lossy or self.tier_for(needed) == "disk" else 0.0
 
     def load(self, needed: float) -> float:
-        """How often all of them have to be read before they are served from a store that is
-        there."""
+        """How often all of them have to be read before they are served from a store that is on
+        disk."""
         return 0.0 if self.tier_for(needed) == "disk" else 1.0
 
 
@@ -169,7 +174,9 @@ class Profile:
             keep = self._keep(0, (self.pixel_bytes,), "uint8", splits, residence)
             keeps.append(dataclasses.replace(keep, read=keep.read + self.normalize))
         for number, boundary in enumerate(self.boundaries, 1):
-            raw = self._keep(number, boundary.row_shape, boundary.dtype, splits, residence)
+            raw = self._keep(
+                number, boundary.row_shape, boundary.dtype, splits, residence, lossy=boundary.lossy
+            )
             raw = dataclasses.replace(
                 raw, write=raw.write + boundary.encode, read=raw.read + boundary.decode
             )
@@ -180,7 +187,7 @@ class Profile:
                 continue  # decoded rows are served from memory, and would not fit
             for name, cost in boundary.codecs.items():
                 if codec in (name, "auto"):
-                    share = residence.write(in_memory)
+                    share = residence.write(in_memory, lossy=boundary.lossy)
                     keeps.append(
                         self._compressed(raw, boundary, name, cost, codec == "auto", share)
                     )
@@ -204,18 +211,23 @@ class Profile:
         dtype: str,
         splits: Mapping[str, int],
         residence: Residence,
+        *,
+        lossy: bool = False,
     ) -> Keep:
         layouts = [Layout.of(rows, shape, dtype) for rows in splits.values()]
         on_disk = sum(layout.bytes + layout.overhead_bytes for layout in layouts)
         plain = prod(shape) * np.dtype(dtype).itemsize
         needed = plain * sum(splits.values())
+        loading = plain * self.read * residence.load(needed)
         return Keep(
             boundary,
             "raw",
             row_bytes=on_disk / sum(splits.values()),
-            write=plain * self.write * residence.write(needed),
+            write=plain * self.write * residence.write(needed, lossy=lossy),
             read=plain * self.read * residence.read(needed),
-            verify=plain * (self.verify + self.read * residence.load(needed)),
+            # Other rows are in memory before they are on disk.
+            load=loading if lossy else 0.0,
+            verify=plain * self.verify + (0.0 if lossy else loading),
         )
 
     def _compressed(
@@ -234,8 +246,9 @@ class Profile:
             codec=codec,
             row_bytes=raw.row_bytes * cost.ratio,
             write=share * plain * (cost.ratio * self.write + cost.encode) + boundary.encode,
-            load=decode if share else 0.0,  # rows that are in memory need not be decoded
-            verify=decode,
+            # Decoding verifies, and rows that are in memory first need it only when found.
+            load=raw.load + (decode if share else 0.0),
+            verify=0.0 if share else decode,
             reserve=reserve,
         )
 
@@ -349,7 +362,8 @@ class StepClock:
         # When each unit's backward pass begins, and when the last one has ended; None if it has
         # none.
         self._marks: list[list[Any]] = [[] for _ in range(len(units) + 1)]
-        self._steps: list[float] = []
+        # When each step began and ended.
+        self._steps: list[tuple[Any, Any]] = []
         self._rows: list[int] = []
         self._mark: Any = None
         self._handles = [optimizer.register_step_pre_hook(self._after_backward)]
@@ -358,10 +372,15 @@ class StepClock:
             after = functools.partial(self._after_forward, number)
             self._handles.append(unit.register_forward_hook(after))
 
-    def step_taken(self, seconds: float) -> bool:
-        """Told after every step what it took; returns whether enough has been seen."""
-        self._steps.append(seconds)
-        return len(self._steps) == self.STEPS
+    def step_taken(self, began: Any, ended: Any) -> None:
+        """Told after every step of the moments between which the device was at it. (The host may
+        have asked for all of it long before.)"""
+        self._steps.append((began, ended))
+
+    @property
+    def done(self) -> bool:
+        """Whether enough has been seen."""
+        return len(self._steps) >= self.STEPS
 
     def stop(self) -> None:
         """Measure no more."""
@@ -369,7 +388,7 @@ class StepClock:
             handle.remove()
 
     def result(self) -> Arithmetic:
-        """What the steps took, once enough have been taken."""
+        """What the steps took, once it is `done`; waits until the device has done them."""
         rows = len(self.outputs[0])
         forward = [
             self._a_row([self._moments.seconds(*mark) for mark in marks]) for marks in self._forward
@@ -382,7 +401,7 @@ class StepClock:
             for ends, begins in pairwise(marks)
         ]
         train = [f + b for f, b in zip(forward, backward, strict=True)]
-        whole = self._a_row(self._steps)
+        whole = self._a_row([self._moments.seconds(*step) for step in self._steps])
         return Arithmetic(
             train=tuple(train),
             forward=tuple(forward),
@@ -585,6 +604,7 @@ def _boundary(
         encode=0.0 if lossless else encode / len(y),
         decode=0.0 if lossless else decode / len(y),
         codecs={name: _try_codec(name, few) for name in codecs},
+        lossy=not lossless,
     )
 
 

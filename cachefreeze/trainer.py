@@ -332,11 +332,13 @@ class Trainer:
             self.scheduler.step()
             self.step += 1
             self.position += 1
+            if self.planning is not None:
+                self.planning.after_step(len(indices))
             self.seconds["train"] += time.perf_counter() - mark
             if self.device.type == "cpu":  # elsewhere it would wait for the device
                 self._refuse_losses(self._losses[-1:])
             if self.planning is not None:
-                self.planning.after_step(len(indices))
+                self.planning.decide()
             self._stop_if_asked()
             if every is not None and self.step % every == 0:
                 self._save()

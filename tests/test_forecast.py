@@ -8,7 +8,7 @@ import pytest
 from cachefreeze.cache import Materialization
 from cachefreeze.forecast import Filled, Forecast, correction, pays_at_best
 from cachefreeze.planner import Drop, Move, Run
-from cachefreeze.profiler import Boundary, CodecCost, Profile
+from cachefreeze.profiler import Boundary, CodecCost, Profile, Residence
 from cachefreeze.schedule import Schedule
 
 SPLITS = {"train": 5000, "val": 1000}
@@ -128,10 +128,64 @@ def test_a_store_that_was_found_says_nothing_of_what_filling_costs() -> None:
     assert forecast.costs == make().costs
 
 
+SMALL, LARGE = (Boundary((32, 32, n), "float32", 0.0, 0.0, {}) for n in (8, 16))
+
+
+def beside_a_gpu(**options: object) -> Forecast:
+    """Every second boundary fits into the device's memory, the others come from the disk."""
+    room = 6000 * SMALL.row_bytes
+    residence = Residence(lambda needed: "device" if needed <= room else "disk", beside=4)
+    profile = make_profile(boundaries=(SMALL, LARGE) * 2 + (SMALL,))
+    return make(residence=residence, **{"profile": profile, **options})
+
+
+def test_rows_in_memory_say_nothing_of_the_disk() -> None:
+    """They are written while training goes on: to fill them took the arithmetic, and a little."""
+    forecast = beside_a_gpu()
+    disk = forecast.keep(2, "raw").write
+    forecast.observe_filling(None, forecast.keep(1, "raw"), done(1, 8.3, 7.3, tier="device"))
+    assert (forecast.keep(2, "raw").write, forecast.costs.store) == (disk, 0.01)
+    # Nor where they should have gone to the disk, or should not have.
+    forecast.observe_filling(None, forecast.keep(2, "raw"), done(2, 8.3, 8.2, tier="host"))
+    forecast.observe_filling(None, forecast.keep(1, "raw"), done(1, 99.0, 7.3))
+    assert (forecast.keep(2, "raw").write, forecast.costs.store) == (disk, 0.01)
+    # Those that lose precision are on the disk before they are in memory.
+    rounded = beside_a_gpu(
+        profile=make_profile(boundaries=(dataclasses.replace(SMALL, lossy=True), LARGE) * 2)
+    )
+    rounded.observe_filling(
+        None, rounded.keep(1, "raw"), done(1, 99.0, 7.3, tier="device", lossy=True)
+    )
+    assert rounded.keep(2, "raw").write == pytest.approx(5 * disk)
+
+
+@pytest.mark.parametrize("decode", [0.0, 1e-5])
+def test_reading_that_takes_what_it_should_corrects_nothing(decode: float) -> None:
+    """With four threads beside the device, training waits for a quarter of it."""
+    large = dataclasses.replace(LARGE, decode=decode)
+    forecast = beside_a_gpu(profile=make_profile(boundaries=(SMALL, large) * 2 + (SMALL,)))
+    keep = forecast.keep(2, "raw")
+    assert keep.read == pytest.approx(65536 * 2e-10 / 4 + decode)
+    before = forecast.costs
+    forecast.observe_reading(keep, keep.read / 65536)
+    assert forecast.costs == before
+    forecast.observe_reading(keep, 3 * keep.read / 65536)
+    assert forecast.keep(4, "raw").read == pytest.approx(3 * keep.read)
+
+
+def test_what_is_observed_holds_for_what_was_given_up_too() -> None:
+    forecast = make()
+    forecast.observe_reading(forecast.keep(1, "raw"), 1e-9)
+    forecast.forget(forecast.keep(1, "raw"))
+    assert not any(keep.boundary == 2 for keep in forecast.costs.keeps)
+    assert forecast.keep(2, "raw").read == pytest.approx(65536e-9)
+
+
 def test_slow_reading_goes_back_to_the_input() -> None:
     forecast = make(profile=make_profile(decode=0.0))
-    forecast.observe_reading(1e-6)  # a row in 66 ms, which computing has in 2
-    forecast.observe_reading(1e-6)  # seen twice, counted once
+    for _ in range(2):  # seen twice, counted once
+        # A row in 66 ms, which computing has in 2.
+        forecast.observe_reading(forecast.keep(2, "raw"), 1e-6)
     source = forecast.keep(2, "raw")
     assert source.read == pytest.approx(65536e-6)
     step = make_run().freeze_steps[2]

@@ -337,6 +337,17 @@ def test_a_store_that_is_there_is_verified_instead_of_filled() -> None:
     assert not any(move.found for move in plan.moves[1:])
 
 
+def test_what_is_found_may_be_what_another_store_is_filled_from() -> None:
+    """Decoding takes two seconds a row, verifying kept pixels one, and all else next to nothing."""
+    raw = [Keep(boundary, "raw", 1, 0, 0, verify=1) for boundary in range(4)]
+    packed = [Keep(boundary, "zstd", 1, 0, 0.1, reserve=True) for boundary in range(2)]
+    costs = Costs((0.0,) * 4, (0.0, 0.0, 1.0, 0.0), 2.0, 0.0, 0.0, 0.0, (*raw, *packed))
+    run = Run((0, 0, 0, 2), 2, 1, 0, 1)
+    plan = cheapest_plan(costs, run, 20, found={0})
+    assert [(move.keep.boundary, move.found) for move in plan.moves] == [(0, True), (3, False)]
+    assert plan.seconds == brute_force(costs, run, 20, found={0}) == 2.0
+
+
 def test_slow_rows_are_given_up() -> None:
     slow = tuple(Keep(b, "raw", 1e5, 1e-4, 0.1) for b in range(1, 8))
     run, costs = run_of(8), costs_of(8, keeps=slow)

@@ -1,6 +1,7 @@
 """Measuring leaves the run as it was, and gives numbers of the right things."""
 
 import copy
+import dataclasses
 import random
 import time
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from cachefreeze.hashing import weights_sha256
 from cachefreeze.models import build
 from cachefreeze.models.partition import partition
 from cachefreeze.models.units import Units
-from cachefreeze.profiler import Profile, StepClock, measure, passes_for, profile
+from cachefreeze.planner import Keep
+from cachefreeze.profiler import Profile, Residence, StepClock, measure, passes_for, profile
 from cachefreeze.scratch import measure_disk
 from cachefreeze.store import prepare_cache_dir
 
@@ -116,6 +118,37 @@ def test_what_is_stored_smaller_is_planned_smaller(
         assert other.row_bytes < 1.2 / share * one.row_bytes
 
 
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_what_loses_precision_is_on_disk_before_it_is_in_memory(
+    model: nn.Sequential, tmp_path: Path, codec: str
+) -> None:
+    def kept(stored: str | None, tier: str) -> Keep:
+        found = measured(model, tmp_path / "cache", stored=stored, codec=codec)
+        residence = Residence(lambda needed: tier, beside=4)
+        found = dataclasses.replace(found, write=1e-3, read=1e-4, verify=1e-5)
+        return next(k for k in found.costs(SPLITS, codec, residence).keeps if k.boundary == 1)
+
+    values = 16 * 16 * 16
+    own, rounded = kept(None, "device"), kept("bfloat16", "device")
+    assert (own.write, own.load) == (0.0, 0.0), "in the background, from memory"
+    # A quarter of the writing, with four threads, and all of the reading.
+    share = 1 if codec == "raw" else 0.5  # of their bytes at the least
+    assert rounded.write > 2 * values * share * 1e-3 / 4
+    assert rounded.load > 0.99 * 2 * values * 1e-4
+    assert kept("bfloat16", "disk").write == pytest.approx(rounded.write, rel=0.01)
+
+
+def test_what_is_found_compressed_is_decoded_once(model: nn.Sequential, tmp_path: Path) -> None:
+    found = measured(model, tmp_path / "cache", codec="zstd")
+    boundary = found.boundaries[0]
+    zstd = boundary.codecs["zstd"]
+    once = boundary.row_bytes * (zstd.ratio * found.read + zstd.decode)
+    for tier in ("disk", "device"):
+        residence = Residence(lambda needed, tier=tier: tier, beside=4)
+        keep = next(k for k in found.costs(SPLITS, "zstd", residence).keeps if k.boundary == 1)
+        assert keep.verify + keep.load == pytest.approx(once)
+
+
 def test_the_sizes_planned_with_are_those_on_disk(model: nn.Sequential, tmp_path: Path) -> None:
     from cachefreeze import PrefixCache
 
@@ -208,7 +241,7 @@ def train_steps(model: nn.Sequential, rows: Sequence[int], *, clocked: bool) -> 
         loss.backward()
         optimizer.step()
         if clock is not None:
-            clock.step_taken(time.perf_counter() - start)
+            clock.step_taken(start, time.perf_counter())
     return clock
 
 
@@ -233,7 +266,7 @@ def test_a_short_batch_among_them_is_counted_as_short(model: nn.Sequential) -> N
     clock._origin = 0.0
     clock._forward = [[(0.0, 32.0), (0.0, 32.0), (0.0, 2.0)] for _ in range(5)]
     clock._marks = [[32.0 * (5 - n), 32.0 * (5 - n), 2.0 * (5 - n)] for n in range(6)]
-    clock._steps = [400.0, 320.0, 20.0]
+    clock._steps = [(0.0, 400.0), (400.0, 720.0), (720.0, 740.0)]
     found = clock.result()
     assert found.forward == pytest.approx((1.0,) * 5)
     assert found.train == pytest.approx((2.0,) * 5)

@@ -1,5 +1,6 @@
 """Whatever is planned, planned anew, given up or cut off by a budget: the weights are the same."""
 
+import json
 import random
 import shutil
 import threading
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
-from cachefreeze import forecast, profiler
+from cachefreeze import forecast, moments, planning, profiler
 from cachefreeze.cache import WATCHED_BATCHES
 from cachefreeze.files import size_of_tree
 from cachefreeze.planner import Costs, Drop, Keep, Move, Plan, Run, cheapest_plan
@@ -145,6 +147,52 @@ def test_lossy_stores_say_so_everywhere(
     )
 
 
+class SlowDevice:
+    """A device that does what it is asked for a thousand seconds after it was asked, and not until
+    it has done what was asked before: time goes on for whoever waits for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead = self.waited = 0.0
+        self.queue_ends = 0.0
+        real = time.perf_counter
+        monkeypatch.setattr(time, "perf_counter", lambda: real() + self.ahead)
+        for room in (planning, profiler):
+            monkeypatch.setattr(room, "Moments", lambda device: self.Moments(self, device))
+
+    class Moments(moments.Moments):
+        def __init__(self, slow: "SlowDevice", device: torch.device) -> None:
+            super().__init__(device)
+            self.slow = slow
+
+        def now(self) -> float:
+            self.slow.queue_ends = max(self.slow.queue_ends, super().now()) + 1000
+            return self.slow.queue_ends
+
+        def seconds(self, start: float, end: float) -> float:
+            left = max(end - super().now(), 0)
+            self.slow.ahead += left
+            self.slow.waited += left
+            return end - start
+
+
+def test_work_that_a_device_still_had_to_do_is_part_of_the_steps(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowDevice(monkeypatch)
+    run = train(*WRN)
+    assert len(run.summary["cache"]["boundaries"]) > 2
+    # (Measuring waits, too: for normalising, and for its own steps.)
+    waited = slow.waited - run.summary["profile_seconds"]
+    assert run.summary["train_seconds"] == pytest.approx(waited, abs=999)
+    assert run.summary["materialize_seconds"] < 1000
+    # Beside its units a step has taken what the device did, and the host asked for in no time.
+    profile = json.loads((run.folder / "profile.json").read_text())
+    assert profile["step"] >= 1000
+    # The plan is not about the three steps that it was made by.
+    actual = run.summary["plan"]["actual"]["seconds"]
+    assert actual < run.summary["train_seconds"] - 3000
+
+
 class SlowDisk:
     """Stored rows come a tenth of a second late, from some time on."""
 
@@ -169,12 +217,22 @@ def test_rows_that_come_slower_than_computing_them_are_computed(
     options = (*WRN, "-b", 4, "--epochs", 3)
     plain = train(*options, "--no-cache")
     SlowDisk(monkeypatch, after=WATCHED_BATCHES // 2)
+    learnt: list[float] = []
+    real = forecast.Forecast.observe_reading
+
+    def watch(self: forecast.Forecast, keep: Keep, seconds_per_byte: float) -> None:
+        real(self, keep, seconds_per_byte)
+        learnt.append(self.keep(keep.boundary, keep.codec).read)
+
+    monkeypatch.setattr(forecast.Forecast, "observe_reading", watch)
     slow = train(*options)
     assert_same_run(slow, plain)
     out = capsys.readouterr().out
     assert "rows are computed from here on" in out
     assert slow.summary["cache"]["prefix_unit_rows_computed"] > 0
     served = slow.summary["cache"]["rows_served"]
+    # Planning hears of it though the store is left: half of its four rows' tenth of a second.
+    assert max(learnt) > 0.5 * 0.1 / 4
     assert 4 * WATCHED_BATCHES <= served < plain.summary["cache"]["prefix_unit_rows_computed"]
 
 
