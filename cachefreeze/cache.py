@@ -102,7 +102,8 @@ class PrefixCache:
             ahead of time, by threads. What is held in memory is written to the directory in the
             background.
         device_bytes: of the device's memory that rows may take; None is 60 % of what is free when
-            the first rows are kept.
+            the first are kept, beside the most that the process had in use by then (so let that be
+            after a training step).
         threads: that read and write beside the device's work; None is a few with a GPU, and none
             with a CPU, which has no time that is not taken.
         workers: processes that load items of a data set when rows are computed from them.

@@ -594,8 +594,8 @@ def options() -> argparse.ArgumentParser:
         "--device-cache-gb",
         type=float,
         metavar="GB",
-        help="of the device's memory that rows may take (default: 60%% of what is free when the "
-        "first are kept)",
+        help="of the device's memory that rows may take (default: 60%% of what is free beside a "
+        "training step)",
     )
     group.add_argument(
         "--keep-cache",
