@@ -3,27 +3,34 @@
     python scripts/benchmark.py --device cuda --data cifar10 --minutes 9
 
 All runs are made in this one process, on images that are decoded once, and in turn; what does not
-fit into the minutes is left out, and said. Nothing is downloaded. Per network and batch size:
+fit into the minutes is left out, and said. Nothing is downloaded. First, whether weights are the
+same with and without the cache (exit code 1 if not); then per network, batch size and t0:
 
-plain loop      images a second of a loop as people write it: DataLoader with workers, float32,
-                contiguous, `.item()` in every step
+plain loop      images a second of a loop as people write it: DataLoader with workers, contiguous,
+                `.item()` in every step, and torch as it comes: float32, with TF32 in convolutions
 no freezing     this trainer, with all units trained to the end
 freezing only   FreezeOut as published (--no-cache)
 device          the cache's rows in device memory
 host            in host memory, staged by threads
 disk            from the store's files, staged by threads
 limit           the device run, but for filling its stores and measuring
+
+Seconds and images a second of a run are of all of it: validation, filling, measuring. The plain
+loop is timed in its steps alone.
 """
 
 import argparse
+import gc
 import io
+import itertools
 import json
+import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -63,9 +70,17 @@ MODES = {
 WARM_STEPS = 10
 # Steps that the profiler watches.
 PROFILED_STEPS = 20
+# Rows, validation rows and epochs of the runs whose weights are compared.
+COMPARED_ROWS, COMPARED_VAL_ROWS, COMPARED_EPOCHS = 5000, 1000, 3
+# File systems without a disk.
+IN_MEMORY = ("tmpfs", "ramfs")
 ARRAYS = ("train_pixels", "train_labels", "val_pixels", "val_labels")
 
 Summary = dict[str, Any]
+
+# Without it cuBLAS has no deterministic algorithms. It reads it once, when it is first used, and
+# that is in a run that does not ask for them.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @dataclass(frozen=True)
@@ -113,24 +128,25 @@ def main(argv: Sequence[str]) -> int:
             pack(images, args.pack)
             return 0
         bench = Bench(args, images)
+        same = bench.compare_weights()
         for setting in settings_of(args):
             bench.measure(setting)
-        bench.compare_weights()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json is not None:
         args.json.write_text(json.dumps(bench.figures, indent=2))
-    return 0
+    return 0 if same else 1
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
-    """In the order in which they matter: the first t0 for all networks, then the next."""
+    """In the order in which they matter, as time may run out: what was named first, then what
+    differs from that in one thing, then in two."""
+    words = (args.t0.split(","), args.networks.split(","), args.batches.split(","))
+    chosen = itertools.product(*(list(enumerate(each)) for each in words))
+    by_distance = sorted(chosen, key=lambda choice: sum(number for number, _ in choice))
     return [
-        Setting(network, int(size), float(t0))
-        for t0 in args.t0.split(",")
-        for network in args.networks.split(",")
-        for size in args.batches.split(",")
+        Setting(network, int(size), float(t0)) for (_, t0), (_, network), (_, size) in by_distance
     ]
 
 
@@ -184,22 +200,25 @@ class TimedTrainer(Trainer):
         # Epoch, units frozen, boundary, and when.
         self.ends: list[tuple[int, int, int, Any]] = []
         self.kernels: list[Kernel] = []
-        # In the middle of the last epoch.
-        first = self.total_steps - self.steps_per_epoch // 2
-        self.watched = range(first, first + PROFILED_STEPS) if profiled else range(0)
+        # In the middle of the last epoch; the first of them is to warm up.
+        half = self.steps_per_epoch // 2
+        first, steps = self.total_steps - half, min(1 + PROFILED_STEPS, half)
+        self.watched = range(first, first + steps) if profiled and steps > 1 else range(0)
         self._profiler: torch.profiler.profile | None = None
 
     def _step(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.watched and self.step == self.watched.start:
-            synchronize(self.device)
-            self._profiler = torch.profiler.profile()
+            self._profiler = kernel_profiler(len(self.watched) - 1)
             self._profiler.start()
         loss = super()._step(x, labels)
-        if self._profiler is not None and self.step == self.watched.stop - 1:
-            synchronize(self.device)
-            self._profiler.stop()
-            self.kernels = kernels_of(self._profiler)
-            self._profiler = None
+        if self._profiler is not None:
+            if self.step in (self.watched.start, self.watched.stop - 1):
+                synchronize(self.device)  # so that nothing is cut in two
+            self._profiler.step()
+            if self.step == self.watched.stop - 1:
+                self._profiler.stop()
+                self.kernels = kernels_of(self._profiler.events() or ())
+                self._profiler = None
         state = self.epoch, self.units.frontier, self.cache.boundary
         self.ends.append((*state, self.moments.now()))
         return loss
@@ -226,11 +245,24 @@ class Kernel:
     end: float
 
 
-def kernels_of(profiler: torch.profiler.profile) -> list[Kernel]:
+def kernel_profiler(steps: int) -> torch.profiler.profile:
+    """Watches what a GPU does, after one step to warm up, for so many steps. What the host does is
+    not watched: that would slow it, and the GPU would seem to wait for it."""
+    return torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA],
+        schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
+        acc_events=True,
+    )
+
+
+def kernels_of(events: Iterable[Any]) -> list[Kernel]:
+    """What the GPU did, of all that was seen. Regions of the program that have a name (an
+    optimiser's step) are shown on its timeline, too, and would hide that it is idle in them."""
     return [
         Kernel(event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events() or ()
+        for event in events
         if str(event.device_type).endswith("CUDA")
+        and not getattr(event, "is_user_annotation", False)
     ]
 
 
@@ -266,17 +298,19 @@ class Bench:
             raise UserError("there is no CUDA device here: --device cpu only tries the program out")
         set_numerics(self.device)
         facts = {name: str(value) for name, value in numerics(self.device).items()}
-        self.figures: dict[str, Any] = {"numerics": facts, "settings": []}
-        self.longest_run = 0.0
+        self.files = file_system(Path(tempfile.gettempdir()))
+        self.figures: dict[str, Any] = {"numerics": facts, "disk": self.files, "settings": []}
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else "a CPU"
+        memory = ", which is memory: `disk` tells nothing of a disk here"
         print(
             f"{images.outline.description}; {where}, torch {torch.__version__}, "
-            f"{args.epochs} epochs a run, {args.repeats} of each",
+            f"{args.epochs} epochs a run, {args.repeats} of each; the disk is {self.files}"
+            + (memory if self.files in IN_MEMORY else ""),
             flush=True,
         )
 
-    def has_time(self, runs: float = 1.0) -> bool:
-        return time.perf_counter() + runs * self.longest_run < self.deadline
+    def has_time(self, seconds: float = 0.0) -> bool:
+        return time.perf_counter() + seconds < self.deadline
 
     def measure(self, setting: Setting) -> None:
         """All modes of one setting, and the table."""
@@ -287,21 +321,23 @@ class Bench:
         plain = self.plain_rate(setting)
         runs: dict[str, list[Summary]] = {mode: [] for mode in self.args.modes.split(",")}
         words = self.words(setting)
-        # Algorithms are chosen and loaded once, and not in the first run that is timed.
-        self.run([*words, "--epochs", "1", "--no-cache"])
+        expected = self.args.epochs * self.epoch_seconds(words)
         for repeat in range(self.args.repeats):
             for mode in runs:
-                if self.has_time():
+                if self.has_time(expected):
                     start = time.perf_counter()
                     runs[mode].append(self.run([*words, *MODES[mode]])[0])
-                    self.longest_run = max(self.longest_run, time.perf_counter() - start)
+                    expected = max(expected, time.perf_counter() - start)
                 else:
                     print(f"({mode}, repeat {repeat + 1}: not run, no time left)")
         figures = {**vars(setting), "plain_images_per_second": plain, "runs": runs}
         self.figures["settings"].append(figures)
         print("\n".join(self.table(runs, plain)), flush=True)
-        if self.device.type == "cuda" and self.has_time():
+        if self.device.type == "cuda":
             for mode in ("no freezing", "device"):
+                if not self.has_time(expected):
+                    print(f"(kernels, {mode}: not watched, no time left)")
+                    continue
                 options = [*words, *MODES[mode], "--epochs", "2"]
                 kernels = self.run(options, profiled=True)[1].kernels
                 if kernels:
@@ -309,24 +345,39 @@ class Bench:
                     print(f"\n{mode}, last epoch of two: the GPU is idle {idle:.1%} of the time\n")
                     print("\n".join(longest(kernels, 6)), flush=True)
 
+    def epoch_seconds(self, words: Sequence[str]) -> float:
+        """Of training without freezing. In the epoch before the one that counts, algorithms are
+        chosen and loaded, which the runs that are timed need not do again."""
+        trainer = self.run([*words, *MODES["no freezing"], "--epochs", "2"])[1]
+        return float(trainer.metrics[-1]["seconds"])
+
     def words(self, setting: Setting) -> list[str]:
         words = f"--arch {setting.network} -b {setting.batch_size} --t0 {setting.t0} -j 0 "
         words += f"--epochs {self.args.epochs} --device {self.device.type} "
         return [*words.split(), "--precision", self.args.precision]
 
-    def run(self, words: Sequence[str], *, profiled: bool = False) -> tuple[Summary, TimedTrainer]:
-        """One run: its summary, with the rates of its steps, and what made it."""
+    def run(
+        self, words: Sequence[str], *, profiled: bool = False, images: DataSet | None = None
+    ) -> tuple[Summary, TimedTrainer]:
+        """One run, of all images or those given: its summary, with the rates of its steps and the
+        most device memory that it had, and what made it."""
+        images = images or self.images
+        # What an earlier run leaves in the allocator would count as taken, and rows not fit.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         with tempfile.TemporaryDirectory(prefix="cachefreeze-benchmark-") as name:
             folder = Path(name) / "run"
             places = ["--cache-dir", f"{name}/cache", "--output-dir", str(folder)]
             settings = config.parse([*words, *places])
             dtype = resolve_precision(settings.precision, self.device)
             torch.manual_seed(settings.seed)
-            units, _ = make_network(settings, self.images.classes)
+            units, _ = make_network(settings, images.classes)
             with closing(RunFolder(folder)) as output, quiet():
                 trainer = TimedTrainer(
                     settings,
-                    self.images,
+                    images,
                     units,
                     self.device,
                     dtype,
@@ -337,10 +388,16 @@ class Bench:
                 output.create(settings.as_json())
                 summary = trainer.fit()
             summary["rates"] = trainer.rates()
+            if self.device.type == "cuda":
+                summary["peak_device_bytes"] = torch.cuda.max_memory_allocated()
             return summary, trainer
 
     def plain_rate(self, setting: Setting) -> float:
-        """Images a second of a loop as people write it."""
+        """Images a second of a loop as people write it, with torch as it comes."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            return self._plain_rate(setting)
+
+    def _plain_rate(self, setting: Setting) -> float:
         settings = config.parse(self.words(setting))
         sizes = settings.network_sizes()
         model = build(settings.arch, len(self.images.classes), **sizes).to(self.device)
@@ -373,30 +430,57 @@ class Bench:
     def table(self, runs: dict[str, list[Summary]], plain: float) -> list[str]:
         """Medians of the repeats, in Markdown, and what they come to."""
         head = ["mode", "n", "seconds", "images a second", "this / plain loop", "val accuracy"]
-        rows = [[*head, "filling", "steps a second, by units frozen (boundary)"]]
+        head += ["filling", "rows were in", "device memory"]
+        rows = [[*head, "steps a second, by units frozen (boundary)"]]
         for mode, summaries in runs.items():
             if not summaries:
                 continue
             last = summaries[-1]
-            images = len(self.images.train) * last["epochs"]
-            rate = images / middle([each["wall_seconds"] for each in summaries])
+            rate = self.rate(summaries)
             rows.append(
                 [
                     mode,
                     str(len(summaries)),
-                    f"{images / rate:.2f}",
+                    f"{middle([each['wall_seconds'] for each in summaries]):.2f}",
                     f"{rate:,.0f}",
                     f"{rate / plain:.2f}",
                     f"{last['val_accuracy']:.2%}",
                     f"{last['materialize_seconds']:.2f}",
+                    tiers_of(last),
+                    human_bytes(last["peak_device_bytes"]) if "peak_device_bytes" in last else "",
                     ", ".join(
                         f"{each['frozen']} ({each['boundary']}): {each['steps']:.1f}"
                         for each in last["rates"]
                     ),
                 ]
             )
-        lines = [f"Plain loop: {plain:,.0f} images a second.", "", *markdown_table(rows), ""]
-        return [*lines, *self.efficiencies(runs)]
+        tf32 = " (TF32 allowed in convolutions)" if self.device.type == "cuda" else ""
+        lines = [
+            f"Plain loop: {plain:,.0f} images a second, in float32{tf32}, images prepared one by "
+            f"one by {self.args.workers} workers.",
+            "",
+            *markdown_table(rows),
+            "",
+        ]
+        return [*lines, *self.speedup(runs, plain), *self.efficiencies(runs)]
+
+    def rate(self, summaries: Sequence[Summary]) -> float:
+        """Images a second of runs in one mode, whatever they did: the median."""
+        images = len(self.images.train) * summaries[0]["epochs"]
+        return images / middle([summary["wall_seconds"] for summary in summaries])
+
+    def speedup(self, runs: dict[str, list[Summary]], plain: float) -> list[str]:
+        """Against the plain loop, and how much of that is not the cache's."""
+        if not (runs.get("no freezing") and runs.get("device")):
+            return []
+        first, cached = self.rate(runs["no freezing"]), self.rate(runs["device"])
+        bf16 = resolve_precision(self.args.precision, self.device) is not None
+        precision = "bf16" if bf16 else "float32 without TF32"
+        return [
+            f"From the plain loop to device: {cached / plain:.2f}x. Of that {first / plain:.2f}x "
+            f"is this trainer ({precision}, images that lie decoded in memory), and "
+            f"{cached / first:.2f}x is freezing with the cache."
+        ]
 
     def efficiencies(self, runs: dict[str, list[Summary]]) -> list[str]:
         lines = []
@@ -421,26 +505,68 @@ class Bench:
                 )
         return lines
 
-    def compare_weights(self) -> None:
-        """Whether weights are the same, with --deterministic."""
+    def compare_weights(self) -> bool:
+        """Whether weights are the same with and without the cache, with --deterministic, on some
+        of the images; True if there is no time to see."""
         print("\n## Weights\n")
-        if not self.has_time(4):
-            print("Not compared: no time left.")
-            return
         setting = replace(settings_of(self.args)[0], t0=0.5)
-        words = [*self.words(setting), "--epochs", "3", "--deterministic"]
-        set_numerics(self.device, deterministic=True)
+        words = [*self.words(setting), "--epochs", str(COMPARED_EPOCHS), "--deterministic"]
+        images = some_of(self.images)
         hashes: dict[str, str] = {}
-        for mode in ("freezing only", "device", "host", "disk"):
-            options = [*words, *MODES[mode], "--cache-policy", "eager"]
-            if mode == "freezing only":
+        set_numerics(self.device, deterministic=True)
+        try:
+            for mode in ("freezing only", "device", "host", "disk"):
+                if not self.has_time():
+                    print("Not compared: no time left.")
+                    return True
                 options = [*words, *MODES[mode]]
-            hashes[mode] = str(self.run(options)[0]["weights_sha256"])
-            print(f"{mode}: {hashes[mode][:16]}")
+                if mode != "freezing only":
+                    options += ["--cache-policy", "eager"]
+                summary, _ = self.run(options, images=images)
+                hashes[mode] = summary["weights_sha256"]
+                served = summary["cache"]["rows_served"]
+                where = f", {served:,} rows from {tiers_of(summary)}" if served else ""
+                print(f"{mode}: {hashes[mode][:16]}{where}", flush=True)
+        finally:
+            set_numerics(self.device)
         self.figures["weights"] = hashes
         same = len(set(hashes.values())) == 1
-        print(f"With --deterministic, {setting}, 3 epochs: {'the same' if same else 'DIFFERENT'}.")
-        set_numerics(self.device)
+        print(
+            f"With --deterministic, {setting}, {len(images.train):,} images, {COMPARED_EPOCHS} "
+            f"epochs: {'the same' if same else 'DIFFERENT'}."
+        )
+        return same
+
+
+def some_of(images: DataSet) -> DataSet:
+    """At most `COMPARED_ROWS` of them, taken at random: in a folder they lie by class."""
+
+    def some(split: Images, most: int) -> ArrayImages:
+        assert isinstance(split, ArrayImages)
+        rows = np.random.default_rng(0).permutation(len(split))[:most]
+        return ArrayImages(split.pixels[rows], split.labels.numpy()[rows])
+
+    return replace(
+        images,
+        train=some(images.train, COMPARED_ROWS),
+        val=some(images.val, COMPARED_VAL_ROWS),
+    )
+
+
+def tiers_of(summary: Summary) -> str:
+    """Where a run's stored rows really were: there may have been no room where they should be."""
+    return ", ".join(sorted({event["tier"] for event in summary["cache"]["boundaries"]}))
+
+
+def file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, by Linux's name for it."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return "of an unknown kind"
+    above = [mount for mount in mounts if folder.resolve().is_relative_to(mount[1])]
+    # Of several at the same place the last one is seen.
+    return sorted(above, key=lambda mount: len(mount[1]))[-1][2]
 
 
 def limit_of(summary: Summary) -> float:

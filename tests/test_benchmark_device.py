@@ -1,20 +1,43 @@
 """The benchmark for GPUs, tried out on the CPU: everything but the device is as it is there."""
 
+import argparse
+import io
+import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.autograd.profiler_util import FunctionEvent
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from benchmark_device import Kernel, idle_share, longest, unpacked
+import benchmark_device
+from benchmark_device import (
+    Bench,
+    Kernel,
+    Setting,
+    file_system,
+    idle_share,
+    kernels_of,
+    longest,
+    settings_of,
+    unpacked,
+)
 
 from cachefreeze.errors import UserError
+from cachefreeze.rows import Indices
+from cachefreeze.stored_rows import StoredRows
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPT = SCRIPTS / "benchmark.py"
 
 
 def benchmark(*options: object) -> subprocess.CompletedProcess[str]:
@@ -33,10 +56,15 @@ def test_it_packs_images_and_measures_every_mode_on_them(images: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     for mode in ("no freezing", "freezing only", "device", "host", "disk"):
         assert re.search(rf"^\| {mode} +\| 1 ", done.stdout, re.MULTILINE), done.stdout
+    for tier in ("device", "host", "disk"):  # where rows were to be, and where they were
+        assert re.search(rf"^\| {tier} .*\| {tier} +\|", done.stdout, re.MULTILINE), done.stdout
+    assert "From the plain loop to device" in done.stdout
     accuracies = set(re.findall(r"^\| (?:fr|de|ho|di).*?([\d.]+%)", done.stdout, re.MULTILINE))
     assert len(accuracies) == 1, "freezing only and all tiers come to the same"
     assert "Efficiency from device" in done.stdout
-    assert "3 epochs: the same." in done.stdout
+    first = done.stdout.partition("## wrn10_1")[0]
+    assert "3 epochs: the same." in first, "before what may take all of the time"
+    assert len(re.findall(r"^(?:device|host|disk): .*, [1-9]\d* rows from", first, re.M)) == 3
     assert (tmp_path / "all.json").stat().st_size > 1000
 
 
@@ -44,6 +72,91 @@ def test_what_there_is_no_time_for_is_left_out_and_said() -> None:
     done = benchmark("cpu", "--minutes", 0)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no time left") == 9
+
+
+@dataclass
+class Faulty:
+    """A run of the benchmark whose rows from the disk are wrong, and that has time for batches of
+    32 only; TF32 is off and algorithms are tried, as for a run on a GPU."""
+
+    code: int
+    output: str
+    # TF32 in convolutions, and trying of algorithms, in the plain loop's steps.
+    plain: set[tuple[bool, bool]]
+    afterwards: tuple[bool, bool]
+
+
+@pytest.fixture(scope="module")
+def faulty(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    packed, seen, out = tmp_path_factory.mktemp("packed") / "images.npz", set(), io.StringIO()
+    cudnn = torch.backends.cudnn
+    build, batches = benchmark_device.build, StoredRows.batches
+
+    def watched(*args: object, **sizes: int) -> nn.Module:
+        model = build(*args, **sizes)  # type: ignore[arg-type]
+        model.register_forward_hook(lambda *_: seen.add((cudnn.allow_tf32, cudnn.benchmark)))
+        return model
+
+    def wrong(rows: StoredRows, order: Sequence[Indices]) -> Iterator[Tensor]:
+        return (x + 1 for x in batches(rows, order))
+
+    words = "--device cpu --networks wrn10_1 --batches 64,32 --t0 0.5 --epochs 1 --precision fp32"
+    words += " --plain-steps 1 --workers 0 --modes"
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setattr(benchmark_device, "build", watched)
+        patch.setattr(StoredRows, "batches", wrong)
+        patch.setattr(Bench, "epoch_seconds", lambda _, words: 0.0 if "32" in words else 1e6)
+        with cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            pack = ["--device", "cpu", "--data", str(images), "--pack", str(packed)]
+            assert benchmark_device.main(pack) == 0
+            command = [*words.split(), "freezing only", "--data", str(packed)]
+            code = benchmark_device.main(command)
+            afterwards = cudnn.allow_tf32, cudnn.benchmark
+    return Faulty(code, out.getvalue(), seen, afterwards)
+
+
+def test_weights_that_differ_are_a_failure_and_the_rest_is_measured(faulty: Faulty) -> None:
+    assert "3 epochs: DIFFERENT." in faulty.output
+    assert faulty.code == 1
+    assert re.search(r"^\| freezing only +\| 1 ", faulty.output, re.MULTILINE)
+
+
+def test_a_setting_that_takes_too_long_keeps_no_other_from_being_run(faulty: Faulty) -> None:
+    _, large, small = faulty.output.split("## wrn10_1")
+    assert "(freezing only, repeat 1: not run, no time left)" in large
+    assert "no time left" not in small
+
+
+def test_the_plain_loop_runs_with_torch_as_it_comes(faulty: Faulty) -> None:
+    assert faulty.plain == {(True, False)}
+    assert faulty.afterwards == (False, True)
+
+
+def test_every_word_is_tried_before_two_are_exchanged() -> None:
+    args = argparse.Namespace(t0="0.5,0.8", networks="small,large", batches="512,128")
+    order = settings_of(args)
+    assert len(order) == len(set(order)) == 8
+    assert order[0] == Setting("small", 512, 0.5)
+    assert set(order[1:4]) == {
+        Setting("large", 512, 0.5),
+        Setting("small", 128, 0.5),
+        Setting("small", 512, 0.8),
+    }
+    assert order[-1] == Setting("large", 128, 0.8)
+
+
+def test_cublas_is_told_before_its_first_use_that_it_has_to_be_deterministic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")  # (which the tests have set)
+    runpy.run_path(str(SCRIPTS / "benchmark_device.py"))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mounts").exists(), reason="not Linux")
+def test_it_knows_a_file_system_by_the_nearest_mount_above() -> None:
+    assert file_system(Path("/proc/self")) == "proc"
+    assert file_system(Path("/")) != "proc"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -60,6 +173,20 @@ def test_files_that_hold_no_images_are_refused(tmp_path: Path) -> None:
     for name in ("text", "other.npz", "code.npz"):
         with pytest.raises(UserError, match="holds no packed images"):
             unpacked(tmp_path / name)
+
+
+def test_regions_with_a_name_are_not_taken_for_kernels() -> None:
+    def event(name: str, device: str, start: int, end: int, **more: bool) -> FunctionEvent:
+        kind = getattr(torch._C._autograd.DeviceType, device)
+        return FunctionEvent(0, name, 0, start, end, device_type=kind, **more)
+
+    events = [
+        event("a kernel", "CUDA", 0, 3),
+        event("Optimizer.step#SGD.step", "CUDA", 0, 90, is_user_annotation=True),
+        event("a kernel", "CUDA", 8, 10),
+        event("aten::add", "CPU", 0, 90),
+    ]
+    assert kernels_of(events) == [Kernel("a kernel", 0, 3), Kernel("a kernel", 8, 10)]
 
 
 def test_a_gpu_is_idle_where_no_kernel_runs() -> None:
