@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from cachefreeze.encoding import Encoding
+from cachefreeze.encoding import Encoding, as_array
 
 
 def there_and_back(x: torch.Tensor, stored: str | None) -> torch.Tensor:
     encoding = Encoding.of(x, stored)
-    plain = encoding.encode(x)
+    plain = as_array(encoding.encode(x))
     held, room = encoding.empty(len(x), plain.shape[1:])
     room[:] = plain.reshape(len(x), -1).view("uint8")
     return encoding.decode(held, torch.device("cpu"))
