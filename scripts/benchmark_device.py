@@ -462,7 +462,7 @@ class Bench:
             *markdown_table(rows),
             "",
         ]
-        return [*lines, *self.speedup(runs, plain), *self.efficiencies(runs)]
+        return [*lines, *self.speedup(runs, plain), *efficiencies(runs)]
 
     def rate(self, summaries: Sequence[Summary]) -> float:
         """Images a second of runs in one mode, whatever they did: the median."""
@@ -481,29 +481,6 @@ class Bench:
             f"is this trainer ({precision}, images that lie decoded in memory), and "
             f"{cached / first:.2f}x is freezing with the cache."
         ]
-
-    def efficiencies(self, runs: dict[str, list[Summary]]) -> list[str]:
-        lines = []
-        for tier in ("device", "host", "disk"):
-            reached = [
-                efficiency(freezing["wall_seconds"], cached["wall_seconds"], limit_of(limit))
-                for freezing, cached, limit in zip(
-                    runs.get("freezing only", []),
-                    runs.get(tier, []),
-                    runs.get("device", []),
-                    strict=False,
-                )
-            ]
-            shares = [share for share in reached if share is not None]
-            if shares:
-                plans = [summary["plan"] for summary in runs[tier] if summary["plan"]]
-                hoped = [plan["predicted"]["efficiency"] or 0.0 for plan in plans]
-                within = [plan["actual"]["efficiency"] or 0.0 for plan in plans]
-                lines.append(
-                    f"Efficiency from {tier}: {middle(shares):.2f} (predicted {middle(hoped):.2f}, "
-                    f"by what the run measured of itself {middle(within):.2f})."
-                )
-        return lines
 
     def compare_weights(self) -> bool:
         """Whether weights are the same with and without the cache, with --deterministic, on some
@@ -536,6 +513,31 @@ class Bench:
             f"epochs: {'the same' if same else 'DIFFERENT'}."
         )
         return same
+
+
+def efficiencies(runs: dict[str, list[Summary]]) -> list[str]:
+    """Of each tier: the share of what a free cache would save; the medians, in words."""
+    lines = []
+    for tier in ("device", "host", "disk"):
+        reached = [
+            efficiency(freezing["wall_seconds"], cached["wall_seconds"], limit_of(limit))
+            for freezing, cached, limit in zip(
+                runs.get("freezing only", []),
+                runs.get(tier, []),
+                runs.get("device", []),
+                strict=False,
+            )
+        ]
+        shares = [share for share in reached if share is not None]
+        if shares:
+            plans = [summary["plan"] for summary in runs[tier] if summary["plan"]]
+            hoped = [plan["predicted"]["efficiency"] or 0.0 for plan in plans]
+            within = [plan["actual"]["efficiency"] or 0.0 for plan in plans]
+            lines.append(
+                f"Efficiency from {tier}: {middle(shares):.2f} (predicted {middle(hoped):.2f}, "
+                f"by what the run measured of itself {middle(within):.2f})."
+            )
+    return lines
 
 
 def some_of(images: DataSet) -> DataSet:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from benchmark_device import (
     Bench,
     Kernel,
     Setting,
+    efficiencies,
     file_system,
     idle_share,
     kernels_of,
@@ -56,12 +58,9 @@ def test_it_packs_images_and_measures_every_mode_on_them(images: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     for mode in ("no freezing", "freezing only", "device", "host", "disk"):
         assert re.search(rf"^\| {mode} +\| 1 ", done.stdout, re.MULTILINE), done.stdout
-    for tier in ("device", "host", "disk"):  # where rows were to be, and where they were
-        assert re.search(rf"^\| {tier} .*\| {tier} +\|", done.stdout, re.MULTILINE), done.stdout
     assert "From the plain loop to device" in done.stdout
     accuracies = set(re.findall(r"^\| (?:fr|de|ho|di).*?([\d.]+%)", done.stdout, re.MULTILINE))
     assert len(accuracies) == 1, "freezing only and all tiers come to the same"
-    assert "Efficiency from device" in done.stdout
     first = done.stdout.partition("## wrn10_1")[0]
     assert "3 epochs: the same." in first, "before what may take all of the time"
     assert len(re.findall(r"^(?:device|host|disk): .*, [1-9]\d* rows from", first, re.M)) == 3
@@ -76,8 +75,8 @@ def test_what_there_is_no_time_for_is_left_out_and_said() -> None:
 
 @dataclass
 class Faulty:
-    """A run of the benchmark whose rows from the disk are wrong, and that has time for batches of
-    32 only; TF32 is off and algorithms are tried, as for a run on a GPU."""
+    """A run of the benchmark whose rows from the disk are wrong, with hardly any device memory, and
+    time for batches of 32 only; TF32 is off and algorithms are tried, as for a run on a GPU."""
 
     code: int
     output: str
@@ -101,16 +100,17 @@ def faulty(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
         return (x + 1 for x in batches(rows, order))
 
     words = "--device cpu --networks wrn10_1 --batches 64,32 --t0 0.5 --epochs 1 --precision fp32"
-    words += " --plain-steps 1 --workers 0 --modes"
+    words += " --plain-steps 1 --workers 0 --modes device"
+    no_room = ["--cache-policy", "eager", "--cache-tier", "device", "--device-cache-gb", "1e-6"]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(benchmark_device, "build", watched)
         patch.setattr(StoredRows, "batches", wrong)
+        patch.setitem(benchmark_device.MODES, "device", no_room)
         patch.setattr(Bench, "epoch_seconds", lambda _, words: 0.0 if "32" in words else 1e6)
         with cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
             pack = ["--device", "cpu", "--data", str(images), "--pack", str(packed)]
             assert benchmark_device.main(pack) == 0
-            command = [*words.split(), "freezing only", "--data", str(packed)]
-            code = benchmark_device.main(command)
+            code = benchmark_device.main([*words.split(), "--data", str(packed)])
             afterwards = cudnn.allow_tf32, cudnn.benchmark
     return Faulty(code, out.getvalue(), seen, afterwards)
 
@@ -118,18 +118,33 @@ def faulty(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 def test_weights_that_differ_are_a_failure_and_the_rest_is_measured(faulty: Faulty) -> None:
     assert "3 epochs: DIFFERENT." in faulty.output
     assert faulty.code == 1
-    assert re.search(r"^\| freezing only +\| 1 ", faulty.output, re.MULTILINE)
+    assert re.search(r"^\| device +\| 1 ", faulty.output, re.MULTILINE)
+
+
+def test_the_table_says_where_rows_really_were(faulty: Faulty) -> None:
+    assert re.search(r"^\| device .*\| host +\|", faulty.output, re.MULTILINE), faulty.output
 
 
 def test_a_setting_that_takes_too_long_keeps_no_other_from_being_run(faulty: Faulty) -> None:
     _, large, small = faulty.output.split("## wrn10_1")
-    assert "(freezing only, repeat 1: not run, no time left)" in large
+    assert "(device, repeat 1: not run, no time left)" in large
     assert "no time left" not in small
 
 
 def test_the_plain_loop_runs_with_torch_as_it_comes(faulty: Faulty) -> None:
     assert faulty.plain == {(True, False)}
     assert faulty.afterwards == (False, True)
+
+
+def test_efficiency_is_the_share_of_what_the_device_run_without_its_filling_saves() -> None:
+    def run(seconds: float, filling: float = 0.0, measuring: float = 0.0) -> list[dict[str, Any]]:
+        spent = {"wall": seconds, "materialize": filling, "profile": measuring}
+        return [{f"{part}_seconds": each for part, each in spent.items()} | {"plan": None}]
+
+    runs = {"freezing only": run(10.0), "device": run(7.0, 0.75, 0.25), "disk": run(9.0, 2.0)}
+    device, disk = efficiencies(runs)
+    assert device.startswith("Efficiency from device: 0.75 ")
+    assert disk.startswith("Efficiency from disk: 0.25 ")
 
 
 def test_every_word_is_tried_before_two_are_exchanged() -> None:
