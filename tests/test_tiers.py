@@ -432,6 +432,17 @@ def test_whoever_goes_on_with_a_store_finds_the_chunks_that_follow_one_another(
     store.close()
 
 
+def test_a_store_may_be_kept_when_it_has_been_written(units: Units, tmp_path: Path) -> None:
+    with make_cache(units, tmp_path / "cache", tier="device") as cache:
+        cache.materialize()
+        cache.finish()
+        store = cache.store
+        assert isinstance(store, WritingStore)
+        assert not (store.folder / "kept").exists()
+        store.keep()
+        assert (store.folder / "kept").exists()
+
+
 def test_a_store_of_an_earlier_run_is_loaded_into_memory(units: Units, tmp_path: Path) -> None:
     with make_cache(units, tmp_path / "cache") as cache:
         cache.materialize()
@@ -730,6 +741,8 @@ def test_memory_is_filled_whole_where_a_killed_run_had_written_a_part(
     store = cache.store
     assert isinstance(store, WritingStore)
     assert sum(store._writer.held.values()) > 0, "or this tests nothing"
+    cache.finish()
+    assert store.bytes == sum(p.stat().st_size for p in store.folder.glob("*/c.*")), "written twice"
     cache.close()
     with make_cache(units, tmp_path / "cache") as again:
         reused = again.materialize(2)
