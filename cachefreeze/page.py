@@ -332,7 +332,7 @@ def _store(record: Record) -> str:
     caption = f"On disk, of the store that rows come from. The largest took {most}"
     if budget is not None and math.isfinite(budget):
         allowed = number(record, "summary.cache.max_bytes", "bytes")
-        caption += f"; the cache was allowed {allowed}, a line only where that is near"
+        caption += f"; the cache was allowed {allowed}"
     return figure(
         title,
         figures.store(sizes, math.inf if budget is None else budget, _end(record)),

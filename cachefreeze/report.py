@@ -104,6 +104,8 @@ def epoch_line(metrics: Mapping[str, Any], epochs: int, units: Sequence[str]) ->
     boundary = metrics["boundary"]
     if metrics["source"] == "cache":
         source = f"rows from the cache after {units[boundary - 1]}"
+    elif metrics["store_bytes"]:
+        source = "rows from the cache of decoded pixels"
     else:
         source = "rows from pixels"
     return (

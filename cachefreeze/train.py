@@ -50,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         kept = "nothing was saved yet"
-        if start is not None and (start.settings.output_dir / LAST).exists():
+        if start is not None and (start.settings.output_dir / "summary.json").exists():
+            folder = shlex.quote(str(start.settings.output_dir))
+            kept = "the run has come to its end, and only its report may be missing: "
+            kept += f"{this_python()} scripts/write_report.py {folder}"
+        elif start is not None and (start.settings.output_dir / LAST).exists():
             last = start.settings.output_dir / LAST
             kept = f"{last} is as it was saved last; to go on: {how_to_resume(start)}"
         print(f"stopped at once: {kept}", file=sys.stderr)

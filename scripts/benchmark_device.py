@@ -1,6 +1,6 @@
 """Time FreezeOut on a GPU: without freezing, with freezing only, and cached in each tier.
 
-    python scripts/benchmark.py --device cuda --data cifar10 --minutes 9
+    python scripts/benchmark.py --device cuda --data images --minutes 9
 
 All runs are made in this one process, on images that are decoded once, and in turn; what does not
 fit into the minutes is left out, and said. Nothing is downloaded. First, whether weights are the
@@ -160,6 +160,8 @@ def load(path: Path | None, size: int, workers: int) -> DataSet:
         return data.load("digits", Path(), image_size=32, val_fraction=None, workers=0, bar=track)
     if path.is_file():
         return unpacked(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not there: give --data a folder of images, or a packed file")
     found = data.load(
         "imagefolder", path, image_size=size, val_fraction=None, workers=workers, bar=track
     )
@@ -612,3 +614,7 @@ class AsPeopleDo(Dataset[tuple[Tensor, int]]):
 def forever(loader: DataLoader[Any]) -> Iterator[Any]:
     while True:
         yield from loader
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

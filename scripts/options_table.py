@@ -12,7 +12,8 @@ INTRODUCTION = """\
 # Options
 
 `python scripts/options_table.py > docs/options.md` wrote this page from what
-`python -m cachefreeze.train --help` says. An option that would do nothing in a run is refused.
+`python -m cachefreeze.train --help` says. An option for another
+network or data set than the one that is asked for is refused.
 """
 TERMINAL = """
 Bars go to the standard error, and only if that is a terminal; a log file gets plain lines in any

@@ -16,8 +16,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument("--freezing-only", type=Path, help="of the same run with --no-cache")
-    parser.add_argument("--no-freezing", type=Path, help="with --no-freeze --no-cache")
+    parser.add_argument(
+        "--freezing-only", type=Path, metavar="RUN", help="of the same run with --no-cache"
+    )
+    parser.add_argument(
+        "--no-freezing", type=Path, metavar="RUN", help="likewise, with --no-freeze --no-cache"
+    )
     args = parser.parse_args()
     given = {"freezing only": args.freezing_only, "no freezing": args.no_freezing}
     try:
