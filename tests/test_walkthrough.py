@@ -56,7 +56,7 @@ def test_an_own_folder_becomes_a_run_and_a_report(
     assert (
         "Whole runs of the same settings, measured" in Path("runs/photos/report.html").read_text()
     )
-    assert re.search(r"^1 store, .* in data/cache", stats, re.M)
+    assert re.search(r"^1 store in data/cache", stats, re.MULTILINE)
     summary = json.loads(Path("runs/photos/summary.json").read_text())
     assert summary["val_accuracy"] > 0.9
     assert sum(1 for _ in Path("photos").rglob("*.png")) == 1797
