@@ -1,6 +1,5 @@
 """PrefixCache: serves the data set's rows at the frontier, from a store where there is one."""
 
-import hashlib
 import re
 import statistics
 import time
@@ -17,20 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cachefreeze.background import HeldStore, WritingStore
+from cachefreeze.background import HeldStore
 from cachefreeze.datasets import DatasetRows, joined, rows_of, split_rows
-from cachefreeze.device import autocast, numerics
-from cachefreeze.encoding import Encoding
+from cachefreeze.device import autocast
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
-from cachefreeze.fingerprint import UNKNOWN, Sources, structure
+from cachefreeze.holdings import Holdings
 from cachefreeze.models.units import Units
 from cachefreeze.moments import Lapses, Moments
+from cachefreeze.provenance import Provenance
 from cachefreeze.rows import Indices, PixelRows, Rows, batches_of, epoch_order
-from cachefreeze.serving import loaded, serve
 from cachefreeze.staging import default_threads
 from cachefreeze.store import (
-    FORMAT,
     Store,
     StoreError,
     StoreTooLarge,
@@ -39,9 +36,8 @@ from cachefreeze.store import (
     note_usage,
     prepare_cache_dir,
 )
-from cachefreeze.stored_rows import StoredPixels
 from cachefreeze.stores import Source, Stores
-from cachefreeze.tiers import TIERS, Memory, Tiers
+from cachefreeze.tiers import Tiers
 
 # Batches whose reading is compared with computing them.
 WATCHED_BATCHES = 20
@@ -114,13 +110,10 @@ class PrefixCache:
             and what was written is left for the next attempt.
 
     Attributes:
-        boundary: where rows come from: 0 is the pixels.
         rows_served: rows that came from a store so far.
         rows_verified: rows that `verify` has compared so far.
         prefix_unit_rows_computed: forward computations of one row in one frozen unit so far,
             materialising included.
-        prefix_seconds_per_row: what a row took up to the boundary, decoding included, measured
-            while materialising.
         saved_seconds: an estimate from what materialising measured: time in the frozen units for
             the rows that were served, less the time that filling and reading the stores took.
         read_seconds: that training waited for those rows to be read.
@@ -208,7 +201,6 @@ class PrefixCache:
         self.stored = stored
         self.keep = keep
         self.warn = warn
-        self.boundary = 0
         # Units that were frozen from the start: what they give, the next run may want too.
         self._from_start = units.frontier
         self._checked = False
@@ -222,23 +214,17 @@ class PrefixCache:
         self.unfrozen_rows = 0
         self._watched: deque[float] = deque(maxlen=WATCHED_BATCHES)
         self._last_watched: float | None = None
-        self._sources = Sources(module for unit in units for module in unit.modules())
+        self._provenance = Provenance(
+            units, self.inputs, self.device, autocast_dtype, batch_size, stored
+        )
         self.tiers = Tiers(self.device, tier, device_bytes)
         self.threads = default_threads(self.device) if threads is None else threads
         self._moments = Moments(self.device)
         self._lapses = Lapses(self._moments)
-        self._memory: Memory | None = None
-        self._store: HeldStore | None = None
-        # What the last checkpoint on disk names, and stores that are out of use but for that.
-        self._checkpointed: str | None = None
-        self._retired: list[HeldStore] = []
+        self._holdings = Holdings(self.inputs, self.tiers, self.threads, warn)
         self._mended: Store | None = None
-        # Rows that are in a lower tier only while those before them have not left theirs.
-        self._may_rise = False
         # Rows served before the present store was, and rows computed to fill it.
         self._served_before = self._missed = 0
-        self._rows: Mapping[str, Rows] = self.inputs
-        self.prefix_seconds_per_row = 0.0
         if directory is not None:
             prepare_cache_dir(directory)
             self._stores = Stores(
@@ -257,16 +243,25 @@ class PrefixCache:
             )
 
     @property
+    def boundary(self) -> int:
+        """Where rows come from: 0 is the pixels."""
+        return self._holdings.boundary
+
+    @property
     def store(self) -> HeldStore | None:
         """The store that rows are served from, if any."""
-        return self._store
+        return self._holdings.store
 
     @property
     def tier(self) -> str | None:
         """Where those rows are held: `device`, `host` or `disk`; None without a store."""
-        if self._store is None:
-            return None
-        return "disk" if self._memory is None else self._memory.tier
+        return self._holdings.tier
+
+    @property
+    def prefix_seconds_per_row(self) -> float:
+        """What a row of that store took up to the boundary, decoding included, measured while it
+        was filled; 0 without a store."""
+        return 0.0 if self.store is None else self.store.notes.get("prefix_seconds_per_row", 0.0)
 
     @property
     def unit(self) -> str:
@@ -278,8 +273,8 @@ class PrefixCache:
         """Of stored activations, decoding included: median of the last batches, also after their
         store was left; None before any."""
         # Decoded pixels take more than reading, and rows in memory none.
-        if self._watched and self._store is not None and self.boundary and self._memory is None:
-            layout = next(iter(self._store.description.splits.values()))
+        if self._watched and self.store is not None and self.boundary and self.tier == "disk":
+            layout = next(iter(self.store.description.splits.values()))
             return statistics.median(self._watched) / layout.row_bytes
         return self._last_watched
 
@@ -314,7 +309,7 @@ class PrefixCache:
         indices = split_rows(split, rows, self.rows[split])
         order = batches_of(indices, self.batch_size)
         given = self.inputs[split]
-        if x is None or x.numel() == 0 or self._store is not None:
+        if x is None or x.numel() == 0 or self.store is not None:
             return joined(list(self._serve(split, order, None)))
         if len(x) != len(indices):
             raise ValueError(f"the input is of {len(x)} rows, and {len(indices)} are named")
@@ -383,16 +378,14 @@ class PrefixCache:
         stop = self.units.frontier if stop is None else stop
         if not 0 <= stop <= self.units.frontier:
             raise ValueError(f"boundary {stop}: {self.units.frontier} units are frozen")
-        pixels = stop == 0 and self._store is None and self.keeps_pixels
+        pixels = stop == 0 and self.store is None and self.keeps_pixels
         if self.directory is None or (stop <= self.boundary and not pixels):
             return None
         start = time.perf_counter()
         taken, name, knowable = None, self._name(stop), False
         try:
-            fingerprint, knowable = self._fingerprint(stop)
-            for each in self._retired:
-                if isinstance(each, WritingStore) and each.description.fingerprint == fingerprint:
-                    each.wait()
+            fingerprint, knowable = self._provenance.fingerprint(stop)
+            self._holdings.wait_for(fingerprint)
             taken = self._stores.take(
                 fingerprint,
                 stop,
@@ -423,7 +416,12 @@ class PrefixCache:
                 f"no later run will find the rows after {name}: what they depend on cannot be "
                 "written down (for a data set of your own: IndexedDataset(..., identity=...))"
             )
-        self._switch(store, stop, taken.memory)
+        self._before_leaving()
+        try:
+            self._holdings.take(store, stop, taken.memory)
+        finally:
+            self._tell_datasets()
+        self._versions = self._provenance.weights_version(stop)
         seconds = time.perf_counter() - start
         self.saved_seconds -= seconds
         self._served_before = self.rows_served
@@ -444,54 +442,36 @@ class PrefixCache:
     def leave(self) -> None:
         """Go back to computing rows from the network's input; the store is removed, unless a
         checkpoint names it."""
-        self._note_usage()
-        old = self._store
-        self._leave_store()
-        self._retire(old)
+        self._leave()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint is to say of the cache: where rows come from. No rows."""
-        store = None if self._store is None else self._store.description
-        return {
-            "boundary": self.boundary,
-            "store": None if store is None else store.fingerprint,
-        }
+        return {"boundary": self.boundary, "store": self._holdings.fingerprint}
 
     def release(self) -> None:
         """To be called when a checkpoint with the present `state_dict` is on disk: stores that only
         an earlier one names are removed. A store that a checkpoint names stays until then, so
         that whoever goes on from there finds it."""
         self._note_usage()
-        self._checkpointed = self.state_dict()["store"]
-        self._tell_of_failures()
-        writing: list[HeldStore] = []
-        for store in self._retired:
-            if not store.kept:
-                store.remove()
-            elif _is_being_written(store):
-                writing.append(store)
-            else:
-                store.close()
-        self._retired = writing
+        self._holdings.tell_of_failures()
+        self._holdings.release()
 
     def finish(self) -> None:
         """Wait until what is written in the background is on disk (as `close` does, too), and all
         times are known."""
         self._lapses.collect(wait=True)
-        for store in (self._store, *self._retired):
-            if isinstance(store, WritingStore):
-                store.wait()
-        self._tell_of_failures()
+        self._holdings.wait()
+        self._holdings.tell_of_failures()
 
     @property
     def bytes_in_use(self) -> int:
         """Of the store that rows come from, and of those that `release` would remove."""
-        return sum(store.bytes for store in (self._store, *self._retired) if store is not None)
+        return self._holdings.bytes
 
     @property
     def holds_retired(self) -> bool:
         """Whether there are stores that would be removed by `release`."""
-        return not all(store.kept for store in self._retired)
+        return self._holdings.has_retired
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Materialization | None:
         """Go on with the store that a checkpoint names; None if it names none, or that one is not
@@ -500,7 +480,7 @@ class PrefixCache:
         if state["store"] is None:
             return None
         found = self.materialize(state["boundary"], fill=False)
-        self._checkpointed = self.state_dict()["store"]
+        self._holdings.checkpointed = self._holdings.fingerprint
         return found
 
     def verify(self, split: str, rows: Indices) -> None:
@@ -511,14 +491,14 @@ class PrefixCache:
         Raises:
             UserError: they differ; names row, boundary, and the size of the difference.
         """
-        store = self._store
+        store = self.store
         if store is None or store.description.lossy:
             return
         x = next(iter(self.inputs[split].batches([rows])))
         with autocast(self.device, self.autocast_dtype):
             computed = self.units.run_frozen(x, 0, self.boundary, self.batch_size).cpu()
         try:
-            served = next(iter(self._rows[split].batches([rows]))).cpu()
+            served = next(iter(self._holdings.rows[split].batches([rows]))).cpu()
         except OSError as error:
             if not isinstance(store, Store):
                 raise
@@ -555,35 +535,7 @@ class PrefixCache:
 
     def fingerprint(self, stop: int) -> str:
         """Of all that the rows at boundary `stop` depend on, to the last bit."""
-        return self._fingerprint(stop)[0]
-
-    def _fingerprint(self, stop: int) -> tuple[str, bool]:
-        """The same, and whether another run can come to it."""
-        knowable = True
-        digest = hashlib.sha256()
-
-        def add(*parts: object) -> None:
-            nonlocal knowable
-            text = repr(parts)
-            knowable &= UNKNOWN not in text
-            digest.update(text.encode() + b"\n")
-
-        add("format", FORMAT)
-        if stop == 0:
-            for name, rows in sorted(self.inputs.items()):
-                assert isinstance(rows, PixelRows)
-                add("pixels", name, len(rows), rows.pixels_identity)
-            return digest.hexdigest()[:32], knowable
-        add("numerics", sorted(numerics(self.device).items()))
-        add("precision", self.autocast_dtype, "batch size", self.batch_size)
-        add("input is channels last", self.units.channels_last)
-        if self.stored is not None:
-            add("stored as", self.stored)
-        for name, rows in sorted(self.inputs.items()):
-            add("split", name, len(rows), rows.identity)
-        for name, unit in self.units.named(stop):
-            add("unit", name, structure(unit, self._sources))
-        return digest.hexdigest()[:32], knowable
+        return self._provenance.fingerprint(stop)[0]
 
     def __enter__(self) -> "PrefixCache":
         return self
@@ -596,11 +548,8 @@ class PrefixCache:
         until a run with this folder fills its own."""
         self.finish()
         self._note_usage()
-        for store in (self._store, *self._retired):
-            if store is not None:
-                store.close()
-        self._retired = []
-        self._leave_store()
+        self._holdings.close()
+        self._tell_datasets()
 
     def _source(self, stop: int, inputs: bool = False) -> Source:
         """The rows that a store of boundary `stop` is to hold: made of those that come from the
@@ -626,10 +575,10 @@ class PrefixCache:
         """Rows at boundary `stop`; None is the frontier, and counts as serving the run."""
         done = 0
         self._leave_if_other_weights()
-        self._tell_of_failures()
+        self._holdings.tell_of_failures()
         while done < len(order):
-            self._rise()
-            boundary, store, source = self.boundary, self._store, self._rows
+            self._holdings.rise()
+            boundary, store, source = self.boundary, self.store, self._holdings.rows
             try:
                 mark = self._mark()
                 for x in source[split].batches(order[done:]):
@@ -643,14 +592,14 @@ class PrefixCache:
                     done += 1
                     if stop is None:
                         self._watch()
-                    if self._rows is not source:
+                    if self._holdings.rows is not source:
                         break
                     mark = self._mark()
                 del source  # which may be the last to hold rows in memory
             except OSError as error:
                 if not isinstance(store, Store):
                     raise
-                if self._store is store:
+                if self.store is store:
                     self._mend_or_leave(store, error)
 
     def _computed(self, x: Tensor) -> Tensor:
@@ -700,17 +649,13 @@ class PrefixCache:
                     f"autocast is on here with {dtype}: give PrefixCache autocast_dtype={dtype}"
                 )
 
-    def _weights_version(self) -> int:
-        """Moves when a parameter or buffer before the boundary is written to."""
-        units = self.units[: self.boundary]
-        return sum(t._version for unit in units for t in (*unit.parameters(), *unit.buffers()))
-
     def _leave_if_other_weights(self) -> None:
         """Rows of weights that were loaded over since are none of this network any more."""
-        if self._store is None or self._weights_version() == self._versions:
+        version = self._provenance.weights_version(self.boundary)
+        if self.store is None or version == self._versions:
             return
-        self._versions = self._weights_version()
-        if self.fingerprint(self.boundary) != self._store.description.fingerprint:
+        self._versions = version
+        if self.fingerprint(self.boundary) != self.store.description.fingerprint:
             self.warn(
                 f"units before the store after {self.unit} have other weights than when it was "
                 "filled: rows are computed from here on"
@@ -733,7 +678,7 @@ class PrefixCache:
         """Of rows at the boundary, that they have come."""
         if self.units.frontier == 0:
             self.unfrozen_rows += rows
-        if self._store is not None:
+        if self.store is not None:
             self.rows_served += rows
             self.saved_seconds += rows * self.prefix_seconds_per_row
 
@@ -743,7 +688,7 @@ class PrefixCache:
             return
         self.read_seconds += seconds
         self.saved_seconds -= seconds
-        if store is self._store:
+        if store is self.store:
             self._watched.append(seconds / rows)
 
     def _add_computing(self, seconds: float) -> None:
@@ -765,94 +710,11 @@ class PrefixCache:
     def _name(self, boundary: int) -> str:
         return self.units.names[boundary - 1] if boundary else "pixels"
 
-    def _switch(self, store: HeldStore, boundary: int, memory: Memory | None) -> None:
-        self._note_usage()
-        old = self._store
-        # What is loaded next may need the memory of the rows before; and if that goes wrong, rows
-        # are computed.
-        self._leave_store()
-        self._retire(old)
-        try:
-            if memory is None:
-                assert isinstance(store, Store)
-                memory = loaded(store, self.tiers)
-            rows = self._rows_of(store, boundary, memory)
-        except BaseException:
-            store.close()
-            raise
-        self._store, self._memory, self._rows, self.boundary = store, memory, rows, boundary
-        tier = "disk" if memory is None else memory.tier
-        self._may_rise = tier != self.tiers.ladder[0]
-        self._versions = self._weights_version()
-        self._tell_datasets()
-        self.prefix_seconds_per_row = store.notes.get("prefix_seconds_per_row", 0.0)
-
-    def _rows_of(
-        self, store: HeldStore, boundary: int, memory: Memory | None
-    ) -> Mapping[str, Rows]:
-        stored = {
-            name: serve(store, name, memory, self.device, self.threads)
-            for name in store.description.splits
-        }
-        if boundary:
-            return stored
-        return {
-            name: StoredPixels(rows, self.inputs[name])  # type: ignore[arg-type]
-            for name, rows in stored.items()
-        }
-
-    def _rise(self) -> None:
-        """Once the rows before have left their memory: take it, if it does for these."""
-        store = self._store
-        if not self._may_rise or store is None:
-            return
-        self._may_rise = False
-        before = self._memory
-        there = self.tiers.now_with_room(store.description)
-        if TIERS.index(there) >= TIERS.index(self.tier or "disk"):
-            return
-        if before is None:
-            assert isinstance(store, Store)
-            memory = loaded(store, self.tiers)
-        else:
-            memory = self.tiers.memory_for(store.description, Encoding.described(store.description))
-            if memory is not None:
-                for split, rows in before.rows.items():
-                    memory.rows[split].copy_(rows)
-        if memory is not None:
-            self._memory, self._rows = memory, self._rows_of(store, self.boundary, memory)
-
-    def _tell_of_failures(self) -> None:
-        """Of what could not be written in the background; its rows are in memory."""
-        for store in (self._store, *self._retired):
-            if isinstance(store, WritingStore) and store.error is not None and not store.told:
-                store.told = True
-                reason = store.error.strerror or store.error
-                self.warn(
-                    f"the store after {self._name(store.description.boundary)} cannot be written "
-                    f"({reason}): its rows are served from memory, and no later run will find them"
-                )
-
     def _note_usage(self) -> None:
         """Beside the store in use, for people: what this run had of it so far."""
-        if self._store is not None:
+        if self.store is not None:
             hits = self.rows_served - self._served_before
-            note_usage(self._store.folder, Usage(hits, self._missed, time.time()))
-
-    def _retire(self, store: HeldStore | None, *, whole: bool = True) -> None:
-        """Done with a store: it goes, now or when no checkpoint names it any more, unless it is
-        whole and kept for later runs."""
-        if store is None:
-            return
-        if whole and store.kept and not _is_being_written(store):
-            store.close()
-        elif whole and store.kept:
-            self._retired.append(store)
-        elif store.description.fingerprint == self._checkpointed:
-            store.put_away()
-            self._retired.append(store)
-        else:
-            store.remove()
+            note_usage(self.store.folder, Usage(hits, self._missed, time.time()))
 
     def _mend_or_leave(self, store: Store, error: OSError) -> None:
         """A row could not be read. What is damaged is mended, once; a disk that goes on failing is
@@ -871,28 +733,23 @@ class PrefixCache:
             f"the store after {self._name(self.boundary)} cannot be read ({reason}): its rows are "
             "computed instead"
         )
-        self._leave_store()
-        self._retire(store, whole=False)
+        self._leave(whole=False)
 
-    def _leave_store(self) -> None:
-        self._forget_reading()
-        self._store = self._memory = None
-        self._rows, self.boundary, self.prefix_seconds_per_row = self.inputs, 0, 0.0
+    def _leave(self, *, whole: bool = True) -> None:
+        self._before_leaving()
+        self._holdings.leave(whole=whole)
         self._tell_datasets()
+
+    def _before_leaving(self) -> None:
+        self._note_usage()
+        self._last_watched = self.seconds_per_byte_read
+        self._watched.clear()
 
     def _tell_datasets(self) -> None:
         """Whether they need not load inputs."""
         for rows in self.inputs.values():
             if isinstance(rows, DatasetRows):
-                rows.dataset.serve(self._store is not None)
-
-    def _forget_reading(self) -> None:
-        self._last_watched = self.seconds_per_byte_read
-        self._watched.clear()
-
-
-def _is_being_written(store: HeldStore) -> bool:
-    return isinstance(store, WritingStore) and not store.done
+                rows.dataset.serve(self.store is not None)
 
 
 def device_of(units: Units) -> torch.device | None:

@@ -156,7 +156,7 @@ class MemoryCache(PrefixCache):
             filled[split] = memory
             if stop == 0:
                 filled[split] = StoredPixels(memory, self.inputs[split])  # type: ignore[arg-type]
-        self._rows, self.boundary = filled, stop
+        self._holdings.rows, self._holdings.boundary = filled, stop
         seconds = time.perf_counter() - start
         rows_in_all = sum(self.rows.values())
         return Materialization(stop, rows_in_all, size, seconds, seconds, False, 0, codec, False)

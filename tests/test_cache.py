@@ -92,7 +92,7 @@ def test_a_store_reads_as_channels_last_without_another_copy(units: Units, tmp_p
     units.freeze(2)
     cache = make_cache(units, tmp_path / "cache")
     cache.materialize()
-    stored = next(cache._rows["train"].batches([np.arange(5)]))
+    stored = next(cache._holdings.rows["train"].batches([np.arange(5)]))
     assert stored.is_contiguous(memory_format=torch.channels_last)
     assert units.run_frozen(stored, 2, 2, BATCH).data_ptr() == stored.data_ptr()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cachefreeze import PrefixCache, Units, batches_of, partition
+from cachefreeze import PrefixCache, Units, batches_of, holdings, partition
 from cachefreeze import cache as prefix_cache
 from cachefreeze import tiers as tiers_module
 from cachefreeze.background import WAITING_CHUNKS, ChunkStream, WritingStore
@@ -604,7 +604,7 @@ def test_loading_that_is_interrupted_leaves_a_cache_that_serves_right_rows(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(prefix_cache, "loaded", interrupted)
+        patched.setattr(holdings, "loaded", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.materialize(4)
     assert_same(everything(cache), everything(make_cache(units, None)))
@@ -614,13 +614,13 @@ def test_loading_that_is_interrupted_leaves_a_cache_that_serves_right_rows(
 def test_the_seconds_of_a_store_that_is_loaded_hold_the_loading(
     units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = prefix_cache.loaded
+    real = holdings.loaded
 
     def slow(*args):
         time.sleep(0.3)
         return real(*args)
 
-    monkeypatch.setattr(prefix_cache, "loaded", slow)
+    monkeypatch.setattr(holdings, "loaded", slow)
     with make_cache(units, tmp_path / "cache", keep=True) as cache:
         cache.materialize()
     with make_cache(units, tmp_path / "cache", tier="device") as cache:
@@ -639,7 +639,7 @@ def test_a_kept_store_that_is_written_while_it_is_released_is_let_go_of(
     first = cache.store
     assert isinstance(first, WritingStore)
     cache.materialize(4)
-    real, looks = prefix_cache._is_being_written, 0
+    real, looks = holdings._is_being_written, 0
 
     def ends_after_the_first_look(store: object) -> bool:
         nonlocal looks
@@ -652,7 +652,7 @@ def test_a_kept_store_that_is_written_while_it_is_released_is_let_go_of(
         return looks == 1
 
     with monkeypatch.context() as patched:
-        patched.setattr(prefix_cache, "_is_being_written", ends_after_the_first_look)
+        patched.setattr(holdings, "_is_being_written", ends_after_the_first_look)
         cache.release()
     gate.opened.set()
     cache.finish()
