@@ -8,48 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from cachefreeze.device import DEVICES, PRECISIONS
 from cachefreeze.errors import UserError
-from cachefreeze.schedule import SHAPES
+from cachefreeze.options import ARCHITECTURES, DEFAULTS, MOST_WORKERS, Parser, add_manner, options
 from cachefreeze.terminal import Manner
-from cachefreeze.tiers import TIERS
 
-ARCHITECTURES = ("wrn", "densenet", "vgg")
-CODECS = ("raw", "lz4", "zstd", "int8", "auto")
-POLICIES = ("planned", "eager")
-DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
-
-# What `--arch` means without sizes, and how long to train, by data set. CIFAR: the networks,
-# epochs and batch size of the FreezeOut paper and its authors' code.
-_SMALL = {"wrn": (16, 2), "densenet": (22, 12), "vgg": (11, None)}
-_PAPER = {"wrn": (40, 4), "densenet": (76, 12), "vgg": (16, None)}
-_MEDIUM = {"wrn": (16, 4), "densenet": (40, 12), "vgg": (16, None)}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"sizes": _SMALL, "epochs": 12, "batch_size": 64, "image_size": 32},
-    "cifar10": {"sizes": _PAPER, "epochs": 100, "batch_size": 50, "image_size": 32},
-    "cifar100": {"sizes": _PAPER, "epochs": 100, "batch_size": 50, "image_size": 32},
-    "imagefolder": {"sizes": _MEDIUM, "epochs": 30, "batch_size": 64, "image_size": 64},
-}
-MOST_WORKERS = 8
-# The options of FreezeOut's authors (train.py of their repository), and ours.
-FREEZEOUT = (
-    ("-L, --depth, -k, --growth-rate, --dropout", "the same"),
-    ("--epochs, --seed", "the same"),
-    ("--t_0", "the same, or --t0"),
-    ("--how_scale", "the same, or --schedule"),
-    ("--scale_lr, --no_scale", "the same, without a value; or --scale-lr, --no-scale-lr"),
-    ("--batch_size", "the same, or -b, --batch-size"),
-    ("--model", "the same, or --arch: densenet, wrn or vgg"),
-    ("--augment, --no-augment", "the same, but off unless asked for"),
-    ("--which_dataset 10, 100", "--dataset cifar10, cifar100"),
-    ("--save-weights FILE", "--output-dir FOLDER"),
-    ("--resume True", "--resume RUN_DIR"),
-    ("--validate, --no-validate", "not there: every epoch ends with a validation"),
-    ("--validate-test", "likewise; for CIFAR that is of its test set"),
-    ("--const_time", "not there: give --epochs"),
-)
 # Below, nothing is left to pool over at the network's end.
 _SMALLEST_IMAGE = {"wrn": 8, "densenet": 8, "vgg": 32}
 
@@ -153,7 +117,7 @@ class Settings:
 
 def split_resume(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """What a command line says to resume, and its other words."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
     known, others = parser.parse_known_args(list(argv))
     return known.resume, others
@@ -161,7 +125,7 @@ def split_resume(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def split_output_dir(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The folder that a command line names, and its other words: a run's folder is its own."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output-dir", type=Path)
     known, others = parser.parse_known_args(list(argv))
     return known.output_dir, others
@@ -170,46 +134,10 @@ def split_output_dir(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 def split_manner(argv: Sequence[str]) -> tuple[Manner, list[str]]:
     """How much a command line wants to be told, and its other words: that is of a terminal, and a
     run that goes on may have another one."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    _add_manner(parser)
+    parser = Parser(add_help=False, allow_abbrev=False)
+    add_manner(parser)
     known, others = parser.parse_known_args(list(argv))
     return Manner(lines=not known.quiet, bars=known.progress and not known.quiet), others
-
-
-def _add_manner(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--no-progress",
-        dest="progress",
-        action="store_false",
-        help="lines, and no bars (nor are there any where the output is no terminal)",
-    )
-    parser.add_argument(
-        "-q",
-        "--quiet",
-        action="store_true",
-        help="warnings, errors and the result only; with --plan the plan",
-    )
-
-
-def meaning(action: argparse.Action) -> str:
-    """What an option does, and its default, unless that is to do nothing."""
-    # Before Python 3.13 argparse adds this to what may be switched off.
-    text = (action.help or "").removesuffix(" (default: %(default)s)").replace("%%", "%")
-    default = action.default
-    if isinstance(action, argparse.BooleanOptionalAction) and default is not None:
-        default = "on" if default else "off"
-    silent = default is None or isinstance(default, bool) or default is argparse.SUPPRESS
-    return text if silent or "(default" in text else f"{text} (default: {default})"
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return meaning(action).replace("%", "%%")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -220,7 +148,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     """
     args = options().parse_args(argv)
     arch, depth, second = _parse_arch(args.arch)
-    defaults = _DEFAULTS[args.dataset]
+    defaults = DEFAULTS[args.dataset]
     if arch in ARCHITECTURES:
         default_depth, default_second = defaults["sizes"][arch]
         depth = _only_one("--depth", args.depth, depth, default_depth)
@@ -342,8 +270,6 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
         raise UserError(
             "--schedule asks for FreezeOut and --no-freeze for none: leave out one of them"
         )
-    if args.keep_cache and (args.cache is False or args.augment):
-        raise UserError("--keep-cache keeps what a cache holds: leave out --no-cache and --augment")
     if (args.rows is None) != (args.classes is None) or (args.rows and not args.plan):
         raise UserError(
             "--rows and --classes describe a data set that is not there, for --plan: give all three"
@@ -427,299 +353,3 @@ def _new_output_dir(name: str) -> Path:
 def _workers() -> int:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     return min(processors, MOST_WORKERS)
-
-
-def options() -> argparse.ArgumentParser:
-    """All options of the program, in groups by topic."""
-    width = max(len(theirs) for theirs, _ in FREEZEOUT)
-    names = "\n".join(f"  {theirs:<{width}}  {ours}" for theirs, ours in FREEZEOUT)
-    parser = _Parser(
-        prog="python -m cachefreeze.train",
-        usage="%(prog)s [options]",
-        description="Train with FreezeOut, the frozen prefix's activations served from a cache.",
-        epilog=f"options of FreezeOut's own code, and what they are here:\n{names}",
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    flag = argparse.BooleanOptionalAction
-
-    group = parser.add_argument_group("network")
-    group.add_argument(
-        "--arch",
-        "--model",
-        default="wrn",
-        metavar="NAME",
-        help="wrn, densenet or vgg; sizes may be spelled out, as in wrn40_4; without them the "
-        "data set decides; torchvision:NAME and timm:NAME are their networks",
-    )
-    group.add_argument(
-        "--weights",
-        metavar="DEFAULT|NAME|FILE",
-        help="start from weights that were trained before: those of torchvision or timm by name, a "
-        "state dict, or a checkpoint of a run; the head is new if the classes are",
-    )
-    group.add_argument(
-        "--freeze-first",
-        metavar="UNIT|N",
-        help="freeze the network up to and with this unit, or its first N units (negative: all but "
-        "N), before the first step; the others train to the end, or by FreezeOut with --schedule",
-    )
-    group.add_argument(
-        "-L", "--depth", type=int, metavar="N", help="layers (6n+4 for wrn and densenet)"
-    )
-    group.add_argument("--width", type=int, metavar="N", help="widening factor of a wrn")
-    group.add_argument(
-        "-k",
-        "--growth-rate",
-        type=int,
-        metavar="N",
-        help="channels each dense layer of a densenet adds",
-    )
-    group.add_argument(
-        "--bottleneck", action=flag, default=True, help="DenseNet-BC, or the plain one"
-    )
-    group.add_argument(
-        "--dropout",
-        type=float,
-        metavar="P",
-        help="in blocks, or in the head of a vgg (default: 0, of a vgg 0.5)",
-    )
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default="digits", help="what to train on")
-    group.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="FOLDER",
-        help="the folder of an imagefolder; where cifar is, or is downloaded to (default: data)",
-    )
-    group.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="imagefolder: images become squares of this (default: 64)",
-    )
-    group.add_argument(
-        "--val-fraction",
-        type=float,
-        metavar="SHARE",
-        help="imagefolder without a val or test folder: share of each class to validate on",
-    )
-    group.add_argument(
-        "--augment",
-        action=flag,
-        default=False,
-        help="random crop with 4 pixels of padding, and flip; switches the cache off",
-    )
-
-    group = parser.add_argument_group("schedule (FreezeOut)")
-    group.add_argument(
-        "--t0",
-        "--t_0",
-        type=float,
-        metavar="SHARE",
-        help="share of the run after which the first unit freezes, before --schedule is applied "
-        "(default: 0.8)",
-    )
-    group.add_argument(
-        "--schedule",
-        "--how_scale",
-        choices=tuple(SHAPES),
-        help="how freezing moves on from there to the end (default: cubic)",
-    )
-    group.add_argument(
-        "--scale-lr",
-        action=flag,
-        default=True,
-        help="divide each unit's initial rate by its share of the run",
-    )
-    for theirs, action in (("--scale_lr", "store_true"), ("--no_scale", "store_false")):
-        group.add_argument(
-            theirs, dest="scale_lr", action=action, default=True, help=argparse.SUPPRESS
-        )
-    group.add_argument(
-        "--freeze",
-        action=flag,
-        default=True,
-        help="--no-freeze trains everything to the end on one cosine: the baseline",
-    )
-
-    group = parser.add_argument_group("cache")
-    group.add_argument(
-        "--cache",
-        action=flag,
-        default=None,
-        help="--no-cache is FreezeOut as published (default: on, but for --augment)",
-    )
-    group.add_argument(
-        "--cache-dir",
-        type=Path,
-        default=Path("data/cache"),
-        metavar="FOLDER",
-        help="where activations are stored",
-    )
-    group.add_argument(
-        "--cache-max-gb",
-        type=float,
-        metavar="GB",
-        help="what the folder may take, in GB (default: 80%% of the free disk)",
-    )
-    group.add_argument(
-        "--cache-policy",
-        choices=POLICIES,
-        default="planned",
-        help="planned keeps what is predicted to save time; eager keeps whatever freezes",
-    )
-    group.add_argument(
-        "--cache-codec",
-        choices=CODECS,
-        default="raw",
-        help="lz4 and zstd take less disk and serve rows from memory; auto is raw, and one of them "
-        "where raw does not fit and it still pays; int8 loses precision",
-    )
-    group.add_argument(
-        "--cache-dtype",
-        choices=("own", "bf16"),
-        default="own",
-        help="bf16 halves what fp32 activations take, and loses precision",
-    )
-    group.add_argument(
-        "--cache-tier",
-        choices=("auto", *TIERS),
-        default="auto",
-        help="where the rows in use are held: auto is the GPU's memory if they fit there, else the "
-        "host's, else the disk; without a GPU the disk (which is memory while there is some free)",
-    )
-    group.add_argument(
-        "--device-cache-gb",
-        type=float,
-        metavar="GB",
-        help="of the device's memory that rows may take (default: 60%% of what is free beside a "
-        "training step)",
-    )
-    group.add_argument(
-        "--keep-cache",
-        action="store_true",
-        help="keep this run's stores for later runs, also those of units that freeze in its course",
-    )
-    group.add_argument(
-        "--verify-cache",
-        action="store_true",
-        help="compute a batch of rows of each split anew in every epoch, and stop if they differ "
-        "from those that the cache serves",
-    )
-
-    group = parser.add_argument_group("a look ahead")
-    group.add_argument(
-        "--plan",
-        action="store_true",
-        help="measure, print what would be kept and what that would bring, and stop",
-    )
-    group.add_argument(
-        "--rows",
-        type=int,
-        nargs=2,
-        metavar=("TRAIN", "VAL"),
-        help="with --plan, for an imagefolder that is not there: how many images",
-    )
-    group.add_argument("--classes", type=int, metavar="N", help="likewise: how many classes")
-
-    group = parser.add_argument_group("training")
-    defaults = {
-        name: ", ".join(f"{values[name]} for {data_set}" for data_set, values in _DEFAULTS.items())
-        for name in ("epochs", "batch_size")
-    }
-    group.add_argument(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help=f"passes over the data (default: {defaults['epochs']})",
-    )
-    group.add_argument(
-        "-b",
-        "--batch-size",
-        "--batch_size",
-        type=int,
-        metavar="N",
-        help=f"images a step (default: {defaults['batch_size']})",
-    )
-    group.add_argument(
-        "--lr",
-        type=float,
-        metavar="RATE",
-        help="base learning rate of SGD (default: 0.1; 0.01 with --weights)",
-    )
-    group.add_argument(
-        "--momentum", type=float, default=0.9, metavar="M", help="of SGD, Nesterov's"
-    )
-    group.add_argument("--weight-decay", type=float, default=1e-4, metavar="W", help="of SGD")
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights, dropout and row order"
-    )
-    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
-    group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="auto is bf16 autocast where the hardware multiplies it natively",
-    )
-    group.add_argument(
-        "--tf32",
-        action="store_true",
-        help="on CUDA, where fp32 is computed: multiply with 10 bits of mantissa",
-    )
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="on CUDA: only algorithms that give the same bits every time, with the cache and "
-        "without; torch warns of what has none (a CPU always does so)",
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile every unit that trains (torch.compile); frozen ones run as they are",
-    )
-    group.add_argument(
-        "-j",
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that decode images of an imagefolder (default: as many as there are "
-        f"processors, at most {MOST_WORKERS})",
-    )
-
-    group = parser.add_argument_group("what a run leaves, and going on with it")
-    group.add_argument(
-        "--tensorboard",
-        action=flag,
-        default=False,
-        help="write scalars for TensorBoard too, into tensorboard/ of the run's folder",
-    )
-    group.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="FOLDER",
-        help="of this run (default: runs/DATE-TIME-ARCH-DATASET)",
-    )
-    group.add_argument(
-        "--report",
-        action=flag,
-        default=True,
-        help="draw the run's report.html when it has come to its end",
-    )
-    group.add_argument(
-        "--checkpoint-every",
-        type=int,
-        metavar="N",
-        help="save every N steps too (default: after every epoch, and when interrupted)",
-    )
-    group.add_argument(
-        "--resume",
-        metavar="RUN_DIR|auto",
-        help="go on with a run and its settings; auto: with the newest one of these settings that "
-        "has not come to its end (or with the one in --output-dir), else start one",
-    )
-
-    group = parser.add_argument_group("what is told on the terminal")
-    _add_manner(group)
-    return parser

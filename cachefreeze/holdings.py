@@ -103,10 +103,17 @@ class Holdings:
         if not self._may_rise or store is None:
             return
         self._may_rise = False
-        before = self._memory
         there = self.tiers.now_with_room(store.description)
-        if TIERS.index(there) >= TIERS.index(self.tier or "disk"):
-            return
+        if TIERS.index(there) < TIERS.index(self.tier or "disk"):
+            self._take_room(store)
+        if self.tiers.asked not in ("auto", self.tier):
+            self.warn(
+                f"the rows after {store.description.unit} do not fit where they were asked for "
+                f"(--cache-tier {self.tiers.asked}): they are served from tier {self.tier}"
+            )
+
+    def _take_room(self, store: HeldStore) -> None:
+        before = self._memory
         if before is None:
             assert isinstance(store, Store)
             memory = loaded(store, self.tiers)

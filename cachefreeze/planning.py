@@ -25,7 +25,7 @@ from cachefreeze.profiler import (
     profile,
     warm_up,
 )
-from cachefreeze.report import duration, materialize_line, plan_words, room_words
+from cachefreeze.report import duration, materialize_line, plan_words, revision_words, room_words
 from cachefreeze.timing import timed
 
 # Images that are decoded to measure with.
@@ -107,6 +107,8 @@ class Planning:
         # When the step began, for the host and for the device.
         self._began: tuple[float, Any] = (0.0, None)
         self._served_from = cache.store
+        # Boundaries that the user was told would be kept.
+        self._announced: set[int] = set()
         # Boundary and codec of the last store whose reading the cache has watched.
         self._read: tuple[int, str] | None = None
         # Of the steps before there was a plan.
@@ -368,6 +370,7 @@ class Planning:
                 found={boundary for boundary in kept if self.cache.has(boundary)},
             )
         names = self.cache.units.names
+        self._announced = {move.keep.boundary for move in forecast.first.moves}
         for line in plan_words(forecast.first, self.run, names, how, forecast.why_nothing):
             self.tell(line)
         if (roomy := forecast.with_more_room) is not None:
@@ -411,8 +414,18 @@ class Planning:
             self._read = self.cache.boundary, self.cache.store.description.codec
         self._steps.clear()
         coming = [event for event in plan.events if event.step > self.step]
+        self._tell_if_other(forecast, [event for event in coming if isinstance(event, Move)])
         left = stretches(forecast.costs, self.run, self.step, self._source(forecast), coming)
         self.outlook = Outlook(self.step, time.perf_counter(), left)
+
+    def _tell_if_other(self, forecast: Forecast, coming: list[Move]) -> None:
+        """If this is not what the user was told last."""
+        kept = {each.done.boundary for each in forecast.filled}
+        kept |= {move.keep.boundary for move in coming}
+        if kept != self._announced:
+            self._announced = kept
+            names = self.cache.units.names
+            self.tell(revision_words(self.step, coming, self.run, names))
 
     def _materialize(self, forecast: Forecast, move: Move) -> bool:
         source, before = self._source(forecast), self.cache.prefix_seconds_per_row

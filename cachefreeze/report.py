@@ -125,7 +125,7 @@ def materialize_line(event: Mapping[str, Any]) -> str:
     if event["held"]:
         lossy += f", {event['held']:,} rows of it before it was interrupted"
     if event["tier"] != "disk":
-        lossy += f", rows in the {event['tier']}'s memory"
+        lossy += f", rows in memory (tier {event['tier']})"
     predicted = event["predicted_seconds"]
     return (
         f"  step {event['step']}: {what} {verb}: {event['rows']:,} rows, "
@@ -145,17 +145,19 @@ def plan_words(
     if not plan.moves:
         nothing = f"          nothing is kept: {why_nothing}"
         return [f"plan      {totals}", nothing, f"          measured {measured}"]
-    kept = ", ".join(
-        f"{_place(move.keep.boundary, units)} (epoch {_epoch(move.step, run)})"
-        for move in plan.moves
-    )
     most = max(move.bytes for move in plan.moves)
     share = "" if plan.efficiency is None else f", efficiency {plan.efficiency:.2f}"
     return [
         f"plan      {totals}{share}",
-        f"          keeps {kept}; at most {human_bytes(most)} each",
+        f"          keeps {_moves_words(plan.moves, run, units)}; at most {human_bytes(most)} each",
         f"          measured {measured}",
     ]
+
+
+def revision_words(step: int, coming: Sequence[Move], run: Run, units: Sequence[str]) -> str:
+    """A plan that was made anew at a step, and is another one than was told."""
+    kept = f"keeps {_moves_words(coming, run, units)}" if coming else "keeps nothing more"
+    return f"  step {step}: planned anew: {kept}"
 
 
 def room_words(roomy: Plan, max_bytes: float) -> str:
@@ -205,6 +207,12 @@ def plan_table(plan: Plan, run: Run, units: Sequence[str], why_nothing: str) -> 
     if plan.efficiency is not None:
         lines += ["", f"efficiency {plan.efficiency:.2f}: the share of the limit's saving"]
     return lines
+
+
+def _moves_words(moves: Sequence[Move], run: Run, units: Sequence[str]) -> str:
+    return ", ".join(
+        f"{_place(move.keep.boundary, units)} (epoch {_epoch(move.step, run)})" for move in moves
+    )
 
 
 def _epoch(step: int, run: Run) -> str:

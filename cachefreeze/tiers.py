@@ -40,7 +40,8 @@ class Tiers:
 
     Args:
         device: of training.
-        tier: `auto` or one of `TIERS`; where there is no room there, the next.
+        tier: `auto` or one of `TIERS` (`asked`, from here on); where there is no room there, the
+            next.
         device_bytes: that rows may take of the device's memory, old ones and new ones together;
             None is `DEVICE_SHARE` of what is free when it is asked for the first time, so do that
             after a training step.
@@ -50,6 +51,7 @@ class Tiers:
         self, device: torch.device, tier: str = "auto", device_bytes: float | None = None
     ) -> None:
         self.device = device
+        self.asked = tier
         if tier == "auto":
             tier = "device" if device.type == "cuda" else "disk"
         self.ladder = TIERS[TIERS.index(tier) :]

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from cachefreeze.config import FREEZEOUT, meaning, options
+from cachefreeze.options import FREEZEOUT, meaning, options
 from cachefreeze.report import markdown_table
 
 INTRODUCTION = """\

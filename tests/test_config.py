@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachefreeze import config
+from cachefreeze import config, options
 
 Fails = Callable[..., str]
 
@@ -106,7 +106,7 @@ def test_the_page_about_options_is_what_the_script_writes(
     assert page == (root / "docs" / "options.md").read_text(), (
         "python scripts/options_table.py > docs/options.md"
     )
-    for action in config.options()._actions:
+    for action in options.options()._actions:
         if action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
             assert all(f"`{name}`" in page for name in action.option_strings)
 
@@ -125,9 +125,9 @@ def test_help_is_in_groups_and_tells_defaults(capsys: pytest.CaptureFixture[str]
     assert "False)" not in text
 
 
-@pytest.mark.parametrize(("theirs", "ours"), config.FREEZEOUT)
+@pytest.mark.parametrize(("theirs", "ours"), options.FREEZEOUT)
 def test_what_help_says_of_freezeouts_options_is_so(theirs: str, ours: str) -> None:
-    known = config.options()._option_string_actions
+    known = options.options()._option_string_actions
     for name in re.findall(r"--?\w[\w-]*", theirs):
         assert (name in known) == (ours.startswith("the same") or name == "--resume")
     for name in re.findall(r"--\w[\w-]*", ours):
@@ -142,7 +142,7 @@ def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
 def test_every_option_that_the_readme_names_exists() -> None:
     root = Path(__file__).parents[1]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (root / "README.md").read_text()))
-    known = set(config.options()._option_string_actions)
+    known = set(options.options()._option_string_actions)
     for script in (root / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert len(named) > 20

@@ -212,7 +212,6 @@ def test_weights_that_cannot_be_had_are_one_sentence(
         ("--freeze-first 30", "cannot freeze 30 units"),
         ("--freeze-first -8", "leaves nothing to freeze: the network has 8 units"),
         ("--freeze-first 2 --t0 0.5", "--t0 is for units that freeze by FreezeOut"),
-        ("--keep-cache --no-cache", "--keep-cache keeps what a cache holds"),
         ("--freeze-first 2 --no-freeze --schedule cubic", "leave out one of them"),
         ("--weights nowhere.pt --plan", "--weights nowhere.pt is not there"),
         ("--arch torchvision:vit_b_32 --weights DEFAULT", "give --image-size 224"),

@@ -1,5 +1,6 @@
 """Whatever is planned, planned anew, given up or cut off by a budget: the weights are the same."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -84,6 +85,37 @@ def test_the_weights_do_not_depend_on_the_planner_being_there(train: Train, arch
     planned = train(*options, "--cache-policy", "planned")
     assert planned.summary["plan"] is not None
     assert_same_run(planned, train(*options, "--no-cache"))
+
+
+def test_a_plan_that_changes_is_told_once(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the lines at the start would promise stores that never come."""
+
+    def second_thoughts(
+        costs: Costs, run: Run, max_bytes: float, *, start: int, **_: object
+    ) -> Plan:
+        """Two stores at first, the first of them to the end, and nothing besides."""
+        real = cheapest_plan(costs, run, max_bytes, start=start)
+        frontier = sum(step <= start for step in run.freeze_steps)
+        moves = []
+        if frontier == 0:
+            keeps = [keep for keep in costs.keeps if keep.boundary in (1, 2)]
+            steps = sorted(run.freeze_steps)[:2]
+            moves = [Move(s, k, 1.0, 0.0, 1.0) for s, k in zip(steps, keeps, strict=True)]
+        elif frontier == 1:
+            keep = next(keep for keep in costs.keeps if keep.boundary == 1)
+            moves = [Move(start, keep, 1.0, 0.0, 1.0)]
+        return dataclasses.replace(real, events=tuple(moves))
+
+    monkeypatch.setattr(forecast, "cheapest_plan", second_thoughts)
+    run = train(*WRN, "--cache-policy", "planned")
+    assert [each["boundary"] for each in run.summary["cache"]["boundaries"]] == [1]
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.strip().startswith("keeps after")]) == 1
+    anew = [line for line in lines if "planned anew" in line]
+    assert len(anew) == 1
+    assert anew[0].endswith("planned anew: keeps nothing more")
 
 
 def test_nor_on_measuring_before_the_first_step(

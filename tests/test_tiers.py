@@ -261,12 +261,14 @@ def test_stores_are_the_same_to_the_last_byte_whoever_writes_them(
     if "stored" in options and codec != "raw":
         pytest.skip("int8 is stored raw here")
     here = make_cache(units, tmp_path / "here", stored=options.get("stored"))
-    there = make_cache(units, tmp_path / "there", **options)
+    told: list[str] = []
+    there = make_cache(units, tmp_path / "there", warn=told.append, **options)
     for boundary in (2, 4):
         for each in (here, there):
             assert each.materialize(boundary, codec) is not None
         assert there.tier == ("host" if options.get("device_bytes") == 0 else options["tier"])
         assert_same(everything(here), everything(there))
+    assert len(told) == (2 if options.get("device_bytes") == 0 else 0)
     folders = [each.store.folder for each in (here, there) if each.store is not None]
     here.close()
     there.close()  # waits for what is written in the background
@@ -466,6 +468,28 @@ def test_rows_that_replace_others_may_use_their_memory(units: Units, tmp_path: P
         assert cache.materialize(boundary) is not None
         assert cache.tier == "device"
     assert_same(everything(cache), everything(make_cache(units, None)))
+    cache.close()
+
+
+def test_a_tier_that_was_asked_for_and_has_no_room_is_told_of(units: Units, tmp_path: Path) -> None:
+    told: list[str] = []
+    room = 47 * 16 * 16 * 16 * 4
+    cache = make_cache(units, tmp_path, tier="device", device_bytes=room, warn=told.append)
+    cache.materialize(2)
+    everything(cache)
+    assert not told
+    cache.materialize(3)  # in lower memory until the rows before it have left theirs
+    everything(cache)
+    assert (told, cache.tier) == ([], "device")
+    cache.close()
+    cache = make_cache(units, tmp_path, tier="device", device_bytes=room - 1, warn=told.append)
+    cache.materialize(2)
+    everything(cache)
+    everything(cache)
+    assert [line.partition(" (")[0] for line in told] == [
+        f"the rows after {units.names[1]} do not fit where they were asked for"
+    ]
+    assert told[0].endswith("from tier host")
     cache.close()
 
 
