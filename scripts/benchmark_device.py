@@ -432,8 +432,7 @@ class Bench:
     def table(self, runs: dict[str, list[Summary]], plain: float) -> list[str]:
         """Medians of the repeats, in Markdown, and what they come to."""
         head = ["mode", "n", "seconds", "images a second", "this / plain loop", "val accuracy"]
-        head += ["filling", "rows were in", "device memory"]
-        rows = [[*head, "steps a second, by units frozen (boundary)"]]
+        rows = [[*head, "filling", "rows were in", "device memory"]]
         for mode, summaries in runs.items():
             if not summaries:
                 continue
@@ -450,18 +449,24 @@ class Bench:
                     f"{last['materialize_seconds']:.2f}",
                     tiers_of(last),
                     human_bytes(last["peak_device_bytes"]) if "peak_device_bytes" in last else "",
-                    ", ".join(
-                        f"{each['frozen']} ({each['boundary']}): {each['steps']:.1f}"
-                        for each in last["rates"]
-                    ),
                 ]
             )
+        if cached := runs.get("device"):
+            seconds = middle([limit_of(each) for each in cached])
+            rate = len(self.images.train) * cached[0]["epochs"] / seconds
+            speed = [f"{seconds:.2f}", f"{rate:,.0f}", f"{rate / plain:.2f}"]
+            rows.append(["limit", str(len(cached)), *speed, "", "", "", ""])
         tf32 = " (TF32 allowed in convolutions)" if self.device.type == "cuda" else ""
         lines = [
             f"Plain loop: {plain:,.0f} images a second, in float32{tf32}, images prepared one by "
             f"one by {self.args.workers} workers.",
             "",
             *markdown_table(rows),
+            "",
+            "Steps a second by the number of frozen units, of the last repeat (@2: with rows from "
+            "a store of boundary 2):",
+            "",
+            *markdown_table(rates_table(runs)),
             "",
         ]
         return [*lines, *self.speedup(runs, plain), *efficiencies(runs)]
@@ -515,6 +520,22 @@ class Bench:
             f"epochs: {'the same' if same else 'DIFFERENT'}."
         )
         return same
+
+
+def rates_table(runs: dict[str, list[Summary]]) -> list[list[str]]:
+    """Steps a second of every mode (a column) at every frontier (a row)."""
+    modes = [mode for mode, summaries in runs.items() if summaries]
+    cells: dict[int, dict[str, list[str]]] = {}
+    for mode in modes:
+        for each in runs[mode][-1]["rates"]:
+            where = f" @{each['boundary']}" if each["boundary"] else ""
+            of_mode = cells.setdefault(each["frozen"], {}).setdefault(mode, [])
+            of_mode.append(f"{each['steps']:.1f}{where}")
+    lines = [
+        [str(frozen), *(", ".join(rates.get(mode, [])) for mode in modes)]
+        for frozen, rates in sorted(cells.items())
+    ]
+    return [["frozen", *modes], *lines]
 
 
 def efficiencies(runs: dict[str, list[Summary]]) -> list[str]:

@@ -30,6 +30,7 @@ from benchmark_device import (
     idle_share,
     kernels_of,
     longest,
+    rates_table,
     settings_of,
     unpacked,
 )
@@ -59,6 +60,9 @@ def test_it_packs_images_and_measures_every_mode_on_them(images: Path, tmp_path:
     for mode in ("no freezing", "freezing only", "device", "host", "disk"):
         assert re.search(rf"^\| {mode} +\| 1 ", done.stdout, re.MULTILINE), done.stdout
     assert "From the plain loop to device" in done.stdout
+    seconds = dict(re.findall(r"^\| (device|limit) +\| 1 +\| ([\d.]+) ", done.stdout, re.MULTILINE))
+    assert float(seconds["limit"]) < float(seconds["device"])
+    assert re.search(r"^\| 0 +\| [\d.]+ +\| ", done.stdout, re.MULTILINE), "steps a second"
     accuracies = set(re.findall(r"^\| (?:fr|de|ho|di).*?([\d.]+%)", done.stdout, re.MULTILINE))
     assert len(accuracies) == 1, "freezing only and all tiers come to the same"
     first = done.stdout.partition("## wrn10_1")[0]
@@ -145,6 +149,18 @@ def test_efficiency_is_the_share_of_what_the_device_run_without_its_filling_save
     device, disk = efficiencies(runs)
     assert device.startswith("Efficiency from device: 0.75 ")
     assert disk.startswith("Efficiency from disk: 0.25 ")
+
+
+def test_steps_a_second_stand_by_frontier_and_mode() -> None:
+    def run(*rates: tuple[int, int, float]) -> list[dict[str, Any]]:
+        return [{"rates": [{"frozen": f, "boundary": b, "steps": s} for f, b, s in rates]}]
+
+    runs = {"no freezing": run((0, 0, 2.0)), "device": run((0, 0, 2.0), (1, 0, 3.0), (1, 1, 4.04))}
+    assert rates_table({**runs, "disk": []}) == [
+        ["frozen", "no freezing", "device"],
+        ["0", "2.0", "2.0"],
+        ["1", "", "3.0, 4.0 @1"],
+    ]
 
 
 def test_every_word_is_tried_before_two_are_exchanged() -> None:
