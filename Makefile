@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m cachefreeze.train --arch wrn
 
+# A process a core, with one thread each: threads of several processes would wait for each other.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # Kills runs of the three networks N times; damages stores N times.
 chaos: N ?= 200

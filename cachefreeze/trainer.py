@@ -29,12 +29,14 @@ from cachefreeze.randomness import random_state, set_random_state
 from cachefreeze.report import RunFolder, epoch_line
 from cachefreeze.resume import check_same_run
 from cachefreeze.rows import Indices, all_rows, batches_of, epoch_order
-from cachefreeze.terminal import say, warn
+from cachefreeze.terminal import progress_bar, say, warn
 from cachefreeze.timing import timed
 from cachefreeze.totals import added, numbers_of, totals_of
 
 # Of the device's free memory: what the decoded pixels of a data set may take.
 PIXELS_SHARE = 0.2
+# A validation that takes so many seconds has a bar of its own: that of the run stands still.
+SHOW_VALIDATION_AFTER = 2.0
 # What the cache counts: added up over the processes of a run that was cut off.
 COUNTED = (
     "rows_served",
@@ -432,13 +434,15 @@ class Trainer:
         rows = len(self.labels["val"])
         losses, correct = [], []
         order = batches_of(np.arange(rows), self.settings.batch_size)
-        with timed(self.seconds, "validate"):
+        bar = progress_bar("validating", rows, "image", delay=SHOW_VALIDATION_AFTER)
+        with timed(self.seconds, "validate"), bar:
             batches = zip(self.cache.batches("val", order), self._labels("val", order), strict=True)
             for x, labels in batches:
                 self._stop_if_asked()
                 logits = self._suffix(x)
                 losses.append(F.cross_entropy(logits, labels, reduction="sum"))
                 correct.append((logits.argmax(1) == labels).sum())
+                bar.update(len(x))
             loss = float(torch.stack(losses).cpu().double().sum()) / rows
             return loss, int(torch.stack(correct).sum()) / rows
 

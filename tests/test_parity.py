@@ -71,6 +71,19 @@ def test_parity_holds_for_images_in_memory(train: Train) -> None:
     assert_same_run(cached, plain)
 
 
+def test_parity_holds_with_several_threads(train: Train) -> None:
+    """Which may sum in another order than one does, but do so each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        options = ("--arch", "wrn10_1", *SCHEDULE)
+        cached, plain = train(*options), train(*options, "--no-cache")
+        assert cached.summary["cache"]["rows_served"] > 3 * 150
+        assert_same_run(cached, plain)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_seed_matters(train: Train) -> None:
     options = ("--arch", "wrn10_1", "--epochs", 1)
     one, other = train(*options, "--seed", 1), train(*options, "--seed", 2)

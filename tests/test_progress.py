@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefreeze import planning, progress
+from cachefreeze import planning, progress, trainer
 from cachefreeze.outlook import Outlook, Stretch
 from cachefreeze.progress import Standing, clock, status
 from cachefreeze.resume import start_of
@@ -58,6 +58,7 @@ def watched(
     with pytest.MonkeyPatch.context() as patch, terminal(request.param) as screen:
         patch.setattr(progress, "SECONDS_BETWEEN", 0.0)  # every step: the run is short
         patch.setattr(progress, "status", recorded)
+        patch.setattr(trainer, "SHOW_VALIDATION_AFTER", 0.0)
         patch.setattr(planning, "Outlook", planned)
         assert main(options(images, folder)) == 0
     return Watched(screen, standings, outlooks, Run.load(folder / "run"))
@@ -95,6 +96,13 @@ def test_filling_a_store_has_a_bar_below(watched: Watched) -> None:
     filling = [frame for frame in watched.screen.frames if frame.startswith("caching ")]
     assert len(filling) >= len(watched.run.summary["cache"]["boundaries"])
     assert all(len(frame) < watched.screen.columns for frame in filling)
+
+
+def test_a_long_validation_has_a_bar_below(watched: Watched) -> None:
+    validating = [frame for frame in watched.screen.frames if frame.startswith("validating")]
+    assert len(validating) >= EPOCHS
+    assert all(len(frame) < watched.screen.columns for frame in validating)
+    assert not [line for line in watched.screen.lines if "validating" in line]
 
 
 def test_the_bar_shows_what_the_metrics_say(watched: Watched) -> None:
