@@ -192,7 +192,7 @@ def test_the_fingerprint_changes_with_the_images_and_how_they_are_prepared(
     if change is nothing:
         larger, scaled = fingerprints(size=17), fingerprints(scale=2.0)
         assert scaled[0] == before[0], "pixels are kept before they are normalised"
-        monkeypatch.setattr("cachefreeze.cache.FORMAT", 99)
+        monkeypatch.setattr("cachefreeze.provenance.FORMAT", 99)
         found = [*before, *larger, scaled[1], *fingerprints()]
         assert len(set(found)) == len(found)
         return
