@@ -75,6 +75,7 @@ class Stream:
             max(self.time, 0.0 if task.after is None else task.after.end) + task.seconds
         )
         task.done = True
+        Device.present.done += 1
         Device.present.reuse()
 
 
@@ -166,14 +167,12 @@ def inside(x: Any) -> Any:
 
 
 def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    device, into, of = Device.present, inside(target), inside(source)
-    host = next((x for x in (target, source) if not isinstance(x, OnDevice)), None)
-    if host is source and not device.is_pinned(host):
-        of = of.clone()  # CUDA takes it at once
-    task = device.stream().ask(lambda: into.copy_(of))
-    if host is not None and not (
-        non_blocking and (device.is_pinned(host) or not isinstance(source, OnDevice))
-    ):
+    device = Device.present
+    task = device.stream().ask(partial(inside(target).copy_, inside(source)))
+    pinned = all(isinstance(x, OnDevice) or device.is_pinned(x) for x in (target, source))
+    if isinstance(target, OnDevice) and isinstance(source, OnDevice):
+        non_blocking = True
+    if not (non_blocking and pinned):
         device.finish(task)
     return target
 
@@ -184,6 +183,9 @@ class Device:
     Args:
         schedule: one of `SCHEDULES`, or the seed of another.
         pins: whether memory of the host can be pinned.
+
+    Attributes:
+        done: tasks that it has carried out.
     """
 
     present: "Device"
@@ -193,6 +195,7 @@ class Device:
         self.schedule, self.pins = schedule, pins
         self.random = np.random.default_rng(schedule if isinstance(schedule, int) else 0)
         self.lock = threading.RLock()
+        self.done = 0
         self.streams: list[Stream] = []
         self.work = Stream()  # the one that is current where nothing is said
         self.pinned: dict[int, Tensor] = {}  # never freed: PyTorch frees none that is in use
