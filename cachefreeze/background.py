@@ -221,11 +221,11 @@ class WritingStore:
             if store is None:
                 self._writer.abort()
         except BaseException as error:
-            known = isinstance(error, OSError)
             self.error = error if isinstance(error, OSError) else OSError(str(error))
             self._writer.abort()
-            if not known:
+            if self.error is not error:
                 raise  # with its traceback
+            error.__traceback__ = None  # whose frames hold the rows
         finally:
             self._memory = None
 
