@@ -134,7 +134,7 @@ class OnDevice(Tensor):
 
     @staticmethod
     def like(inner: Tensor) -> "OnDevice":
-        return OnDevice.of(torch.full_like(inner, POISON))
+        return OnDevice.of(torch.full_like(inner, POISON, device="cpu"))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -149,8 +149,7 @@ class OnDevice(Tensor):
         if func._schema.is_mutable:
             stream.ask(partial(func, *inner, **kwargs))
             return args[0]
-        shape = func(*tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inner))
-        made = OnDevice.like(torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype))
+        made = OnDevice.like(func(*tree_map(without_values, inner), **kwargs))
         target = made.inner
         stream.ask(lambda: target.copy_(func(*inner, **kwargs)))
         return made
@@ -160,6 +159,10 @@ class OnDevice(Tensor):
 
     def cpu(self) -> Tensor:  # type: ignore[override]
         return torch.empty(self.shape, dtype=self.dtype).copy_(self)
+
+
+def without_values(x: Any) -> Any:
+    return x.to("meta") if isinstance(x, Tensor) else x
 
 
 def inside(x: Any) -> Any:
@@ -296,6 +299,17 @@ def move_somewhere(
     return move(x, *() if where is None else (where,), *rest, **how)
 
 
+def made_somewhere(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(*args: Any, device: object = None, **how: Any) -> Tensor:
+        return make(*args, **how) if device is None else make(*args, **how).to(device)
+
+    return made
+
+
+def pinned_copy(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+
+
 def simulate(monkeypatch: pytest.MonkeyPatch, schedule: str | int, *, pins: bool = True) -> Device:
     """Until the test is over, `cuda` is such a device."""
     device = Device(schedule, pins=pins)
@@ -308,5 +322,8 @@ def simulate(monkeypatch: pytest.MonkeyPatch, schedule: str | int, *, pins: bool
     }.items():
         monkeypatch.setattr(torch.cuda, name, what)
     monkeypatch.setattr(torch, "empty", empty_somewhere)
+    for make in (torch.tensor, torch.arange):
+        monkeypatch.setattr(torch, make.__name__, made_somewhere(make))
     monkeypatch.setattr(Tensor, "to", move_somewhere)
+    monkeypatch.setattr(Tensor, "pin_memory", pinned_copy)
     return device

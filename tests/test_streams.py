@@ -4,6 +4,7 @@ moment (see `simulated_device`), for there is none in most places where tests ru
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from cachefreeze.background import WritingStore
+from cachefreeze.data.images import ArrayImages
+from cachefreeze.data.inputs import InputRows
 from cachefreeze.encoding import Encoding
 from cachefreeze.moments import DeviceClock, Lapses, Moments
 from cachefreeze.rows import Indices, batches_of
@@ -25,6 +28,7 @@ from cachefreeze.tiers import MemoryReader, Tiers
 
 from .simulated_device import CUDA, SCHEDULES, Device, OnDevice, simulate
 
+CPU = torch.device("cpu")
 COUNT, BATCH = 45, 8
 ORDER = batches_of(np.random.default_rng(0).permutation(COUNT), BATCH)
 NAME = "0" * 32
@@ -212,6 +216,35 @@ def test_a_batch_is_asked_for_and_not_waited_for(late: Device, rows: Tensor) -> 
     (batch,) = staged(rows).batches([np.arange(BATCH)])
     assert late.done == 0
     assert torch.equal(seen(iter([batch])), rows[:BATCH])
+
+
+def input_rows(device: torch.device, **options: Any) -> InputRows:
+    pixels = np.random.default_rng(0).integers(0, 255, (COUNT, 6, 6, 3), np.uint8)
+    images = ArrayImages(pixels, np.zeros(COUNT, np.int64))
+    return InputRows(images, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), device, **options)
+
+
+@pytest.mark.parametrize("augment_seed", [None, 1])
+@pytest.mark.parametrize("resident", [False, True])
+def test_pixels_come_as_they_do_without_a_device(
+    device: Device, resident: bool, augment_seed: int | None
+) -> None:
+    here = input_rows(CPU, augment_seed=augment_seed)
+    there = input_rows(CUDA, augment_seed=augment_seed, resident=resident)
+    wanted = torch.cat(list(here.batches(ORDER)))
+    for _ in range(2):
+        assert torch.equal(seen(there.batches(ORDER)), wanted)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_pixels_are_on_their_way_when_they_are_served(late: Device, resident: bool) -> None:
+    rows = input_rows(CUDA, resident=resident)
+    batches = rows.batches(ORDER)
+    kept = [next(batches)]  # (the rows' places have been copied to the device, as a whole)
+    done = late.done
+    kept += batches
+    assert late.done == done
+    assert torch.equal(seen(iter(kept)), torch.cat(list(input_rows(CPU).batches(ORDER))))
 
 
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
