@@ -35,6 +35,7 @@ from cachefreeze.store import (
     StoreWriter,
     in_use,
     prepare_cache_dir,
+    store_folders,
     write,
 )
 from cachefreeze.store import format as store_format
@@ -618,6 +619,43 @@ def test_loading_stops_within_a_chunk_and_leaves_a_store_that_can_be_read(
     del caught
     assert torch.equal(torch.cat(list(read_here(store, encoding).batches([np.arange(45)]))), rows)
     store.close()
+
+
+def test_decoding_what_was_just_written_can_be_interrupted_and_the_store_is_there(
+    units: Units, tmp_path: Path
+) -> None:
+    def stopping() -> bool:
+        return any((tmp_path / "cache").glob("*/COMMITTED"))
+
+    options: dict[str, object] = {"keep": True}
+    with (
+        make_cache(units, tmp_path / "cache", stopping=stopping, **options) as cache,
+        pytest.raises(Interrupted),
+    ):
+        cache.materialize(2, "zstd")
+    (folder,) = store_folders(tmp_path / "cache")
+    assert not in_use(folder)
+    with make_cache(units, tmp_path / "cache", **options) as cache:
+        found = cache.materialize(2, "zstd")
+        assert found is not None
+        assert found.reused
+
+
+def test_decoding_what_was_mended_can_be_interrupted(units: Units, tmp_path: Path) -> None:
+    with make_cache(units, tmp_path / "cache", keep=True) as cache:
+        cache.materialize(2, "zstd")
+    chunk = next((tmp_path / "cache").glob("*/train/c.*"))
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    told: list[str] = []
+    options: dict[str, object] = {"keep": True, "warn": told.append}
+    with (
+        make_cache(units, tmp_path / "cache", stopping=lambda: bool(told), **options) as cache,
+        pytest.raises(Interrupted),
+    ):
+        cache.materialize(2)
+    assert len(told) == 1
+    assert "written once more" in told[0]
+    assert not in_use(chunk.parents[1])
 
 
 def test_rows_that_replace_others_may_use_their_memory(units: Units, tmp_path: Path) -> None:
