@@ -47,6 +47,8 @@ class ChunkStream:
         most = max(layout.rows_per_chunk for layout in layouts.values())
         shape = next(iter(layouts.values())).row_shape
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        # Split, number, chunk, how many rows are in it, and when they will be there.
+        self._whole: queue.SimpleQueue[tuple[str, int, Tensor, int, Mark]] = queue.SimpleQueue()
         self._side = SideStream(device)
         for _ in range(threads + WAITING_CHUNKS):
             self._free.put(host_memory((most, *shape), dtype, pinned=self._side.is_beside))
@@ -79,11 +81,11 @@ class ChunkStream:
             held += len(part)
             if held == layout.rows_per_chunk or self._next[split] == layout.rows:
                 chunk, self._chunk = self._chunk, None
-                given = split, number, chunk, held, self._side.mark()
+                self._whole.put((split, number, chunk, held, self._side.mark()))
                 try:
-                    self._threads.submit(self._give, *given)
-                except RuntimeError:  # the interpreter is about to end, and starts no thread more
-                    self._give(*given)
+                    self._threads.submit(self._give_next)
+                except RuntimeError:  # no thread can be started more, as when the interpreter ends
+                    self._give_next()
 
     def finish(self) -> None:
         """Wait until all chunks have been put.
@@ -98,7 +100,12 @@ class ChunkStream:
         """Put no more; returns when nothing is under way."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _give(self, split: str, number: int, chunk: Tensor, rows: int, copied: Mark) -> None:
+    def _give_next(self) -> None:
+        """Each once, whoever comes: who could not start a thread may have left it its task."""
+        try:
+            split, number, chunk, rows, copied = self._whole.get_nowait()
+        except queue.Empty:
+            return
         try:
             if self._failure is None:
                 copied.wait()

@@ -456,6 +456,36 @@ def test_a_chunk_stream_takes_no_more_memory_than_it_says() -> None:
     assert sorted(put) == list(range(100))
 
 
+def test_where_no_thread_can_be_started_each_chunk_is_put_once_and_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first is; the executor keeps the task of the next, though it says that it failed."""
+    layout = replace(Layout.of(20, (4,), "float32"), rows_per_chunk=1)
+    opened, started, real = threading.Event(), [], threading.Thread.start
+    put: list[int] = []
+
+    def start(thread: threading.Thread) -> None:
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    def slow(split: str, number: int, rows: Tensor) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert opened.wait(30)
+        assert torch.equal(rows, torch.full((1, 4), float(number)))
+        put.append(number)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    stream = ChunkStream({"train": layout}, torch.float32, CPU, slow, threads=2)
+    for number in range(20):
+        stream.append("train", torch.full((1, 4), float(number)))
+    assert len(started) > 1, "or this tests nothing"
+    opened.set()
+    stream.finish()
+    assert sorted(put) == list(range(20))
+
+
 def test_whoever_goes_on_with_a_store_finds_the_chunks_that_follow_one_another(
     tmp_path: Path,
 ) -> None:
@@ -747,7 +777,6 @@ def test_where_the_device_has_no_memory_the_host_has_to_have_room(
     assert tiers.memory_for(described(1), Encoding(torch.float32, "float32", False)) is None
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_ends_the_background_writer_is_told_and_leaves_no_lock(
     units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -755,12 +784,15 @@ def test_whatever_ends_the_background_writer_is_told_and_leaves_no_lock(
         raise RuntimeError("CUDA error: out of memory")  # pinned memory cannot be had, say
 
     monkeypatch.setattr(write, "write_chunk_file", fail)
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: shown.append(failed.exc_value))
     told: list[str] = []
     cache = make_cache(units, tmp_path / "cache", tier="device", warn=told.append)
     assert cache.materialize() is not None
     store = cache.store
     assert store is not None
     cache.finish()
+    assert [type(error) for error in shown] == [RuntimeError], "whose fault it is must be found"
     assert_same(everything(cache), everything(make_cache(units, None)))
     cache.close()
     assert len(told) == 1
