@@ -26,7 +26,7 @@ from cachefreeze.stored_rows import ResidentRows
 from cachefreeze.stores import Filling, Source, Stores
 from cachefreeze.tiers import MemoryReader, Tiers
 
-from .simulated_device import CUDA, SCHEDULES, Device, OnDevice, simulate
+from .simulated_device import CUDA, POISON, SCHEDULES, Device, OnDevice, simulate
 
 CPU = torch.device("cpu")
 COUNT, BATCH = 45, 8
@@ -102,6 +102,33 @@ def fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Tensor) -> Fill:
         return filled
 
     return run
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_who_copies_without_waiting_gets_what_is_not_there_yet(late: Device, waits: bool) -> None:
+    x = OnDevice.of(torch.ones(3)) + 1
+    stream, room = torch.cuda.Stream(), torch.empty(3, pin_memory=True)
+    if waits:
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        room.copy_(x, non_blocking=True)
+    late.finish(stream.tasks[-1])  # type: ignore[attr-defined]
+    assert room.tolist() == [2 if waits else POISON] * 3
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_memory_that_is_freed_is_another_streams_unless_it_was_recorded(
+    late: Device, recorded: bool
+) -> None:
+    x, used = OnDevice.of(torch.ones(3)), torch.empty(3, pin_memory=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        used.copy_(x, non_blocking=True)
+    if recorded:
+        x.record_stream(stream)  # type: ignore[arg-type]
+    del x
+    late.synchronize()
+    assert used.tolist() == [1 if recorded else POISON] * 3
 
 
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
@@ -234,6 +261,12 @@ def test_pixels_come_as_they_do_without_a_device(
     wanted = torch.cat(list(here.batches(ORDER)))
     for _ in range(2):
         assert torch.equal(seen(there.batches(ORDER)), wanted)
+
+
+def test_pixels_come_where_no_memory_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = torch.cat(list(input_rows(CPU).batches(ORDER)))
+    simulate(monkeypatch, "late", pins=False)
+    assert torch.equal(seen(input_rows(CUDA).batches(ORDER)), wanted)
 
 
 @pytest.mark.parametrize("resident", [False, True])
