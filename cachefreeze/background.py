@@ -1,11 +1,9 @@
 """Rows on their way from a device into a store, beside other work."""
 
-import contextlib
 import queue
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch import Tensor
 from cachefreeze.device import host_memory
 from cachefreeze.encoding import as_array
 from cachefreeze.store import Description, Layout, Store, StoreWriter
+from cachefreeze.streams import Mark, SideStream
 from cachefreeze.tiers import Memory
 
 # Chunks that wait for a thread, beside those that threads are at.
@@ -44,14 +43,15 @@ class ChunkStream:
         threads: int,
     ) -> None:
         self.layouts = dict(layouts)
-        self.device = device
         self.put = put
         most = max(layout.rows_per_chunk for layout in layouts.values())
         shape = next(iter(layouts.values())).row_shape
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Split, number, chunk, how many rows are in it, and when they will be there.
+        self._whole: queue.SimpleQueue[tuple[str, int, Tensor, int, Mark]] = queue.SimpleQueue()
+        self._side = SideStream(device)
         for _ in range(threads + WAITING_CHUNKS):
-            self._free.put(host_memory((most, *shape), dtype, pinned=self._stream is not None))
+            self._free.put(host_memory((most, *shape), dtype, pinned=self._side.is_beside))
         self._chunk: Tensor | None = None
         self._next = dict.fromkeys(layouts, 0)
         self._failure: BaseException | None = None
@@ -68,34 +68,24 @@ class ChunkStream:
             OSError: whatever `put` has raised.
         """
         layout = self.layouts[split]
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            rows.record_stream(self._stream)
+        self._side.follow()
         while len(rows):
             self._raise_failure()
             if self._chunk is None:
                 self._chunk = self._free.get()
             number, held = divmod(self._next[split], layout.rows_per_chunk)
             part = rows[: layout.rows_per_chunk - held]
-            room = self._chunk[held : held + len(part)]
-            if self._stream is None:
-                room.copy_(part)
-            else:
-                with torch.cuda.stream(self._stream):
-                    room.copy_(part, non_blocking=True)
+            self._side.to_host(part, self._chunk[held : held + len(part)])
             rows = rows[len(part) :]
             self._next[split] += len(part)
             held += len(part)
             if held == layout.rows_per_chunk or self._next[split] == layout.rows:
-                copied = None
-                if self._stream is not None:
-                    copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
-                    copied.record(self._stream)
                 chunk, self._chunk = self._chunk, None
+                self._whole.put((split, number, chunk, held, self._side.mark()))
                 try:
-                    self._threads.submit(self._give, split, number, chunk, held, copied)
-                except RuntimeError:  # the interpreter is about to end, and starts no thread more
-                    self._give(split, number, chunk, held, copied)
+                    self._threads.submit(self._give_next)
+                except RuntimeError:  # no thread can be started more, as when the interpreter ends
+                    self._give_next()
 
     def finish(self) -> None:
         """Wait until all chunks have been put.
@@ -110,11 +100,15 @@ class ChunkStream:
         """Put no more; returns when nothing is under way."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _give(self, split: str, number: int, chunk: Tensor, rows: int, copied: Any) -> None:
+    def _give_next(self) -> None:
+        """Each once, whoever comes: who could not start a thread may have left it its task."""
+        try:
+            split, number, chunk, rows, copied = self._whole.get_nowait()
+        except queue.Empty:
+            return
         try:
             if self._failure is None:
-                if copied is not None:
-                    copied.synchronize()
+                copied.wait()
                 self.put(split, number, chunk[:rows])
         except BaseException as error:  # told to whoever appends or finishes
             self._failure = error
@@ -148,8 +142,7 @@ class WritingStore:
 
     Args:
         writer: of the store; what it holds already is not written again.
-        memory: all rows.
-        device: of training.
+        memory: all rows, as far as the device has been asked for them.
         notes: see `StoreWriter.commit`.
         threads: that write.
     """
@@ -158,7 +151,6 @@ class WritingStore:
         self,
         writer: StoreWriter,
         memory: Memory,
-        device: torch.device,
         notes: dict[str, float],
         threads: int,
     ) -> None:
@@ -169,16 +161,16 @@ class WritingStore:
         self.told = False  # of the error
         self._writer = writer
         self._memory: Memory | None = memory
-        self._device = device
         self._threads = threads
         self._store: Store | None = None
         self._keep = False
         self._stopping = False
         # Of `_keep`: the thread and its owner may both find that the store is to be marked.
         self._ending = threading.Lock()
-        self._filled = torch.cuda.Event() if device.type == "cuda" else None
-        if self._filled is not None:
-            self._filled.record(torch.cuda.current_stream(device))
+        # Made here, so that it follows what has been asked for by now, and nothing later.
+        self._place = next(iter(memory.rows.values())).device
+        self._side = SideStream(self._place)
+        self._side.follow()
         self._thread = threading.Thread(target=self._write, name="cachefreeze-store")
         self._thread.start()
 
@@ -236,24 +228,19 @@ class WritingStore:
             if store is None:
                 self._writer.abort()
         except BaseException as error:
-            known = isinstance(error, OSError)
             self.error = error if isinstance(error, OSError) else OSError(str(error))
             self._writer.abort()
-            if not known:
+            if self.error is not error:
                 raise  # with its traceback
+            error.__traceback__ = None  # whose frames hold the rows
         finally:
             self._memory = None
 
     def _write_chunks(self) -> None:
         assert self._memory is not None
-        device = next(iter(self._memory.rows.values())).device
         dtype = next(iter(self._memory.rows.values())).dtype
-        with contextlib.ExitStack() as context:
-            if self._filled is not None:
-                stream = torch.cuda.Stream(self._device)
-                stream.wait_event(self._filled)
-                context.enter_context(torch.cuda.stream(stream))
-            chunks = chunks_into(self._writer, dtype, device, self._threads)
+        with self._side.current():
+            chunks = chunks_into(self._writer, dtype, self._place, self._threads)
             try:
                 for split, rows in self._memory.rows.items():
                     held = self._writer.held[split]

@@ -1,10 +1,14 @@
 """The rows of a store, from wherever they are held."""
 
+from collections.abc import Callable
+from contextlib import closing
+
 import numpy as np
 import torch
 
 from cachefreeze.background import HeldStore
 from cachefreeze.encoding import Encoding
+from cachefreeze.errors import Interrupted
 from cachefreeze.rows import Rows, batches_of
 from cachefreeze.staging import RowReader, StagedRows
 from cachefreeze.store import Store
@@ -41,20 +45,48 @@ def serve(
     )
 
 
-def loaded(store: Store, tiers: Tiers) -> Memory | None:
-    """The rows of a store in memory, if that is where they belong."""
-    encoding = Encoding.described(store.description)
-    memory = tiers.memory_for(store.description, encoding)
+def loaded(
+    store: Store,
+    tiers: Tiers,
+    *,
+    threads: int = 0,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Memory | None:
+    """The rows of a store in memory, if that is where they belong.
+
+    Args:
+        store: to read from; its files are let go of.
+        tiers: of the run.
+        threads: that read; 0 has whoever calls do it.
+        stopping: asked before every chunk.
+
+    Raises:
+        Interrupted: `stopping` says so.
+    """
+    about = store.description
+    encoding = Encoding.described(about)
+    memory = tiers.memory_for(about, encoding)
     if memory is None:
         return None
     try:
-        for split, layout in store.description.splits.items():
-            for rows in batches_of(np.arange(layout.rows), layout.rows_per_chunk):
-                stored, room = encoding.empty(
-                    len(rows), layout.row_shape, pinned=tiers.device.type == "cuda"
-                )
-                store.readers[split].read(rows, room)
-                memory.rows[split][rows[0] : rows[-1] + 1] = stored
+        for split, layout in about.splits.items():
+            rows = memory.rows[split]
+            staged = StagedRows(
+                store.readers[split],
+                layout.row_shape,
+                layout.rows,
+                encoding,
+                rows.device,
+                about.fingerprint,
+                threads=threads,
+            )
+            order = batches_of(np.arange(layout.rows), layout.rows_per_chunk)
+            # (Closed at once: no thread may read any more when the store is.)
+            with closing(staged.stored(order)) as chunks:
+                for room, chunk in zip(rows.split(layout.rows_per_chunk), chunks, strict=False):
+                    if stopping():
+                        raise Interrupted
+                    room.copy_(chunk)
     except OSError:
         return None  # whoever asks for a row will see to it
     store.put_away()

@@ -126,7 +126,6 @@ class MemorySink:
         self.writer = writer
         self.memory: Memory | None = memory
         self._rows = memory.rows
-        self.device = device
         self.threads = threads
         # What a killed run left on disk is not in memory.
         self.held: Mapping[str, int] = dict.fromkeys(memory.rows, 0)
@@ -150,7 +149,7 @@ class MemorySink:
         if self._to_host is not None:
             self._to_host.finish()
         assert self.memory is not None
-        return WritingStore(self.writer, self.memory, self.device, notes, self.threads)
+        return WritingStore(self.writer, self.memory, notes, self.threads)
 
     def suspend(self) -> None:
         self._stop()

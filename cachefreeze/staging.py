@@ -2,10 +2,10 @@
 
 import queue
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cachefreeze.encoding import Encoding
 from cachefreeze.rows import Indices
+from cachefreeze.streams import Mark, SideStream
 
 # Batches that are on their way while one is trained on, at the least.
 BATCHES_AHEAD = 4
@@ -37,9 +38,9 @@ class _Station:
     """Pinned memory that one batch at a time is copied from: a copy from any other memory waits for
     the device."""
 
-    pinned: Tensor | None = None
+    pinned: Tensor = field(default_factory=lambda: torch.empty(0))
     room: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
-    copied: Any = None
+    copied: Mark = field(default_factory=Mark)
 
 
 class StagedRows:
@@ -56,7 +57,7 @@ class StagedRows:
         encoding: of the rows.
         device: of training.
         identity: of the rows.
-        threads: that gather.
+        threads: that gather; 0 has whoever asks for rows do it.
         ahead: batches on their way.
     """
 
@@ -80,19 +81,25 @@ class StagedRows:
         self.identity = identity
         self.threads = threads
         self.ahead = ahead
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = SideStream(device)
         self._stations: queue.SimpleQueue[_Station] = queue.SimpleQueue()
-        for _ in range(threads):
+        for _ in range(max(threads, 1)):
             self._stations.put(_Station())
 
     def __len__(self) -> int:
         return self.rows
 
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        if len(order) == 1:  # nothing is known of the next: threads would only cost time
-            yield self._arrived(*self._fetch(order[0]))
+        for stored in self.stored(order):
+            yield self.encoding.decode(stored, self.device)
+
+    def stored(self, order: Sequence[Indices]) -> Generator[Tensor]:
+        """The same as they are stored."""
+        if len(order) == 1 or not self.threads:
+            for rows in order:  # nothing is known of the next, or nobody to ask for it
+                yield _arrived(self._fetch(rows))
             return
-        coming: deque[Future[tuple[Tensor, Any]]] = deque()
+        coming: deque[Future[tuple[Tensor, Mark]]] = deque()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="cachefreeze-rows")
         try:
             for number in range(-self.ahead, len(order)):
@@ -101,45 +108,34 @@ class StagedRows:
                     later = order[asked + self.ahead : asked + self.ahead + 1]
                     coming.append(pool.submit(self._fetch, order[asked], later))
                 if number >= 0:
-                    yield self._arrived(*coming.popleft().result())
+                    yield _arrived(coming.popleft().result())
         finally:
             # Nobody may read any more from what is closed next.
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _fetch(self, rows: Indices, later: Sequence[Indices] = ()) -> tuple[Tensor, Any]:
-        """A batch on the device, and when its copy will have come there."""
+    def _fetch(self, rows: Indices, later: Sequence[Indices] = ()) -> tuple[Tensor, Mark]:
+        """A batch, and when it will be there: on the device, if that copies beside its work."""
+        for each in later:
+            self.reader.will_need(each)
+        if not self._side.is_beside:
+            stored, room = self.encoding.empty(len(rows), self.row_shape)
+            self.reader.read(rows, room)
+            return stored, Mark()
         station = self._stations.get()
         try:
-            for each in later:
-                self.reader.will_need(each)
-            if self._stream is None:
-                stored, room = self.encoding.empty(len(rows), self.row_shape)
-                self.reader.read(rows, room)
-                return stored, None
-            return self._copied(station, rows, self._stream)
+            station.copied.wait()  # what lies there may not be overwritten before
+            if len(station.pinned) < len(rows):
+                station.pinned, station.room = self.encoding.empty(
+                    len(rows), self.row_shape, pinned=True
+                )
+            self.reader.read(rows, station.room[: len(rows)])
+            stored, station.copied = self._side.to_device(station.pinned[: len(rows)])
+            return stored, station.copied
         finally:
             self._stations.put(station)
 
-    def _copied(
-        self, station: _Station, rows: Indices, stream: torch.cuda.Stream
-    ) -> tuple[Tensor, Any]:
-        if station.copied is not None:
-            station.copied.synchronize()  # what lies there may not be overwritten before
-        if station.pinned is None or len(station.pinned) < len(rows):
-            station.pinned, station.room = self.encoding.empty(
-                len(rows), self.row_shape, pinned=True
-            )
-        self.reader.read(rows, station.room[: len(rows)])
-        with torch.cuda.stream(stream):
-            stored = station.pinned[: len(rows)].to(self.device, non_blocking=True)
-            station.copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
-            station.copied.record(stream)
-        return stored, station.copied
 
-    def _arrived(self, stored: Tensor, copied: Any) -> Tensor:
-        if copied is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(copied)
-            # Its memory was taken in the other stream, which must not use it again too early.
-            stored.record_stream(stream)
-        return self.encoding.decode(stored, self.device)
+def _arrived(fetched: tuple[Tensor, Mark]) -> Tensor:
+    stored, there = fetched
+    there.hand_over(stored)
+    return stored

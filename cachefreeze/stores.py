@@ -199,7 +199,7 @@ class Stores:
         if not self.mend(store, list(store.damage(self._stop_if_asked)), source):
             return False
         try:
-            store.load()
+            store.load(self._stop_if_asked)
         except OSError as error:
             self.warn(f"the store after {about.unit} is not used: {error.strerror or error}")
             return False
@@ -317,9 +317,12 @@ class Stores:
                 raise store.error
         if isinstance(store, Store):
             try:
-                store.load()
+                store.load(self._stop_if_asked)
             except OSError:
                 store.remove()
+                raise
+            except BaseException:
+                store.close()
                 raise
         held = sum(sink.held.values())
         return Filling(store, held, clock.seconds, memory=sink.memory)

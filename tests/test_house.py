@@ -17,7 +17,7 @@ FLOORS = [
     ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"],
     ["record", "figures", "terminal", "outlook"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
-    ["moments", "progress"],
+    ["moments", "progress", "streams"],
     ["encoding", "scratch", "identity", "markup", "metrics"],
     ["freezeout", "stored_rows", "tiers", "staging"],
     ["background", "profiler", "datasets", "options", "page", "compare"],

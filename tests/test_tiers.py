@@ -23,9 +23,11 @@ from cachefreeze.encoding import Encoding, as_array
 from cachefreeze.errors import Interrupted
 from cachefreeze.files import size_of_tree
 from cachefreeze.models import build
+from cachefreeze.moments import Moments
 from cachefreeze.rows import Rows
 from cachefreeze.serving import loaded, serve
-from cachefreeze.staging import StagedRows
+from cachefreeze.sinks import sink_for
+from cachefreeze.staging import BATCHES_AHEAD, StagedRows
 from cachefreeze.store import (
     Description,
     Layout,
@@ -33,6 +35,7 @@ from cachefreeze.store import (
     StoreWriter,
     in_use,
     prepare_cache_dir,
+    store_folders,
     write,
 )
 from cachefreeze.store import format as store_format
@@ -40,6 +43,7 @@ from cachefreeze.store import read as store_read
 from cachefreeze.store.read import RawReader
 from cachefreeze.tiers import MemoryReader, Tiers
 from cachefreeze.train import main
+from cachefreeze.trainer import Trainer
 
 from .conftest import Pixels, Run, Train
 from .interrupter import Interrupter, command
@@ -379,6 +383,51 @@ def test_a_disk_that_is_full_in_the_background_costs_the_store_and_nothing_else(
     cache.close()
 
 
+def test_rows_whose_store_could_not_be_written_leave_the_memory_when_they_are_left(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write, "write_chunk_file", full)
+    cache = make_cache(units, tmp_path / "cache", tier="device", warn=lambda sentence: None)
+    assert cache.materialize() is not None
+    store = cache.store
+    assert isinstance(store, WritingStore)
+    store.wait()
+    cache.leave()
+    assert store.error is not None
+    assert cache.tiers._taken_bytes == 0
+    cache.close()
+
+
+def test_what_was_read_from_a_store_says_nothing_of_the_next(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it is known later what reading took."""
+    cache = make_cache(units, tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(Moments, "has_come", lambda moments, moment: False)
+        cache.materialize(2)
+        everything(cache)
+        cache.materialize(4)
+    cache.finish()
+    assert cache.read_seconds > 0
+    assert cache.seconds_per_byte_read is None
+    everything(cache)
+    assert cache.seconds_per_byte_read is not None
+    cache.close()
+
+
+def test_rows_in_memory_say_nothing_of_what_reading_takes(units: Units, tmp_path: Path) -> None:
+    for tier, known in (("device", False), ("disk", True)):
+        with make_cache(units, tmp_path / "cache", tier=tier) as cache:
+            cache.materialize()
+            everything(cache)
+            assert cache.read_seconds > 0
+            assert (cache.seconds_per_byte_read is not None) == known
+
+
 def test_a_chunk_stream_takes_no_more_memory_than_it_says() -> None:
     layout = replace(Layout.of(100, (4,), "float32"), rows_per_chunk=1)
     taken: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -409,6 +458,36 @@ def test_a_chunk_stream_takes_no_more_memory_than_it_says() -> None:
     assert sorted(put) == list(range(100))
 
 
+def test_where_no_thread_can_be_started_each_chunk_is_put_once_and_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first is; the executor keeps the task of the next, though it says that it failed."""
+    layout = replace(Layout.of(20, (4,), "float32"), rows_per_chunk=1)
+    opened, started, real = threading.Event(), [], threading.Thread.start
+    put: list[int] = []
+
+    def start(thread: threading.Thread) -> None:
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    def slow(split: str, number: int, rows: Tensor) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert opened.wait(30)
+        assert torch.equal(rows, torch.full((1, 4), float(number)))
+        put.append(number)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    stream = ChunkStream({"train": layout}, torch.float32, CPU, slow, threads=2)
+    for number in range(20):
+        stream.append("train", torch.full((1, 4), float(number)))
+    assert len(started) > 1, "or this tests nothing"
+    opened.set()
+    stream.finish()
+    assert sorted(put) == list(range(20))
+
+
 def test_whoever_goes_on_with_a_store_finds_the_chunks_that_follow_one_another(
     tmp_path: Path,
 ) -> None:
@@ -434,6 +513,39 @@ def test_whoever_goes_on_with_a_store_finds_the_chunks_that_follow_one_another(
     store.close()
 
 
+def test_nothing_is_written_any_more_when_a_store_has_been_left_to_a_later_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = images(torch.float32)
+    store, encoding = write_store(tmp_path / "whole", rows)
+    about = store.description
+    store.close()
+    gate, unlocked = Gate(monkeypatch), []
+    passed = gate.pass_through
+
+    def pass_through(path: Path, *rest: object) -> int:
+        checksum = passed(path, *rest)
+        if not in_use(path.parents[1]):
+            unlocked.append(path.name)
+        return checksum
+
+    monkeypatch.setattr(write, "write_chunk_file", pass_through)
+    prepare_cache_dir(tmp_path / "cache")
+    writer = StoreWriter(tmp_path / "cache", about)
+    sink = sink_for(writer, torch.float32, CPU, None, threads=2)
+    sink.append("train", encoding.encode(rows)[:28])
+    assert gate.reached.wait(30)
+    threading.Timer(0.2, gate.opened.set).start()
+    sink.suspend()
+    writing = [t for t in threading.enumerate() if t.name.startswith("cachefreeze-chunks")]
+    for thread in writing:
+        thread.join(30)
+    assert unlocked == []
+    again = StoreWriter(tmp_path / "cache", about)
+    assert again.held["train"] == 7 * len(list(again.folder.glob("train/c.*")))
+    again.abort()
+
+
 def test_a_store_may_be_kept_when_it_has_been_written(units: Units, tmp_path: Path) -> None:
     with make_cache(units, tmp_path / "cache", tier="device") as cache:
         cache.materialize()
@@ -457,6 +569,125 @@ def test_a_store_of_an_earlier_run_is_loaded_into_memory(units: Units, tmp_path:
         for path in cache.store.folder.glob("*/c.*"):
             path.unlink()  # nobody reads it any more
         assert_same(everything(cache), everything(make_cache(units, None)))
+
+
+def open_files(folder: Path) -> list[str]:
+    """Of chunks, by this process."""
+    files = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    paths = (os.readlink(file) for file in files if os.path.lexists(file))
+    return [path for path in paths if path.startswith(f"{folder}/") and "/c." in path]
+
+
+@pytest.mark.parametrize("codec", ["raw", "lz4"])
+@pytest.mark.parametrize("threads", [0, 3])
+def test_rows_that_have_been_loaded_leave_the_files_and_memory_that_they_came_from(
+    tmp_path: Path, codec: str, threads: int
+) -> None:
+    rows = images(torch.float32)
+    store, encoding = write_store(tmp_path / "cache", rows, codec)
+    store.load()
+    decoded = getattr(store.readers["train"], "_rows", np.empty(0))
+    held = weakref.ref(decoded)
+    del decoded
+    list(read_here(store, encoding).batches([np.arange(COUNT)]))
+    assert open_files(store.folder) or codec != "raw", "or this tests nothing"
+    assert held() is not None or codec == "raw", "or this tests nothing"
+    memory = loaded(store, Tiers(CPU, "device"), threads=threads)
+    assert memory is not None
+    assert open_files(store.folder) == []
+    assert held() is None
+    served = serve(store, "train", memory, CPU, threads=0).batches([np.arange(COUNT)])
+    assert torch.equal(next(served), rows)
+    store.close()
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_rows_are_loaded_by_as_many_threads_as_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    store, _ = write_store(tmp_path / "cache", images(torch.float32))
+    together, real, readers = threading.Barrier(3), RawReader.read, []
+
+    def read(reader, indices, out):
+        readers.append(threading.current_thread())
+        if threads and len(readers) <= 3:
+            together.wait(30)
+        real(reader, indices, out)
+
+    monkeypatch.setattr(RawReader, "read", read)
+    assert loaded(store, Tiers(CPU, "device"), threads=threads) is not None
+    assert len(readers) == 7
+    assert (set(readers) == {threading.main_thread()}) == (threads == 0)
+    assert len(set(readers)) <= max(threads, 1)
+    store.close()
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_loading_stops_within_a_chunk_and_leaves_a_store_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    rows = images(torch.float32)
+    store, encoding = write_store(tmp_path / "cache", rows)
+    tiers, asked, real = Tiers(CPU, "device"), 0, RawReader.read
+    read: list[int] = []
+
+    def counted(reader, indices, out):
+        read.append(int(indices[0]))
+        real(reader, indices, out)
+
+    def stopping() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 2
+
+    monkeypatch.setattr(RawReader, "read", counted)
+    running = threading.active_count()
+    with pytest.raises(Interrupted) as caught:
+        loaded(store, tiers, threads=threads, stopping=stopping)
+    # (With what was raised still at hand, and the frames that it came from.)
+    assert threading.active_count() == running
+    assert asked == 2
+    assert len(read) == 2 if not threads else len(read) <= 2 + BATCHES_AHEAD
+    del caught
+    assert torch.equal(torch.cat(list(read_here(store, encoding).batches([np.arange(45)]))), rows)
+    store.close()
+
+
+def test_decoding_what_was_just_written_can_be_interrupted_and_the_store_is_there(
+    units: Units, tmp_path: Path
+) -> None:
+    def stopping() -> bool:
+        return any((tmp_path / "cache").glob("*/COMMITTED"))
+
+    options: dict[str, object] = {"keep": True}
+    with (
+        make_cache(units, tmp_path / "cache", stopping=stopping, **options) as cache,
+        pytest.raises(Interrupted),
+    ):
+        cache.materialize(2, "zstd")
+    (folder,) = store_folders(tmp_path / "cache")
+    assert not in_use(folder)
+    with make_cache(units, tmp_path / "cache", **options) as cache:
+        found = cache.materialize(2, "zstd")
+        assert found is not None
+        assert found.reused
+
+
+def test_decoding_what_was_mended_can_be_interrupted(units: Units, tmp_path: Path) -> None:
+    with make_cache(units, tmp_path / "cache", keep=True) as cache:
+        cache.materialize(2, "zstd")
+    chunk = next((tmp_path / "cache").glob("*/train/c.*"))
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    told: list[str] = []
+    options: dict[str, object] = {"keep": True, "warn": told.append}
+    with (
+        make_cache(units, tmp_path / "cache", stopping=lambda: bool(told), **options) as cache,
+        pytest.raises(Interrupted),
+    ):
+        cache.materialize(2)
+    assert len(told) == 1
+    assert "written once more" in told[0]
+    assert not in_use(chunk.parents[1])
 
 
 def test_rows_that_replace_others_may_use_their_memory(units: Units, tmp_path: Path) -> None:
@@ -570,7 +801,6 @@ def test_where_the_device_has_no_memory_the_host_has_to_have_room(
     assert tiers.memory_for(described(1), Encoding(torch.float32, "float32", False)) is None
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_ends_the_background_writer_is_told_and_leaves_no_lock(
     units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -578,12 +808,15 @@ def test_whatever_ends_the_background_writer_is_told_and_leaves_no_lock(
         raise RuntimeError("CUDA error: out of memory")  # pinned memory cannot be had, say
 
     monkeypatch.setattr(write, "write_chunk_file", fail)
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: shown.append(failed.exc_value))
     told: list[str] = []
     cache = make_cache(units, tmp_path / "cache", tier="device", warn=told.append)
     assert cache.materialize() is not None
     store = cache.store
     assert store is not None
     cache.finish()
+    assert [type(error) for error in shown] == [RuntimeError], "whose fault it is must be found"
     assert_same(everything(cache), everything(make_cache(units, None)))
     cache.close()
     assert len(told) == 1
@@ -758,6 +991,15 @@ def test_memory_is_filled_whole_where_a_killed_run_had_written_a_part(
         pytest.raises(Interrupted),
     ):
         cache.materialize(2)
+    there = set((tmp_path / "cache").glob("*/*/c.*"))
+    written: list[Path] = []
+    real = write.write_chunk_file
+
+    def noted(path: Path, *rest: object) -> int:
+        written.append(path)
+        return real(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(write, "write_chunk_file", noted)
     cache = make_cache(units, tmp_path / "cache", tier="device", keep=True)
     found = cache.materialize(2)
     assert found is not None
@@ -767,6 +1009,8 @@ def test_memory_is_filled_whole_where_a_killed_run_had_written_a_part(
     assert sum(store._writer.held.values()) > 0, "or this tests nothing"
     cache.finish()
     assert store.bytes == sum(p.stat().st_size for p in store.folder.glob("*/c.*")), "written twice"
+    assert there, "or this tests nothing"
+    assert sorted([*there, *written]) == sorted(store.folder.glob("*/c.*"))
     cache.close()
     with make_cache(units, tmp_path / "cache") as again:
         reused = again.materialize(2)
@@ -903,6 +1147,44 @@ def test_a_run_ends_with_the_same_weights_wherever_its_rows_are_held(
     assert run.summary["cache"]["rows_served"] > 3 * 150
     # It was waited for, at the end.
     assert (Path(run.summary["cache"]["store"]) / "COMMITTED").exists()
+
+
+def test_a_run_has_waited_for_what_is_written_before_it_sums_up(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its seconds are of materialising, and the sentence about a disk that is full comes first."""
+    waited: set[Path] = set()
+    opened = threading.Condition()
+    real_write, real_wait, real_summary = (
+        write.write_chunk_file,
+        WritingStore.wait,
+        Trainer._summary,
+    )
+    done: list[bool] = []
+
+    def held_back(path: Path, *rest: object) -> int:
+        with opened:
+            # (The planner tries the disk in this one.)
+            here = threading.current_thread() is threading.main_thread()
+            assert here or opened.wait_for(lambda: path.parents[1] in waited, 30)
+        return real_write(path, *rest)  # type: ignore[arg-type]
+
+    def wait(store: WritingStore) -> None:
+        with opened:
+            waited.add(store.folder)
+            opened.notify_all()
+        real_wait(store)
+
+    def summary(trainer: Trainer) -> dict[str, object]:
+        assert isinstance(trainer.cache.store, WritingStore)
+        done.append(trainer.cache.store.done)
+        return real_summary(trainer)
+
+    monkeypatch.setattr(write, "write_chunk_file", held_back)
+    monkeypatch.setattr(WritingStore, "wait", wait)
+    monkeypatch.setattr(Trainer, "_summary", summary)
+    train(*SCHEDULE, "--cache-tier", "device")
+    assert done == [True]
 
 
 def test_an_interrupted_run_goes_on_with_rows_in_memory(

@@ -1,5 +1,6 @@
 """From decoded pixels to network input, on the training device."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -63,7 +64,7 @@ class InputRows:
         drawn = torch.from_numpy(views[all_rows(order)]).to(self.device)
         parts = drawn.split([len(rows) for rows in order])
         for pixels, view in zip(self.pixels(order), parts, strict=True):
-            seen = augment(pixels.to(self.device).permute(0, 2, 3, 1), view)
+            seen = augment(sent(pixels, self.device).permute(0, 2, 3, 1), view)
             yield self.from_pixels(seen.permute(0, 3, 1, 2))
 
     def pixels(self, order: Sequence[Indices]) -> Iterator[Tensor]:
@@ -75,7 +76,7 @@ class InputRows:
     def from_pixels(self, pixels: Tensor) -> Tensor:
         """Network input, normalised on the device, from uint8 (n, C, H, W)."""
         # uint8 travels to the device: a quarter of the bytes of float32.
-        values = pixels.to(self.device).permute(0, 2, 3, 1).float()
+        values = sent(pixels, self.device).permute(0, 2, 3, 1).float()
         return ((values - self.offset) * self.scale).permute(0, 3, 1, 2)
 
 
@@ -108,10 +109,19 @@ class ResidentImages:
                 yield torch.index_select(self._pixels, 0, indices)
 
     def _keep(self, rows: Indices, indices: Tensor, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.device)
+        pixels = sent(pixels, self.device)
         self._pixels.index_copy_(0, indices, pixels)
         self._there[rows] = True
         return pixels
+
+
+def sent(pixels: Tensor, device: torch.device) -> Tensor:
+    """On the device. From memory that is not pinned, a copy waits for a GPU's work."""
+    if device.type != "cuda" or pixels.device.type != "cpu":
+        return pixels.to(device)
+    with contextlib.suppress(RuntimeError):  # there is no more of it to be had
+        pixels = pixels.pin_memory()
+    return pixels.to(device, non_blocking=True)
 
 
 def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
