@@ -106,8 +106,8 @@ class PrefixCache:
         network: its name, for people who look into the cache.
         details: likewise, whatever else they may want to know, by name.
         warn: is given one sentence when a store cannot be used; training goes on without.
-        stopping: asked while a store is filled; if it says so, `materialize` raises `Interrupted`,
-            and what was written is left for the next attempt.
+        stopping: asked while a store is filled, verified or loaded into memory; if it says so,
+            `materialize` raises `Interrupted`, and what was written is left for the next attempt.
 
     Attributes:
         rows_served: rows that came from a store so far.
@@ -221,7 +221,7 @@ class PrefixCache:
         self.threads = default_threads(self.device) if threads is None else threads
         self._moments = Moments(self.device)
         self._lapses = Lapses(self._moments)
-        self._holdings = Holdings(self.inputs, self.tiers, self.threads, warn)
+        self._holdings = Holdings(self.inputs, self.tiers, self.threads, warn, stopping)
         self._mended: Store | None = None
         # Rows served before the present store was, and rows computed to fill it.
         self._served_before = self._missed = 0

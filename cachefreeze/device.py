@@ -77,6 +77,7 @@ def numerics(device: torch.device) -> dict[str, object]:
             "algorithms": torch.are_deterministic_algorithms_enabled(),
             "matmul": _matmul_precision(),
             "tf32": _convolution_tf32(),
+            "reduced": _reduced_precision(),
         }
     return common | {
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -91,6 +92,15 @@ def _matmul_precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set by torch's newer name for it
         return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def _reduced_precision() -> list[str]:
+    """Whether sums of products may be kept in the 16 bits of what is multiplied."""
+    matmul = torch.backends.cuda.matmul
+    return [
+        str(matmul.allow_bf16_reduced_precision_reduction),
+        str(matmul.allow_fp16_reduced_precision_reduction),
+    ]
 
 
 def _convolution_tf32() -> bool | str:

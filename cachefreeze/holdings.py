@@ -17,7 +17,7 @@ class Holdings:
 
     Args:
         inputs: of the network, for each split: where rows come from when there is no store.
-        tiers, threads, warn: see `PrefixCache`.
+        tiers, threads, warn, stopping: see `PrefixCache`.
 
     Attributes:
         store: that rows come from, if any.
@@ -27,12 +27,18 @@ class Holdings:
     """
 
     def __init__(
-        self, inputs: Mapping[str, Rows], tiers: Tiers, threads: int, warn: Callable[[str], None]
+        self,
+        inputs: Mapping[str, Rows],
+        tiers: Tiers,
+        threads: int,
+        warn: Callable[[str], None],
+        stopping: Callable[[], bool],
     ) -> None:
         self.inputs = inputs
         self.tiers = tiers
         self.threads = threads
         self.warn = warn
+        self.stopping = stopping
         self.store: HeldStore | None = None
         self.boundary = 0
         self.rows: Mapping[str, Rows] = inputs
@@ -65,14 +71,18 @@ class Holdings:
         return not all(store.kept for store in self._retired)
 
     def take(self, store: HeldStore, boundary: int, memory: Memory | None) -> None:
-        """Serve rows from another store, whose rows are in `memory`, if that is given."""
+        """Serve rows from another store, whose rows are in `memory`, if that is given.
+
+        Raises:
+            Interrupted: `stopping` says so, while rows are loaded into memory.
+        """
         # What is loaded now may need the memory of the rows before; and if that goes wrong, rows
         # are computed.
         self.leave()
         try:
             if memory is None:
                 assert isinstance(store, Store)
-                memory = loaded(store, self.tiers)
+                memory = loaded(store, self.tiers, threads=self.threads, stopping=self.stopping)
             self._hold(store, boundary, memory)
         except BaseException:
             store.close()
@@ -116,7 +126,7 @@ class Holdings:
         before = self._memory
         if before is None:
             assert isinstance(store, Store)
-            memory = loaded(store, self.tiers)
+            memory = loaded(store, self.tiers, threads=self.threads)
         else:
             memory = self.tiers.memory_for(store.description, Encoding.described(store.description))
             if memory is not None:

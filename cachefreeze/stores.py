@@ -393,12 +393,16 @@ class Stores:
         if room is None:
             return None
         writer = StoreWriter(self.directory, description, max_bytes=room)
-        memory = None
-        if not description.lossy:
-            # What loses precision is to be on disk before a checkpoint names it: whoever goes on
-            # from there could not make the same rows again.
-            memory = self.tiers.memory_for(description, encoding)
-        return sink_for(writer, encoding.tensor_type, self.device, memory, self.threads)
+        try:
+            memory = None
+            if not description.lossy:
+                # What loses precision is to be on disk before a checkpoint names it: whoever goes
+                # on from there could not make the same rows again.
+                memory = self.tiers.memory_for(description, encoding)
+            return sink_for(writer, encoding.tensor_type, self.device, memory, self.threads)
+        except BaseException:
+            writer.abort()
+            raise
 
     def _make_room(self, description: Description) -> float | None:
         """Bytes that the chunks of a new store may take beside the stores in use; None if that is

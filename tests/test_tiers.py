@@ -857,7 +857,7 @@ def test_loading_that_is_interrupted_leaves_a_cache_that_serves_right_rows(
     cache = make_cache(units, tmp_path / "cache", tier="device", keep=True)
     cache.materialize(2)
 
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -868,14 +868,37 @@ def test_loading_that_is_interrupted_leaves_a_cache_that_serves_right_rows(
     cache.close()
 
 
+def test_ctrl_c_is_heeded_while_a_store_is_loaded_into_memory(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_cache(units, tmp_path / "cache", keep=True) as cache:
+        cache.materialize()
+        folder = cache.store.folder if cache.store is not None else tmp_path
+    real, asked = holdings.loaded, threading.Event()
+
+    def asked_meanwhile(*args, **options):
+        asked.set()
+        return real(*args, **options)
+
+    monkeypatch.setattr(holdings, "loaded", asked_meanwhile)
+    cache = make_cache(units, tmp_path / "cache", tier="device", stopping=asked.is_set)
+    with pytest.raises(Interrupted):
+        cache.materialize()
+    assert (cache.store, cache.boundary) == (None, 0)
+    assert not in_use(folder)
+    asked.clear()
+    assert_same(everything(cache), everything(make_cache(units, None)))
+    cache.close()
+
+
 def test_the_seconds_of_a_store_that_is_loaded_hold_the_loading(
     units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = holdings.loaded
 
-    def slow(*args):
+    def slow(*args, **options):
         time.sleep(0.3)
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(holdings, "loaded", slow)
     with make_cache(units, tmp_path / "cache", keep=True) as cache:
