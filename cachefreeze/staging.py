@@ -48,7 +48,7 @@ class StagedRows:
 
     The order of an epoch is known, so the next batches are read by threads and copied in a stream
     of their own while the device is at work. Host memory: a batch for each thread; device memory:
-    `ahead` batches and those in use.
+    `ahead` batches, and those of the steps that the device has yet to do.
 
     Args:
         reader: of the stored rows; it stays open.
