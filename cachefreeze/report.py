@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cachefreeze.account import SAVED, amount, spent, timed, ways
 from cachefreeze.errors import UserError
 from cachefreeze.files import (
     human_bytes,
@@ -15,10 +16,10 @@ from cachefreeze.files import (
     why_not_writable,
     write_atomically,
 )
-from cachefreeze.planner import Drop, Move, Plan, Run
+from cachefreeze.planner import Drop, Move, Plan, Run, efficiency
 
-# How the lines begin that are wanted even of a quiet run, see `closing_words`.
-RESULT = ("accuracy", "time", "run", "weights")
+# How the lines begin that are wanted even of a quiet run: all of `closing_words` but its hints.
+RESULT = ("accuracy", "time", "plan", "cache", "store", "run", "weights", " " * 10)
 
 
 class RunFolder:
@@ -150,9 +151,9 @@ def plan_words(
         for move in plan.moves
     )
     most = max(move.bytes for move in plan.moves)
-    share = "" if plan.efficiency is None else f", efficiency {plan.efficiency:.2f}"
+    share = efficiency_words(plan.freezing_only, plan.seconds, plan.limit)
     return [
-        f"plan      {totals}{share}",
+        f"plan      {totals}{share and f', {share}'}",
         f"          keeps {kept}; at most {human_bytes(most)} each",
         f"          measured {measured}",
     ]
@@ -202,8 +203,9 @@ def plan_table(plan: Plan, run: Run, units: Sequence[str], why_nothing: str) -> 
     ):
         totals.append([name, duration(seconds), f"{seconds / plan.freezing_only:.1%}"])
     lines += ["", *format_table(totals, right=(1, 2))]
-    if plan.efficiency is not None:
-        lines += ["", f"efficiency {plan.efficiency:.2f}: the share of the limit's saving"]
+    if share := efficiency_words(plan.freezing_only, plan.seconds, plan.limit):
+        explained = ": the share of the limit's saving" if share.startswith("efficiency") else ""
+        lines += ["", share + explained]
     return lines
 
 
@@ -236,22 +238,43 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {line} |" for line in format_table([rows[0], widths, *rows[1:]], divider=" | ")]
 
 
-def comparison_words(plan: Mapping[str, Any], boundaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Predicted beside actual, of the run and of every materialisation."""
-    predicted, actual = plan["predicted"], plan["actual"]
-    off = actual["seconds"] / predicted["seconds"] - 1
-    when = f"for what follows step {plan['from_step']}" if plan["from_step"] > 3 else "at the start"
-    line = (
-        f"plan      {duration(predicted['seconds'])} predicted {when}, "
-        f"{duration(actual['seconds'])} taken ({off:+.0%})"
+def efficiency_words(freezing_only: float, cached: float, limit: float) -> str:
+    """The share of what a cache can save; if it is less than nothing, the seconds that are lost."""
+    if cached > freezing_only:
+        return f"the cache costs {duration(cached - freezing_only)} more than it saves"
+    share = efficiency(freezing_only, cached, limit)
+    return "" if share is None else f"efficiency {share:.2f}"
+
+
+def time_words(summary: Mapping[str, Any]) -> list[str]:
+    """The time of a run: its parts, and what it would have been otherwise."""
+    files = {"summary": summary}
+    parts = (f"{name} {duration(amount(files, at))}" for name, at in spent(summary).items())
+    others = (
+        f"{way.name} {duration(amount(files, way.best))} ({way.known})"
+        for way in ways(summary)[1:]
+        if way.known
     )
-    shares = [
-        f"{each['efficiency']:.2f} {word}"
-        for each, word in ((predicted, "predicted"), (actual, "by what was measured"))
-        if each["efficiency"] is not None
-    ]
-    if shares:
-        line += f"; efficiency {', '.join(shares)}"
+    lines = [f"{duration(summary['wall_seconds'])}: {', '.join(parts)}", ", ".join(others)]
+    return [f"{word:10}{line}" for word, line in zip(("time", ""), lines, strict=True) if line]
+
+
+def comparison_words(summary: Mapping[str, Any]) -> list[str]:
+    """Predicted beside actual, of the run and of every materialisation."""
+    plan, own = summary["plan"], ways(summary)[0]
+    assert own.predicted is not None
+    predicted, actual = amount({"summary": summary}, own.predicted), summary["wall_seconds"]
+    when = f"after step {plan['from_step']}" if summary["resumed_at"] else "at the start"
+    line = (
+        f"plan      {duration(predicted)} predicted {when}, {duration(actual)} taken "
+        f"({actual / predicted - 1:+.0%})"
+    )
+    expected, reached = plan["predicted"], plan["actual"]["efficiency"]
+    times = (expected[name] for name in ("freezing_only", "seconds", "limit"))
+    if share := efficiency_words(*times):
+        line += f"; {share} predicted"
+    if reached is not None and reached >= 0:  # else the cache's own line says what it cost
+        line += f"; efficiency {reached:.2f} estimated"
     rows = [["", "filling: predicted", "actual", "saving: predicted", "actual"]]
     rows += [
         [
@@ -268,9 +291,9 @@ def comparison_words(plan: Mapping[str, Any], boundaries: Sequence[Mapping[str, 
                 )
             ),
         ]
-        for each in boundaries
+        for each in summary["cache"]["boundaries"]
     ]
-    table = format_table(rows, right=(1, 2, 3, 4)) if boundaries else []
+    table = format_table(rows, right=(1, 2, 3, 4)) if len(rows) > 1 else []
     return [line, *(f"          {row}" for row in table)]
 
 
@@ -340,33 +363,23 @@ def closing_words(
         python: the interpreter, as one would type it here.
         exact: the device gives the same weights with and without the cache.
     """
-    cache = summary["cache"]
-    spent = {
-        "training": summary["train_seconds"],
-        "filling the cache": summary["materialize_seconds"],
-        "validation": summary["validate_seconds"],
-    }
-    if cache["enabled"]:
-        spent["measuring"] = summary["profile_seconds"]
-    else:
-        del spent["filling the cache"]
-    spent["the rest"] = summary["wall_seconds"] - sum(spent.values())
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent.items())
+    cache, saved = summary["cache"], amount({"summary": summary}, SAVED)
     lines = [
         "",
         f"accuracy  {summary['val_accuracy']:.2%} of the validation images "
         f"(best epoch {summary['best_val_accuracy']:.2%})",
-        f"time      {duration(summary['wall_seconds'])}: {parts}",
+        *time_words(summary),
     ]
     if summary["plan"] is not None:
-        lines += comparison_words(summary["plan"], cache["boundaries"])
+        lines += comparison_words(summary)
     if cache["boundaries"]:
-        saved = cache["saved_seconds"]
-        verdict = "saved about" if saved >= 0 else "cost about"
-        lines.append(
-            f"cache     {verdict} {duration(abs(saved))}, filling included, against running the "
-            f"frozen units: {cache['rows_served']:,} rows came from it"
-        )
+        saving = ""
+        if timed(summary):
+            verdict = "saved" if saved >= 0 else "cost more than it saved:"
+            saving = (
+                f"{verdict} {duration(abs(saved))} (estimated), filling and measuring included; "
+            )
+        lines.append(f"cache     {saving}{cache['rows_served']:,} rows came from it")
         if cache["rows_verified"]:
             lines.append(
                 f"          {cache['rows_verified']:,} of its rows were computed once more to "
@@ -376,9 +389,10 @@ def closing_words(
             stays = "kept for later runs" if cache["kept"] else "until a later run fills its own"
             lines.append(f"store     {cache['store']} ({stays})")
     elif cache["enabled"] and summary["frozen_units"]:
+        nothing = f", and cost {duration(-saved)} to measure that" if saved < -0.05 else ""
         lines.append(
-            "cache     held nothing: no store would have saved more time than filling it takes; "
-            "more --epochs or a smaller --t0 leave more to save"
+            f"cache     held nothing{nothing}: no store would have saved more time than filling it "
+            "takes; more --epochs or a smaller --t0 leave more to save"
         )
     lines += [
         f"run       {folder} (args.json, metrics.jsonl and .csv, summary.json, last.pt, best.pt)",
@@ -394,7 +408,7 @@ def closing_words(
     if cache["boundaries"]:
         hints += [
             f"  {command} --no-cache",
-            f"      {same}, in more time" if cache["saved_seconds"] > 0 else f"      {same}",
+            f"      {same}, in more time" if saved > 0 else f"      {same}",
             f"  {python} scripts/cache_stats.py {settings['cache_dir']}",
             "      what is in the cache",
         ]
