@@ -206,18 +206,25 @@ def _beside(record: Record, measured: Measured) -> str:
             f"{code('scripts/write_report.py')} shows other runs, with "
             f"{code('--freezing-only RUN')} and {code('--no-freezing RUN')}.</p>"
         )
-    rows = []
-    for way, run in found:
-        predicted = "" if way.predicted is None else number(record, way.predicted, "seconds")
-        taken = number(run, way.best, "seconds")
-        name = linked(way.name) if way.name in WORDS else way.name
-        rows.append([name, taken, way.known, _speed_up(record, way, run), predicted])
-    header = ("", "time", "known", "speed-up", "predicted")
+    header = ["", "time", "known", "speed-up"]
+    rows = [
+        [
+            linked(way.name) if way.name in WORDS else way.name,
+            number(run, way.best, "seconds"),
+            way.known,
+            _speed_up(record, way, run),
+        ]
+        for way, run in found
+    ]
+    if any(way.predicted for way, _ in found):
+        header.append("predicted")
+        for row, (way, _) in zip(rows, found, strict=True):
+            row.append(number(record, way.predicted, "seconds") if way.predicted else "")
     return (
         f"<p>Beside it, what is {linked('measured')} is the time of a whole run. What is "
         f"{linked('estimated')} or {linked('predicted')} is this run's time, but for what freezing "
         "and the cache change. Speed-up is a time by this run's.</p>"
-        f"{table(header, rows, right=[1, 3, 4])}"
+        f"{table(header, rows, right=(1, 3, 4))}"
         f"{'' if 'freezing only' in measured else _saving(record)}"
     )
 
@@ -312,7 +319,11 @@ def _seconds(record: Record) -> str:
         caption = "The parts of a training step were not timed in this run. "
     caption += f"{linked('materialise', 'Materialising')}: filling a {linked('store')}."
     first, last = (number(record, f"metrics.{which}.seconds", "seconds") for which in (0, -1))
-    took = f"The first epoch took {first}, the last {last}" if len(lines) > 1 else f"It took {last}"
+    took = (
+        f"The first epoch took {first}, the last {last}"
+        if len(lines) > 1
+        else f"The epoch took {last}"
+    )
     return figure(
         "Seconds of every epoch",
         figures.seconds(parts),

@@ -272,9 +272,9 @@ def comparison_words(summary: Mapping[str, Any]) -> list[str]:
     expected, reached = plan["predicted"], plan["actual"]["efficiency"]
     times = (expected[name] for name in ("freezing_only", "seconds", "limit"))
     if share := efficiency_words(*times):
-        line += f"; {share} predicted"
+        line += f"; {share} (predicted)"
     if reached is not None and reached >= 0:  # else the cache's own line says what it cost
-        line += f"; efficiency {reached:.2f} estimated"
+        line += f"; efficiency {reached:.2f} (estimated)"
     rows = [["", "filling: predicted", "actual", "saving: predicted", "actual"]]
     rows += [
         [

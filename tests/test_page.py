@@ -470,7 +470,7 @@ def test_a_cache_that_costs_more_than_it_saves_says_how_much(runs: Runs, tmp_pat
     assert not re.search(r"[^\d]-\d", " ".join(text for _, text in read(folder).numbers))
     lines = "\n".join(told(folder))
     assert "cache     cost more than it saved: 1.5 s (estimated)" in lines
-    assert "the cache costs 2.5 s more than it saves predicted" in lines
+    assert "the cache costs 2.5 s more than it saves (predicted)" in lines
     assert "efficiency" not in lines
     folder = copied(runs.cached(), tmp_path / "cheap", cheap)
     assert "cache     saved 1.0 s (estimated)" in "\n".join(told(folder))
