@@ -98,6 +98,15 @@ def ways(summary: Mapping[str, Any]) -> list[Time]:
     return [Time(name, actual.get(name), predicted.get(name)) for name in names]
 
 
+def reached(summary: Mapping[str, Any]) -> float | None:
+    """The efficiency of a run by its own clocks; None if it is not known of the whole."""
+    plan = summary.get("plan")
+    if plan is None or summary["resumed_at"]:
+        return None
+    found: float | None = plan["actual"].get("efficiency")
+    return found
+
+
 def timed(summary: Mapping[str, Any]) -> bool:
     """Whether the parts of a step are known. On other devices work is not done when it was asked
     for, and waiting would slow it down; older runs do not say."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze import figures
-from cachefreeze.account import COST, SAVED, WHOLE, Time, spent, timed, ways
+from cachefreeze.account import COST, SAVED, WHOLE, Time, reached, spent, timed, ways
 from cachefreeze.errors import UserError
 from cachefreeze.files import write_atomically
 from cachefreeze.markup import (
@@ -65,7 +65,7 @@ def write_report(folder: Path, measured: dict[str, Path] | None = None) -> Path:
     Args:
         folder: of a run that has come to its end.
         measured: folders of the same run with `freezing only` and with `no freezing`, if there are
-            such; else those times are the plan's predictions.
+            such; else those times are estimated, or the plan's predictions.
 
     Raises:
         UserError: there is no such run, its files are damaged, another run is not the same but for
@@ -240,8 +240,7 @@ def _saving(record: Record) -> str:
     if record.at(SAVED) < 0:
         return f"<p>The cache cost {cost} more than it saved (estimated).</p>"
     saved = f"The cache saved {number(record, SAVED, 'seconds')} (estimated)"
-    reached = (summary.get("plan") or {"actual": {}})["actual"].get("efficiency")
-    if reached is not None:
+    if reached(summary) is not None:
         share = number(record, "summary.plan.actual.efficiency", "share")
         saved += f", an {linked('efficiency')} of {share}"
     served = number(record, "summary.cache.rows_served", "count")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cachefreeze.account import SAVED, amount, spent, timed, ways
+from cachefreeze.account import SAVED, amount, reached, spent, timed, ways
 from cachefreeze.errors import UserError
 from cachefreeze.files import (
     human_bytes,
@@ -249,14 +249,14 @@ def efficiency_words(freezing_only: float, cached: float, limit: float) -> str:
 def time_words(summary: Mapping[str, Any]) -> list[str]:
     """The time of a run: its parts, and what it would have been otherwise."""
     files = {"summary": summary}
-    parts = (f"{name} {duration(amount(files, at))}" for name, at in spent(summary).items())
-    others = (
+    parts = [f"{name} {duration(amount(files, at))}" for name, at in spent(summary).items()]
+    others = [
         f"{way.name} {duration(amount(files, way.best))} ({way.known})"
         for way in ways(summary)[1:]
         if way.known
-    )
-    lines = [f"{duration(summary['wall_seconds'])}: {', '.join(parts)}", ", ".join(others)]
-    return [f"{word:10}{line}" for word, line in zip(("time", ""), lines, strict=True) if line]
+    ]
+    lines = [f"time      {duration(summary['wall_seconds'])}: {', '.join(parts)}"]
+    return [*lines, f"          {', '.join(others)}"] if others else lines
 
 
 def comparison_words(summary: Mapping[str, Any]) -> list[str]:
@@ -269,12 +269,13 @@ def comparison_words(summary: Mapping[str, Any]) -> list[str]:
         f"plan      {duration(predicted)} predicted {when}, {duration(actual)} taken "
         f"({actual / predicted - 1:+.0%})"
     )
-    expected, reached = plan["predicted"], plan["actual"]["efficiency"]
-    times = (expected[name] for name in ("freezing_only", "seconds", "limit"))
-    if share := efficiency_words(*times):
-        line += f"; {share} (predicted)"
-    if reached is not None and reached >= 0:  # else the cache's own line says what it cost
-        line += f"; efficiency {reached:.2f} (estimated)"
+    if not summary["resumed_at"]:  # else it would be that of the rest
+        times = (plan["predicted"][name] for name in ("freezing_only", "seconds", "limit"))
+        if share := efficiency_words(*times):
+            line += f"; {share} (predicted)"
+    own_share = reached(summary)
+    if own_share is not None and own_share >= 0:  # else the cache's line says what it cost
+        line += f"; efficiency {own_share:.2f} (estimated)"
     rows = [["", "filling: predicted", "actual", "saving: predicted", "actual"]]
     rows += [
         [
@@ -363,7 +364,6 @@ def closing_words(
         python: the interpreter, as one would type it here.
         exact: the device gives the same weights with and without the cache.
     """
-    cache, saved = summary["cache"], amount({"summary": summary}, SAVED)
     lines = [
         "",
         f"accuracy  {summary['val_accuracy']:.2%} of the validation images "
@@ -372,49 +372,62 @@ def closing_words(
     ]
     if summary["plan"] is not None:
         lines += comparison_words(summary)
-    if cache["boundaries"]:
-        saving = ""
-        if timed(summary):
-            verdict = "saved" if saved >= 0 else "cost more than it saved:"
-            saving = (
-                f"{verdict} {duration(abs(saved))} (estimated), filling and measuring included; "
-            )
-        lines.append(f"cache     {saving}{cache['rows_served']:,} rows came from it")
-        if cache["rows_verified"]:
-            lines.append(
-                f"          {cache['rows_verified']:,} of its rows were computed once more to "
-                "verify them: no difference"
-            )
-        if cache["store"]:
-            stays = "kept for later runs" if cache["kept"] else "until a later run fills its own"
-            lines.append(f"store     {cache['store']} ({stays})")
-    elif cache["enabled"] and summary["frozen_units"]:
-        nothing = f", and cost {duration(-saved)} to measure that" if saved < -0.05 else ""
-        lines.append(
-            f"cache     held nothing{nothing}: no store would have saved more time than filling it "
-            "takes; more --epochs or a smaller --t0 leave more to save"
-        )
     lines += [
+        *_cache_words(summary),
         f"run       {folder} (args.json, metrics.jsonl and .csv, summary.json, last.pt, best.pt)",
         f"weights   SHA-256 {summary['weights_sha256'][:16]}...",
     ]
-    hints = []
+    hints = _hints(summary, settings, python, exact)
+    return [*lines, "", "what to type next:", *hints] if hints else lines
+
+
+def _cache_words(summary: Mapping[str, Any]) -> list[str]:
+    """What the cache brought, and what it left."""
+    cache, saved = summary["cache"], amount({"summary": summary}, SAVED)
+    if not cache["boundaries"]:
+        if not (cache["enabled"] and summary["frozen_units"]):
+            return []
+        cost = f", and cost {duration(-saved)} to measure that" if saved < -0.05 else ""
+        return [
+            f"cache     held nothing{cost}: no store would have saved more time than filling it "
+            "takes; more --epochs or a smaller --t0 leave more to save"
+        ]
+    saving = ""
+    if timed(summary):
+        verdict = "saved" if saved >= 0 else "cost more than it saved:"
+        saving = f"{verdict} {duration(abs(saved))} (estimated), filling and measuring included; "
+    lines = [f"cache     {saving}{cache['rows_served']:,} rows came from it"]
+    if cache["rows_verified"]:
+        lines.append(
+            f"          {cache['rows_verified']:,} of its rows were computed once more to "
+            "verify them: no difference"
+        )
+    if cache["store"]:
+        stays = "kept for later runs" if cache["kept"] else "until a later run fills its own"
+        lines.append(f"store     {cache['store']} ({stays})")
+    return lines
+
+
+def _hints(
+    summary: Mapping[str, Any], settings: Mapping[str, Any], python: str, exact: bool
+) -> list[str]:
+    """Commands that go on from here, each with what it gives."""
+    hints, events = [], summary["cache"]["boundaries"]
     train = f"{python} -m cachefreeze.train"
-    command = f"{train} {shlex.join(settings['command'])}".rstrip()
-    lossy = any(event["lossy"] for event in cache["boundaries"])
-    same = "the same weights" if exact else "nearly the same weights"
-    if lossy:
-        same = "the weights without what the cache rounded"
-    if cache["boundaries"]:
-        hints += [
-            f"  {command} --no-cache",
-            f"      {same}, in more time" if saved > 0 else f"      {same}",
-            f"  {python} scripts/cache_stats.py {settings['cache_dir']}",
+    if events:
+        same = "the same weights" if exact else "nearly the same weights"
+        if any(event["lossy"] for event in events):
+            same = "the weights without what the cache rounded"
+        slower = ", in more time" if amount({"summary": summary}, SAVED) > 0 else ""
+        hints = [
+            f"  {train} {shlex.join([*settings['command'], '--no-cache'])}",
+            f"      {same}{slower}",
+            f"  {python} scripts/cache_stats.py {shlex.quote(settings['cache_dir'])}",
             "      what is in the cache",
         ]
     if settings["dataset"] == "digits":
         hints += [f"  {train} --dataset cifar10", "      the paper's setting (wants a GPU)"]
-    return [*lines, "", "what to type next:", *hints] if hints else lines
+    return hints
 
 
 def duration(seconds: float) -> str:

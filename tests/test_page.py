@@ -428,6 +428,7 @@ def test_of_a_run_that_went_on_the_plan_says_nothing_of_the_whole_of_others(
     runs: Runs, tmp_path: Path
 ) -> None:
     def resumed(record: Record) -> None:
+        cheap(record)
         record.summary["resumed_at"] = [3]
 
     folder = copied(runs.cached(), tmp_path / "run", resumed)
@@ -438,6 +439,8 @@ def test_of_a_run_that_went_on_the_plan_says_nothing_of_the_whole_of_others(
     assert (only.known, only.predicted) == ("estimated", None)
     assert [each.known for each in others] == ["", ""]
     assert "until it went on after it was cut off" in read(folder).text
+    assert "efficiency" not in "\n".join(told(folder))
+    assert "summary.plan.actual.efficiency" not in read(folder).text
     assert "until it went on" not in read(runs.cached()).text
 
 
@@ -473,7 +476,9 @@ def test_a_cache_that_costs_more_than_it_saves_says_how_much(runs: Runs, tmp_pat
     assert "the cache costs 2.5 s more than it saves (predicted)" in lines
     assert "efficiency" not in lines
     folder = copied(runs.cached(), tmp_path / "cheap", cheap)
-    assert "cache     saved 1.0 s (estimated)" in "\n".join(told(folder))
+    lines = "\n".join(told(folder))
+    assert "cache     saved 1.0 s (estimated)" in lines
+    assert "; efficiency 0.50 (estimated)" in lines
 
 
 def test_what_is_told_of_a_quiet_run_are_all_facts_and_no_hints(runs: Runs) -> None:
