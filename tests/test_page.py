@@ -419,6 +419,11 @@ def test_other_times_are_the_runs_own_but_for_freezing_and_the_cache(runs: Runs)
     assert record.at(none.best) == pytest.approx(
         plan["predicted"]["no_freezing"] + loading - record.summary["profile_seconds"]
     )
+    assert list(spent(Record.load(runs.without()).summary)) == [
+        "training",
+        "validation",
+        "the rest",
+    ]
     (alone,) = ways(Record.load(runs.without()).summary)[:1]
     assert (alone.known, alone.predicted) == ("measured", None)
     assert [each.known for each in ways(Record.load(runs.without()).summary)[1:]] == [""] * 3
@@ -439,9 +444,19 @@ def test_of_a_run_that_went_on_the_plan_says_nothing_of_the_whole_of_others(
     assert (only.known, only.predicted) == ("estimated", None)
     assert [each.known for each in others] == ["", ""]
     assert "until it went on after it was cut off" in read(folder).text
-    assert "efficiency" not in "\n".join(told(folder))
+    assert not re.search(r"efficiency|more than it saves", "\n".join(told(folder)))
     assert "summary.plan.actual.efficiency" not in read(folder).text
     assert "until it went on" not in read(runs.cached()).text
+
+
+def test_where_nothing_was_predicted_there_is_no_column_of_it(runs: Runs, tmp_path: Path) -> None:
+    def unplanned(record: Record) -> None:
+        record.summary["plan"] = None
+
+    folder = copied(runs.cached(), tmp_path / "run", unplanned)
+    write_report(folder)
+    assert ">predicted</th>" not in read(folder).text
+    assert ">predicted</th>" in read(runs.cached()).text
 
 
 def told(folder: Path) -> list[str]:
@@ -636,6 +651,8 @@ def test_the_boundary_follows_the_stores_within_an_epoch() -> None:
     width, left = trained[:, 0].max() - trained[:, 0].min(), trained[:, 0].min()
     height = trained[:, 1].max() - trained[:, 1].min()
     assert height > 0
+    assert ">from the cache</text>" in svg
+    assert ">from the cache</text>" not in figures.frontier([(1.0, 1.0)], [(4.0, 0.0)], 4, 4.0)
     rises = served[served[:, 1] < served[:, 1].max() - 1e-3]
     assert (rises[:, 0].min() - left) / width == pytest.approx(1.5 / 4, rel=1e-3)
 
@@ -860,6 +877,9 @@ def test_a_browser_shows_the_page_whole_and_without_complaint(
         browser.open(path, width, dark=dark)
         browser.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        if path == compared:
+            head = "getComputedStyle(document.querySelector('.stack thead')).display"
+            assert (browser.evaluate(head) == "none") == (width == 390)
         for wide in browser.evaluate(WIDE):
             assert wide[0] <= wide[1], f"{wide[2]!r} is cut off"
         image = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
