@@ -3,14 +3,29 @@
 import json
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 
-from cachefreeze.markup import code, document, figure, number, table
+from cachefreeze.errors import UserError
+from cachefreeze.markup import code, document, figure, frozen_units, number, table
 from cachefreeze.record import Record
 from cachefreeze.report import duration, format_table
 
 # Settings that say where a run lies, and not what it does.
 PLACES = ("output_dir", "command", "report")
 HEADER = ("run", "accuracy", "best", "time", "speed-up", "frozen", "weights")
+
+
+def load_runs(folders: Sequence[Path]) -> list[Record]:
+    """
+    Raises:
+        UserError: one holds no run that has come to its end, or is named twice.
+    """
+    seen = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise UserError(f"{folder} is named twice: name each run once")
+        seen.add(folder.resolve())
+    return [Record.load(folder) for folder in folders]
 
 
 def comparison_lines(runs: Sequence[Record]) -> list[str]:
@@ -57,7 +72,7 @@ def comparison_page(runs: Sequence[Record]) -> bytes:
             number(run, "summary.best_val_accuracy", "percent"),
             number(run, wall, "seconds"),
             number(runs[0], wall, "times", by=(run, wall)),
-            number(run, "summary.frozen_units", "count"),
+            frozen_units(run, "summary.frozen_units"),
             code(weights),
         ]
         for run, name, weights in zip(runs, names, weights_of(runs), strict=True)
@@ -84,11 +99,15 @@ def comparison_page(runs: Sequence[Record]) -> bytes:
         [code(setting), *(code(value) for value in values)]
         for setting, values in differing_settings(runs)
     ]
-    differ = table(("setting", *names), settings) if settings else "<p>All are the same.</p>"
+    differ = (
+        table(("setting", *names), settings, wide="stack")
+        if settings
+        else "<p>All are the same.</p>"
+    )
     body = f"""<h1>Runs beside each other</h1>
 <p>Speed-up is the time of the first run by that of another, everything included. Weights with the
 same letter are the same to the last bit.</p>
-{table(HEADER, rows, right=range(1, 6))}
+{table(HEADER, rows, right=range(1, 6), wide="stack")}
 <div class="figures">{picture}</div>
 <h2>Settings that differ</h2>
 {differ}"""
@@ -101,7 +120,7 @@ def names_of(runs: Sequence[Record]) -> list[str]:
     deepest = max(len(path) for path in paths)
     for count in range(1, deepest + 1):
         names = ["/".join(path[-count:]) for path in paths]
-        if len(set(names)) == len(set(paths)):
+        if len(set(names)) == len(names):
             break
     return names
 

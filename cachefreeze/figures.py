@@ -94,6 +94,8 @@ STYLE: Any = {
 }
 
 Steps = Sequence[tuple[float, float]]
+# A name, the seconds predicted and actual (None: not known), and whether those are estimated.
+Pair = tuple[str, float | None, float | None, bool]
 
 
 def rates(
@@ -181,27 +183,22 @@ def frontier(frozen: Steps, boundary: Steps, units: int, end: float) -> str:
         lines = [_as_steps(each, end) for each in (boundary, frozen)]
         times = sorted({time for line in lines for time, _ in line})
         served, still = ([_value_at(line, time) for time in times] for line in lines)
-        for low, high, name in (
-            ([0.0] * len(times), served, "reading"),
-            (served, still, "prefix"),
-            (still, [float(units)] * len(times), "suffix"),
+        legend = []
+        for low, high, colour, name in (
+            (still, [float(units)] * len(times), "suffix", "trained"),
+            (served, still, "prefix", "frozen, run"),
+            ([0.0] * len(times), served, "reading", "from the cache"),
         ):
             if any(h > lo for lo, h in zip(low, high, strict=True)):
-                area = axes.fill_between(times, low, high, step="post", color=_c(name), lw=0)
-                area.set_gid(name)
+                area = axes.fill_between(times, low, high, step="post", color=_c(colour), lw=0)
+                area.set_gid(colour)
+                legend.append((name, colour, "area"))
         axes.set_ylim(0, units)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_ylabel("units, first ones below")
         axes.grid(visible=False)
         _epochs(axes, end)
-        _legend(
-            figure,
-            [
-                ("trained", "suffix", "area"),
-                ("frozen, run", "prefix", "area"),
-                ("from the cache", "reading", "area"),
-            ],
-        )
+        _legend(figure, legend)
         return _svg(figure, "frontier")
 
 
@@ -273,38 +270,28 @@ def store(sizes: Steps, budget: float, end: float) -> str:
         return _svg(figure, "store")
 
 
-def predicted(
-    totals: Sequence[tuple[str, float | None, float | None]],
-    fillings: Sequence[tuple[str, float | None, float | None]],
-) -> str:
-    """Pairs of bars, predicted and actual: of the run in seconds, and of every filling.
-
-    Args:
-        totals, fillings: a name, and the seconds; None is not known.
-    """
+def predicted(totals: Sequence[Pair], fillings: Sequence[Pair]) -> str:
+    """Pairs of bars: times of the run, and of every filling; what is estimated is hollow."""
     drawn = [
-        (title, pairs)
-        for title, pairs in (
-            ("whole run, seconds", totals),
-            ("filling a store, seconds", fillings),
+        panel
+        for panel in (
+            ("whole", "time of the run, seconds", totals),
+            ("filling", "filling a store, seconds", fillings),
         )
-        if pairs
+        if panel[-1]
     ]
-    rows = [len(pairs) * 30 // _every(len(pairs)) for _, pairs in drawn]
+    rows = [len(pairs) * 30 // _every(len(pairs)) for *_, pairs in drawn]
     with _drawing(75 + sum(rows) + 45 * (len(rows) - 1)) as figure:
         panels = figure.subplots(len(rows), height_ratios=rows, squeeze=False)[:, 0]
-        for axes, (title, pairs) in zip(panels, drawn, strict=True):
-            for column, colour in enumerate(("muted", "suffix")):
-                known = [(n, pair[1 + column]) for n, pair in enumerate(pairs)]
-                known = [(n, each) for n, each in known if each is not None]
-                bars = axes.barh(
-                    [n + 0.38 * column for n, _ in known],
-                    [each for _, each in known],
-                    height=0.36,
-                    color=_c(colour),
-                )
-                for (number, _), bar in zip(known, bars, strict=True):
-                    bar.set_gid(f"{title.split()[0]}-{number}-{('predicted', 'actual')[column]}")
+        for axes, (key, title, pairs) in zip(panels, drawn, strict=True):
+            for number, (_, expected, actual, estimated) in enumerate(pairs):
+                for which, value, place, look in (
+                    ("predicted", expected, number, _patch("muted")),
+                    ("actual", actual, number + 0.38, _patch("suffix", hollow=estimated)),
+                ):
+                    if value is not None:
+                        (bar,) = axes.barh(place, value, height=0.36, **look)
+                        bar.set_gid(f"{key}-{number}-{which}")
             shown = range(0, len(pairs), _every(len(pairs)))
             axes.set_yticks([n + 0.19 for n in shown], [pairs[n][0] for n in shown])
             axes.set_ylim(len(pairs) - 0.3, -0.3)
@@ -312,7 +299,10 @@ def predicted(
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
             axes.grid(visible=False, axis="y")
             axes.set_xlabel(title)
-        _legend(figure, [("predicted", "muted", "area"), ("actual", "suffix", "area")])
+        legend = [("predicted", "muted", "area"), ("actual", "suffix", "area")]
+        if any(estimated for *_, estimated in totals):
+            legend.append(("estimated", "suffix", "hollow"))
+        _legend(figure, legend)
         return _svg(figure, "predicted")
 
 
@@ -363,6 +353,10 @@ def _line(look: str) -> dict[str, Any]:
     return {"linestyle": look.removesuffix(marker) or "none", "marker": marker or None}
 
 
+def _patch(colour: str, *, hollow: bool = False) -> dict[str, Any]:
+    return {"edgecolor": _c(colour), "facecolor": "none" if hollow else _c(colour)}
+
+
 def _c(name: str) -> str:
     return COLOURS[name][0]
 
@@ -396,10 +390,11 @@ def _every(names: int) -> int:
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[str, str, str]], columns: int = 3) -> None:
-    """Above all axes, where no line can run into it: name, colour, and a line's look or `area`."""
+    """Above all axes, where no line can run into it: name, colour, and a line's look, or `area`,
+    or `hollow`."""
     handles = [
-        Patch(color=_c(colour), label=name)
-        if look == "area"
+        Patch(label=name, **_patch(colour, hollow=look == "hollow"))
+        if look in ("area", "hollow")
         else Line2D([], [], color=_c(colour), label=name, **_line(look))
         for name, colour, look in entries
     ]

@@ -19,6 +19,7 @@ FORMATS: Mapping[str, Callable[[float], str]] = {
     "loss": lambda value: f"{value:.4f}",
     "rate": lambda value: f"{value:.3g}",
     "times": lambda value: f"{value:.2f}x",
+    "share": lambda value: f"{value:.2f}",
 }
 
 STYLE = """
@@ -32,7 +33,7 @@ code{font:.9em ui-monospace,monospace}
 pre{white-space:pre-wrap;margin:.5rem 0;padding:.6rem .8rem;border:1px solid var(--grid)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1rem;margin:0}
 dt,figcaption,.tile span{color:var(--muted)}
-dd{margin:0}
+dd{margin:0;max-width:75ch}
 .tiles{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
 .tile{border:1px solid var(--grid);padding:.6rem .8rem}
 .tile b{display:block;font-size:1.5rem;line-height:1.3}
@@ -41,14 +42,24 @@ figure{margin:0 0 2rem;break-inside:avoid}
 figure h3{font-size:1rem;margin:0 0 .5rem}
 figcaption{font-size:.9rem;margin-top:.25rem}
 svg{display:block;width:100%;height:auto;font-family:system-ui,sans-serif;stroke-linejoin:round}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;overflow-wrap:normal}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--grid)}
 th{font-weight:600}
 td.n,th.n{text-align:right}
 td.n{white-space:nowrap}
-.scroll code,.scroll th{overflow-wrap:normal}
+a{color:inherit;text-decoration:underline dotted}
+:target{outline:2px solid var(--suffix);outline-offset:2px}
+@media(max-width:600px){
+th,td{padding-right:.5rem;font-size:.9rem}
+.stack table,.stack tbody{display:block}
+.stack thead{display:none}
+.stack tr{display:block;border-bottom:1px solid var(--grid);padding:.5rem 0}
+.stack td{display:block;overflow:hidden;text-align:right;border:0;padding:0}
+.stack td:first-child{font-weight:600}
+.stack td::before{content:attr(data-header);float:left;margin-right:1rem;color:var(--muted)}
+}
 summary{cursor:pointer;padding:.3rem 0}
 """
 
@@ -58,16 +69,21 @@ def number(record: Record, place: str, how: str, by: tuple[Record, str] | None =
 
     Args:
         record: of the run.
-        place: see `Record.at`.
+        place: or places, see `Record.at`.
         how: one of `FORMATS`.
         by: the place, in a run, of another number that it is divided by.
     """
-    value = float(record.at(place))
+    value = record.at(place)
     named = f'data-run="{escape(str(record.folder))}" data-from="{place}"'
     if by is not None:
-        value /= float(by[0].at(by[1]))
+        value /= by[0].at(by[1])
         named += f' data-by-run="{escape(str(by[0].folder))}" data-by="{by[1]}"'
     return f'<data value="{value!r}" {named} data-as="{how}">{FORMATS[how](value)}</data>'
+
+
+def frozen_units(record: Record, place: str) -> str:
+    """How many units are, of how many: `4/5`."""
+    return f"{number(record, place, 'count')}/{len(record.summary['units'])}"
 
 
 def code(text: object) -> str:
@@ -75,17 +91,26 @@ def code(text: object) -> str:
     return f"<code>{escape(str(text))}</code>"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Cells are HTML, the header's are text; wider than a phone, it scrolls. Columns in `right` are
-    numbers."""
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Iterable[int] = (),
+    *,
+    wide: str = "scroll",
+) -> str:
+    """Cells are HTML, the header's are text. Columns in `right` are numbers. What is wider than a
+    phone can `scroll`, or `stack`: each row is a list there, of its cells with their headers."""
     kinds = [' class="n"' if column in set(right) else "" for column in range(len(header))]
     head = "".join(f"<th{k}>{escape(c)}</th>" for k, c in zip(kinds, header, strict=True))
+    # CSS can show a header beside each cell only if it is an attribute of it.
+    if wide == "stack":
+        kinds = [f'{k} data-header="{escape(c)}"' for k, c in zip(kinds, header, strict=True)]
     body = "\n".join(
         "<tr>" + "".join(f"<td{k}>{c}</td>" for k, c in zip(kinds, row, strict=True)) + "</tr>"
         for row in rows
     )
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+        f'<div class="{wide}"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
@@ -95,11 +120,31 @@ def terms(pairs: Iterable[tuple[str, str]]) -> str:
     return "<dl>" + "\n".join(f"<dt>{escape(t)}</dt><dd>{d}</dd>" for t, d in pairs) + "</dl>"
 
 
+def glossary(words: Mapping[str, str]) -> str:
+    """Words and what they mean (text), where `linked` leads to."""
+    return (
+        "<dl>"
+        + "\n".join(
+            f'<dt id="{_anchor(word)}">{escape(word)}</dt><dd>{escape(meaning)}</dd>'
+            for word, meaning in words.items()
+        )
+        + "</dl>"
+    )
+
+
+def linked(word: str, text: str | None = None) -> str:
+    """A word of the glossary, or another form of it (text)."""
+    return f'<a href="#{_anchor(word)}">{escape(text or word)}</a>'
+
+
+def _anchor(word: str) -> str:
+    return f"word-{word.replace(' ', '-')}"
+
+
 def tiles(pairs: Iterable[tuple[str, str]]) -> str:
-    """What matters most: large, with words (text) below."""
+    """What matters most: large, with words below (both HTML)."""
     each = "\n".join(
-        f'<div class="tile"><b>{large}</b><span>{escape(words)}</span></div>'
-        for large, words in pairs
+        f'<div class="tile"><b>{large}</b><span>{words}</span></div>' for large, words in pairs
     )
     return f'<div class="tiles">{each}</div>'
 

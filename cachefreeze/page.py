@@ -3,14 +3,29 @@
 import json
 import math
 import shlex
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from cachefreeze import figures
+from cachefreeze.account import COST, SAVED, WHOLE, Time, reached, spent, timed, ways
 from cachefreeze.errors import UserError
 from cachefreeze.files import write_atomically
-from cachefreeze.markup import code, document, figure, folded, left_out, number, table, terms, tiles
+from cachefreeze.markup import (
+    code,
+    document,
+    figure,
+    folded,
+    frozen_units,
+    glossary,
+    left_out,
+    linked,
+    number,
+    table,
+    terms,
+    tiles,
+)
 from cachefreeze.record import Record
 from cachefreeze.report import opening_words
 from cachefreeze.schedule import Schedule
@@ -20,6 +35,28 @@ REPORT = "report.html"
 CURVE = 48
 # Whole runs that were measured, by what they are called.
 Measured = dict[str, Record]
+# The first of each in the page leads here.
+WORDS = {
+    "unit": "the smallest part of a network that freezes: its first layers, a block, the "
+    "classifier; each takes only the output of the one before it",
+    "measured": "a whole run that was really made",
+    "estimated": "worked out from this run's own clocks: what frozen units took when they last "
+    "ran, for every row that came from the cache instead",
+    "predicted": "what the plan said beforehand",
+    "freezing only": "the same with FreezeOut and without a cache: frozen units run in every step",
+    "no freezing": "the same with all units trained to the end, without a cache",
+    "limit": "the same with frozen units that cost nothing: what no cache can beat",
+    "efficiency": "the share of the time that a cache can save: one is the limit, zero is freezing "
+    "only",
+    "materialise": "to fill a store: every row runs through newly frozen units once, and what "
+    "comes out is written",
+    "store": "the output of frozen units, or decoded pixels, for every row",
+    "row": "an image, as pixels or as what units made of it",
+    "suffix": "the units that still train",
+    "prefix": "the units that are frozen; they come first",
+    "frontier": "how many units are frozen",
+    "boundary": "how many units the store stands for; zero if rows come from pixels",
+}
 
 
 def write_report(folder: Path, measured: dict[str, Path] | None = None) -> Path:
@@ -28,7 +65,7 @@ def write_report(folder: Path, measured: dict[str, Path] | None = None) -> Path:
     Args:
         folder: of a run that has come to its end.
         measured: folders of the same run with `freezing only` and with `no freezing`, if there are
-            such; else those times are the plan's predictions.
+            such; else those times are estimated, or the plan's predictions.
 
     Raises:
         UserError: there is no such run, its files are damaged, another run is not the same but for
@@ -65,15 +102,14 @@ def report(record: Record, measured: Measured) -> bytes:
     args = record.args
     title = f"{args['network']} on {args['dataset']}"
     figures_html = "\n".join(
-        draw(record)
-        for draw in (_rates, _seconds, _frontier, _learning, _store, _predicted_beside_actual)
+        draw(record) for draw in (_rates, _seconds, _frontier, _learning, _store)
     )
     command = shlex.join(["python", "-m", "cachefreeze.train", *args["command"]])
     body = f"""<header><h1>{escape(title)}</h1>
-<p>A training run of cachefreeze: units of the network freeze one after another, and what the frozen
-ones compute is kept instead of computed again.</p></header>
+<p>A training run of cachefreeze: {linked("unit", "units")} of the network freeze one after another,
+and what the frozen ones compute is kept instead of computed again.</p></header>
 <main>
-{tiles(_result(record))}
+{tiles(_result(record, measured))}
 <h2>What was run</h2>
 <pre>{code(command)}</pre>
 {terms(_what_was_run(record))}
@@ -82,31 +118,30 @@ ones compute is kept instead of computed again.</p></header>
 <h2>How it went</h2>
 <div class="figures">
 {figures_html}
+{_predicted_beside_actual(record, measured)}
 </div>
 <h2>All numbers</h2>
 {folded("every epoch", _epochs(record))}
 {folded("every unit", _units(record))}
 {folded("all settings", _settings(record))}
+<h2>Words</h2>
+{glossary(WORDS)}
 </main>"""
     return document(title, body, figures.COLOURS)
 
 
-def _result(record: Record) -> list[tuple[str, str]]:
-    summary = record.summary
-    units = len(summary["units"])
-    frozen = f"{number(record, 'summary.frozen_units', 'count')} of {units}"
+def _result(record: Record, measured: Measured) -> list[tuple[str, str]]:
     shown = [
         (number(record, "summary.val_accuracy", "percent"), "of the validation images are right"),
         (number(record, "summary.best_val_accuracy", "percent"), "in the best epoch"),
-        (number(record, "summary.wall_seconds", "seconds"), "for the whole run"),
-        (frozen, "units were frozen at the end"),
+        (number(record, WHOLE, "seconds"), "is the time of the run"),
     ]
-    if summary["cache"]["boundaries"]:
-        saved = number(record, "summary.cache.saved_seconds", "seconds")
-        shown.append((saved, "saved by the cache, by an estimate from what was measured"))
-        served = number(record, "summary.cache.rows_served", "count")
-        shown.append((served, "rows came from the cache"))
-    return shown
+    shown += [
+        (_speed_up(record, way, run), f"as fast as {linked(way.name)} ({linked(way.known)})")
+        for way, run in _ways(record, measured)[1:]
+        if way.name != "limit"
+    ]
+    return [*shown, (frozen_units(record, "summary.frozen_units"), "units are frozen in the end")]
 
 
 def _what_was_run(record: Record) -> list[tuple[str, str]]:
@@ -130,73 +165,86 @@ def _what_was_run(record: Record) -> list[tuple[str, str]]:
     return pairs
 
 
+def _ways(record: Record, measured: Measured) -> list[tuple[Time, Record]]:
+    """This run first, then others of whose times something is known, each with the run that took
+    it: a measured time takes the place of an estimate."""
+    found = []
+    for way in ways(record.summary):
+        if way.name in measured:
+            way = replace(way, actual=WHOLE)
+        if way.known:
+            found.append((way, measured.get(way.name, record)))
+    return found
+
+
+def _speed_up(record: Record, way: Time, run: Record) -> str:
+    """The time of another way by this run's."""
+    return number(run, way.best, "times", by=(record, WHOLE))
+
+
 def _times(record: Record, measured: Measured) -> str:
     """What it took, and beside it what it would have taken otherwise."""
-    parts = [
-        ("training", "summary.train_seconds"),
-        ("filling the cache", "summary.materialize_seconds"),
-        ("validation", "summary.validate_seconds"),
-        ("measuring", "summary.profile_seconds"),
-        ("in all, with loading and saving", "summary.wall_seconds"),
-    ]
-    spent = table(
-        ("", "seconds"), [[name, number(record, at, "seconds")] for name, at in parts], right=[1]
+    parts = spent(record.summary).items()
+    rows = [[name, number(record, at, "seconds")] for name, at in parts]
+    rows.append(["<b>the time of the run</b>", f"<b>{number(record, WHOLE, 'seconds')}</b>"])
+    cut_off = ", nor is the time until it went on after it was cut off"
+    return (
+        "<p>The time of the run is what its user waited: from the command to the end of the last "
+        "epoch, everything included. Starting Python and drawing this page are not in it"
+        f"{cut_off if record.summary['resumed_at'] else ''}. The rest is loading, checkpoints and "
+        "the like.</p>"
+        f"{table(('', 'time'), rows, right=[1])}"
+        f"{_beside(record, measured)}"
     )
-    return "\n".join([spent, _plan_table(record), _measured_table(record, measured)])
 
 
-def _plan_table(record: Record) -> str:
-    plan = record.summary.get("plan")
-    if plan is None:
-        return "<p>There was no plan for this run as a whole, so its time was not predicted.</p>"
-    since = ""
-    if plan["from_step"]:
-        since = f" from step {number(record, 'summary.plan.from_step', 'count')} on"
-    rows = []
-    for name, key in (
-        ("this run", "seconds"),
-        ("freezing only", "freezing_only"),
-        ("no freezing", "no_freezing"),
-        ("limit: frozen units for nothing", "limit"),
-    ):
-        known = plan["actual"].get(key) is not None
-        actual = _plan(record, "actual", key) if known else ""
-        rows.append([name, _plan(record, "predicted", key), actual])
-    faster = [
-        _times_as_fast(record, f"summary.plan.{which}", other) + f" as fast as {name} ({how})"
-        for which, other, name, how in (
-            ("predicted", "freezing_only", "freezing only", "predicted"),
-            ("actual", "freezing_only", "freezing only", "measured within this run"),
-            ("predicted", "no_freezing", "no freezing", "predicted"),
+def _beside(record: Record, measured: Measured) -> str:
+    found = _ways(record, measured)
+    if len(found) == 1 and found[0][0].predicted is None:
+        return (
+            "<p>Nothing is known to set beside it: "
+            f"{code('scripts/write_report.py')} shows other runs, with "
+            f"{code('--freezing-only RUN')} and {code('--no-freezing RUN')}.</p>"
         )
-        if plan[which].get(other) is not None
+    header = ["", "time", "known", "speed-up"]
+    rows = [
+        [
+            linked(way.name) if way.name in WORDS else way.name,
+            number(run, way.best, "seconds"),
+            way.known,
+            _speed_up(record, way, run),
+        ]
+        for way, run in found
     ]
+    if any(way.predicted for way, _ in found):
+        header.append("predicted")
+        for row, (way, _) in zip(rows, found, strict=True):
+            row.append(number(record, way.predicted, "seconds") if way.predicted else "")
     return (
-        f"<p>Training, filling and validation{since}, as the plan predicted it and as it was "
-        "in this run. What freezing only and the limit would have taken is worked out from its "
-        "own steps.</p>"
-        f"{table(('', 'predicted', 'in this run'), rows, right=[1, 2])}"
-        f"<p>This run is {', '.join(faster)}.</p>"
+        f"<p>Beside it, what is {linked('measured')} is the time of a whole run. What is "
+        f"{linked('estimated')} or {linked('predicted')} is this run's time, but for what freezing "
+        "and the cache change. Speed-up is a time by this run's.</p>"
+        f"{table(header, rows, right=(1, 3, 4))}"
+        f"{'' if 'freezing only' in measured else _saving(record)}"
     )
 
 
-def _times_as_fast(record: Record, times: str, other: str) -> str:
-    return number(record, f"{times}.{other}", "times", by=(record, f"{times}.seconds"))
-
-
-def _measured_table(record: Record, measured: Measured) -> str:
-    """Whole runs beside each other."""
-    if not measured:
+def _saving(record: Record) -> str:
+    """What the cache brought or cost, by this run's own clocks."""
+    summary = record.summary
+    if not (summary["cache"]["enabled"] and timed(summary)):
         return ""
-    wall = "summary.wall_seconds"
-    rows = [["this run", number(record, wall, "seconds"), ""]]
-    for name, other in measured.items():
-        ratio = number(other, wall, "times", by=(record, wall))
-        rows.append([name, number(other, wall, "seconds"), ratio])
-    return (
-        "<p>Whole runs of the same settings, measured:</p>"
-        f"{table(('', 'in all', 'of this run'), rows, right=[1, 2])}"
-    )
+    cost = number(record, COST, "seconds")
+    if not summary["cache"]["boundaries"]:
+        return f"<p>The cache held nothing; measuring that cost {cost}.</p>"
+    if record.at(SAVED) < 0:
+        return f"<p>The cache cost {cost} more than it saved (estimated).</p>"
+    saved = f"The cache saved {number(record, SAVED, 'seconds')} (estimated)"
+    if reached(summary) is not None:
+        share = number(record, "summary.plan.actual.efficiency", "share")
+        saved += f", an {linked('efficiency')} of {share}"
+    served = number(record, "summary.cache.rows_served", "count")
+    return f"<p>{saved}; {served} {linked('row', 'rows')} came from it.</p>"
 
 
 def _rates(record: Record) -> str:
@@ -252,9 +300,7 @@ def _seconds(record: Record) -> str:
         "materialising": [line["materialize_seconds"] for line in lines],
         "validation": [line["validate_seconds"] for line in lines],
     }
-    # Elsewhere work is not done when it was asked for, and waiting would slow it down.
-    timed = record.summary.get("numerics", {}).get("device") in ("cpu", "cuda")
-    if timed and all("prefix_seconds" in line for line in lines):
+    if timed(record.summary) and all("prefix_seconds" in line for line in lines):
         prefix = [line["prefix_seconds"] for line in lines]
         reading = [line["read_seconds"] for line in lines]
         own = [
@@ -263,20 +309,26 @@ def _seconds(record: Record) -> str:
         ]
         parts = {"suffix": own, "prefix": prefix, "reading": reading, **rest}
         caption = (
-            "Suffix: forward and backward through what still trains. Prefix: decoding images and "
-            "running frozen units. Reading: rows from the cache. Materialising: filling it."
+            f"{linked('suffix', 'Suffix')}: forward and backward through what still trains. "
+            f"{linked('prefix', 'Prefix')}: decoding images and running frozen units. Reading: "
+            f"rows from the cache. "
         )
     else:
         parts = {"training": [line["train_seconds"] for line in lines], **rest}
-        caption = "The parts of a training step were not timed in this run. Materialising: filling "
-        caption += "the cache."
+        caption = "The parts of a training step were not timed in this run. "
+    caption += f"{linked('materialise', 'Materialising')}: filling a {linked('store')}."
     first, last = (number(record, f"metrics.{which}.seconds", "seconds") for which in (0, -1))
+    took = (
+        f"The first epoch took {first}, the last {last}"
+        if len(lines) > 1
+        else f"The epoch took {last}"
+    )
     return figure(
         "Seconds of every epoch",
         figures.seconds(parts),
         f"Seconds of {_count(len(lines), 'epoch')}, stacked by what they were spent on: "
         f"{', '.join(name for name in parts if any(parts[name]))}.",
-        f"{caption} The first epoch took {first}, the last {last}.",
+        f"{caption} {took}.",
     )
 
 
@@ -295,8 +347,8 @@ def _frontier(record: Record) -> str:
         figures.frontier(frozen, moved, units, end),
         f"Of {units} units, {summary['frozen_units']} are frozen in the end; rows come from the "
         f"cache after up to {highest:.0f} of them.",
-        "The frontier is the upper edge of what is frozen, the boundary that of what the cache "
-        "stands for. Between them frozen units run in every step.",
+        f"The {linked('frontier')} is the upper edge of what is frozen, the {linked('boundary')} "
+        "that of what the cache stands for. Between them frozen units run in every step.",
     )
 
 
@@ -342,51 +394,44 @@ def _store(record: Record) -> str:
     )
 
 
-def _predicted_beside_actual(record: Record) -> str:
-    title, plan = "Predicted beside actual", record.summary.get("plan")
-    totals = (
-        []
-        if plan is None
-        else [
-            (name, plan["predicted"][key], plan["actual"].get(key))
-            for name, key in (
-                ("this run", "seconds"),
-                ("freezing only", "freezing_only"),
-                ("no freezing", "no_freezing"),
-                ("limit", "limit"),
-            )
-        ]
-    )
+def _predicted_beside_actual(record: Record, measured: Measured) -> str:
+    title, found = "Predicted beside actual", _ways(record, measured)
+    totals = [
+        (
+            way.name,
+            None if way.predicted is None else record.at(way.predicted),
+            None if way.actual is None else run.at(way.actual),
+            way.known == "estimated",
+        )
+        for way, run in found
+    ]
     fillings = [
-        (_place(each), each["predicted_seconds"], each["seconds"])
+        (_place(each), each["predicted_seconds"], each["seconds"], False)
         for each in record.summary["cache"]["boundaries"]
         if not each.get("reused")
     ]
-    if not totals and not fillings:
+    planned = found[0][0].predicted
+    if planned is None and not fillings:
         return left_out(title, "nothing was predicted in this run")
-    caption = "By the plan made just before each."
-    if plan is not None:
-        predicted, actual = (
-            _plan(record, "predicted", "seconds"),
-            _plan(record, "actual", "seconds"),
-        )
-        caption = f"Of the run: {predicted} predicted, {actual} taken. "
-        caption += "What was only predicted has one bar."
+    captions = []
+    if planned is not None:
+        captions = [
+            f"Of the run: {number(record, planned, 'seconds')} predicted, "
+            f"{number(record, WHOLE, 'seconds')} taken. What was only predicted has one bar."
+        ]
+    if fillings:
+        captions.append("Fillings are predicted by the plan made just before each.")
     return figure(
         title,
-        figures.predicted(totals, fillings),
-        f"Bars of predicted and actual seconds: {'of the run, and ' if totals else ''}of "
+        figures.predicted(totals if planned is not None else [], fillings),
+        f"Bars of predicted and actual seconds: {'of the run, and ' if planned else ''}of "
         f"{_count(len(fillings), 'filling')}.",
-        caption,
+        " ".join(captions),
     )
 
 
 def _place(filling: dict[str, Any]) -> str:
     return f"after {filling['unit']}" if filling["boundary"] else "pixels"
-
-
-def _plan(record: Record, which: str, key: str) -> str:
-    return number(record, f"summary.plan.{which}.{key}", "seconds")
 
 
 def _freeze_steps(record: Record) -> list[int | None]:
@@ -434,7 +479,11 @@ def _epochs(record: Record) -> str:
         ("images/s", "images_per_second", "count"),
     ]
     rows = [
-        [number(record, f"metrics.{epoch}.{key}", how) for _, key, how in columns]
+        [
+            frozen_units(record, place) if key == "frozen_units" else number(record, place, how)
+            for _, key, how in columns
+            for place in [f"metrics.{epoch}.{key}"]
+        ]
         for epoch in range(len(record.metrics))
     ]
     return table([title for title, _, _ in columns], rows, right=range(len(columns)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cachefreeze.account import amount
 from cachefreeze.errors import UserError
 
 # What is needed of the files, by example: a number, a text, a list of such, whatever is in them
@@ -117,17 +118,9 @@ class Record:
             raise UserError(f"{folder / 'metrics.jsonl'} is not of the run in summary.json")
         return cls(folder, args, metrics, summary)
 
-    def at(self, path: str) -> Any:
-        """A value by its place, such as `summary.cache.rows_served` or `metrics.0.lr.3`.
-
-        Raises:
-            KeyError, IndexError: there is none.
-        """
-        name, *keys = path.split(".")
-        value = getattr(self, name)
-        for key in keys:
-            value = value[int(key) if isinstance(value, list) else key]
-        return value
+    def at(self, places: str) -> float:
+        """A number in its files, or a sum of several, see `amount`."""
+        return amount(vars(self), places)
 
 
 def _json_lines(content: bytes) -> list[Any]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cachefreeze.account import SAVED, amount, reached, spent, timed, ways
 from cachefreeze.errors import UserError
 from cachefreeze.files import (
     human_bytes,
@@ -15,10 +16,10 @@ from cachefreeze.files import (
     why_not_writable,
     write_atomically,
 )
-from cachefreeze.planner import Drop, Move, Plan, Run
+from cachefreeze.planner import Drop, Move, Plan, Run, efficiency
 
-# How the lines begin that are wanted even of a quiet run, see `closing_words`.
-RESULT = ("accuracy", "time", "run", "weights")
+# How the lines begin that are wanted even of a quiet run: all of `closing_words` but its hints.
+RESULT = ("accuracy", "time", "plan", "cache", "store", "run", "weights", " " * 10)
 
 
 class RunFolder:
@@ -146,9 +147,9 @@ def plan_words(
         nothing = f"          nothing is kept: {why_nothing}"
         return [f"plan      {totals}", nothing, f"          measured {measured}"]
     most = max(move.bytes for move in plan.moves)
-    share = "" if plan.efficiency is None else f", efficiency {plan.efficiency:.2f}"
+    share = efficiency_words(plan.freezing_only, plan.seconds, plan.limit)
     return [
-        f"plan      {totals}{share}",
+        f"plan      {totals}{share and f', {share}'}",
         f"          keeps {_moves_words(plan.moves, run, units)}; at most {human_bytes(most)} each",
         f"          measured {measured}",
     ]
@@ -204,8 +205,9 @@ def plan_table(plan: Plan, run: Run, units: Sequence[str], why_nothing: str) -> 
     ):
         totals.append([name, duration(seconds), f"{seconds / plan.freezing_only:.1%}"])
     lines += ["", *format_table(totals, right=(1, 2))]
-    if plan.efficiency is not None:
-        lines += ["", f"efficiency {plan.efficiency:.2f}: the share of the limit's saving"]
+    if share := efficiency_words(plan.freezing_only, plan.seconds, plan.limit):
+        explained = ": the share of the limit's saving" if share.startswith("efficiency") else ""
+        lines += ["", share + explained]
     return lines
 
 
@@ -244,22 +246,44 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {line} |" for line in format_table([rows[0], widths, *rows[1:]], divider=" | ")]
 
 
-def comparison_words(plan: Mapping[str, Any], boundaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Predicted beside actual, of the run and of every materialisation."""
-    predicted, actual = plan["predicted"], plan["actual"]
-    off = actual["seconds"] / predicted["seconds"] - 1
-    when = f"for what follows step {plan['from_step']}" if plan["from_step"] > 3 else "at the start"
-    line = (
-        f"plan      {duration(predicted['seconds'])} predicted {when}, "
-        f"{duration(actual['seconds'])} taken ({off:+.0%})"
-    )
-    shares = [
-        f"{each['efficiency']:.2f} {word}"
-        for each, word in ((predicted, "predicted"), (actual, "by what was measured"))
-        if each["efficiency"] is not None
+def efficiency_words(freezing_only: float, cached: float, limit: float) -> str:
+    """The share of what a cache can save; if it is less than nothing, the seconds that are lost."""
+    if cached > freezing_only:
+        return f"the cache costs {duration(cached - freezing_only)} more than it saves"
+    share = efficiency(freezing_only, cached, limit)
+    return "" if share is None else f"efficiency {share:.2f}"
+
+
+def time_words(summary: Mapping[str, Any]) -> list[str]:
+    """The time of a run: its parts, and what it would have been otherwise."""
+    files = {"summary": summary}
+    parts = [f"{name} {duration(amount(files, at))}" for name, at in spent(summary).items()]
+    others = [
+        f"{way.name} {duration(amount(files, way.best))} ({way.known})"
+        for way in ways(summary)[1:]
+        if way.known
     ]
-    if shares:
-        line += f"; efficiency {', '.join(shares)}"
+    lines = [f"time      {duration(summary['wall_seconds'])}: {', '.join(parts)}"]
+    return [*lines, f"          {', '.join(others)}"] if others else lines
+
+
+def comparison_words(summary: Mapping[str, Any]) -> list[str]:
+    """Predicted beside actual, of the run and of every materialisation."""
+    plan, own = summary["plan"], ways(summary)[0]
+    assert own.predicted is not None
+    predicted, actual = amount({"summary": summary}, own.predicted), summary["wall_seconds"]
+    when = f"after step {plan['from_step']}" if summary["resumed_at"] else "at the start"
+    line = (
+        f"plan      {duration(predicted)} predicted {when}, {duration(actual)} taken "
+        f"({actual / predicted - 1:+.0%})"
+    )
+    if not summary["resumed_at"]:  # else it would be that of the rest
+        times = (plan["predicted"][name] for name in ("freezing_only", "seconds", "limit"))
+        if share := efficiency_words(*times):
+            line += f"; {share} (predicted)"
+    own_share = reached(summary)
+    if own_share is not None and own_share >= 0:  # else the cache's line says what it cost
+        line += f"; efficiency {own_share:.2f} (estimated)"
     rows = [["", "filling: predicted", "actual", "saving: predicted", "actual"]]
     rows += [
         [
@@ -276,9 +300,9 @@ def comparison_words(plan: Mapping[str, Any], boundaries: Sequence[Mapping[str, 
                 )
             ),
         ]
-        for each in boundaries
+        for each in summary["cache"]["boundaries"]
     ]
-    table = format_table(rows, right=(1, 2, 3, 4)) if boundaries else []
+    table = format_table(rows, right=(1, 2, 3, 4)) if len(rows) > 1 else []
     return [line, *(f"          {row}" for row in table)]
 
 
@@ -348,67 +372,70 @@ def closing_words(
         python: the interpreter, as one would type it here.
         exact: the device gives the same weights with and without the cache.
     """
-    cache = summary["cache"]
-    spent = {
-        "training": summary["train_seconds"],
-        "filling the cache": summary["materialize_seconds"],
-        "validation": summary["validate_seconds"],
-    }
-    if cache["enabled"]:
-        spent["measuring"] = summary["profile_seconds"]
-    else:
-        del spent["filling the cache"]
-    spent["the rest"] = summary["wall_seconds"] - sum(spent.values())
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent.items())
     lines = [
         "",
         f"accuracy  {summary['val_accuracy']:.2%} of the validation images "
         f"(best epoch {summary['best_val_accuracy']:.2%})",
-        f"time      {duration(summary['wall_seconds'])}: {parts}",
+        *time_words(summary),
     ]
     if summary["plan"] is not None:
-        lines += comparison_words(summary["plan"], cache["boundaries"])
-    if cache["boundaries"]:
-        saved = cache["saved_seconds"]
-        verdict = "saved about" if saved >= 0 else "cost about"
-        lines.append(
-            f"cache     {verdict} {duration(abs(saved))}, filling included, against running the "
-            f"frozen units: {cache['rows_served']:,} rows came from it"
-        )
-        if cache["rows_verified"]:
-            lines.append(
-                f"          {cache['rows_verified']:,} of its rows were computed once more to "
-                "verify them: no difference"
-            )
-        if cache["store"]:
-            stays = "kept for later runs" if cache["kept"] else "until a later run fills its own"
-            lines.append(f"store     {cache['store']} ({stays})")
-    elif cache["enabled"] and summary["frozen_units"]:
-        lines.append(
-            "cache     held nothing: no store would have saved more time than filling it takes; "
-            "more --epochs or a smaller --t0 leave more to save"
-        )
+        lines += comparison_words(summary)
     lines += [
+        *_cache_words(summary),
         f"run       {folder} (args.json, metrics.jsonl and .csv, summary.json, last.pt, best.pt)",
         f"weights   SHA-256 {summary['weights_sha256'][:16]}...",
     ]
-    hints = []
+    hints = _hints(summary, settings, python, exact)
+    return [*lines, "", "what to type next:", *hints] if hints else lines
+
+
+def _cache_words(summary: Mapping[str, Any]) -> list[str]:
+    """What the cache brought, and what it left."""
+    cache, saved = summary["cache"], amount({"summary": summary}, SAVED)
+    if not cache["boundaries"]:
+        if not (cache["enabled"] and summary["frozen_units"]):
+            return []
+        cost = f", and cost {duration(-saved)} to measure that" if saved < -0.05 else ""
+        return [
+            f"cache     held nothing{cost}: no store would have saved more time than filling it "
+            "takes; more --epochs or a smaller --t0 leave more to save"
+        ]
+    saving = ""
+    if timed(summary):
+        verdict = "saved" if saved >= 0 else "cost more than it saved:"
+        saving = f"{verdict} {duration(abs(saved))} (estimated), filling and measuring included; "
+    lines = [f"cache     {saving}{cache['rows_served']:,} rows came from it"]
+    if cache["rows_verified"]:
+        lines.append(
+            f"          {cache['rows_verified']:,} of its rows were computed once more to "
+            "verify them: no difference"
+        )
+    if cache["store"]:
+        stays = "kept for later runs" if cache["kept"] else "until a later run fills its own"
+        lines.append(f"store     {cache['store']} ({stays})")
+    return lines
+
+
+def _hints(
+    summary: Mapping[str, Any], settings: Mapping[str, Any], python: str, exact: bool
+) -> list[str]:
+    """Commands that go on from here, each with what it gives."""
+    hints, events = [], summary["cache"]["boundaries"]
     train = f"{python} -m cachefreeze.train"
-    command = f"{train} {shlex.join(settings['command'])}".rstrip()
-    lossy = any(event["lossy"] for event in cache["boundaries"])
-    same = "the same weights" if exact else "nearly the same weights"
-    if lossy:
-        same = "the weights without what the cache rounded"
-    if cache["boundaries"]:
-        hints += [
-            f"  {command} --no-cache",
-            f"      {same}, in more time" if cache["saved_seconds"] > 0 else f"      {same}",
-            f"  {python} scripts/cache_stats.py {settings['cache_dir']}",
+    if events:
+        same = "the same weights" if exact else "nearly the same weights"
+        if any(event["lossy"] for event in events):
+            same = "the weights without what the cache rounded"
+        slower = ", in more time" if amount({"summary": summary}, SAVED) > 0 else ""
+        hints = [
+            f"  {train} {shlex.join([*settings['command'], '--no-cache'])}",
+            f"      {same}{slower}",
+            f"  {python} scripts/cache_stats.py {shlex.quote(settings['cache_dir'])}",
             "      what is in the cache",
         ]
     if settings["dataset"] == "digits":
         hints += [f"  {train} --dataset cifar10", "      the paper's setting (wants a GPU)"]
-    return [*lines, "", "what to type next:", *hints] if hints else lines
+    return hints
 
 
 def duration(seconds: float) -> str:

@@ -275,7 +275,7 @@ def _value_lines(values: Values | str) -> Iterator[str]:
     most = max(values.counts, default=0)
     others = sum(values.counts)
     table = [
-        [f"    {low:.3g}", f"{high:.3g}", f"{count / others:.2%}", "#" * -(-50 * count // most)]
+        [f"    {low:.3g}", f"{high:.3g}", f"{count / others:.2%}", "#" * round(50 * count / most)]
         for low, high, count in zip(values.edges, values.edges[1:], values.counts, strict=False)
     ]
     if table:

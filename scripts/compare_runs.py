@@ -2,17 +2,17 @@
 
 Prints accuracy, time, speed-up against the first run, whether weights are the same (equal letters),
 and which settings differ; with --html also draws accuracy against time, in one file. Exit code 2: a
-folder holds no run that has come to its end, or the page cannot be drawn or written.
+folder holds no run that has come to its end, or is named twice, or the page cannot be drawn or
+written.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from cachefreeze.compare import comparison_lines, comparison_page
+from cachefreeze.compare import comparison_lines, comparison_page, load_runs
 from cachefreeze.errors import UserError
 from cachefreeze.files import write_atomically
-from cachefreeze.record import Record
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page too")
     args = parser.parse_args()
     try:
-        runs = [Record.load(folder) for folder in args.runs]
+        runs = load_runs(args.runs)
         print("\n".join(comparison_lines(runs)))
         if args.html is not None:
             write(args.html, comparison_page(runs))

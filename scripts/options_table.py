@@ -17,10 +17,9 @@ network or data set than the one that is asked for is refused.
 """
 TERMINAL = """
 Bars go to the standard error, and only if that is a terminal; a log file gets plain lines in any
-case. `--quiet` is for jobs whose output is sent to somebody (cron): warnings, then the accuracy,
-the time, the run's folder and the hash of its weights. Errors go to the standard error, with exit
-code 2 (130 or 143 after a signal). Neither option is one of the run: `--resume` does not remember
-them.
+case. `--quiet` is for jobs whose output is sent to somebody (cron): warnings, then all that any run
+tells at its end but what to type next. Errors go to the standard error, with exit code 2 (130 or
+143 after a signal). Neither option is one of the run: `--resume` does not remember them.
 """
 FREEZEOUTS = """
 ## FreezeOut's own options

@@ -513,6 +513,16 @@ def test_values_are_those_of_the_rows(cache_dir: Path, stats: Stats) -> None:
     assert f"  {counts.max() / counts.sum():.2%}  {'#' * 50}\n" in text
 
 
+def test_a_share_that_rounds_to_nothing_has_no_bar(cache_dir: Path, stats: Stats) -> None:
+    rows = np.ones((100, 64, 64), np.float32)
+    rows[0, 0, 0] = 100.0
+    write_store(cache_dir, "c", rows)
+    lines = stats(cache_dir, "--values").stdout.splitlines()
+    shares = [line.split() for line in lines if re.fullmatch(r" +\S+ +\S+ +\S+%( +#+)?", line)]
+    first, *_, last = shares[-10:]  # of the store above, which comes last
+    assert (first[2:], last[2:]) == (["100.00%", "#" * 50], ["0.00%"])
+
+
 def test_values_are_decoded_as_those_who_train_get_them(cache_dir: Path, stats: Stats) -> None:
     bits = torch.full((20, 3), -1.5, dtype=torch.bfloat16).view(torch.uint16).numpy()
     write_store(cache_dir, "c", bits, "bfloat16", "bfloat16", "zstd")

@@ -14,7 +14,8 @@ import cachefreeze
 PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
-    ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"],
+    ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"]
+    + ["account"],
     ["record", "figures", "terminal", "outlook"],
     ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
     ["moments", "progress", "streams"],

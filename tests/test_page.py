@@ -19,12 +19,14 @@ import pytest
 from PIL import Image
 
 from cachefreeze import figures
+from cachefreeze.account import COST, SAVED, WHOLE, spent, ways
 from cachefreeze.compare import comparison_lines, comparison_page, differing_settings
 from cachefreeze.errors import UserError
 from cachefreeze.markup import FORMATS
-from cachefreeze.page import report, write_report
+from cachefreeze.page import WORDS, report, write_report
+from cachefreeze.planner import efficiency
 from cachefreeze.record import Record
-from cachefreeze.report import opening_words
+from cachefreeze.report import RESULT, closing_words, opening_words
 from cachefreeze.train import main
 
 from .browser import PROGRAM, Browser
@@ -172,14 +174,21 @@ def check_numbers(page: Page) -> None:
             value /= file_value(attributes["data-by-run"], attributes["data-by"])
         assert float(attributes["value"] or "nan") == value
         assert text == FORMATS[attributes["data-as"] or ""](value)
-    for text in page.loose:  # "4 of 5 units": how many there are is the length of a list
-        assert not re.search(r"\d", re.sub(r"^ of \d+$", "", text)), text
+    for text in page.loose:  # "4/5": how many there are is the length of a list
+        assert not re.search(r"\d", re.sub(r"^/\d+$", "", text)), text
 
 
-def file_value(folder: str | None, place: str | None) -> float:
-    """Read from the files here, not by the code that made the page."""
+def file_value(folder: str | None, places: str | None) -> float:
+    """Read from the files here, not by the code that made the page: `a + b - c`."""
     assert folder is not None
-    assert place is not None
+    assert places is not None
+    total = 0.0
+    for sign, place in re.findall(r"(^|[+-]) ?(\S+)", places):
+        total += -number_at(folder, place) if sign == "-" else number_at(folder, place)
+    return total
+
+
+def number_at(folder: str, place: str) -> float:
     name, *keys = place.split(".")
     path = Path(folder) / {"summary": "summary.json", "metrics": "metrics.jsonl"}[name]
     content = path.read_text()
@@ -210,8 +219,9 @@ def test_every_number_in_the_page_is_one_of_its_run(runs: Runs) -> None:
         check_numbers(read(folder))
     shown = {each["data-from"] for each, _ in read(runs.cached()).numbers}
     expected = {"val_accuracy", "best_val_accuracy", "wall_seconds", "train_seconds"}
-    expected |= {"plan.predicted.freezing_only", "plan.predicted.no_freezing"}
     assert {f"summary.{name}" for name in expected} <= shown
+    for way in ways(Record.load(runs.cached()).summary):
+        assert {way.best, way.predicted} <= shown
     assert {f"metrics.{epoch}.val_accuracy" for epoch in range(EPOCHS)} <= shown
 
 
@@ -376,6 +386,138 @@ def test_an_epoch_says_what_it_took_from_the_store_and_how_large_that_is(runs: R
         assert line["prefix_seconds"] > 0
 
 
+def test_the_parts_of_a_runs_time_are_all_of_it(runs: Runs) -> None:
+    for folder in (runs.cached(), runs.without()):
+        record, page = Record.load(folder), read(folder)
+        parts = spent(record.summary)
+        seconds = {name: record.at(at) for name, at in parts.items()}
+        assert sum(seconds.values()) == pytest.approx(record.summary["wall_seconds"])
+        assert seconds["the rest"] > 0
+        shown = [each["data-from"] for each, _ in page.numbers]
+        first = shown.index("summary.train_seconds")
+        assert shown[first : first + len(parts) + 1] == [*parts.values(), WHOLE]
+
+
+def test_other_times_are_the_runs_own_but_for_freezing_and_the_cache(runs: Runs) -> None:
+    record = Record.load(runs.cached())
+    plan, (own, only, none, limit) = record.summary["plan"], ways(record.summary)
+    assert [each.known for each in (own, only, none, limit)] == [
+        "measured",
+        "estimated",
+        "predicted",
+        "estimated",
+    ]
+    # By the planning's own arithmetic, which knows nothing of loading and checkpoints.
+    three = [record.at(each.best) for each in (only, own, limit)]
+    assert efficiency(*three) == pytest.approx(plan["actual"]["efficiency"])
+    assert three[0] - three[2] == pytest.approx(
+        plan["actual"]["freezing_only"] - plan["actual"]["limit"]
+    )
+    loading = record.summary["wall_seconds"] - plan["actual"]["seconds"]
+    assert own.predicted is not None
+    assert record.at(own.predicted) == pytest.approx(plan["predicted"]["seconds"] + loading)
+    assert record.at(none.best) == pytest.approx(
+        plan["predicted"]["no_freezing"] + loading - record.summary["profile_seconds"]
+    )
+    assert list(spent(Record.load(runs.without()).summary)) == [
+        "training",
+        "validation",
+        "the rest",
+    ]
+    (alone,) = ways(Record.load(runs.without()).summary)[:1]
+    assert (alone.known, alone.predicted) == ("measured", None)
+    assert [each.known for each in ways(Record.load(runs.without()).summary)[1:]] == [""] * 3
+
+
+def test_of_a_run_that_went_on_the_plan_says_nothing_of_the_whole_of_others(
+    runs: Runs, tmp_path: Path
+) -> None:
+    def resumed(record: Record) -> None:
+        cheap(record)
+        record.summary["resumed_at"] = [3]
+
+    folder = copied(runs.cached(), tmp_path / "run", resumed)
+    write_report(folder)
+    check_numbers(read(folder))
+    own, only, *others = ways(Record.load(folder).summary)
+    assert own.predicted is not None
+    assert (only.known, only.predicted) == ("estimated", None)
+    assert [each.known for each in others] == ["", ""]
+    assert "until it went on after it was cut off" in read(folder).text
+    assert not re.search(r"efficiency|more than it saves", "\n".join(told(folder)))
+    assert "summary.plan.actual.efficiency" not in read(folder).text
+    assert "until it went on" not in read(runs.cached()).text
+
+
+def test_where_nothing_was_predicted_there_is_no_column_of_it(runs: Runs, tmp_path: Path) -> None:
+    def unplanned(record: Record) -> None:
+        record.summary["plan"] = None
+
+    folder = copied(runs.cached(), tmp_path / "run", unplanned)
+    write_report(folder)
+    assert ">predicted</th>" not in read(folder).text
+    assert ">predicted</th>" in read(runs.cached()).text
+
+
+def told(folder: Path) -> list[str]:
+    record = Record.load(folder)
+    return closing_words(record.summary, record.args, folder, "python", exact=True)
+
+
+def dear(record: Record) -> None:
+    summary = record.summary
+    summary["cache"]["saved_seconds"] = summary["profile_seconds"] - 1.5
+    summary["wall_seconds"] += 10.0
+    summary["plan"]["actual"]["efficiency"] = -1.94
+    summary["plan"]["predicted"] |= {"seconds": 7.5, "freezing_only": 5.0, "limit": 4.0}
+    summary["plan"]["predicted"]["efficiency"] = -2.5
+
+
+def cheap(record: Record) -> None:
+    record.summary["cache"]["saved_seconds"] = record.summary["profile_seconds"] + 1.0
+    record.summary["plan"]["actual"]["efficiency"] = 0.5
+
+
+def test_a_cache_that_costs_more_than_it_saves_says_how_much(runs: Runs, tmp_path: Path) -> None:
+    folder = copied(runs.cached(), tmp_path / "dear", dear)
+    write_report(folder)
+    assert "more than it saved (estimated)" in read(folder).text
+    costs = [text for each, text in read(folder).numbers if each["data-from"] == COST]
+    assert costs == ["1.5 s"]
+    check_numbers(read(folder))
+    assert not re.search(r"[^\d]-\d", " ".join(text for _, text in read(folder).numbers))
+    lines = "\n".join(told(folder))
+    assert "cache     cost more than it saved: 1.5 s (estimated)" in lines
+    assert "the cache costs 2.5 s more than it saves (predicted)" in lines
+    assert "efficiency" not in lines
+    folder = copied(runs.cached(), tmp_path / "cheap", cheap)
+    lines = "\n".join(told(folder))
+    assert "cache     saved 1.0 s (estimated)" in lines
+    assert "; efficiency 0.50 (estimated)" in lines
+
+
+def test_what_is_told_of_a_quiet_run_are_all_facts_and_no_hints(runs: Runs) -> None:
+    lines = told(runs.cached())
+    hints = lines.index("what to type next:")
+    assert [line for line in lines if line.startswith(RESULT)] == lines[1 : hints - 1]
+    assert {line.split()[0] for line in lines[1 : hints - 1]} >= {"cache", "plan", "time", "store"}
+
+
+def test_the_first_use_of_a_word_leads_to_what_it_means(runs: Runs, tmp_path: Path) -> None:
+    folder = copied(runs.cached(), tmp_path / "run", cheap)
+    write_report(folder)
+    body, words = read(folder).text.split("<body>")[1].split("<h2>Words</h2>")
+    # What was typed, headings, and pictures are not the page's sentences.
+    body = re.sub(r"<(pre|code|svg|h\d|details)\b.*?</\1>", "", body, flags=re.DOTALL)
+    for word in WORDS:
+        anchor = f"word-{word.replace(' ', '-')}"
+        assert f'<dt id="{anchor}">' in words
+        before, link, _ = body.partition(f'<a href="#{anchor}">')
+        assert link, f"nothing leads to {word}"
+        said = re.sub(r"<[^>]*>", "", before)
+        assert not re.search(rf"\b{word.removesuffix('e')}", said, re.IGNORECASE), word
+
+
 def test_runs_that_were_measured_stand_beside_it(runs: Runs, tmp_path: Path) -> None:
     folder = copied(runs.cached(), tmp_path / "run", lambda record: None)
     unfrozen = runs("unfrozen for as long", "--no-freeze", "--no-cache")
@@ -384,6 +526,12 @@ def test_runs_that_were_measured_stand_beside_it(runs: Runs, tmp_path: Path) -> 
     check_numbers(page)
     ratios = [each for each, _ in page.numbers if each["data-from"] == "summary.wall_seconds"]
     assert {str(runs.without()), str(unfrozen)} <= {each["data-run"] for each in ratios}
+    assert not [each for each, _ in page.numbers if SAVED in (each["data-from"] or "")]
+    bars = re.search(r"<svg[^>]*Bars of .*?</svg>", page.text, re.DOTALL)
+    assert bars
+    assert not is_hollow(bars[0], "predicted-whole-1-actual"), "it was measured"
+    assert not is_hollow(bars[0], "predicted-whole-2-actual")
+    assert is_hollow(bars[0], "predicted-whole-3-actual"), "the limit is estimated"
     with pytest.raises(UserError, match="no run with freezing only"):
         write_report(folder, {"freezing only": unfrozen})
     short = runs("unfrozen", "--no-freeze", "--no-cache", "--epochs", 1)
@@ -436,6 +584,12 @@ def corners(svg: str, name: str) -> np.ndarray:
     assert path is not None
     numbers = re.findall(r"-?[\d.]+", path.attrib["d"])
     return np.array(numbers, float).reshape(-1, 2)
+
+
+def is_hollow(svg: str, name: str) -> bool:
+    path = group(svg, name).find(f".//{SVG}path")
+    assert path is not None
+    return "fill: none" in path.attrib["style"]
 
 
 def levels(svg: str, name: str) -> list[float]:
@@ -497,17 +651,27 @@ def test_the_boundary_follows_the_stores_within_an_epoch() -> None:
     width, left = trained[:, 0].max() - trained[:, 0].min(), trained[:, 0].min()
     height = trained[:, 1].max() - trained[:, 1].min()
     assert height > 0
+    assert ">from the cache</text>" in svg
+    assert ">from the cache</text>" not in figures.frontier([(1.0, 1.0)], [(4.0, 0.0)], 4, 4.0)
     rises = served[served[:, 1] < served[:, 1].max() - 1e-3]
     assert (rises[:, 0].min() - left) / width == pytest.approx(1.5 / 4, rel=1e-3)
 
 
 def test_predicted_and_actual_bars_are_to_one_scale() -> None:
-    svg = figures.predicted([("this run", 10.0, 5.0), ("no freezing", 20.0, None)], [])
+    svg = figures.predicted(
+        [("this run", 10.0, 5.0, False), ("no freezing", 20.0, None, False)], []
+    )
     long, short = (
         np.ptp(corners(svg, f"predicted-whole-0-{w}")[:, 0]) for w in ("predicted", "actual")
     )
     assert long == pytest.approx(2 * short, rel=1e-3)
     assert "predicted-whole-1-actual" not in svg
+    assert "estimated" not in svg
+    assert ">time of the run, seconds</text>" in svg
+    svg = figures.predicted([("limit", 10.0, 5.0, True)], [("after stem", 2.0, 1.0, False)])
+    assert is_hollow(svg, "predicted-whole-0-actual")
+    assert not is_hollow(svg, "predicted-filling-0-actual")
+    assert ">estimated</text>" in svg
 
 
 def test_a_budget_far_above_the_store_does_not_flatten_it() -> None:
@@ -642,6 +806,9 @@ def test_a_comparison_shows_times_weights_and_what_differs(runs: Runs) -> None:
     assert differing["cache"] == ["false", "true", "true"]
     page = Page(comparison_page(records))
     check_numbers(page)
+    assert {line.split()[-3] for line in lines[1:4]} == {"4/5"}
+    assert page.text.count("</data>/5<") == 3
+    assert "</data>/5<" in read(runs.cached()).text
     assert page.drawn == ["Accuracy against time"]
     assert page.scripts == 0
     assert page.links == []
@@ -658,6 +825,8 @@ def test_compare_runs_prints_a_table_and_writes_a_page(
     assert Page(page.read_bytes()).drawn == ["Accuracy against time"]
     for words, named in (
         ((runs.cached(), tmp_path), "holds no run"),
+        ((runs.cached(), runs.cached() / "." / ""), "is named twice: name each run once"),
+        ((runs.cached(), runs.folder / "x" / ".." / "cached"), "is named twice"),
         ((runs.cached(), "--html", tmp_path), "cannot be written (Is a directory)"),
     ):
         assert script("scripts/compare_runs.py", *words) == 2
@@ -690,6 +859,11 @@ PLACES = """[...document.querySelectorAll('figure svg')].map(svg => {
 })"""
 
 
+# Of the tables that everybody sees: how wide they are, what room there is, and their text.
+WIDE = """[...document.querySelectorAll('main > .scroll, .stack')].map(
+    each => [each.scrollWidth, each.clientWidth, each.innerText])"""
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page_whole_and_without_complaint(
@@ -703,6 +877,11 @@ def test_a_browser_shows_the_page_whole_and_without_complaint(
         browser.open(path, width, dark=dark)
         browser.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        if path == compared:
+            head = "getComputedStyle(document.querySelector('.stack thead')).display"
+            assert (browser.evaluate(head) == "none") == (width == 390)
+        for wide in browser.evaluate(WIDE):
+            assert wide[0] <= wide[1], f"{wide[2]!r} is cut off"
         image = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
         paper = figures.COLOURS["paper"][dark]
         assert image.getpixel((1, 1)) == tuple(int(paper[i : i + 2], 16) for i in (1, 3, 5))

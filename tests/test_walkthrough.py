@@ -12,20 +12,25 @@ import pytest
 from cachefreeze.train import main
 
 ROOT = Path(__file__).parents[1]
-# Commands and code, in their order; what is shown of their output has no language.
-BLOCKS = re.findall(
-    r"^```(python|sh)\n(.*?)^```$", (ROOT / "docs" / "walkthrough.md").read_text(), re.M | re.S
-)
+TEXT = (ROOT / "docs" / "walkthrough.md").read_text()
+# A program and the name that it is to be saved by, and commands, in their order; what is shown of
+# their output has no language.
+PROGRAM = re.search(r"as `(\w+\.py)`:\n\n```python\n(.*?)^```$", TEXT, re.M | re.S)
+BLOCKS = re.findall(r"^```sh\n(.*?)^```$", TEXT, re.M | re.S)
 
 
 def type_in(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command in this process: `python -m cachefreeze.train ...` or `python scripts/...`."""
+    """A command in this process: `python -m cachefreeze.train ...`, `python scripts/...`, or a
+    program in the present folder."""
     python, *words = shlex.split(command)
     assert python == "python"
     if words[:2] == ["-m", "cachefreeze.train"]:
         assert main(words[2:]) == 0
         return
     monkeypatch.setattr(sys, "argv", words)
+    if Path(words[0]).exists():
+        runpy.run_path(words[0], run_name="__main__")
+        return
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     assert end.value.code == 0
@@ -36,15 +41,15 @@ def test_an_own_folder_becomes_a_run_and_a_report(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     told = {}
-    for language, block in BLOCKS:
-        if language == "python":
-            exec(compile(block, "walkthrough.md", "exec"), {})
-            continue
+    assert PROGRAM
+    name, program = PROGRAM.groups()
+    Path(name).write_text(program)
+    for block in BLOCKS:
         for command in block.splitlines():
             type_in(command, monkeypatch)
             told[command] = capsys.readouterr().out
-    assert len(told) == 6
-    plan, cached, plain, compared, _, stats = told.values()
+    assert len(told) == 7
+    _, plan, cached, plain, compared, _, stats = told.values()
     assert "with the cache, as planned" in plan
     assert "rows from the cache after" in cached
     assert "report    runs/photos/report.html" in cached
@@ -53,9 +58,8 @@ def test_an_own_folder_becomes_a_run_and_a_report(
     assert letters == ["A", "A"], "the same weights"
     assert re.search(r"^cache +false +true$", compared, re.M)
     assert (tmp_path / "runs" / "both.html").exists()
-    assert (
-        "Whole runs of the same settings, measured" in Path("runs/photos/report.html").read_text()
-    )
+    assert ">freezing only</a> (" in Path("runs/photos/report.html").read_text()
+    assert ">measured</a>)</span>" in Path("runs/photos/report.html").read_text()
     assert re.search(r"^1 store in data/cache", stats, re.MULTILINE)
     summary = json.loads(Path("runs/photos/summary.json").read_text())
     assert summary["val_accuracy"] > 0.9
