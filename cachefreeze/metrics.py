@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import write_atomically
-from cachefreeze.report import RunFolder
+from cachefreeze.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

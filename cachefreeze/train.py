@@ -25,8 +25,9 @@ from cachefreeze.metrics import check_tensorboard
 from cachefreeze.models import Statistics
 from cachefreeze.network import Weights, check_network, find_weights, make_network, trained_on
 from cachefreeze.preview import preview
-from cachefreeze.report import RESULT, RunFolder, closing_words, opening_words
+from cachefreeze.report import RESULT, closing_words, opening_words
 from cachefreeze.resume import Start, start_of
+from cachefreeze.run_folder import RunFolder
 from cachefreeze.store import check_cache_dir, default_budget
 from cachefreeze.terminal import say, speaking, track, warn
 from cachefreeze.trainer import Trainer

@@ -26,9 +26,10 @@ from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
 from cachefreeze.progress import RunBar, Standing
 from cachefreeze.randomness import random_state, set_random_state
-from cachefreeze.report import RunFolder, epoch_line
+from cachefreeze.report import epoch_line
 from cachefreeze.resume import check_same_run
 from cachefreeze.rows import Indices, all_rows, batches_of, epoch_order
+from cachefreeze.run_folder import RunFolder
 from cachefreeze.terminal import progress_bar, say, warn
 from cachefreeze.timing import timed
 from cachefreeze.totals import added, numbers_of, totals_of

@@ -14,22 +14,24 @@ import cachefreeze
 PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 # The floors from the ground up. A package's own files stand on floors of their own inside it.
 FLOORS = [
-    ["errors", "files", "hashing", "rows", "schedule", "planner", "timing", "totals", "randomness"]
-    + ["account"],
-    ["record", "figures", "terminal", "outlook"],
-    ["device", "models", "data", "store", "report", "checkpoint", "fingerprint", "interrupts"],
-    ["moments", "progress", "streams"],
-    ["encoding", "scratch", "identity", "markup", "metrics"],
-    ["freezeout", "stored_rows", "tiers", "staging"],
-    ["background", "profiler", "datasets", "options", "page", "compare"],
-    ["serving", "sinks", "provenance", "config"],
-    ["stores", "holdings"],
-    ["cache", "network", "samples"],
-    ["forecast"],
-    ["planning"],
-    ["preview", "resume"],
-    ["trainer"],
-    ["train", "adapters"],
+    floor.split()
+    for floor in (
+        "errors files hashing rows schedule planner timing totals randomness account",
+        "record figures terminal outlook",
+        "device models data store report run_folder checkpoint fingerprint interrupts",
+        "moments progress streams",
+        "encoding scratch identity markup metrics",
+        "freezeout stored_rows tiers staging",
+        "background profiler datasets options page compare",
+        "serving sinks provenance config",
+        "stores holdings",
+        "cache network samples",
+        "forecast",
+        "planning",
+        "preview resume",
+        "trainer",
+        "train adapters",
+    )
 ]
 INSIDE = {
     "adapters": [["lightning"]],

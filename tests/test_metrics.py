@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cachefreeze.metrics import Metrics
-from cachefreeze.report import RunFolder
+from cachefreeze.run_folder import RunFolder
 from cachefreeze.train import main
 
 from .conftest import Run
