@@ -401,7 +401,7 @@ class Stores:
                 memory = self.tiers.memory_for(description, encoding)
             return sink_for(writer, encoding.tensor_type, self.device, memory, self.threads)
         except BaseException:
-            writer.abort()
+            writer.suspend()
             raise
 
     def _make_room(self, description: Description) -> float | None:

@@ -891,6 +891,23 @@ def test_ctrl_c_is_heeded_while_a_store_is_loaded_into_memory(
     cache.close()
 
 
+def test_what_goes_wrong_while_memory_is_asked_for_leaves_the_store_to_others(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    cache = make_cache(units, tmp_path / "cache", tier="device")
+    with monkeypatch.context() as patched:
+        patched.setattr(tiers_module, "_allocated", broken)
+        with pytest.raises(RuntimeError, match="gone"):
+            cache.materialize()
+    assert not in_use(tmp_path / "cache" / cache.fingerprint(units.frontier))
+    with make_cache(units, tmp_path / "cache") as other:
+        assert other.materialize() is not None
+    cache.close()
+
+
 def test_the_seconds_of_a_store_that_is_loaded_hold_the_loading(
     units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
