@@ -164,7 +164,7 @@ class WritingStore:
         self._threads = threads
         self._store: Store | None = None
         self._keep = False
-        self._stopping = False
+        self._stopping = self._suspended = False
         # Of `_keep`: the thread and its owner may both find that the store is to be marked.
         self._ending = threading.Lock()
         # Made here, so that it follows what has been asked for by now, and nothing later.
@@ -196,9 +196,9 @@ class WritingStore:
             if self._store is not None:
                 self._store.keep()
 
-    def wait(self) -> None:
-        """Until it is `done`."""
-        self._thread.join()
+    def wait(self, seconds: float | None = None) -> None:
+        """Until it is `done`, or at most so long."""
+        self._thread.join(seconds)
 
     def put_away(self) -> None:
         """Nothing of it is open for reading."""
@@ -216,6 +216,11 @@ class WritingStore:
         if self._store is not None:
             self._store.remove()
 
+    def suspend(self) -> None:
+        """Write no more, and leave what was written to a later run."""
+        self._suspended = self._stopping = True
+        self.wait()
+
     def _write(self) -> None:
         """In a thread of its own."""
         try:
@@ -225,7 +230,9 @@ class WritingStore:
                 self._store = store
                 if store is not None and self._keep:
                     store.keep()
-            if store is None:
+            if store is None and self._suspended:
+                self._writer.suspend()
+            elif store is None:
                 self._writer.abort()
         except BaseException as error:
             self.error = error if isinstance(error, OSError) else OSError(str(error))

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from cachefreeze.store import (
     is_committed,
     note_usage,
     prepare_cache_dir,
+    read_usage,
 )
 from cachefreeze.stores import Source, Stores
 from cachefreeze.tiers import Tiers
@@ -204,10 +206,11 @@ class PrefixCache:
         # Units that were frozen from the start: what they give, the next run may want too.
         self._from_start = units.frontier
         self._checked = False
-        self._versions = 0
+        self._versions: list[tuple[int, int, int]] = []
         self.rows_served = 0
         self.rows_verified = 0
         self.saved_seconds = 0.0
+        self._costs = False  # whether time is being taken from what was saved
         self.prefix_unit_rows_computed = 0
         self.read_seconds = 0.0
         self.compute_seconds = 0.0
@@ -287,6 +290,12 @@ class PrefixCache:
         """One tensor (n, ...) at `units.frontier` for each array of n row indices.
 
         The frontier and the boundary may move while this runs: the next batch follows them.
+        Weights that are written over after their rows were kept are noticed when this is called
+        (not if they are written through a parameter's `.data`), and rows are computed from there.
+
+        Raises:
+            Interrupted: `stopping` says so while a damaged store is mended, or rows are loaded into
+                memory.
         """
         yield from self._serve(split, order, None)
 
@@ -361,7 +370,8 @@ class PrefixCache:
         """Move the boundary to `stop` (default: the frontier), through a store of all its rows.
 
         The store is filled from the present boundary, running only the units between; the store
-        that served until now is removed afterwards, unless a checkpoint names it (`release`). 0
+        that served until now is removed afterwards, unless it is kept or a checkpoint names it
+        (`release`). 0
         keeps the decoded pixels. With `lz4` or `zstd` the store is compressed, and its rows are
         served from memory. Without `fill` only a store that is there already is taken. If another
         run is writing these very rows, they are waited for. If a store cannot be had (disk full,
@@ -381,11 +391,15 @@ class PrefixCache:
         pixels = stop == 0 and self.store is None and self.keeps_pixels
         if self.directory is None or (stop <= self.boundary and not pixels):
             return None
+        with self._costing():
+            return self._materialize(stop, codec, fill)
+
+    def _materialize(self, stop: int, codec: str, fill: bool) -> Materialization | None:
         start = time.perf_counter()
         taken, name, knowable = None, self._name(stop), False
         try:
             fingerprint, knowable = self._provenance.fingerprint(stop)
-            self._holdings.wait_for(fingerprint)
+            self._holdings.let_go_of(fingerprint)
             taken = self._stores.take(
                 fingerprint,
                 stop,
@@ -404,7 +418,6 @@ class PrefixCache:
             reason = getattr(error, "strerror", None) or error
             self.warn(f"the store after {name} cannot be written ({reason}): not cached")
         if taken is None:
-            self.saved_seconds -= time.perf_counter() - start
             return None
         store = taken.store
         keep = 0 < stop <= self._from_start if self.keep is None else self.keep
@@ -422,15 +435,13 @@ class PrefixCache:
         finally:
             self._tell_datasets()
         self._versions = self._provenance.weights_version(stop)
-        seconds = time.perf_counter() - start
-        self.saved_seconds -= seconds
         self._served_before = self.rows_served
         self._missed = 0 if taken.reused else sum(self.rows.values()) - taken.held
         return Materialization(
             boundary=stop,
             rows=sum(self.rows.values()),
             bytes=store.bytes,
-            seconds=seconds,
+            seconds=time.perf_counter() - start,
             compute_seconds=taken.compute_seconds,
             reused=taken.reused,
             held=taken.held,
@@ -440,8 +451,8 @@ class PrefixCache:
         )
 
     def leave(self) -> None:
-        """Go back to computing rows from the network's input; the store is removed, unless a
-        checkpoint names it."""
+        """Go back to computing rows from the network's input; the store is removed, unless it is
+        kept or a checkpoint names it."""
         self._leave()
 
     def state_dict(self) -> dict[str, Any]:
@@ -459,9 +470,14 @@ class PrefixCache:
     def finish(self) -> None:
         """Wait until what is written in the background is on disk (as `close` does, too), and all
         times are known."""
-        self._lapses.collect(wait=True)
-        self._holdings.wait()
+        self.settle()
+        with self._costing():
+            self._holdings.wait()
         self._holdings.tell_of_failures()
+
+    def settle(self) -> None:
+        """Wait until the device has done its work, so that all times are known."""
+        self._lapses.collect(wait=True)
 
     @property
     def bytes_in_use(self) -> int:
@@ -480,6 +496,8 @@ class PrefixCache:
         if state["store"] is None:
             return None
         found = self.materialize(state["boundary"], fill=False)
+        if self.store is not None and (usage := read_usage(self.store.folder)) is not None:
+            self._served_before, self._missed = self.rows_served - usage.hits, usage.misses
         self._holdings.checkpointed = self._holdings.fingerprint
         return found
 
@@ -540,16 +558,23 @@ class PrefixCache:
     def __enter__(self) -> "PrefixCache":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(wait=kind is not KeyboardInterrupt)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Let go of the store. One that is kept stays on disk until the room is needed, any other
-        until a run with this folder fills its own."""
-        self.finish()
-        self._note_usage()
-        self._holdings.close()
-        self._tell_datasets()
+        until a run with this folder fills its own. Without `wait`, and on Ctrl-C, one that is being
+        written is left as it is: a later run goes on with it."""
+        try:
+            if wait:
+                self.finish()
+        except KeyboardInterrupt:
+            wait = False
+            raise
+        finally:
+            self._note_usage()
+            self._holdings.close(wait=wait)
+            self._tell_datasets()
 
     def _source(self, stop: int, inputs: bool = False) -> Source:
         """The rows that a store of boundary `stop` is to hold: made of those that come from the
@@ -577,7 +602,8 @@ class PrefixCache:
         self._leave_if_other_weights()
         self._holdings.tell_of_failures()
         while done < len(order):
-            self._holdings.rise()
+            with self._costing():
+                self._holdings.rise()
             boundary, store, source = self.boundary, self.store, self._holdings.rows
             try:
                 mark = self._mark()
@@ -600,7 +626,8 @@ class PrefixCache:
                 if not isinstance(store, Store):
                     raise
                 if self.store is store:
-                    self._mend_or_leave(store, error)
+                    with self._costing():
+                        self._mend_or_leave(store, error)
 
     def _computed(self, x: Tensor) -> Tensor:
         """Rows at the frontier from network input."""
@@ -609,6 +636,17 @@ class PrefixCache:
         x = self._run(x, 0, self.units.frontier)
         self._since(mark, self._add_computing)
         return x
+
+    @contextmanager
+    def _costing(self) -> Iterator[None]:
+        """What is done inside would not be done without the cache."""
+        start, outermost, self._costs = time.perf_counter(), not self._costs, True
+        try:
+            yield
+        finally:
+            if outermost:
+                self._costs = False
+                self.saved_seconds -= time.perf_counter() - start
 
     def _mark(self) -> Any:
         return self._moments.now() if self._moments.free else None
@@ -723,7 +761,7 @@ class PrefixCache:
         if self._mended is not store:
             self._mended = store
             try:
-                damaged = list(store.damage())
+                damaged = list(store.damage(self._stores.stop_if_asked))
                 source = self._source(self.boundary, inputs=True)
                 if damaged and self._stores.mend(store, damaged, source):
                     return

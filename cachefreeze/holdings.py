@@ -79,6 +79,7 @@ class Holdings:
         # What is loaded now may need the memory of the rows before; and if that goes wrong, rows
         # are computed.
         self.leave()
+        self._close_written()
         try:
             if memory is None:
                 assert isinstance(store, Store)
@@ -116,7 +117,7 @@ class Holdings:
         there = self.tiers.now_with_room(store.description)
         if TIERS.index(there) < TIERS.index(self.tier or "disk"):
             self._take_room(store)
-        if self.tiers.asked not in ("auto", self.tier):
+        elif self.tiers.asked not in ("auto", self.tier):
             self.warn(
                 f"the rows after {store.description.unit} do not fit where they were asked for "
                 f"(--cache-tier {self.tiers.asked}): they are served from tier {self.tier}"
@@ -126,7 +127,7 @@ class Holdings:
         before = self._memory
         if before is None:
             assert isinstance(store, Store)
-            memory = loaded(store, self.tiers, threads=self.threads)
+            memory = loaded(store, self.tiers, threads=self.threads, stopping=self.stopping)
         else:
             memory = self.tiers.memory_for(store.description, Encoding.described(store.description))
             if memory is not None:
@@ -138,27 +139,30 @@ class Holdings:
     def release(self) -> None:
         """A checkpoint on disk names the present store: what only an earlier one names goes."""
         self.checkpointed = self.fingerprint
-        writing: list[HeldStore] = []
+        kept = []
         for store in self._retired:
-            if not store.kept:
-                store.remove()
-            elif _is_being_written(store):
-                writing.append(store)
+            if store.kept:
+                kept.append(store)
             else:
-                store.close()
-        self._retired = writing
+                store.remove()
+        self._retired = kept
+        self._close_written()
 
     def wait(self) -> None:
         """Until all that is written in the background is on disk."""
         for store in self._stores:
             if isinstance(store, WritingStore):
                 store.wait()
+        self._close_written()
 
-    def wait_for(self, fingerprint: str) -> None:
-        """Likewise, for one store that is out of use."""
-        for store in self._retired:
-            if isinstance(store, WritingStore) and store.description.fingerprint == fingerprint:
-                store.wait()
+    def let_go_of(self, fingerprint: str) -> None:
+        """Of a store that is out of use, for it may be taken again: it is written to its end."""
+        retired, self._retired = self._retired, []
+        for store in retired:
+            if store.description.fingerprint == fingerprint:
+                store.close()
+            else:
+                self._retired.append(store)
 
     def tell_of_failures(self) -> None:
         """Of what could not be written in the background; its rows are in memory."""
@@ -171,9 +175,12 @@ class Holdings:
                     "rows are served from memory, and no later run will find them"
                 )
 
-    def close(self) -> None:
-        """Let go of all stores; what is being written is waited for."""
+    def close(self, *, wait: bool = True) -> None:
+        """Let go of all stores. What is being written is waited for, or else left as it is, for a
+        later run to go on with."""
         for store in self._stores:
+            if isinstance(store, WritingStore) and not wait:
+                store.suspend()
             store.close()
         self._retired = []
         self._forget()
@@ -181,6 +188,15 @@ class Holdings:
     @property
     def _stores(self) -> list[HeldStore]:
         return self._retired if self.store is None else [self.store, *self._retired]
+
+    def _close_written(self) -> None:
+        """Nothing more is wanted of stores that were kept and have been written."""
+        retired, self._retired = self._retired, []
+        for store in retired:
+            if store.kept and not _is_being_written(store):
+                store.close()
+            else:
+                self._retired.append(store)
 
     def _hold(self, store: HeldStore, boundary: int, memory: Memory | None) -> None:
         rows: dict[str, Rows] = {

@@ -128,9 +128,14 @@ class Planning:
         return [each.as_json() for each in self.forecast.filled]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint is to say of it: what was measured, and where rows come from."""
-        profile = None if self.forecast is None else self.forecast.profile.as_json()
-        return {"profile": profile, "on": self._measured_on, "cache": self.cache.state_dict()}
+        """What a checkpoint is to say of it: what was measured, and where rows come from. A run
+        that goes on and is cut off before it has come by them says what the last one did."""
+        profile = self._measured_before if self.forecast is None else self.forecast.profile
+        return {
+            "profile": None if profile is None else profile.as_json(),
+            "on": self._measured_on,
+            "cache": self._cache_state or self.cache.state_dict(),
+        }
 
     @property
     def _measured_on(self) -> list[str]:
@@ -290,6 +295,7 @@ class Planning:
     def _take_up(self, state: Mapping[str, Any]) -> None:
         with timed(self.seconds, "materialize"):
             found = self.cache.load_state_dict(state)
+            self._cache_state = None
         if found is not None:
             self._served_from = self.cache.store
             what = "pixels" if found.boundary == 0 else f"activations after {self.cache.unit}"

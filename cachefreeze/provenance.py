@@ -68,7 +68,8 @@ class Provenance:
             add("unit", name, structure(unit, self._sources))
         return digest.hexdigest()[:32], knowable
 
-    def weights_version(self, stop: int) -> int:
-        """Moves when a parameter or buffer before the boundary `stop` is written to."""
-        units = self.units[:stop]
-        return sum(t._version for unit in units for t in (*unit.parameters(), *unit.buffers()))
+    def weights_version(self, stop: int) -> list[tuple[int, int, int]]:
+        """Another one when a parameter or buffer before the boundary `stop` was replaced or written
+        to (but for what goes through its `.data`, which torch does not count)."""
+        tensors = (t for unit in self.units[:stop] for t in (*unit.parameters(), *unit.buffers()))
+        return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]

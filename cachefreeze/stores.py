@@ -192,14 +192,14 @@ class Stores:
             return False
         try:
             if about.memory_bytes:
-                store.load(self._stop_if_asked)  # verifies on the way
+                store.load(self.stop_if_asked)  # verifies on the way
                 return True
         except OSError:
             pass
-        if not self.mend(store, list(store.damage(self._stop_if_asked)), source):
+        if not self.mend(store, list(store.damage(self.stop_if_asked)), source):
             return False
         try:
-            store.load(self._stop_if_asked)
+            store.load(self.stop_if_asked)
         except OSError as error:
             self.warn(f"the store after {about.unit} is not used: {error.strerror or error}")
             return False
@@ -220,7 +220,7 @@ class Stores:
         damage += f" {'is' if len(damaged) == 1 else 'are'} damaged ({damaged[0]})"
         encoding = Encoding.described(about)
         for each in damaged:
-            self._stop_if_asked()
+            self.stop_if_asked()
             layout = about.splits[each.split]
             start = each.chunk * layout.rows_per_chunk
             rows = np.arange(start, min(start + layout.rows_per_chunk, layout.rows))
@@ -300,7 +300,7 @@ class Stores:
                     rate = written / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{human_bytes(rate)}/s", refresh=False)
                     bar.update(len(plain))
-                    self._stop_if_asked()
+                    self.stop_if_asked()
             seconds_per_row += clock.seconds / seen
             store = sink.commit({"prefix_seconds_per_row": seconds_per_row})
         except (Interrupted, KeyboardInterrupt):
@@ -312,12 +312,19 @@ class Stores:
         finally:
             bar.close()
         if isinstance(store, WritingStore) and codec != "raw":
-            store.wait()  # how much room it takes nobody can know before
+            # How much room it takes nobody can know before.
+            try:
+                while not store.done:
+                    self.stop_if_asked()
+                    store.wait(POLL_SECONDS)
+            except (Interrupted, KeyboardInterrupt):
+                store.suspend()
+                raise
             if store.error is not None:
                 raise store.error
         if isinstance(store, Store):
             try:
-                store.load(self._stop_if_asked)
+                store.load(self.stop_if_asked)
             except OSError:
                 store.remove()
                 raise
@@ -346,11 +353,12 @@ class Stores:
                 size, since = now, time.monotonic()
             elif time.monotonic() - since > STALLED_SECONDS:
                 return False
-            self._stop_if_asked()
+            self.stop_if_asked()
             time.sleep(POLL_SECONDS)
         return True
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
+        """Raises Interrupted if `stopping` says so."""
         if self.stopping():
             raise Interrupted
 

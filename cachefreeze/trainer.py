@@ -1,5 +1,6 @@
 """The training loop."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
@@ -256,7 +257,7 @@ class Trainer:
             finally:
                 if self.planning is not None:
                     self.planning.stop()
-                self.cache.close()
+                self.cache.close(wait=not isinstance(sys.exception(), KeyboardInterrupt))
                 self.written.close()
 
     def _finish(self) -> None:
@@ -270,13 +271,14 @@ class Trainer:
     def _epoch(self, bar: RunBar) -> None:
         """What is left of an epoch: steps, validation, a line of metrics, a checkpoint."""
         self._train(bar)
-        # Before validation, whose seconds are not told apart.
-        counted = {n: c - self._epoch_start[n] for n, c in self._counted().items()}
         rows = len(self.labels["train"])
         with timed(self.seconds, "train"):
             weights = torch.full((len(self._losses),), float(self.settings.batch_size)).double()
             weights[-1] = rows - weights[:-1].sum()
             train_loss = float(torch.stack(self._losses).cpu().double() @ weights) / rows
+        # Before validation, whose seconds are not told apart.
+        self.cache.settle()
+        counted = {n: c - self._epoch_start[n] for n, c in self._counted().items()}
         self._refuse_losses(self._losses)
         val_loss, val_accuracy = self._validate()
         if not np.isfinite(val_loss):

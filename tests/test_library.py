@@ -588,6 +588,22 @@ def test_weights_that_are_loaded_over_make_the_rows_anew(tmp_path: Path) -> None
     assert "other weights than when it was filled" in sentence
 
 
+def test_weights_that_are_put_in_the_place_of_others_make_the_rows_anew(tmp_path: Path) -> None:
+    """Tensors of their own, that nobody has written to yet."""
+    units = small_units()
+    units.freeze(2)
+    told: list[str] = []
+    with cached(units, images(), tmp_path, warn=told.append) as cache:
+        cache.materialize()
+        served = cache.batch(range(BATCH))
+        other = {name: tensor + 1 for name, tensor in units.model.state_dict().items()}
+        units.model.load_state_dict(other, assign=True)
+        computed = cache.batch(range(BATCH))
+    assert not torch.equal(computed, served)
+    assert torch.equal(computed, cached(units, images(), None).batch(range(BATCH)))
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("change", ["double", "bfloat16"])
 def test_buffers_of_the_model_itself_are_read_where_they_are(change: str) -> None:
     class Normalized(nn.Module):

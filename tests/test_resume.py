@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cachefreeze.background import WritingStore
 from cachefreeze.checkpoint import load_checkpoint, save_checkpoint
 from cachefreeze.files import lock_folder, unlock_file
 from cachefreeze.moments import DeviceClock
-from cachefreeze.store import Store
+from cachefreeze.store import Store, write
 from cachefreeze.store import format as store_format
 from cachefreeze.train import main
 from cachefreeze.trainer import Trainer
@@ -97,6 +99,52 @@ def test_ctrl_c_is_one_line_with_a_command_that_goes_on(
     assert "epoch 1/6" not in out, "what is done is not done again"
     assert main(command[3:]) == 0
     assert "has come to its end" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_before_it_has_its_store_again_forgets_nothing(
+    argv: list[str], tmp_path: Path, interrupt: Interrupter
+) -> None:
+    interrupt(20)
+    assert main(argv) == 130
+    interrupt.no_more()
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")["planning"]
+    assert saved["cache"]["store"] is not None
+    real = Store.damage
+
+    def stopped(*args):
+        send(signal.SIGINT)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "damage", stopped)
+        assert main(["--resume", str(tmp_path / "run")]) == 130
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["planning"] == saved
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_store_that_is_being_written(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, written = Trainer._step, write.write_chunk_file
+    stopped = threading.Event()
+
+    def held_back(*args):
+        if threading.current_thread() is not threading.main_thread():
+            stopped.wait(60)
+        return written(*args)
+
+    def signalled(trainer: Trainer, *args):
+        if isinstance(trainer.cache.store, WritingStore) and not stopped.is_set():
+            threading.Timer(0.5, stopped.set).start()  # the chunk that it is at
+            send(signal.SIGINT, times=2)
+        return step(trainer, *args)
+
+    monkeypatch.setattr(write, "write_chunk_file", held_back)
+    monkeypatch.setattr(Trainer, "_step", signalled)
+    # (Else decoded pixels are kept first, and the last chunk of them is all that is left.)
+    monkeypatch.setattr(store_format, "CHUNK_BYTES", 50_000)
+    assert main([*argv, "--cache-tier", "host"]) == 130
+    assert not list((tmp_path / "cache").glob("*/COMMITTED"))
+    assert list((tmp_path / "cache").glob("*/manifest.json")) == []
 
 
 def test_sigterm_saves_too_and_has_its_own_exit_code(

@@ -34,7 +34,9 @@ from cachefreeze.store import (
     Store,
     StoreWriter,
     in_use,
+    is_committed,
     prepare_cache_dir,
+    read_usage,
     store_folders,
     write,
 )
@@ -1254,3 +1256,134 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(
 ) -> None:
     assert what in fails("--output-dir", tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+# What the cache takes is told, and nobody waits for it who has had enough.
+
+
+def test_what_a_run_waits_for_is_not_counted_as_saved(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of writing, and a filling that came to nothing."""
+    gate = Gate(monkeypatch)
+    cache = make_cache(units, tmp_path / "cache", tier="device")
+    assert cache.materialize(2) is not None
+    before = cache.saved_seconds
+    threading.Timer(0.3, gate.opened.set).start()
+    cache.finish()
+    assert cache.saved_seconds < before - 0.2
+    cache.close()
+
+    def slow(*args: object) -> bool:
+        time.sleep(0.3)
+        return True
+
+    given_up = make_cache(units, tmp_path / "other", stopping=slow)
+    with pytest.raises(Interrupted):
+        given_up.materialize(2)
+    assert given_up.saved_seconds < -0.2
+    given_up.close()
+
+
+def test_a_kept_store_is_let_go_of_once_it_is_written_though_nobody_saves(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop without checkpoints never calls `release`."""
+    gate = Gate(monkeypatch)
+    cache = make_cache(units, tmp_path / "cache", tier="device", keep=True)
+    folders = []
+    for boundary in (1, 2):
+        cache.materialize(boundary)
+        assert cache.store is not None
+        folders.append(cache.store.folder)
+    gate.opened.set()
+    cache.finish()
+    assert [in_use(folder) for folder in folders] == [False, True]
+    cache.close()
+
+
+def test_ctrl_c_leaves_what_is_being_written_to_a_later_run(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_format, "CHUNK_BYTES", 4 * 16 * 16 * 16 * 4)  # 4 rows
+    written = threading.Semaphore(0)
+    real = write.write_chunk_file
+
+    def slow(*args):
+        time.sleep(0.05)
+        written.release()
+        return real(*args)
+
+    monkeypatch.setattr(write, "write_chunk_file", slow)
+    cache = make_cache(units, tmp_path / "cache", tier="device", threads=1)
+    folder = tmp_path / "cache" / cache.fingerprint(2)
+
+    def stopped_in_the_middle() -> None:
+        with cache:
+            cache.materialize(2)
+            for _ in range(3):
+                assert written.acquire(timeout=30)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped_in_the_middle()
+    assert not is_committed(folder)
+    assert not in_use(folder)
+    later = make_cache(units, tmp_path / "cache")
+    done = later.materialize(2)
+    assert done is not None
+    assert 8 <= done.held < 47
+    assert_same(everything(later), everything(make_cache(units, None)))
+    later.close()
+
+
+def test_ctrl_c_is_heeded_while_a_compressed_store_is_written(
+    units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    def stopping() -> bool:
+        if gate.reached.is_set():
+            gate.opened.set()
+        return gate.reached.is_set()
+
+    cache = make_cache(units, tmp_path / "cache", tier="device", stopping=stopping)
+    with pytest.raises(Interrupted):
+        cache.materialize(2, "zstd")
+    assert not is_committed(tmp_path / "cache" / cache.fingerprint(2))
+    assert not in_use(tmp_path / "cache" / cache.fingerprint(2))
+    cache.close()
+
+
+def test_a_store_that_a_checkpoint_names_may_be_taken_again_when_it_is_of_no_use(
+    units: Units, tmp_path: Path
+) -> None:
+    """It is this process's own, and not another run's that has to be waited for."""
+    told: list[str] = []
+    cache = make_cache(units, tmp_path / "cache", warn=told.append)
+    cache.materialize(2)
+    cache.release()
+    assert cache.store is not None
+    folder = cache.store.folder
+    cache.leave()
+    (folder / "manifest.json").write_bytes(b"{}")
+    assert cache.materialize(2) is not None
+    assert not [line for line in told if "another run" in line]
+    assert_same(everything(cache), everything(make_cache(units, None)))
+    cache.close()
+
+
+def test_hits_and_misses_go_on_where_a_run_goes_on(units: Units, tmp_path: Path) -> None:
+    first = make_cache(units, tmp_path / "cache")
+    first.materialize()
+    everything(first)
+    state = first.state_dict()
+    first.close()
+    second = make_cache(units, tmp_path / "cache")
+    second.load_state_dict(state)
+    everything(second)
+    folder = second.store.folder if second.store is not None else tmp_path
+    second.close()
+    usage = read_usage(folder)
+    assert usage is not None
+    assert (usage.hits, usage.misses) == (2 * 47, 47)
