@@ -8,6 +8,7 @@ from torch import Tensor
 from cachefreeze.encoding import Encoding
 from cachefreeze.rows import Indices, PixelRows, Rows, all_rows
 from cachefreeze.store import SplitReader
+from cachefreeze.streams import sent
 
 # Batches that the system is asked to have in memory before they are read.
 READ_AHEAD = 2
@@ -57,8 +58,7 @@ class ResidentRows:
         return len(self.rows)
 
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        # One copy for all of them: each would wait for the device.
-        places = torch.from_numpy(all_rows(order)).to(self.rows.device)
+        places = sent(torch.from_numpy(all_rows(order)), self.rows.device)
         for indices in places.split([len(rows) for rows in order]):
             stored = torch.index_select(self.rows, 0, indices)
             yield self.encoding.decode(stored, self.rows.device)

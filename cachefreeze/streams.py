@@ -76,3 +76,12 @@ class SideStream:
         event = torch.cuda.Event(blocking=True)
         event.record(self._stream)
         return Mark(event)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """On the device. From memory that is not pinned, a copy waits for a GPU's work."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    with contextlib.suppress(RuntimeError):  # there is no more of it to be had
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 FLOORS = [
     floor.split()
     for floor in (
-        "errors files hashing rows schedule planner timing totals randomness account",
+        "errors files hashing rows schedule planner timing totals randomness account streams",
         "record figures terminal outlook",
         "device models data store report run_folder checkpoint fingerprint interrupts",
-        "moments progress streams",
+        "moments progress",
         "encoding scratch identity markup metrics",
         "freezeout stored_rows tiers staging",
         "background profiler datasets options page compare",

@@ -589,14 +589,16 @@ def test_weights_that_are_loaded_over_make_the_rows_anew(tmp_path: Path) -> None
 
 
 def test_weights_that_are_put_in_the_place_of_others_make_the_rows_anew(tmp_path: Path) -> None:
-    """Tensors of their own, that nobody has written to yet."""
+    """Tensors of their own, as many times written to as those before."""
     units = small_units()
+    state = {name: tensor.clone() for name, tensor in units.model.state_dict().items()}
+    units.model.load_state_dict(state, assign=True)
     units.freeze(2)
     told: list[str] = []
     with cached(units, images(), tmp_path, warn=told.append) as cache:
         cache.materialize()
         served = cache.batch(range(BATCH))
-        other = {name: tensor + 1 for name, tensor in units.model.state_dict().items()}
+        other = {name: tensor + 1 for name, tensor in state.items()}
         units.model.load_state_dict(other, assign=True)
         computed = cache.batch(range(BATCH))
     assert not torch.equal(computed, served)

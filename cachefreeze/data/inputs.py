@@ -1,6 +1,5 @@
 """From decoded pixels to network input, on the training device."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from cachefreeze.data.images import Images
 from cachefreeze.rows import Indices, all_rows
+from cachefreeze.streams import sent
 
 PADDING = 4
 
@@ -113,15 +113,6 @@ class ResidentImages:
         self._pixels.index_copy_(0, indices, pixels)
         self._there[rows] = True
         return pixels
-
-
-def sent(pixels: Tensor, device: torch.device) -> Tensor:
-    """On the device. From memory that is not pinned, a copy waits for a GPU's work."""
-    if device.type != "cuda" or pixels.device.type != "cpu":
-        return pixels.to(device)
-    with contextlib.suppress(RuntimeError):  # there is no more of it to be had
-        pixels = pixels.pin_memory()
-    return pixels.to(device, non_blocking=True)
 
 
 def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
