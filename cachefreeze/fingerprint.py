@@ -3,10 +3,11 @@
 import enum
 import functools
 import inspect
+import sys
 import uuid
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 
 import numpy as np
 import torch
@@ -141,14 +142,16 @@ def function(value: FunctionType) -> object:
         return named
     _busy.add(id(value))
     try:
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        names = names_in(value.__code__)
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         return (
             *named,
             code(value.__code__),
             plain([value.__defaults__, value.__kwdefaults__]),
-            plain([each for each in cells if not isinstance(each, type)]),
+            # (`super()` needs the class that it stands in: whoever asks about that has it.)
+            [_used(cell.cell_contents, names) for name, cell in cells if name != "__class__"],
             [
-                (name, _used(each))
+                (name, _used(each, names))
                 for name, each in sorted(inspect.getclosurevars(value).globals.items())
             ],
         )
@@ -158,10 +161,39 @@ def function(value: FunctionType) -> object:
         _busy.discard(id(value))
 
 
-def _used(value: object) -> object:
-    if inspect.ismodule(value):
-        return value.__name__, getattr(value, "__version__", None)
-    return plain(value)
+def _used(value: object, names: Set[str]) -> object:
+    """What a function has of something that it uses, by these names."""
+    if not isinstance(value, type | ModuleType):
+        return plain(value)
+    module = value.__name__ if isinstance(value, ModuleType) else value.__module__
+    named, release = (module, getattr(value, "__qualname__", None)), _release(module)
+    if release is not None or id(value) in _busy:
+        return named, release
+    _busy.add(id(value))
+    try:
+        if isinstance(value, ModuleType):
+            used = [name for name in sorted(names) if hasattr(value, name)]
+            return named, [(name, _used(getattr(value, name), names)) for name in used]
+        kinds = [kind for kind in value.__mro__ if _release(kind.__module__) is None]
+        return named, [members(kind) for kind in kinds]
+    finally:
+        _busy.discard(id(value))
+
+
+def _release(module: str) -> str | None:
+    """Which one of a package a module is of, if packages of its kind change with that alone: torch
+    (whose version is hashed anyway), Python's own, and what says its version."""
+    package = module.split(".")[0]
+    if package in ("torch", *sys.stdlib_module_names):
+        return ""
+    version = getattr(sys.modules.get(package), "__version__", None)
+    return None if version is None else str(version)
+
+
+def names_in(value: CodeType) -> Set[str]:
+    """All names of globals and attributes that code uses, that of functions inside it too."""
+    inside = (each for each in value.co_consts if isinstance(each, CodeType))
+    return frozenset(value.co_names).union(*map(names_in, inside))
 
 
 def code(value: CodeType) -> object:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -320,6 +321,78 @@ def test_so_do_the_functions_that_it_calls_and_what_they_use(
     monkeypatch.undo()
     monkeypatch.setattr(sys.modules[__name__], "helper", lambda x: x)
     assert fingerprint_of(Calls()) != before
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class Plain:
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return x * 2
+
+
+class Inherits(Plain):
+    pass
+
+
+shelf = ModuleType("shelf")
+shelf.f = lambda x: x * 2
+
+
+class Applies(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Twice.apply(x)
+
+
+class Asks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Inherits.f(x)
+
+
+class Imports(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (lambda: shelf.f(x))() if shelf else x
+
+
+def of_a_class_inside() -> nn.Module:
+    inside = Plain
+    return Acts(lambda x: inside.f(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "owner", "name"),
+    [
+        (Applies, Twice, "forward"),
+        (Asks, Plain, "f"),
+        (Imports, shelf, "f"),
+        (of_a_class_inside, Plain, "f"),
+    ],
+    ids=["autograd function", "base of a class", "module", "closure"],
+)
+def test_and_what_they_use_of_classes_and_modules(
+    make: Callable[[], nn.Module], owner: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint_of(make())
+    assert fingerprint_of(make()) == before
+    monkeypatch.setattr(owner, name, staticmethod(lambda *x: x[-1] * 3))
+    assert fingerprint_of(make()) != before
+
+
+def test_a_class_that_uses_itself_is_written_down_once() -> None:
+    """And with it what can be known of it: another run comes to the same."""
+
+    class Itself:
+        @staticmethod
+        def f(x: Tensor, depth: int = 2) -> Tensor:
+            return Itself.f(x, depth - 1) if depth else x
+
+    assert fingerprint_of(Acts(lambda x: Itself.f(x))) == fingerprint_of(
+        Acts(lambda x: Itself.f(x))
+    )
 
 
 def test_another_process_comes_to_the_same(tmp_path: Path) -> None:
