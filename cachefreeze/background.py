@@ -181,7 +181,9 @@ class WritingStore:
 
     @property
     def bytes(self) -> int:
-        """Of its chunk files, once it is done."""
+        """Of its chunk files, once it is done; none if it cannot be written."""
+        if self.error is not None:
+            return 0
         return self._writer.bytes if self.done else self.description.bytes
 
     @property

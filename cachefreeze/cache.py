@@ -206,7 +206,6 @@ class PrefixCache:
         # Units that were frozen from the start: what they give, the next run may want too.
         self._from_start = units.frontier
         self._checked = False
-        self._versions: list[tuple[int, int, int]] = []
         self.rows_served = 0
         self.rows_verified = 0
         self.saved_seconds = 0.0
@@ -220,6 +219,7 @@ class PrefixCache:
         self._provenance = Provenance(
             units, self.inputs, self.device, autocast_dtype, batch_size, stored
         )
+        self._weights = self._provenance.weights(0)
         self.tiers = Tiers(self.device, tier, device_bytes)
         self.threads = default_threads(self.device) if threads is None else threads
         self._moments = Moments(self.device)
@@ -434,7 +434,7 @@ class PrefixCache:
             self._holdings.take(store, stop, taken.memory)
         finally:
             self._tell_datasets()
-        self._versions = self._provenance.weights_version(stop)
+        self._weights = self._provenance.weights(stop)
         self._served_before = self.rows_served
         self._missed = 0 if taken.reused else sum(self.rows.values()) - taken.held
         return Materialization(
@@ -572,7 +572,7 @@ class PrefixCache:
             wait = False
             raise
         finally:
-            self._note_usage()
+            self._before_leaving()
             self._holdings.close(wait=wait)
             self._tell_datasets()
 
@@ -689,10 +689,10 @@ class PrefixCache:
 
     def _leave_if_other_weights(self) -> None:
         """Rows of weights that were loaded over since are none of this network any more."""
-        version = self._provenance.weights_version(self.boundary)
-        if self.store is None or version == self._versions:
+        weights = self._provenance.weights(self.boundary)
+        if self.store is None or weights.are(self._weights):
             return
-        self._versions = version
+        self._weights = weights
         if self.fingerprint(self.boundary) != self.store.description.fingerprint:
             self.warn(
                 f"units before the store after {self.unit} have other weights than when it was "

@@ -24,7 +24,8 @@ class Standing:
         loss: of the last step, or where asking for it would wait for a device, of the last epoch.
         accuracy: of the last validation.
         frozen, units: how many.
-        source: where rows come from: the name of a unit, or `pixels`.
+        source: whose output comes from the cache: the name of a unit, or `pixels` (decoded ones);
+            empty if nothing does.
         images_per_second: of this epoch's steps so far.
         seconds_left: to the end of the run.
 
@@ -89,9 +90,11 @@ def status(standing: Standing, columns: int) -> str:
     frozen = f"frozen {now.frozen}/{now.units}"
     speed = "" if now.images_per_second is None else f"{now.images_per_second:,.0f} img/s"
     left = "" if now.seconds_left is None else f"{clock(now.seconds_left)} left"
-    kind, source = "pixels", "rows from pixels"
-    if now.source != "pixels":
-        kind, source = "cached", f"rows from the cache after {now.source}"
+    kind, source = "cached", f"rows from the cache after {now.source}"
+    if not now.source:
+        kind, source = "pixels", "rows from pixels"
+    elif now.source == "pixels":
+        source = "rows from the cache of decoded pixels"
     for words in (
         (epoch, loss, accuracy, frozen, source, speed, left),
         (epoch, loss, accuracy, frozen, kind, speed, left),

@@ -1,9 +1,10 @@
 """What the rows at a boundary depend on, to the last bit."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from cachefreeze.device import numerics
 from cachefreeze.fingerprint import UNKNOWN, Sources, structure
@@ -68,8 +69,25 @@ class Provenance:
             add("unit", name, structure(unit, self._sources))
         return digest.hexdigest()[:32], knowable
 
-    def weights_version(self, stop: int) -> list[tuple[int, int, int]]:
-        """Another one when a parameter or buffer before the boundary `stop` was replaced or written
-        to (but for what goes through its `.data`, which torch does not count)."""
-        tensors = (t for unit in self.units[:stop] for t in (*unit.parameters(), *unit.buffers()))
-        return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+    def weights(self, stop: int) -> "Weights":
+        """Those before the boundary `stop`, as they are now."""
+        units = self.units[:stop]
+        return Weights([t for unit in units for t in (*unit.parameters(), *unit.buffers())])
+
+
+class Weights:
+    """Tells whether any of some tensors was replaced or written to since. (Not what is written
+    through a tensor's `.data`: torch does not count that.)"""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # With their memory, so that no other tensor can come to lie there.
+        self._seen = [(tensor, tensor.detach(), tensor._version) for tensor in tensors]
+
+    def are(self, others: "Weights") -> bool:
+        """Whether these are the same tensors with the same content."""
+        return len(self._seen) == len(others._seen) and all(
+            tensor is other and memory.data_ptr() == there.data_ptr() and version == count
+            for (tensor, memory, version), (other, there, count) in zip(
+                self._seen, others._seen, strict=True
+            )
+        )

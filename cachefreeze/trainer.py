@@ -31,6 +31,7 @@ from cachefreeze.report import epoch_line
 from cachefreeze.resume import check_same_run
 from cachefreeze.rows import Indices, all_rows, batches_of, epoch_order
 from cachefreeze.run_folder import RunFolder
+from cachefreeze.store import is_committed
 from cachefreeze.terminal import progress_bar, say, warn
 from cachefreeze.timing import timed
 from cachefreeze.totals import added, numbers_of, totals_of
@@ -309,6 +310,7 @@ class Trainer:
             }
         )
         self.epoch, self.position, self._losses = self.epoch + 1, 0, []
+        self.cache.settle()
         self._epoch_start = self._so_far()
         self.written.add(self.metrics)
         self._save(best=best)
@@ -365,7 +367,7 @@ class Trainer:
             accuracy=last.get("val_accuracy"),
             frozen=self.units.frontier,
             units=len(self.units),
-            source=self.cache.unit,
+            source="" if self.cache.store is None else self.cache.unit,
             images_per_second=speed,
             seconds_left=self._seconds_left(),
         )
@@ -522,7 +524,9 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         planning, last = self.planning, self.metrics[-1]
         plan = planning.comparison(sum(self.seconds.values())) if planning else None
-        totals = self._totals()
+        totals, store = self._totals(), self.cache.store
+        if store is not None and not is_committed(store.folder):
+            store = None  # it could not be written
         return {
             **{f"{part}_seconds": seconds for part, seconds in totals["seconds"].items()},
             "epochs": self.settings.epochs,
@@ -541,8 +545,8 @@ class Trainer:
                 "max_bytes": self.cache.max_bytes,
                 "boundaries": totals["events"],
                 **totals["cache"],
-                "store": None if self.cache.store is None else str(self.cache.store.folder),
-                "kept": self.cache.store is not None and self.cache.store.kept,
+                "store": None if store is None else str(store.folder),
+                "kept": store is not None and store.kept,
             },
             "plan": plan,
             "resumed_at": totals["resumed"],

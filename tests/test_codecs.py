@@ -1,9 +1,11 @@
 """Compressed stores hold the same rows, find damage before they decode, and keep to their limit."""
 
 import json
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from cachefreeze.store import (
 from cachefreeze.store import format as store_format
 from cachefreeze.store.codecs import zstd_content_size
 from cachefreeze.store.format import sha256
+from cachefreeze.store.read import DecodedReader
 
 from .test_store import NAME, delete_a_chunk, flip_a_bit, swap_two_chunks
 
@@ -188,6 +191,27 @@ def test_rows_are_decoded_once_and_served_from_memory(cache_dir: Path, codec: st
         assert np.array_equal(read(store, split, np.arange(len(array))), array)
     with pytest.raises(AssertionError):
         read(store, "val", np.array([9]))
+    store.close()
+
+
+@pytest.mark.parametrize("codec", COMPRESSED)
+def test_threads_that_ask_at_once_decode_once(
+    cache_dir: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(cache_dir, codec).close()
+    store, decoded = reopen(cache_dir), []
+    real = DecodedReader._decode
+
+    def slow(*args: Any) -> NDArray[np.uint8]:
+        decoded.append(threading.current_thread().name)
+        time.sleep(0.1)
+        return real(*args)
+
+    monkeypatch.setattr(DecodedReader, "_decode", slow)
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(lambda n: read(store, "train", np.arange(n, n + 3)), range(4)))
+    assert len(decoded) == 1
+    assert all(np.array_equal(got, RELU["train"][n : n + 3]) for n, got in enumerate(rows))
     store.close()
 
 

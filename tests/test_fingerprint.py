@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cachefreeze import PrefixCache, Units
 from cachefreeze.data import InputRows, load
+from cachefreeze.provenance import Weights
 
 from .conftest import Pixels, write_images
 
@@ -393,6 +394,14 @@ def test_a_class_that_uses_itself_is_written_down_once() -> None:
     assert fingerprint_of(Acts(lambda x: Itself.f(x))) == fingerprint_of(
         Acts(lambda x: Itself.f(x))
     )
+
+
+def test_weights_in_the_place_of_others_that_are_gone_are_not_those() -> None:
+    """Though they may have the same address, and lie in the same memory."""
+    before = Weights([torch.zeros(1000)])
+    assert not any(before.are(Weights([torch.zeros(1000)])) for _ in range(100))
+    same = torch.zeros(1000)
+    assert Weights([same]).are(Weights([same]))
 
 
 def test_another_process_comes_to_the_same(tmp_path: Path) -> None:

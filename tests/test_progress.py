@@ -1,5 +1,6 @@
 """What a run shows while it goes on: on a terminal, and where there is none."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def test_the_bar_shows_what_the_metrics_say(watched: Watched) -> None:
     for epoch, line in enumerate(metrics):
         last = standings[5 * epoch + 4]
         assert last.frozen <= line["frozen_units"] <= 4
-    assert standings[0].source == "pixels"
+    assert standings[0].source == ""
+    assert "pixels" in {standing.source for standing in standings}, "decoded ones are kept first"
     assert standings[-1].source == "group3_block1"
     # Of an epoch, the loss of the last step that was shown is one of those that it is the mean of.
     first = [standing.loss for standing in standings[1:5] if standing.loss is not None]
@@ -248,8 +250,10 @@ def test_a_narrow_terminal_gets_fewer_words(columns: int, line: str) -> None:
 
 
 def test_what_is_not_known_yet_is_left_out() -> None:
-    standing = Standing(1, 12, None, None, 0, 8, "pixels", None, None)
+    standing = Standing(1, 12, None, None, 0, 8, "", None, None)
     assert status(standing, 80) == "epoch  1/12  frozen 0/8  rows from pixels"
+    kept = dataclasses.replace(standing, source="pixels")
+    assert status(kept, 80) == "epoch  1/12  frozen 0/8  rows from the cache of decoded pixels"
 
 
 def test_a_clock_is_short() -> None:

@@ -382,6 +382,7 @@ def test_a_disk_that_is_full_in_the_background_costs_the_store_and_nothing_else(
     assert "served from memory" in told[0]
     assert cache.store is not None
     assert not cache.store.folder.exists()
+    assert cache.store.bytes == cache.bytes_in_use == 0
     cache.close()
 
 

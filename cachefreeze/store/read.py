@@ -280,9 +280,16 @@ class DecodedReader(SplitReader):
     # (rows, row_bytes); None until loaded.
     _rows: NDArray[np.uint8] | None = None
 
+    def __init__(
+        self, folder: Path, layout: Layout, checksums: Sequence[int], sizes: Sequence[int]
+    ) -> None:
+        super().__init__(folder, layout, checksums, sizes)
+        self._decoding = threading.Lock()
+
     def load(self, before_each: Callable[[], None] = lambda: None) -> None:
-        if self._rows is None:
-            self._rows = self._decode(before_each)
+        with self._decoding:  # whoever comes second finds them there
+            if self._rows is None:
+                self._rows = self._decode(before_each)
 
     def read(self, indices: Indices, out: NDArray[np.uint8]) -> None:
         self.load()
