@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -396,12 +397,17 @@ def test_a_class_that_uses_itself_is_written_down_once() -> None:
     )
 
 
-def test_weights_in_the_place_of_others_that_are_gone_are_not_those() -> None:
-    """Though they may have the same address, and lie in the same memory."""
-    before = Weights([torch.zeros(1000)])
-    assert not any(before.are(Weights([torch.zeros(1000)])) for _ in range(100))
-    same = torch.zeros(1000)
-    assert Weights([same]).are(Weights([same]))
+def test_weights_that_are_compared_are_held() -> None:
+    """Or others could come to have their address, and lie in their memory."""
+    first = torch.zeros(1000)
+    before, gone, memory = Weights([first]), weakref.ref(first), first.data_ptr()
+    assert before.are(Weights([first]))
+    first.data = torch.zeros(1000)
+    assert first.data_ptr() != memory
+    assert not before.are(Weights([first]))
+    first = torch.zeros(1000)
+    assert gone() is not None
+    assert not before.are(Weights([first]))
 
 
 def test_another_process_comes_to_the_same(tmp_path: Path) -> None:
