@@ -157,12 +157,14 @@ class Holdings:
 
     def let_go_of(self, fingerprint: str) -> None:
         """Of a store that is out of use, for it may be taken again: it is written to its end."""
-        retired, self._retired = self._retired, []
-        for store in retired:
+        others = []
+        for store in self._retired:
             if store.description.fingerprint == fingerprint:
                 store.close()
             else:
-                self._retired.append(store)
+                others.append(store)
+        self.tell_of_failures()
+        self._retired = others
 
     def tell_of_failures(self) -> None:
         """Of what could not be written in the background; its rows are in memory."""
@@ -190,13 +192,15 @@ class Holdings:
         return self._retired if self.store is None else [self.store, *self._retired]
 
     def _close_written(self) -> None:
-        """Nothing more is wanted of stores that were kept and have been written."""
-        retired, self._retired = self._retired, []
-        for store in retired:
+        """Nothing more is wanted of stores that were kept and have been written, or cannot be."""
+        others = []
+        for store in self._retired:
             if store.kept and not _is_being_written(store):
                 store.close()
             else:
-                self._retired.append(store)
+                others.append(store)
+        self.tell_of_failures()
+        self._retired = others
 
     def _hold(self, store: HeldStore, boundary: int, memory: Memory | None) -> None:
         rows: dict[str, Rows] = {
