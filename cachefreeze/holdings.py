@@ -45,6 +45,7 @@ class Holdings:
         self.checkpointed: str | None = None
         self._memory: Memory | None = None
         self._retired: list[HeldStore] = []
+        self._told_of_tier = False
         # Rows that are in a lower tier only while those before them have not left theirs.
         self._may_rise = False
 
@@ -117,10 +118,12 @@ class Holdings:
         there = self.tiers.now_with_room(store.description)
         if TIERS.index(there) < TIERS.index(self.tier or "disk"):
             self._take_room(store)
-        elif self.tiers.asked not in ("auto", self.tier):
+        elif self.tiers.asked not in ("auto", self.tier) and not self._told_of_tier:
+            self._told_of_tier = True
+            limit = ", --device-cache-gb" if self.tiers.asked == "device" else ""
             self.warn(
                 f"the rows after {store.description.unit} do not fit where they were asked for "
-                f"(--cache-tier {self.tiers.asked}): they are served from tier {self.tier}"
+                f"(--cache-tier {self.tiers.asked}{limit}): they are served from tier {self.tier}"
             )
 
     def _take_room(self, store: HeldStore) -> None:

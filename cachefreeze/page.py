@@ -178,8 +178,12 @@ def _ways(record: Record, measured: Measured) -> list[tuple[Time, Record]]:
 
 
 def _speed_up(record: Record, way: Time, run: Record) -> str:
-    """The time of another way by this run's."""
-    return number(run, way.best, "times", by=(record, WHOLE))
+    """The time of another way by this run's. What was only predicted is set against what was
+    predicted of this run: a machine that is slower than it was is so for both."""
+    own = WHOLE
+    if way.known == "predicted":
+        own = ways(record.summary)[0].predicted or WHOLE
+    return number(run, way.best, "times", by=(record, own))
 
 
 def _times(record: Record, measured: Measured) -> str:
@@ -206,7 +210,7 @@ def _beside(record: Record, measured: Measured) -> str:
             f"{code('scripts/write_report.py')} shows other runs, with "
             f"{code('--freezing-only RUN')} and {code('--no-freezing RUN')}.</p>"
         )
-    header = ["", "time", "known", "speed-up"]
+    header = ["", "time", "known", "speed-up over it"]
     rows = [
         [
             linked(way.name) if way.name in WORDS else way.name,
@@ -223,7 +227,8 @@ def _beside(record: Record, measured: Measured) -> str:
     return (
         f"<p>Beside it, what is {linked('measured')} is the time of a whole run. What is "
         f"{linked('estimated')} or {linked('predicted')} is this run's time, but for what freezing "
-        "and the cache change. Speed-up is a time by this run's.</p>"
+        "and the cache change. Speed-up is that time by this run's (of what is only predicted: by "
+        "what was predicted of this run).</p>"
         f"{table(header, rows, right=(1, 3, 4))}"
         f"{'' if 'freezing only' in measured else _saving(record)}"
     )

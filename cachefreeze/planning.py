@@ -403,6 +403,7 @@ class Planning:
 
     def _carry_out(self, forecast: Forecast, plan: Plan) -> None:
         """What the plan asks for at this step."""
+        self._tell_if_other(forecast, plan)
         for event in plan.events:
             if event.step > self.step:
                 break
@@ -420,18 +421,17 @@ class Planning:
             self._read = self.cache.boundary, self.cache.store.description.codec
         self._steps.clear()
         coming = [event for event in plan.events if event.step > self.step]
-        self._tell_if_other(forecast, [event for event in coming if isinstance(event, Move)])
         left = stretches(forecast.costs, self.run, self.step, self._source(forecast), coming)
         self.outlook = Outlook(self.step, time.perf_counter(), left)
 
-    def _tell_if_other(self, forecast: Forecast, coming: list[Move]) -> None:
+    def _tell_if_other(self, forecast: Forecast, plan: Plan) -> None:
         """If this is not what the user was told last."""
         kept = {each.done.boundary for each in forecast.filled}
-        kept |= {move.keep.boundary for move in coming}
+        kept |= {move.keep.boundary for move in plan.moves}
         if kept != self._announced:
             self._announced = kept
             names = self.cache.units.names
-            self.tell(revision_words(self.step, coming, self.run, names))
+            self.tell(revision_words(self.step, plan.moves, self.run, names))
 
     def _materialize(self, forecast: Forecast, move: Move) -> bool:
         source, before = self._source(forecast), self.cache.prefix_seconds_per_row
