@@ -1,0 +1,159 @@
+"""Catches calls of modules, and segments of gradient checkpointing, while a pass is followed.
+
+`nn.Module.__call__` is replaced as long as somebody follows, and put back afterwards. Neither hooks
+nor attributes of modules are touched, since those go into pickles and copies.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.utils.checkpoint as checkpointing
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class Follower(Protocol):
+    """What is told of the calls of a thread."""
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a call of a module, or does something in its place."""
+        ...
+
+
+_local = threading.local()
+_lock = threading.Lock()
+_open = 0
+real_call: Callable[..., Any] = nn.Module.__call__
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # The first line is for Dynamo, which follows this function where it compiles a call.
+    if torch.compiler.is_compiling():
+        return real_call(module, *args, **kwargs)
+    follower = getattr(_local, "follower", None)
+    if follower is None:
+        return real_call(module, *args, **kwargs)
+    return follower.call(module, args, kwargs)
+
+
+@contextmanager
+def catching() -> Iterator[None]:
+    """Catches calls of modules in the body, in every thread that has a follower."""
+    global _open
+    with _lock:
+        if not _open:
+            _put_in_place()
+        _open += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _open -= 1
+            if not _open:
+                _put_back()
+
+
+@contextmanager
+def follower_of_thread(follower: Follower | None) -> Iterator[None]:
+    """Tells a follower of the calls of this thread in the body. None tells nobody."""
+    before = getattr(_local, "follower", None)
+    _local.follower = follower
+    try:
+        yield
+    finally:
+        _local.follower = before
+
+
+@contextmanager
+def unfollowed(mode: TorchFunctionMode | None) -> Iterator[None]:
+    """Runs the body as if nobody followed: without the follower, and without its mode.
+
+    Args:
+        mode: Mode of the follower. It is taken off if it is on top of the stack.
+    """
+    before = getattr(_local, "follower", None)
+    _local.follower = None
+    taken = mode is not None and _on_top() is mode
+    if taken:
+        torch._C._pop_torch_function_stack()
+    try:
+        yield
+    finally:
+        if taken:
+            torch._C._push_on_torch_function_stack(mode)
+        _local.follower = before
+
+
+def _on_top() -> Any:
+    depth = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(depth - 1) if depth else None
+
+
+@contextmanager
+def segments(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Tells of the checkpointed segments that this thread runs in the body of `catching`.
+
+    Args:
+        begin: Function called before a segment's forward pass.
+        end: Function called after it.
+    """
+    _local.segment = (begin, end)
+    try:
+        yield
+    finally:
+        _local.segment = None
+
+
+class _Reentrant:
+    """Stands in the place of torch's `CheckpointFunction`."""
+
+    @staticmethod
+    def apply(*args: Any) -> Any:
+        told = getattr(_local, "segment", None)
+        if told is None:
+            return _reentrant.apply(*args)
+        told[0]()
+        try:
+            return _reentrant.apply(*args)
+        finally:
+            told[1]()
+
+
+def _nonreentrant(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Stands in the place of torch's generator around a segment that is not reentrant."""
+    told = getattr(_local, "segment", None)
+    if told is None:
+        yield from _generator(*args, **kwargs)
+        return
+    told[0]()
+    try:
+        yield from _generator(*args, **kwargs)
+    finally:
+        told[1]()
+
+
+_reentrant: Any = checkpointing.CheckpointFunction
+# Later versions of torch call the second name, earlier ones have the first only.
+_NAME = "_checkpoint_without_reentrant_generator"
+_NAME = f"{_NAME}_impl" if hasattr(checkpointing, f"{_NAME}_impl") else _NAME
+_generator: Callable[..., Iterator[Any]] = getattr(checkpointing, _NAME)
+
+
+def _put_in_place() -> None:
+    global real_call
+    real_call = nn.Module.__call__
+    nn.Module.__call__ = _call  # type: ignore[method-assign]
+    checkpointing.CheckpointFunction = _Reentrant  # type: ignore[assignment,misc]
+    setattr(checkpointing, _NAME, _nonreentrant)
+
+
+def _put_back() -> None:
+    # Somebody else who has replaced the call since then keeps it: theirs leads to ours, and ours
+    # does nothing without a follower.
+    if nn.Module.__call__ is _call:
+        nn.Module.__call__ = real_call  # type: ignore[method-assign]
+    checkpointing.CheckpointFunction = _reentrant  # type: ignore[misc]
+    setattr(checkpointing, _NAME, _generator)

@@ -1,0 +1,304 @@
+"""Chooses what is kept of a pass: what crosses from frozen to trained work, or what is cheapest."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cachefreeze.lineage.operations import FROZEN, Operation, Trace
+
+# Largest sum of capacities, which the flow counts in 32 bits.
+_CAPACITY = 1 << 30
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of a pass, and what runs again at replay.
+
+    Attributes:
+        kept: Numbers of the kept values, in order.
+        runs: Numbers of the operations that run at replay. All others are left out.
+        nbytes: Bytes of the kept values, for the traced batch.
+        seconds_again: Time of the kernels that run again although they could be left out.
+        seconds_saved: Time of the kernels that are left out.
+    """
+
+    kept: tuple[int, ...]
+    runs: frozenset[int]
+    nbytes: int
+    seconds_again: float
+    seconds_saved: float
+
+
+def crossing_cut(trace: Trace, unread: Collection[int] = ()) -> Cut:
+    """Keeps every frozen value that trained work, live work or the output takes.
+
+    Work that depends on the batch alone, or on nothing, runs again where its result is taken.
+
+    Args:
+        trace: Trace of a pass.
+        unread: Numbers of outputs that nobody reads. They are not kept.
+    """
+    kept, runs = _settle(trace, set(), set(), _wanted(trace, unread))
+    roots = _cheaper_roots(trace, kept, runs)
+    if roots:
+        kept, runs = _settle(trace, set(), roots, _wanted(trace, unread))
+    return _cut(trace, kept, runs)
+
+
+def minimum_cut(
+    trace: Trace,
+    *,
+    reading_rate: float,
+    price: float = 0.0,
+    unread: Collection[int] = (),
+) -> Cut:
+    """Keeps what makes the replayed pass cheapest: a value is read, or its operations run again.
+
+    The choice is a minimum cut of the graph of operations and values, as in the min-cut
+    rematerialization of `torch._functorch.partitioners`.
+
+    Args:
+        trace: Trace of a pass.
+        reading_rate: Bytes a second at which kept values are read.
+        price: Seconds that one kept byte of the batch counts beside its reading, for a budget.
+        unread: Numbers of outputs that nobody reads. They are not kept.
+
+    Raises:
+        ValueError: The reading rate is not positive, or the price is negative.
+    """
+    if not reading_rate > 0 or not price >= 0:
+        raise ValueError("minimum_cut needs a reading_rate above 0 and a price of at least 0.")
+    wanted = _wanted(trace, unread)
+    kept, runs = _settle(trace, set(), set(), wanted)
+    # What runs whatever is kept, and what it takes.
+    fixed = {one for one in runs if not trace.operations[one].skippable}
+    fixed |= _bound_to_run(trace, fixed)
+    wanted = wanted | {number for one in fixed for number in trace.operations[one].reads}
+    free = [one for one in trace.operations if one.skippable and one.number not in fixed]
+    place = {operation.number: rank for rank, operation in enumerate(free)}
+    maker = {number: place[one.number] for one in free for number in one.makes}
+    costs = {
+        number: trace.values[number].nbytes * (1 / reading_rate + price)
+        for number in maker
+        if trace.values[number].plain
+    }
+    again, chosen = cheapest(
+        [operation.seconds for operation in free],
+        [[number for number in one.reads if number in maker] for one in free],
+        maker,
+        costs,
+        [number for number in wanted if number in maker],
+    )
+    return _cut(trace, *_settle(trace, chosen, {free[rank].number for rank in again}, wanted))
+
+
+def cheapest(
+    seconds: Sequence[float],
+    reads: Sequence[Sequence[int]],
+    maker: dict[int, int],
+    costs: dict[int, float],
+    wanted: Iterable[int],
+) -> tuple[set[int], set[int]]:
+    """Decides for each value that is needed: keep it, or run its operation again.
+
+    Args:
+        seconds: Cost of each operation.
+        reads: Values that each operation takes, by number. All of them have a maker.
+        maker: Operation that makes each value.
+        costs: Cost of keeping each value. A value without one cannot be kept.
+        wanted: Values that are needed.
+
+    Returns:
+        Operations that run again, and values that are kept. Their costs together are the least.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+    wanted = list(wanted)
+    if not wanted:
+        return set(), set()
+    # A cut edge is something paid for: source -> operation is running it, operation -> value is
+    # keeping the value. A value that is needed, and whose maker is on the source's side, is kept.
+    numbers = {number: len(seconds) + rank for rank, number in enumerate(maker)}
+    source, sink = len(seconds) + len(numbers), len(seconds) + len(numbers) + 1
+    total = sum(seconds)
+    scale = (_CAPACITY // 4) / max(total, 1e-12)
+    endless = _CAPACITY
+
+    def capacity(cost: float) -> int:
+        return min(max(1, round(cost * scale)), endless - 1) if cost > 0 else 0
+
+    edges = [(source, one, capacity(cost)) for one, cost in enumerate(seconds)]
+    for number, one in maker.items():
+        # Nothing that costs more than all operations together is ever kept.
+        cost = costs.get(number)
+        kept = endless if cost is None else min(capacity(min(cost, 2 * total)), endless - 1)
+        edges.append((one, numbers[number], kept))
+    for one, taken in enumerate(reads):
+        edges += [(numbers[number], one, endless) for number in taken]
+    edges += [(numbers[number], sink, endless) for number in wanted]
+    starts, ends, capacities = np.array(edges, dtype=np.int64).T
+    shape = (sink + 1, sink + 1)
+    graph = coo_array((capacities.astype(np.int32), (starts, ends)), shape=shape).tocsr()
+    flow = maximum_flow(graph, source, sink).flow
+    left = graph - flow
+    left.data[left.data < 0] = 0
+    left.eliminate_zeros()
+    reached = np.zeros(sink + 1, dtype=bool)
+    reached[breadth_first_order(left, source, return_predecessors=False)] = True
+    again = {one for one in range(len(seconds)) if not reached[one]}
+    needed = {*wanted, *(number for one in again for number in reads[one])}
+    kept_values = {number for number in needed if reached[maker[number]]}
+    return _needed(again, kept_values, reads, maker, wanted), kept_values
+
+
+def _needed(
+    again: set[int],
+    kept: set[int],
+    reads: Sequence[Sequence[int]],
+    maker: dict[int, int],
+    wanted: Iterable[int],
+) -> set[int]:
+    """Leaves out operations that nothing needs: a cut puts what costs nothing on either side."""
+    found: set[int] = set()
+    open_values = list(wanted)
+    while open_values:
+        number = open_values.pop()
+        one = maker[number]
+        if number not in kept and one in again and one not in found:
+            found.add(one)
+            open_values += reads[one]
+    return found
+
+
+def _wanted(trace: Trace, unread: Collection[int]) -> set[int]:
+    return {number for number, read in trace.outputs if read and number not in unread}
+
+
+def _bound_to_run(trace: Trace, runs: set[int]) -> set[int]:
+    """Finds operations that must run because of others: in a checkpointed segment, on a buffer.
+
+    Args:
+        trace: Trace of a pass.
+        runs: Operations that run.
+    """
+    operations, values = trace.operations, trace.values
+    segments = {operations[one].segment for one in runs} - {-1}
+    bound = {one.number for one in operations if one.segment in segments}
+    # A running write reaches the other tensors on its buffer only if they really are on it.
+    shared = {
+        values[old].storage
+        for one in runs
+        for old, _ in operations[one].writes
+        if len(operations[one].writes) > 1
+    }
+    for operation in operations:
+        made = [number for number in operation.makes if values[number].storage in shared]
+        looks_on = any(values[number].storage in shared for number in operation.reads)
+        if made and looks_on:
+            bound.add(operation.number)
+    return {one for one in bound - runs if operations[one].skippable}
+
+
+def _settle(
+    trace: Trace, kept: set[int], runs: set[int], wanted: set[int]
+) -> tuple[set[int], set[int]]:
+    """Completes a choice, until everything that runs has what it takes.
+
+    Args:
+        trace: Trace of a pass.
+        kept: Values that are kept.
+        runs: Operations that run again by choice.
+        wanted: Values that the caller takes.
+    """
+    operations, values = trace.operations, trace.values
+    kept = set(kept)
+    runs = set(runs) | {one.number for one in operations if not one.skippable}
+    while True:
+        runs |= _bound_to_run(trace, runs)
+        open_values = [*wanted, *(number for one in runs for number in operations[one].reads)]
+        seen: set[int] = set()
+        while open_values:
+            number = open_values.pop()
+            made_by = values[number].operation
+            if number in seen or number in kept or made_by < 0:
+                continue
+            seen.add(number)
+            if made_by in runs:
+                continue
+            if values[number].kind == FROZEN and values[number].plain:
+                kept.add(number)
+            else:
+                runs.add(made_by)
+                open_values += operations[made_by].reads
+        more = _writes_on_real(trace, kept, runs)
+        if not more and not _bound_to_run(trace, runs):
+            used = {number for one in runs for number in operations[one].reads} | wanted
+            return {n for n in kept & used if values[n].operation not in runs}, runs
+        runs |= more
+
+
+def _writes_on_real(trace: Trace, kept: set[int], runs: set[int]) -> set[int]:
+    """Finds writes that may not be left out, since a real tensor is on the buffer by then."""
+    values = trace.values
+    real = {values[number].storage: number for number in sorted(kept, reverse=True)}
+    for one in sorted(runs, reverse=True):
+        for number in trace.operations[one].makes:
+            storage = values[number].storage
+            real[storage] = min(number, real.get(storage, number))
+    return {
+        one.number
+        for one in trace.operations
+        if one.number not in runs
+        for old, _ in one.writes
+        if real.get(values[old].storage, len(values)) <= old
+    }
+
+
+def _cheaper_roots(trace: Trace, kept: set[int], runs: set[int]) -> set[int]:
+    """Finds views that are better made again, from one kept tensor that they are views of."""
+    values, operations = trace.values, trace.operations
+    groups: dict[int, list[int]] = {}
+    for number in sorted(kept):
+        groups.setdefault(values[number].storage, []).append(number)
+    again: set[int] = set()
+    for storage, numbers in groups.items():
+        written = any(values[old].storage == storage for one in operations for old, _ in one.writes)
+        root = next(value for value in values if value.storage == storage)
+        total = sum(values[number].nbytes for number in numbers)
+        if len(numbers) > 1 and not written and root.plain and root.nbytes <= total:
+            if root.kind != FROZEN or root.operation < 0:
+                continue
+            again |= _path(trace, numbers, root.number)
+    return again
+
+
+def _path(trace: Trace, numbers: Iterable[int], root: int) -> set[int]:
+    """Finds the operations that lead from a tensor to its views."""
+    found: set[int] = set()
+    open_values = [number for number in numbers if number != root]
+    while open_values:
+        operation = trace.operations[trace.values[open_values.pop()].operation]
+        if operation.number in found:
+            continue
+        found.add(operation.number)
+        storage = trace.values[root].storage
+        open_values += [
+            number
+            for number in operation.reads
+            if number != root and trace.values[number].storage == storage
+        ]
+    return found
+
+
+def _cut(trace: Trace, kept: set[int], runs: set[int]) -> Cut:
+    left_out: list[Operation] = [one for one in trace.operations if one.number not in runs]
+    return Cut(
+        kept=tuple(sorted(kept)),
+        runs=frozenset(runs),
+        nbytes=sum(trace.values[number].nbytes for number in kept),
+        seconds_again=sum(trace.operations[one].seconds for one in runs
+                          if trace.operations[one].skippable),
+        seconds_saved=sum(operation.seconds for operation in left_out),
+    )  # fmt: skip

@@ -1,0 +1,132 @@
+"""The tensors of a pass that are alive while it is followed, and which value each one is."""
+
+import weakref
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from cachefreeze.lineage.operations import Value
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def buffer_of(tensor: torch.Tensor) -> int:
+    """Returns what two tensors on one buffer have in common, or 0 for a tensor without one."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+class Known:
+    """Finds the number of the value that a tensor is now. It keeps no tensor alive.
+
+    Args:
+        values: List that new values are appended to.
+    """
+
+    def __init__(self, values: list[Value]) -> None:
+        self._values = values
+        self._number: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        # Tensors by the buffer they lie on. Addresses come again once a buffer is freed, so a
+        # buffer counts only while a tensor on it is alive.
+        self._on: dict[int, dict[int, weakref.ref[torch.Tensor]]] = {}
+        self._buffers: dict[int, int] = {}
+        self._things = 0
+        self._storages = 0
+        self.state_buffers: set[int] = set()
+        self.input_buffers: set[int] = set()
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """Returns the number of a tensor's value, or -1 if it is not known."""
+        found = self._number.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else -1
+
+    def reference(self, tensor: torch.Tensor) -> "weakref.ref[torch.Tensor]":
+        """Returns the weak reference to a known tensor."""
+        return self._number[id(tensor)][0]
+
+    def buffer(self, number: int) -> int:
+        """Returns the buffer that a value lies on."""
+        return self._buffers.get(number, 0)
+
+    def on(self, buffer: int) -> list[int]:
+        """Returns the values of the tensors on a buffer that are alive."""
+        return [self.number(tensor) for tensor in self.tensors_on((buffer,))]
+
+    def tensors_on(self, buffers: Iterable[int]) -> list[torch.Tensor]:
+        """Returns the tensors on some buffers that are alive."""
+        found: list[torch.Tensor] = []
+        for buffer in buffers:
+            for reference in self._on.get(buffer, {}).values():
+                tensor = reference()
+                if tensor is not None:
+                    found.append(tensor)
+        return found
+
+    def alive_since(self, operation: int) -> Iterator[torch.Tensor]:
+        """Yields the tensors alive whose value was made by an operation or one after it."""
+        for number, (reference, value) in list(self._number.items()):
+            if self._values[value].operation >= operation:
+                tensor = reference()
+                if tensor is None:
+                    del self._number[number]
+                else:
+                    yield tensor
+
+    def add(self, tensor: torch.Tensor, operation: int) -> int:
+        """Registers a new tensor, and returns the number of its value.
+
+        Args:
+            tensor: Tensor.
+            operation: Number of the operation that made it. -1 for an input, -2 for state.
+        """
+        buffer = buffer_of(tensor)
+        alive = self.on(buffer) if buffer else []
+        if alive:
+            storage = self._values[alive[0]].storage
+        else:
+            storage = self._storages
+            self._storages += 1
+            self._on.pop(buffer, None)
+        self._things += 1
+        if operation == -1:
+            self.input_buffers.add(storage)
+        elif operation == -2:
+            self.state_buffers.add(storage)
+        reference = weakref.ref(tensor)
+        number = self._append(tensor, operation, storage, self._things, buffer)
+        self._number[id(tensor)] = reference, number
+        if buffer:
+            self._on.setdefault(buffer, {})[id(tensor)] = reference
+        return number
+
+    def renew(self, tensor: torch.Tensor, operation: int) -> int:
+        """Gives a known tensor that was written to the number of a new value."""
+        old = self._values[self.number(tensor)]
+        reference = self._number[id(tensor)][0]
+        number = self._append(tensor, operation, old.storage, old.thing, buffer_of(tensor))
+        self._number[id(tensor)] = reference, number
+        return number
+
+    def _append(
+        self, tensor: torch.Tensor, operation: int, storage: int, thing: int, buffer: int
+    ) -> int:
+        strided = tensor.layout == torch.strided and not tensor.is_nested
+        number = len(self._values)
+        self._buffers[number] = buffer
+        self._values.append(
+            Value(
+                number=number,
+                operation=operation,
+                shape=tuple(tensor.shape) if strided else (),
+                stride=tensor.stride() if strided else (),
+                dtype=tensor.dtype,
+                device=tensor.device,
+                requires_grad=tensor.requires_grad,
+                storage=storage,
+                thing=thing,
+                plain=strided and type(tensor) in _PLAIN and not tensor.is_quantized,
+            )
+        )
+        return number

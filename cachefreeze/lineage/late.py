@@ -1,0 +1,260 @@
+"""Late values: tensors in the place of skipped ones, which compute themselves when they are used."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from cachefreeze.lineage import soundness
+from cachefreeze.lineage.operations import Trace, Value
+from cachefreeze.lineage.program import Program, copy_of
+
+Tensor = torch.Tensor
+_quiet = torch._C.DisableTorchFunctionSubclass
+
+
+class Late(torch.Tensor):
+    """A tensor whose values are not there yet.
+
+    It answers shape, type, strides, device and `requires_grad` itself. The first use of anything
+    else computes the values, and the very object becomes a plain `torch.Tensor`: python's
+    references, and identity, stay as they were.
+    """
+
+    late_number: int
+    late_pass: "Pass"
+    late_real: Tensor | None
+
+    @staticmethod
+    def __new__(cls, value: Value, owner: "Pass") -> "Late":
+        """Makes a late value.
+
+        Args:
+            value: Value whose place it takes.
+            owner: Pass that can compute it.
+        """
+        made: Late = torch.Tensor._make_wrapper_subclass(
+            cls,
+            value.shape,
+            strides=value.stride,
+            dtype=value.dtype,
+            device=value.device,
+            requires_grad=value.requires_grad,
+        )
+        made.late_number, made.late_pass, made.late_real = value.number, owner, None
+        return made
+
+    def __init__(self, value: Value, owner: "Pass") -> None:
+        """Does nothing more. See `__new__`."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Computes the late values among the arguments, then calls the function."""
+        if func in soundness.METADATA:
+            with _quiet():
+                return func(*args, **(kwargs or {}))
+        for late in _late_in((args, kwargs)):
+            late.late_pass.compute_now(late)
+        left = next(_late_in((args, kwargs)), None)
+        if left is None:
+            return func(*args, **(kwargs or {}))
+        # Autograd holds the object, as a custom function does with what it is given. It stays a
+        # late value, and kernels are given the computed tensor.
+        with _quiet():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Gives a kernel the computed tensors. Only autograd and C++ code come here."""
+        args, kwargs = tree_map(_real, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _real(value: Any) -> Any:
+    if type(value) is Late:
+        return value.late_pass.real(value)
+    return value
+
+
+def _late_in(value: Any) -> Iterator[Late]:
+    if type(value) is Late:
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _late_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _late_in(item)
+    elif isinstance(value, slice):
+        yield from _late_in((value.start, value.stop, value.step))
+
+
+class Pass:
+    """One replayed pass: what it was given, and the late values that it has handed out.
+
+    Args:
+        trace: Trace that is replayed.
+        program: Operations of the trace.
+        given: Tensors by the numbers of their values: inputs and kept values.
+
+    Attributes:
+        ids: Tensor and number of its value, by the identity of the tensor.
+        computed: Numbers of the late values that were computed.
+        quiet: Function that makes a context in which nobody follows.
+    """
+
+    def __init__(self, trace: Trace, program: Program, given: dict[int, Tensor]) -> None:
+        self.ids: dict[int, tuple[Tensor, int]] = {}
+        self.computed: set[int] = set()
+        self.quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._trace = trace
+        self._program = program
+        self._given: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
+        self._lates: dict[int, weakref.ref[Late]] = {}
+        self._keys = (
+            torch._C._dispatch_tls_local_include_set(),
+            torch._C._dispatch_tls_local_exclude_set(),
+        )
+        for number, tensor in given.items():
+            self.give(number, tensor)
+
+    def give(self, number: int, tensor: Tensor) -> None:
+        """Notes the tensor that a value is now."""
+        self._given[number] = tensor
+        self._versions[number] = _version(tensor)
+        self.ids[id(tensor)] = tensor, number
+
+    def sources(self) -> dict[int, Tensor]:
+        """Returns what late values are computed from: what nobody has written to since."""
+        versions = self._versions
+        return {n: tensor for n, tensor in self._given.items() if _version(tensor) == versions[n]}
+
+    def save(self, number: int) -> None:
+        """Copies a value that is written to now, and that late values may need."""
+        if number in self._given:
+            tensor = self._given[number]
+            self.give(number, copy_of(tensor.detach()))
+            self.ids[id(tensor)] = tensor, number
+
+    def written(self, writes: Sequence[tuple[int, int]]) -> None:
+        """Notes that tensors were written to and are other values now."""
+        for old, new in writes:
+            for tensor, number in list(self.ids.values()):
+                if number == old and self._given.get(old) is not tensor:
+                    self.give(new, tensor)  # a copy of the old value is kept
+                elif number == old:
+                    del self._given[old]
+                    self.give(new, tensor)
+
+    def write(self, old: int, new: int) -> None:
+        """Lets a skipped write take place: the written object has another value now."""
+        reference = self._lates.pop(old, None)
+        late = reference() if reference is not None else None
+        if late is None or reference is None or type(late) is not Late:
+            return
+        late.late_number = new
+        self._lates[new] = reference
+        if new in self._given:
+            self._lates.pop(new)
+            self._become(late, self._given[new])
+        elif late.requires_grad != self._trace.values[new].requires_grad:
+            with _quiet():
+                late.requires_grad_(not late.requires_grad)
+
+    def hand_out(self, number: int) -> Tensor:
+        """Returns the tensor of a made value: the given one, or a late one."""
+        reference = self._lates.get(number)
+        late = reference() if reference is not None else None
+        if late is not None:
+            return late
+        given = self._given.get(number)
+        if given is not None:
+            return given
+        made = Late(self._trace.values[number], self)
+        self._lates[number] = weakref.ref(made)
+        return made
+
+    def compute_now(self, late: Late) -> None:
+        """Computes a late value, together with those that share its buffer."""
+        if late.late_real is not None:
+            return
+        storage = self._trace.values[late.late_number].storage
+        group = [
+            one for one in self._alive() if self._trace.values[one.late_number].storage == storage
+        ]
+        self._compute([late, *(one for one in group if one is not late)])
+
+    def compute_all(self) -> None:
+        """Computes every late value that somebody still holds."""
+        self._compute(self._alive())
+
+    def real(self, late: Late) -> Tensor:
+        """Returns the computed tensor of a late value that stays one."""
+        if late.late_real is None:
+            self._compute([late], swap=False)
+        assert late.late_real is not None
+        return late.late_real
+
+    def settle(self) -> None:
+        """Makes what is still late independent of tensors that the caller may write to."""
+        if self._alive():
+            for number in self._trace.inputs:
+                if number in self._given:
+                    self.give(number, copy_of(self._given[number].detach()))
+        self.ids.clear()
+
+    def _alive(self) -> list[Late]:
+        found = [reference() for reference in self._lates.values()]
+        return [late for late in found if type(late) is Late and late.late_real is None]
+
+    def _compute(self, lates: list[Late], swap: bool = True) -> None:
+        if not lates:
+            return
+        by_number = {late.late_number: late for late in lates}
+        # Below autograd, where C++ code asks for a value, torch has switched off the keys by which
+        # functions choose their way: recorded operations run with those of the pass.
+        keys = nullcontext() if swap else torch._C._ForceDispatchKeyGuard(*self._keys)
+        with self.quiet(), keys:
+            results = self._program.run(list(by_number), self.sources())
+        self.computed.update(by_number)
+        for number, late in by_number.items():
+            self._lates.pop(number, None)
+            self._become(late, results[number], swap)
+
+    def _become(self, late: Late, tensor: Tensor, swap: bool = True) -> None:
+        """Turns the object of a late value into a plain tensor, or gives it one to stand for."""
+        number = late.late_number
+        with _quiet():
+            held = late.grad_fn is not None
+        if swap and not held and _swap(late, tensor):
+            self.give(number, late)
+        else:
+            late.late_real = tensor
+            self.give(number, tensor)
+
+
+def _swap(late: Late, tensor: Tensor) -> bool:
+    """Exchanges what two tensor objects are. Says whether that was possible."""
+    left = late.__dict__
+    late.__dict__ = {}
+    late.__class__ = torch.Tensor  # type: ignore[assignment]
+    try:
+        torch._C._swap_tensor_impl(late, tensor)
+    except RuntimeError:
+        # C++ code holds one of them.
+        late.__class__ = Late
+        late.__dict__ = left
+        return False
+    return True
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

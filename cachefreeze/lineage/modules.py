@@ -1,0 +1,94 @@
+"""Finds the modules that a callable uses, and the tensors that they hold."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_CONTAINERS = (list, tuple, dict)
+
+
+def modules_of(call: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
+    """Finds the modules that a callable uses, each with a name. Parts of others are left out.
+
+    A module is found where it is the callable itself, what a method is bound to, an argument of a
+    `functools.partial`, in a closure, in a default argument, or in a global variable that the code
+    names.
+    """
+    found: dict[int, tuple[str, nn.Module]] = {}
+    seen: set[int] = set()
+
+    def look(value: Any, name: str, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            found.setdefault(id(value), (name, value))
+        elif id(value) in seen or depth > 4:
+            return
+        elif isinstance(value, _CONTAINERS):
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                look(item, f"{name}.{key}" if name else str(key), depth + 1)
+        elif isinstance(value, functools.partial):
+            for item in (value.func, value.args, value.keywords):
+                look(item, name, depth + 1)
+        elif inspect.ismethod(value):
+            look(value.__self__, "", depth + 1)
+            look(value.__func__, name, depth + 1)
+        elif inspect.isfunction(value):
+            seen.add(id(value))
+            for key, item in _names_of(value):
+                look(item, key, depth + 1)
+        elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
+            _look_inside(value, name, depth)
+        elif depth == 0 and hasattr(value, "__dict__") and not isinstance(value, type):
+            _look_inside(value, name, depth)
+
+    def _look_inside(value: Any, name: str, depth: int) -> None:
+        seen.add(id(value))
+        if inspect.ismodule(value):
+            return
+        for key, item in list(vars(value).items()):
+            look(item, f"{name}.{key}" if name else key, depth + 1)
+
+    look(call, "", 0)
+    parts = {id(part) for _, one in found.values() for part in one.modules() if part is not one}
+    return [pair for pair in found.values() if id(pair[1]) not in parts]
+
+
+def _names_of(function: Any) -> Iterator[tuple[str, Any]]:
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    for name in code.co_names:
+        if isinstance(function.__globals__.get(name), nn.Module):
+            yield name, function.__globals__[name]
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        yield "", value
+
+
+def states_of(prefix: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors that a module and its parts hold, each with a name.
+
+    Parameters and buffers come first, then tensors that are plain attributes, also those in lists
+    and dictionaries.
+    """
+    dot = f"{prefix}." if prefix else ""
+    for name, parameter in module.named_parameters():
+        yield dot + name, parameter
+    for name, buffer in module.named_buffers():
+        yield dot + name, buffer
+    for path, part in module.named_modules():
+        for key, value in list(vars(part).items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{dot}{path}.{key}", value
+            elif not key.startswith("_") and isinstance(value, _CONTAINERS):
+                items = value.values() if isinstance(value, dict) else value
+                for item in items:
+                    if isinstance(item, torch.Tensor):
+                        yield f"{dot}{path}.{key}", item

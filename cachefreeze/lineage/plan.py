@@ -1,0 +1,226 @@
+"""What each event of a trace becomes when the pass is replayed, or when it is captured."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from enum import Enum
+
+from cachefreeze.lineage.cut import Cut
+from cachefreeze.lineage.operations import CONSTANT, INPUT, SWITCH, Call, Enter, Operation, Step, Trace
+from cachefreeze.lineage.program import Program
+from cachefreeze.lineage.structure import Ref, numbers
+
+
+class Action(Enum):
+    """What is done at an event.
+
+    An operation is run or skipped. A call of a module is followed inside, taken as a whole, or run
+    unfollowed, with no mode on.
+    """
+
+    RUN = "run"
+    SKIP = "skip"
+    FOLLOW = "follow"
+    WHOLE = "whole"
+    UNFOLLOWED = "unfollowed"
+
+
+@dataclass(eq=False, slots=True)
+class Planned:
+    """An operation or a call of a module, and what becomes of it.
+
+    Attributes:
+        action: What is done.
+        operation: The operation, if it is one.
+        call: The call, if it is one.
+        checked: Whether the arguments must be those of the trace.
+        tracked: Numbers of made values that arguments are compared with later.
+        kept: Numbers of made values that are kept.
+        saved: Numbers of values that are copied before they are written to.
+        guards: Operations on the batch whose results decided the way through a module.
+        inside: For a call that is taken as a whole, the operations in it.
+        simple: Number of the only value that is made, if it is new and nothing is written.
+    """
+
+    action: Action
+    operation: Operation | None = None
+    call: Call | None = None
+    checked: bool = False
+    tracked: frozenset[int] = frozenset()
+    kept: frozenset[int] = frozenset()
+    saved: frozenset[int] = frozenset()
+    guards: tuple[Operation, ...] = ()
+    inside: tuple[Operation, ...] = ()
+    simple: int = -1
+
+
+_Whole = Callable[[Call, list[Operation], frozenset[int]], bool]
+
+
+class Plan:
+    """A trace with a cut, made ready to be replayed.
+
+    Args:
+        trace: Trace of a pass.
+        cut: What is kept of it.
+
+    Attributes:
+        trace: Trace of a pass.
+        cut: What is kept of it.
+        program: Operations of the trace, to be run again.
+        replayed: What becomes of each event at replay. None at the end of a call.
+        captured: What becomes of each event while kept values are taken from a plain pass.
+        states: Numbers of the parameters and buffers, by the identity of the tensor.
+    """
+
+    def __init__(self, trace: Trace, cut: Cut) -> None:
+        self.trace = trace
+        self.cut = cut
+        self.program = Program(trace)
+        self._kept = frozenset(cut.kept)
+        skipped = {one.number for one in trace.operations} - cut.runs
+        lineage = {one.number for one in self.program.needed(cut.kept, ())}
+        self.replayed = self._events(skipped, skipped, self._is_skippable)
+        self.captured = self._events(set(), lineage, self._gives_kept)
+        self.states: dict[int, int] = {}
+        for state in trace.states:
+            tensor = state.tensor()
+            if tensor is not None:
+                self.states[id(tensor)] = state.value
+
+    def _events(
+        self, skipped: Collection[int], compared: Collection[int], whole: _Whole
+    ) -> list[Planned | None]:
+        """Decides what becomes of each event.
+
+        Args:
+            skipped: Operations that are left out.
+            compared: Operations whose arguments must be those of the trace.
+            whole: Function that says whether a call is taken as a whole.
+        """
+        trace = self.trace
+        calls = {one.number: self._as_a_whole(one, compared, whole) for one in trace.calls}
+        compared, last = self._compared(compared, [p.call for p in calls.values() if p and p.call])
+        taken = frozenset(last)
+        late = frozenset(n for one in skipped for n in trace.operations[one].reads)
+        events: list[Planned | None] = []
+        for event in trace.events:
+            if isinstance(event, Step):
+                operation = trace.operations[event.operation]
+                events.append(self._operation(operation, skipped, compared, taken, late))
+            elif isinstance(event, Enter):
+                planned = calls[event.call]
+                if planned is None:
+                    planned = self._not_whole(trace.calls[event.call], compared, last)
+                elif planned.call is not None:
+                    planned.tracked = taken.intersection(numbers(planned.call.output))
+                events.append(planned)
+            else:
+                events.append(None)
+        return events
+
+    def _compared(
+        self, compared: Collection[int], calls: Collection[Call]
+    ) -> tuple[set[int], dict[int, int]]:
+        """Completes the operations whose arguments are compared: what makes an argument is, too.
+
+        Returns:
+            Those operations, and the last event that takes each value that is an argument.
+        """
+        operations, values = self.trace.operations, self.trace.values
+        found = set(compared)
+        last: dict[int, int] = {}
+        wanted: list[tuple[int, int]] = [
+            (number, call.enter)
+            for call in calls
+            for number in (*numbers(call.args), *numbers(call.kwargs))
+        ]
+        wanted += [(n, operations[one].event) for one in found for n in operations[one].reads]
+        while wanted:
+            number, event = wanted.pop()
+            seen = number in last
+            last[number] = max(event, last.get(number, -1))
+            made_by = values[number].operation
+            if seen or made_by < 0 or made_by in found or not operations[made_by].skippable:
+                continue
+            found.add(made_by)
+            wanted += [(n, operations[made_by].event) for n in operations[made_by].reads]
+        return found, last
+
+    def _operation(
+        self,
+        operation: Operation,
+        skipped: Collection[int],
+        compared: Collection[int],
+        taken: frozenset[int],
+        late: frozenset[int],
+    ) -> Planned:
+        skip = operation.number in skipped
+        tracked = taken.intersection(operation.makes)
+        kept = self._kept.intersection(operation.makes)
+        simple = -1
+        if skip and not operation.writes:
+            output = operation.output
+            if isinstance(output, Ref) and output.number in operation.makes:
+                simple = output.number
+        return Planned(
+            Action.SKIP if skip else Action.RUN,
+            operation,
+            checked=operation.number in compared,
+            tracked=tracked,
+            kept=kept,
+            saved=late.intersection(old for old, _ in operation.writes),
+            simple=simple,
+        )
+
+    def _inside(self, call: Call) -> list[Operation]:
+        return [
+            self.trace.operations[event.operation]
+            for event in self.trace.events[call.enter : call.leave]
+            if isinstance(event, Step)
+        ]
+
+    def _as_a_whole(
+        self, call: Call, compared: Collection[int], whole: _Whole
+    ) -> Planned | None:
+        """Plans a call that is taken as a whole. Returns None if it cannot be."""
+        inside = self._inside(call)
+        if call.why_not_whole or not any(one.number in compared for one in inside):
+            return None
+        kept = self._kept.intersection(number for one in inside for number in one.makes)
+        if not whole(call, inside, kept):
+            return None
+        guards = tuple(one for one in inside if one.escapes)
+        return Planned(
+            Action.WHOLE, call=call, checked=True, kept=kept, guards=guards, inside=tuple(inside)
+        )
+
+    def _not_whole(
+        self, call: Call, compared: Collection[int], last: dict[int, int]
+    ) -> Planned:
+        inside = self._inside(call)
+        made = {number for one in inside for number in one.makes}
+        taken_later = any(last.get(number, -1) >= call.leave for number in made)
+        quiet = all(one.number not in compared for one in inside)
+        unfollowed = quiet and not taken_later and not self._kept & made
+        return Planned(Action.UNFOLLOWED if unfollowed else Action.FOLLOW, call=call)
+
+    def _is_whole(self, inside: list[Operation]) -> bool:
+        """Says whether operations could be left out together, as far as they are concerned.
+
+        Python values that they took from the batch are compared before.
+        """
+        for one in inside:
+            if one.escapes and not one.must_run:
+                reads = [self.trace.values[number] for number in one.reads]
+                if any(value.kind not in (INPUT, CONSTANT) for value in reads):
+                    return False
+            elif not one.skippable and one.must_run != SWITCH:
+                return False
+        return True
+
+    def _is_skippable(self, call: Call, inside: list[Operation], kept: frozenset[int]) -> bool:
+        return self._is_whole(inside)
+
+    def _gives_kept(self, call: Call, inside: list[Operation], kept: frozenset[int]) -> bool:
+        return self._is_whole(inside) and kept <= set(numbers(call.output))
+

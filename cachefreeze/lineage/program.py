@@ -1,0 +1,203 @@
+"""Runs recorded operations again, with none of the model's own python code.
+
+That is how a late value computes itself, how the values of a new cut come from those of an old one,
+and how the batch axes are found.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from cachefreeze.lineage.known import buffer_of
+from cachefreeze.lineage.operations import Modes, Operation, Trace
+from cachefreeze.lineage.structure import bound, fill
+from cachefreeze.lineage.tracer import modes_now
+
+Tensor = torch.Tensor
+
+
+class Program:
+    """The operations of a trace, to be run again in their order.
+
+    Args:
+        trace: Trace of a pass.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        # Operations that make or write a tensor on a buffer, in order. Where a tensor is written
+        # while another one on its buffer lives, all of them belong together.
+        self._touching: dict[int, list[int]] = defaultdict(list)
+        self._tangled: set[int] = set()
+        for operation in trace.operations:
+            for storage in {trace.values[number].storage for number in operation.makes}:
+                self._touching[storage].append(operation.number)
+            storages = [trace.values[old].storage for old, _ in operation.writes]
+            self._tangled |= {one for one in storages if storages.count(one) > 1}
+        self._orders: dict[Any, list[Operation]] = {}
+
+    def needed(self, targets: Collection[int], given: Collection[int]) -> list[Operation]:
+        """Finds the operations that make some values, in order.
+
+        Args:
+            targets: Numbers of the values.
+            given: Numbers of the values that are there already.
+        """
+        again: set[int] = set()
+        while True:
+            found = self._closure(targets, given, again)
+            written = {
+                self._trace.values[old].storage
+                for one in found
+                for old, _ in self._trace.operations[one].writes
+            }
+            more = (written & self._tangled) - again
+            if not more:
+                return [self._trace.operations[one] for one in sorted(found)]
+            # Tensors that share a written buffer are made together, so that they share it again.
+            again |= more
+
+    def _closure(
+        self, targets: Collection[int], given: Collection[int], again: Collection[int]
+    ) -> set[int]:
+        values, operations = self._trace.values, self._trace.operations
+        wanted, found = list(targets), set[int]()
+        while wanted:
+            number = wanted.pop()
+            value = values[number]
+            if value.operation < 0 or (number in given and value.storage not in again):
+                continue
+            more = [value.operation]
+            if value.storage in again:
+                more = [one for one in self._touching[value.storage] if one <= value.operation]
+            for one in more:
+                if one not in found:
+                    found.add(one)
+                    wanted += operations[one].reads
+        return found
+
+    def run(self, targets: Sequence[int], given: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Computes values from others.
+
+        Args:
+            targets: Numbers of the values to compute.
+            given: Tensors by the numbers of their values. They are not written to.
+
+        Returns:
+            Tensors by number. Two on one buffer in the pass are on one buffer here.
+        """
+        key = (frozenset(targets), frozenset(given))
+        order = self._orders.get(key)
+        if order is None:
+            order = self._orders[key] = self.needed(targets, given.keys())
+        found, own = dict(given), _Own(given)
+        keep = {*targets, *given}
+        last = {number: one.number for one in order for number in one.reads}
+        for operation in order:
+            self.run_one(operation, found, own)
+            for number in operation.reads:
+                # Frees what is not needed any more, as the pass itself did.
+                if last[number] == operation.number and number not in keep:
+                    found.pop(number, None)
+        return {number: found[number] for number in targets}
+
+    def result(self, operation: Operation, given: Mapping[int, Tensor]) -> Any:
+        """Runs one operation, after those that make what it takes, and returns its result."""
+        made = [one for one in operation.reads if self._trace.values[one].operation >= 0]
+        found = self.run(made, given)
+        return self.run_one(operation, {**given, **found}, _Own({**given, **found}))
+
+    def run_one(self, operation: Operation, found: dict[int, Tensor], own: "_Own") -> Any:
+        """Runs an operation.
+
+        Args:
+            operation: Operation.
+            found: Tensors by number. Those that the operation makes are put in.
+            own: Tensors that may not be written to.
+
+        Returns:
+            Result of the operation.
+        """
+        for old, _ in operation.writes:
+            if old in found and found[old] in own:
+                found[old] = copy_of(found[old])
+        args = fill(operation.args, lambda number: self._tensor(number, found))
+        kwargs = fill(operation.kwargs, lambda number: self._tensor(number, found))
+        with under(operation.modes):
+            result = operation.func(*args, **kwargs)
+        for number, tensor in bound(operation.output, result):
+            found[number] = tensor
+        for old, new in operation.writes:
+            if new not in found and old in found:
+                found[new] = found[old]
+        return result
+
+    def _tensor(self, number: int, found: Mapping[int, Tensor]) -> Tensor:
+        return found[number] if number in found else self.state(number)
+
+    def state(self, number: int) -> Tensor:
+        """Returns a parameter or buffer by the number of its value.
+
+        Raises:
+            RuntimeError: It is gone.
+        """
+        for state in self._trace.states:
+            if state.value == number:
+                tensor = state.tensor()
+                if tensor is not None:
+                    return tensor
+                raise RuntimeError(
+                    f"A value that was left out cannot be computed: `{state.name}` is gone."
+                )
+        raise RuntimeError(
+            f"A value that was left out cannot be computed: it needs the value of "
+            f"{self._trace.describe(number)}, which was written to after the call."
+        )
+
+
+class _Own:
+    """Buffers that belong to somebody else, and are copied before a write."""
+
+    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
+        self._buffers = {buffer_of(tensor) for tensor in tensors.values()}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return buffer_of(tensor) in self._buffers
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """Copies a tensor to a buffer of its own, with its strides and its `requires_grad`."""
+    with torch.no_grad():
+        source = tensor.detach()
+        broadcast = [place for place, step in enumerate(source.stride()) if not step]
+        for place in broadcast:
+            source = source.narrow(place, 0, min(1, source.shape[place]))
+        copied = torch.empty_strided(
+            source.shape, source.stride(), dtype=source.dtype, device=source.device
+        ).copy_(source)
+        if broadcast:
+            copied = copied.expand(tensor.shape)
+    return copied.requires_grad_(tensor.requires_grad) if tensor.requires_grad else copied
+
+
+@contextmanager
+def under(modes: Modes) -> Iterator[None]:
+    """Sets torch's switches as they were when an operation ran."""
+    now = modes_now()
+    if now == modes:
+        yield
+        return
+    with ExitStack() as stack:
+        if now.inference != modes.inference:
+            stack.enter_context(torch.inference_mode(modes.inference))
+        stack.enter_context(torch.set_grad_enabled(modes.grad))
+        on = {kind for kind, _, _ in modes.autocast}
+        for kind, dtype, cached in modes.autocast:
+            stack.enter_context(torch.autocast(kind, dtype, cache_enabled=cached))
+        for kind, _, _ in now.autocast:
+            if kind not in on:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

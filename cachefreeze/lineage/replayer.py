@@ -1,0 +1,403 @@
+"""Runs a forward pass with its frozen work left out, or takes from a plain pass what is kept."""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from cachefreeze.lineage import calls, soundness
+from cachefreeze.lineage.late import Late, Pass
+from cachefreeze.lineage.operations import Call, Operation, label
+from cachefreeze.lineage.plan import Action, Plan, Planned
+from cachefreeze.lineage.program import copy_of
+from cachefreeze.lineage.structure import bound, fill, matches, tensors
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Report:
+    """What happened in a replayed or captured pass.
+
+    Attributes:
+        skipped: Number of operations that were left out.
+        left: Reason why the pass went on plainly, from some call on. Empty if it did not.
+        computed: Numbers of the late values that were computed after all. It grows when the caller
+            uses further ones after the pass.
+    """
+
+    skipped: int = 0
+    left: str = ""
+    computed: AbstractSet[int] = frozenset()
+
+
+def replay(
+    plan: Plan,
+    kept: Mapping[int, Tensor],
+    model: Callable[..., Any],
+    /,
+    *args: Any,
+    leave_at: int | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Report]:
+    """Runs a forward pass with its frozen work left out.
+
+    Where the pass goes another way than the traced one, it goes on from there without skipping.
+    The result is the plain pass's in either case.
+
+    Args:
+        plan: Trace and cut.
+        kept: Kept values of this very batch, by number. The pass owns these tensors from now on.
+        model: Module or callable that was traced.
+        *args: Positional arguments of the call.
+        leave_at: Event from which on nothing is skipped, for tests.
+        **kwargs: Keyword arguments of the call.
+
+    Returns:
+        Output of the model, and what happened.
+
+    Raises:
+        ValueError: A kept value is missing, or has another shape or type.
+    """
+    given = (args, kwargs)
+    difference = plan.trace.signature.difference(given)
+    if difference:
+        return model(*args, **kwargs), Report(left=difference)
+    inputs = dict(zip(plan.trace.inputs, tensors(given), strict=True))
+    ready = _prepared(plan, kept)
+    mode = _Replaying(plan, Pass(plan.trace, plan.program, {**ready, **inputs}), leave_at)
+    with calls.catching(), calls.follower_of_thread(mode):
+        try:
+            with mode:
+                output = model(*args, **kwargs)
+        finally:
+            mode.end()
+    return output, mode.report
+
+
+def capture(
+    plan: Plan, model: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> tuple[Any, dict[int, Tensor] | None, Report]:
+    """Runs a plain forward pass and takes the kept values from it.
+
+    Args:
+        plan: Trace and cut.
+        model: Module or callable that was traced.
+        *args: Positional arguments of the call.
+        **kwargs: Keyword arguments of the call.
+
+    Returns:
+        Output of the model; copies of the kept values by number, or None if the pass went another
+        way than the traced one; and what happened.
+    """
+    given = (args, kwargs)
+    difference = plan.trace.signature.difference(given)
+    if difference:
+        return model(*args, **kwargs), None, Report(left=difference)
+    inputs = dict(zip(plan.trace.inputs, tensors(given), strict=True))
+    mode = _Capturing(plan, inputs)
+    with calls.catching(), calls.follower_of_thread(mode), mode:
+        output = model(*args, **kwargs)
+    missing = set(plan.cut.kept) - mode.found.keys()
+    if missing and not mode.report.left:
+        mode.report.left = "the pass ended before all values were made"
+    return output, None if mode.report.left else mode.found, mode.report
+
+
+def _prepared(plan: Plan, kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Gives kept values the strides and the `requires_grad` that they had in the traced pass."""
+    ready: dict[int, Tensor] = {}
+    for number in plan.cut.kept:
+        value, tensor = plan.trace.values[number], kept.get(number)
+        if tensor is None:
+            raise ValueError(f"replay needs the kept value {plan.trace.describe(number)}.")
+        if tuple(tensor.shape) != value.shape or tensor.dtype != value.dtype:
+            raise ValueError(
+                f"The kept value {plan.trace.describe(number)} was given as "
+                f"{tuple(tensor.shape)}, {tensor.dtype}."
+            )
+        if tensor.stride() != value.stride:
+            own = torch.empty_strided(
+                value.shape, value.stride, dtype=value.dtype, device=value.device
+            )
+            tensor = own.copy_(tensor)
+        ready[number] = tensor.requires_grad_(value.requires_grad)
+    return ready
+
+
+class _Following(TorchFunctionMode):
+    """Goes along the events of a plan with a pass that runs now."""
+
+    def __init__(self, plan: Plan, events: list[Planned | None]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.report = Report()
+        self._events = events
+        self._at = 0
+        self._lost = False
+        self._open = True
+
+    # What the two kinds of passes do differently.
+
+    def number(self, tensor: Any) -> int:
+        """Returns the number of the value that a tensor is in this pass, or -1."""
+        raise NotImplementedError
+
+    def sources(self) -> dict[int, Tensor]:
+        """Returns the tensors that recorded operations can start from."""
+        raise NotImplementedError
+
+    def carry_out(self, planned: Planned, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Does what is planned for an operation."""
+        raise NotImplementedError
+
+    def whole(self, planned: Planned, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Does what is planned for a call that is taken as a whole."""
+        raise NotImplementedError
+
+    def lose(self, why: str) -> None:
+        """Goes on plainly from here."""
+        if not self._lost:
+            self._lost = True
+            self.report.left = why
+
+    # What they have in common.
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._lost or not self._open or func in soundness.METADATA:
+            return func(*args, **(kwargs or {}))
+        if func is soundness.ITERATE:
+            return iter(self.step(torch.Tensor.unbind, (args[0], 0), {}))
+        return self.step(func, args, kwargs or {})
+
+    def step(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Does what is planned for the next operation, if this is it."""
+        planned = self._events[self._at] if self._at < len(self._events) else None
+        operation = planned.operation if planned is not None else None
+        if planned is None or operation is None or func != operation.func:
+            self.lose(f"another call: {label(func)}")
+        elif planned.checked and not self._matches(operation, args, kwargs):
+            self.lose(f"other arguments of {operation.name}")
+        else:
+            self._at += 1
+            return self.carry_out(planned, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Does what is planned for a call of a module, if this is it."""
+        planned = self._events[self._at] if self._at < len(self._events) else None
+        if self._lost or not self._open:
+            return self._plainly(module, args, kwargs)
+        if planned is not None and planned.operation is not None and planned.operation.opaque:
+            return self._opaque(planned, planned.operation, module, args, kwargs)
+        call = planned.call if planned is not None else None
+        if planned is None or call is None or not call.is_of(module):
+            self.lose(f"another call: {type(module).__name__}")
+            return self._plainly(module, args, kwargs)
+        if planned.action is not Action.FOLLOW:
+            with calls.unfollowed(self):
+                if planned.action is Action.UNFOLLOWED:
+                    output = calls.real_call(module, *args, **kwargs)
+                    self._at = call.leave + 1
+                    return output
+                if self._is_whole(planned, call, args, kwargs):
+                    output = self.whole(planned, module, args, kwargs)
+                    self._at = call.leave + 1
+                    return output
+        return self._inside(call, module, args, kwargs)
+
+    def _inside(self, call: Call, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._at += 1
+        try:
+            output = calls.real_call(module, *args, **kwargs)
+        except BaseException:
+            if self._at != call.leave:
+                self.lose("an error")
+            self._at = call.leave + 1
+            raise
+        if self._at != call.leave:
+            self.lose(f"{call.name or type(module).__name__} ended early")
+        self._at = call.leave + 1
+        return output
+
+    def _plainly(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        with calls.unfollowed(self):
+            return calls.real_call(module, *args, **kwargs)
+
+    def _opaque(
+        self,
+        planned: Planned,
+        operation: Operation,
+        module: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if operation.func.module() is not module:
+            self.lose(f"another call: {type(module).__name__}")
+        elif planned.checked and not self._matches(operation, args, kwargs):
+            self.lose(f"other arguments of {operation.name}")
+        else:
+            self._at += 1
+            with calls.unfollowed(self):
+                run = functools.partial(calls.real_call, module)
+                return self.carry_out(planned, run, args, kwargs)
+        return self._plainly(module, args, kwargs)
+
+    def _matches(self, one: Operation | Call, args: Any, kwargs: dict[str, Any]) -> bool:
+        return matches(one.args, args, self.number) and matches(one.kwargs, kwargs, self.number)
+
+    def _is_whole(self, planned: Planned, call: Call, args: Any, kwargs: Any) -> bool:
+        if not self._matches(call, args, kwargs):
+            return False
+        return all(
+            matches(guard.output, self.plan.program.result(guard, self.sources()), self.number)
+            for guard in planned.guards
+        )
+
+
+class _Replaying(_Following):
+    def __init__(self, plan: Plan, run: Pass, leave_at: int | None) -> None:
+        super().__init__(plan, plan.replayed)
+        self._pass = run
+        self._leave_at = len(plan.replayed) if leave_at is None else leave_at
+        self.report.computed = run.computed
+        run.quiet = self._quiet
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        before, self._open = self._open, False
+        with calls.unfollowed(self):
+            try:
+                yield
+            finally:
+                self._open = before
+
+    def number(self, tensor: Any) -> int:
+        if type(tensor) is Late:
+            return tensor.late_number if tensor.late_pass is self._pass else -1
+        found = self._pass.ids.get(id(tensor))
+        return found[1] if found is not None else self.plan.states.get(id(tensor), -1)
+
+    def sources(self) -> dict[int, Tensor]:
+        return self._pass.sources()
+
+    def lose(self, why: str) -> None:
+        if not self._lost:
+            super().lose(why)
+            self._pass.compute_all()
+
+    def step(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._at >= self._leave_at:
+            self.lose("told to leave")
+            return func(*args, **kwargs)
+        return super().step(func, args, kwargs)
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._at >= self._leave_at and self._open:
+            self.lose("told to leave")
+        return super().call(module, args, kwargs)
+
+    def carry_out(self, planned: Planned, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        operation = planned.operation
+        assert operation is not None
+        if planned.action is Action.RUN:
+            for number in planned.saved:
+                self._pass.save(number)
+            result = func(*args, **kwargs)
+            if planned.tracked:
+                self._pass.written(operation.writes)
+                for number, tensor in bound(operation.output, result):
+                    if number in planned.tracked:
+                        self._pass.give(number, tensor)
+            return result
+        self.report.skipped += 1
+        if planned.simple >= 0:
+            return self._pass.hand_out(planned.simple)
+        return self._skip([operation], operation.output, args, kwargs)
+
+    def whole(self, planned: Planned, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        assert planned.call is not None
+        self.report.skipped += len(planned.inside)
+        return self._skip(planned.inside, planned.call.output, args, kwargs)
+
+    def _skip(
+        self, operations: Sequence[Operation], output: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Leaves operations out, and returns what they would have."""
+        given = list(tensors((args, kwargs)))
+        for operation in operations:
+            for old, new in operation.writes:
+                self._pass.write(old, new)
+        # A call that returns an argument of its own must return that very object.
+        own = {self.number(tensor): tensor for tensor in given}
+        return fill(
+            output, lambda number: own[number] if number in own else self._pass.hand_out(number)
+        )
+
+    def end(self) -> None:
+        """Ends the pass. What is still late depends on nothing that the caller may change."""
+        self._open = False
+        self._pass.quiet = nullcontext
+        self._pass.settle()
+
+
+class _Capturing(_Following):
+    def __init__(self, plan: Plan, inputs: Mapping[int, Tensor]) -> None:
+        super().__init__(plan, plan.captured)
+        self.found: dict[int, Tensor] = {}
+        self._inputs = dict(inputs)
+        self._ids: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        for number, tensor in inputs.items():
+            self._note(number, tensor)
+
+    def number(self, tensor: Any) -> int:
+        found = self._ids.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            return found[1]
+        return self.plan.states.get(id(tensor), -1)
+
+    def sources(self) -> dict[int, Tensor]:
+        # An input that was written to is another value by now.
+        return {n: tensor for n, tensor in self._inputs.items() if self.number(tensor) == n}
+
+    def carry_out(self, planned: Planned, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        assert planned.operation is not None
+        self._take(planned, [planned.operation], planned.operation.output, result)
+        return result
+
+    def whole(self, planned: Planned, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        output = calls.real_call(module, *args, **kwargs)
+        assert planned.call is not None
+        self._take(planned, planned.inside, planned.call.output, output)
+        return output
+
+    def _take(
+        self, planned: Planned, operations: Sequence[Operation], template: Any, result: Any
+    ) -> None:
+        """Notes what tensors are now, and copies those that are kept."""
+        for operation in operations:
+            for old, new in operation.writes:
+                for reference, number in list(self._ids.values()):
+                    tensor = reference()
+                    if number == old and tensor is not None:
+                        self._note(new, tensor)
+                        self._keep(planned, new, tensor)
+        for number, tensor in bound(template, result):
+            if number in planned.tracked:
+                self._note(number, tensor)
+            self._keep(planned, number, tensor)
+
+    def _note(self, number: int, tensor: Tensor) -> None:
+        self._ids[id(tensor)] = weakref.ref(tensor), number
+
+    def _keep(self, planned: Planned, number: int, tensor: Tensor) -> None:
+        if number in planned.kept:
+            self.found[number] = copy_of(tensor.detach())

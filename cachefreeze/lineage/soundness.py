@@ -1,0 +1,275 @@
+"""What is known about torch's functions and modules: which only look, write, draw, or mix rows."""
+
+import random
+import sys
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+Tensor = torch.Tensor
+
+# Functions that only read what a tensor is, not what it holds. A late value answers them itself.
+METADATA_NAMES = frozenset(
+    """
+    size dim ndimension stride storage_offset numel nelement element_size is_contiguous
+    is_floating_point is_complex is_signed is_conj is_neg is_inference get_device is_same_size
+    has_names __len__ __hash__ __instancecheck__ is_sparse is_nested is_pinned dim_order
+    """.split()
+)
+METADATA_PROPERTIES = frozenset(
+    """
+    shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_meta is_mps is_xpu
+    is_sparse is_sparse_csr is_quantized is_nested is_mkldnn is_vulkan names itemsize nbytes
+    is_xla is_ipu is_hpu is_mtia is_maia is_ort _backward_hooks output_nr
+    """.split()
+)
+# Functions on which gradients of a tensor are asked for. What hangs on it is trained work.
+_GRADIENT_NAMES = frozenset(
+    "retain_grad register_hook register_post_accumulate_grad_hook backward".split()
+)
+# Results that are no tensors and yet depend on shapes and types alone.
+_SHAPE_ONLY_NAMES = frozenset(
+    "broadcast_shapes result_type can_cast promote_types is_grad_enabled is_tensor is_storage "
+    "is_inference_mode_enabled get_default_dtype iinfo finfo compiled_with_cxx11_abi".split()
+)
+SWITCH_NAMES = frozenset("_set_grad_enabled set_grad_enabled".split())
+# Kernels that write to arguments of theirs without saying so in their schema: position of the
+# written arguments, and of the flag under which they do.
+_UNSAID_WRITES: dict[str, tuple[tuple[int, ...], int]] = {
+    "aten::native_batch_norm": ((3, 4), 5),
+    "aten::cudnn_batch_norm": ((3, 4), 5),
+    "aten::miopen_batch_norm": ((3, 4), 5),
+    "aten::_batch_norm_impl_index": ((3, 4), 5),
+    "aten::batch_norm": ((3, 4), 5),
+    "aten::_batch_norm_with_update": ((3, 4), -1),
+    "aten::_batch_norm_with_update_functional": ((3, 4), -1),
+}
+_COLLECTIVES = ("c10d::", "_c10d_functional::", "c10d_functional::", "_c10d_functional_autograd::")
+# Kernels whose result for one row depends on other rows, whatever the axes are.
+_MIXING = frozenset(
+    """
+    quantized::linear_dynamic quantized::linear_dynamic_fp16 quantized::linear_relu_dynamic
+    quantized::conv2d_dynamic quantized::quantized_lstm_cell_dynamic aten::quantized_lstm
+    aten::_choose_qparams_per_tensor aten::choose_qparams_optimized aten::nonzero
+    aten::_unique2 aten::unique_dim aten::unique_consecutive aten::bincount
+    """.split()
+)
+# torch's own modules whose fast path, open to them in eval mode, asks for function modes.
+_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+_ASKED = "has_torch_function"
+
+
+def _descriptors(names: Iterable[str]) -> set[Any]:
+    found = (getattr(Tensor, name, None) for name in names)
+    return {one.__get__ for one in found if hasattr(one, "__get__")}
+
+
+METADATA: frozenset[Any] = frozenset(
+    {getattr(Tensor, name) for name in METADATA_NAMES if callable(getattr(Tensor, name, None))}
+    | {getattr(torch, name) for name in METADATA_NAMES if callable(getattr(torch, name, None))}
+    | {getattr(torch, name) for name in _SHAPE_ONLY_NAMES if callable(getattr(torch, name, None))}
+    | _descriptors(METADATA_PROPERTIES)
+)
+ITERATE = Tensor.__iter__
+
+
+def asks_gradients(name: str) -> bool:
+    """Says whether a function asks for gradients of a tensor."""
+    return name in _GRADIENT_NAMES
+
+
+def is_switch(name: str) -> bool:
+    """Says whether a function switches gradients on or off. It must always run."""
+    return name in SWITCH_NAMES
+
+
+def written(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Finds the tensors that a kernel writes to, by its schema and by what is known of it.
+
+    Args:
+        kernel: Overload that a dispatch mode sees.
+        args: Positional arguments of the kernel.
+        kwargs: Keyword arguments of the kernel.
+    """
+    schema = kernel._schema
+    found: list[Tensor] = []
+    if schema.is_mutable:
+        for place, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[place] if place < len(args) else kwargs.get(argument.name)
+                found += _tensors(value)
+    name = schema.name
+    if name in _UNSAID_WRITES:
+        places, flag = _UNSAID_WRITES[name]
+        if flag < 0 or (len(args) > flag and args[flag]):
+            for place in places:
+                found += _tensors(args[place]) if place < len(args) else []
+    if is_collective(kernel):
+        for value in (*args, *kwargs.values()):
+            found += _tensors(value)
+    return found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+def is_collective(kernel: Any) -> bool:
+    """Says whether a kernel talks to other processes."""
+    return kernel._schema.name.startswith(_COLLECTIVES)
+
+
+def mixes_rows(kernel: Any) -> bool:
+    """Says whether a kernel is known to make a row's result depend on other rows."""
+    return kernel._schema.name in _MIXING
+
+
+def may_draw(kernel: Any) -> bool:
+    """Says whether a kernel may draw random numbers: torch says so, or does not know it."""
+    if torch.Tag.nondeterministic_seeded in kernel.tags:
+        return True
+    return not kernel._schema.name.startswith(("aten::", "prim::"))
+
+
+def holds_generator(values: Iterable[Any]) -> bool:
+    """Says whether a call is given a random generator of its own."""
+    return any(isinstance(value, torch.Generator) for value in values)
+
+
+def torch_generators() -> tuple[Any, ...]:
+    """Returns the state of torch's own generators, to be compared with a later one."""
+    states: list[Any] = [torch.default_generator.get_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += [generator.get_state() for generator in torch.cuda.default_generators]
+    return tuple(states)
+
+
+def same_generators(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Says whether nothing was drawn between two calls of `torch_generators`."""
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def python_generators() -> tuple[Any, ...]:
+    """Returns the state of python's and numpy's own generators."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state(legacy=False) if numpy is not None else None
+    if state is not None:
+        state = (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"])
+    return random.getstate(), state
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Says whether a module is not followed inside, since following would change what it does.
+
+    That holds for compiled and scripted modules, and for modules whose code asks whether a function
+    mode is on: torch's attention and transformer encoders leave their fast path then, and give
+    other numbers.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        return True
+    if isinstance(module, _FAST_PATH) and type(module).forward in _FAST_FORWARDS:
+        return not module.training
+    return _asks(type(module))
+
+
+_FAST_FORWARDS = {kind.forward for kind in _FAST_PATH}
+_asking: dict[tuple[type, Any], bool] = {}
+
+
+def _asks(kind: type[nn.Module]) -> bool:
+    forward = kind.forward
+    key = (kind, forward)
+    if key not in _asking:
+        code = getattr(forward, "__code__", None)
+        _asking[key] = code is not None and _names(code, _ASKED)
+    return _asking[key]
+
+
+def _names(code: types.CodeType, beginning: str) -> bool:
+    if any(name.startswith(beginning) for name in code.co_names):
+        return True
+    return any(_names(one, beginning) for one in code.co_consts if isinstance(one, types.CodeType))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Says whether a hook runs when a module is called, its own or one for all modules."""
+    shared = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or shared._global_forward_hooks
+        or shared._global_forward_pre_hooks
+        or shared._global_backward_hooks
+        or shared._global_backward_pre_hooks
+    )
+
+
+def holds_own_generator(module: nn.Module) -> bool:
+    """Says whether a module keeps a random generator, whose state a trace does not watch."""
+    numpy = sys.modules.get("numpy")
+    kinds: tuple[type, ...] = (random.Random, torch.Generator)
+    if numpy is not None:
+        kinds += (numpy.random.Generator, numpy.random.RandomState)
+    return any(isinstance(value, kinds) for value in vars(module).values())
+
+
+def is_torchs_own(module: nn.Module) -> bool:
+    """Says whether a module is of torch itself: those draw no python numbers, keep no lists."""
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Returns what a module has as attributes, apart from its parts, to be compared later."""
+    return {name: value for name, value in vars(module).items() if name not in _PARTS}
+
+
+_PARTS = frozenset(
+    """
+    _parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks
+    _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called
+    _forward_pre_hooks _forward_pre_hooks_with_kwargs _state_dict_hooks _state_dict_pre_hooks
+    _load_state_dict_pre_hooks _load_state_dict_post_hooks training
+    """.split()
+)
+
+
+def attributes_changed(before: dict[str, Any], sizes: dict[str, int], module: nn.Module) -> str:
+    """Names an attribute of a module that has changed, or returns an empty string.
+
+    Args:
+        before: What `plain_attributes` returned before.
+        sizes: What `sizes_of` returned before.
+        module: Module.
+    """
+    after = plain_attributes(module)
+    for name in before.keys() | after.keys():
+        if name not in before or name not in after or before[name] is not after[name]:
+            return name
+    changed = sizes_of(after)
+    return next((name for name in sizes if sizes[name] != changed.get(name)), "")
+
+
+def sizes_of(attributes: dict[str, Any]) -> dict[str, int]:
+    """Returns what the lists, sets and dictionaries among attributes hold, as a number each."""
+    kinds = (list, dict, set)
+    return {
+        name: hash(tuple(map(id, value.values() if isinstance(value, dict) else value)))
+        for name, value in attributes.items()
+        if isinstance(value, kinds)
+    }
+
+
