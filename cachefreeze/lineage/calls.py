@@ -76,15 +76,26 @@ def unfollowed(mode: TorchFunctionMode | None) -> Iterator[None]:
     """
     before = getattr(_local, "follower", None)
     _local.follower = None
-    taken = mode is not None and _on_top() is mode
-    if taken:
-        torch._C._pop_torch_function_stack()
+    taken = mode is not None and take_off(mode)
     try:
         yield
     finally:
         if taken:
-            torch._C._push_on_torch_function_stack(mode)
+            put_on(mode)
         _local.follower = before
+
+
+def take_off(mode: TorchFunctionMode) -> bool:
+    """Takes a mode off the stack of modes, if it is on top. Says whether it was."""
+    if _on_top() is not mode:
+        return False
+    torch._C._pop_torch_function_stack()
+    return True
+
+
+def put_on(mode: TorchFunctionMode | None) -> None:
+    """Puts a mode back on the stack of modes."""
+    torch._C._push_on_torch_function_stack(mode)
 
 
 def _on_top() -> Any:

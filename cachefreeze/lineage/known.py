@@ -32,6 +32,7 @@ class Known:
         # buffer counts only while a tensor on it is alive.
         self._on: dict[int, dict[int, weakref.ref[torch.Tensor]]] = {}
         self._buffers: dict[int, int] = {}
+        self._made: list[tuple[int, weakref.ref[torch.Tensor]]] = []
         self._things = 0
         self._storages = 0
         self.state_buffers: set[int] = set()
@@ -65,14 +66,18 @@ class Known:
         return found
 
     def alive_since(self, operation: int) -> Iterator[torch.Tensor]:
-        """Yields the tensors alive whose value was made by an operation or one after it."""
-        for number, (reference, value) in list(self._number.items()):
-            if self._values[value].operation >= operation:
-                tensor = reference()
-                if tensor is None:
-                    del self._number[number]
-                else:
-                    yield tensor
+        """Yields the tensors alive that an operation, or one after it, has made."""
+        since = len(self._made)
+        while since and self._made[since - 1][0] >= operation:
+            since -= 1
+        alive = []
+        for one in self._made[since:]:
+            tensor = one[1]()
+            if tensor is not None:
+                alive.append(one)
+                yield tensor
+        # The dead are not looked at again for the calls around this one.
+        self._made[since:] = alive
 
     def add(self, tensor: torch.Tensor, operation: int) -> int:
         """Registers a new tensor, and returns the number of its value.
@@ -97,6 +102,8 @@ class Known:
         reference = weakref.ref(tensor)
         number = self._append(tensor, operation, storage, self._things, buffer)
         self._number[id(tensor)] = reference, number
+        if operation >= 0:
+            self._made.append((operation, reference))
         if buffer:
             self._on.setdefault(buffer, {})[id(tensor)] = reference
         return number
@@ -112,7 +119,7 @@ class Known:
     def _append(
         self, tensor: torch.Tensor, operation: int, storage: int, thing: int, buffer: int
     ) -> int:
-        strided = tensor.layout == torch.strided and not tensor.is_nested
+        strided = tensor.layout is torch.strided and not tensor.is_nested
         number = len(self._values)
         self._buffers[number] = buffer
         self._values.append(

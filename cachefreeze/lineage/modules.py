@@ -78,17 +78,18 @@ def states_of(prefix: str, module: nn.Module) -> Iterator[tuple[str, torch.Tenso
     Parameters and buffers come first, then tensors that are plain attributes, also those in lists
     and dictionaries.
     """
-    dot = f"{prefix}." if prefix else ""
-    for name, parameter in module.named_parameters():
-        yield dot + name, parameter
-    for name, buffer in module.named_buffers():
-        yield dot + name, buffer
-    for path, part in module.named_modules():
-        for key, value in list(vars(part).items()):
+    attributes: list[tuple[str, torch.Tensor]] = []
+    for path, part in module.named_modules(prefix=prefix):
+        dot = f"{path}." if path else ""
+        held = vars(part)
+        for kind in ("_parameters", "_buffers"):
+            for key, tensor in held[kind].items():
+                if tensor is not None:
+                    yield dot + key, tensor
+        for key, value in held.items():
             if isinstance(value, torch.Tensor):
-                yield f"{dot}{path}.{key}", value
-            elif not key.startswith("_") and isinstance(value, _CONTAINERS):
+                attributes.append((dot + key, value))
+            elif isinstance(value, _CONTAINERS) and not key.startswith("_"):
                 items = value.values() if isinstance(value, dict) else value
-                for item in items:
-                    if isinstance(item, torch.Tensor):
-                        yield f"{dot}{path}.{key}", item
+                attributes += [(dot + key, one) for one in items if isinstance(one, torch.Tensor)]
+    yield from attributes

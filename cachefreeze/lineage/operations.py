@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cachefreeze.lineage.structure import PLAIN_KINDS, Ref
+from cachefreeze.lineage.structure import PLAIN_KINDS, Change, Ref
 
 TRAINED = "trained"
 LIVE = "live"
@@ -16,6 +16,8 @@ INPUT = "input"
 CONSTANT = "constant"
 # Reason of an operation that switches the recording of gradients.
 SWITCH = "switches gradients"
+MIXES = "makes a row's result depend on other rows"
+SHAPELESS = "gives a result whose shape depends on the data"
 
 
 class Modes(NamedTuple):
@@ -99,6 +101,7 @@ class Operation:
         taints: Whether what depends on the results cannot be left out either.
         escapes: Whether the call hands python a value that was taken from a tensor.
         mixes: Whether the result of a row depends on other rows, as far as is known by name.
+        shapeless: Whether the shape of a result depends on what the arguments hold.
         segment: Number of the gradient checkpointing segment around it. Negative for none.
         opaque: Name of the module, if the operation is a call of a module. Otherwise empty.
         kind: As of a value.
@@ -122,6 +125,7 @@ class Operation:
     taints: bool = False
     escapes: bool = False
     mixes: bool = False
+    shapeless: bool = False
     segment: int = -1
     opaque: str = ""
     kind: str = CONSTANT
@@ -149,6 +153,8 @@ class Call:
         args: Template of the positional arguments.
         kwargs: Template of the keyword arguments.
         output: Template of the output, if it can be built again.
+        after: Template of the arguments after the call, if it changed objects among them.
+        changes: What it changed in them.
         why_not_whole: Reason why the call cannot be left out as a whole. Empty if it can.
         seconds: Time from the beginning to the end, with the work of following.
     """
@@ -162,9 +168,16 @@ class Call:
     args: Any = None
     kwargs: Any = None
     output: Any = None
+    after: Any = None
+    changes: Sequence[Change] = ()
     why_not_whole: str = ""
     seconds: float = 0.0
     twin: tuple[type, dict[str, Any]] | None = None
+
+    @property
+    def results(self) -> tuple[Any, Any]:
+        """Templates of everything that the call gives or changes."""
+        return self.output, self.after
 
     def is_of(self, module: torch.nn.Module) -> bool:
         """Says whether the call was one of this module, or of its like."""
@@ -176,7 +189,7 @@ class Call:
 
 def twin_of(module: torch.nn.Module) -> tuple[type, dict[str, Any]] | None:
     """Returns what tells modules without state apart, or None for a module with state."""
-    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+    if module._parameters or module._buffers or module._modules:
         return None
     return type(module), {k: v for k, v in vars(module).items() if type(v) in PLAIN_KINDS}
 
@@ -228,6 +241,7 @@ class Trace:
         inputs: Numbers of the values that came with the arguments, in the order of `tensors`.
         states: Parameters, buffers and other tensors that were there before.
         outputs: Numbers of the values that were returned, each with whether it is likely read.
+        asked: Numbers of the values of which the pass asked for gradients.
         signature: What another pass must have in common with this one. See `signature`.
         seconds: Time of the pass, with the work of following it.
     """
@@ -239,6 +253,7 @@ class Trace:
     inputs: list[int] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     outputs: list[tuple[int, bool]] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
     signature: Any = None
     seconds: float = 0.0
 
@@ -292,6 +307,8 @@ def mark(trace: Trace, asked: Sequence[int] = ()) -> None:
         reason = next((live[value.number] for value in reads if live[value.number]), "")
         if operation.taints and not reason:
             reason = operation.must_run
+        if inputs and not reason:
+            reason = MIXES if operation.mixes else SHAPELESS if operation.shapeless else ""
         operation.reason = reason or operation.must_run
         operation.kind = _kind(is_trained, bool(reason), inputs, state_bits)
         for number in operation.makes:

@@ -38,6 +38,8 @@ class Planned:
         saved: Numbers of values that are copied before they are written to.
         guards: Operations on the batch whose results decided the way through a module.
         inside: For a call that is taken as a whole, the operations in it.
+        writes: Pairs of a value before a write and the value after it.
+        returned: Whether an argument may be returned, which must be that very object then.
         simple: Number of the only value that is made, if it is new and nothing is written.
     """
 
@@ -50,6 +52,8 @@ class Planned:
     saved: frozenset[int] = frozenset()
     guards: tuple[Operation, ...] = ()
     inside: tuple[Operation, ...] = ()
+    writes: tuple[tuple[int, int], ...] = ()
+    returned: bool = False
     simple: int = -1
 
 
@@ -112,7 +116,7 @@ class Plan:
                 if planned is None:
                     planned = self._not_whole(trace.calls[event.call], compared, last)
                 elif planned.call is not None:
-                    planned.tracked = taken.intersection(numbers(planned.call.output))
+                    planned.tracked = taken.intersection(numbers(planned.call.results))
                 events.append(planned)
             else:
                 events.append(None)
@@ -140,7 +144,12 @@ class Plan:
             seen = number in last
             last[number] = max(event, last.get(number, -1))
             made_by = values[number].operation
-            if seen or made_by < 0 or made_by in found or not operations[made_by].skippable:
+            if seen or made_by < 0:
+                continue
+            # A tensor that is written to is followed from value to value.
+            wanted += [(old, operations[made_by].event) for old, new in operations[made_by].writes
+                       if new == number]  # fmt: skip
+            if made_by in found or not operations[made_by].skippable:
                 continue
             found.add(made_by)
             wanted += [(n, operations[made_by].event) for n in operations[made_by].reads]
@@ -168,6 +177,9 @@ class Plan:
             checked=operation.number in compared,
             tracked=tracked,
             kept=kept,
+            writes=operation.writes,
+            returned=bool(operation.writes)
+            or not set(numbers(operation.output)).isdisjoint(operation.reads),
             saved=late.intersection(old for old, _ in operation.writes),
             simple=simple,
         )
@@ -190,8 +202,18 @@ class Plan:
         if not whole(call, inside, kept):
             return None
         guards = tuple(one for one in inside if one.escapes)
+        writes = tuple(pair for one in inside for pair in one.writes)
+        given = {*numbers(call.args), *numbers(call.kwargs)}
+        returned = bool(writes) or not given.isdisjoint(numbers(call.results))
         return Planned(
-            Action.WHOLE, call=call, checked=True, kept=kept, guards=guards, inside=tuple(inside)
+            Action.WHOLE,
+            call=call,
+            checked=True,
+            kept=kept,
+            guards=guards,
+            inside=tuple(inside),
+            writes=writes,
+            returned=returned,
         )
 
     def _not_whole(
@@ -222,5 +244,5 @@ class Plan:
         return self._is_whole(inside)
 
     def _gives_kept(self, call: Call, inside: list[Operation], kept: frozenset[int]) -> bool:
-        return self._is_whole(inside) and kept <= set(numbers(call.output))
+        return self._is_whole(inside) and kept <= set(numbers(call.results))
 

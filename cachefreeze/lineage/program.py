@@ -93,11 +93,11 @@ class Program:
         order = self._orders.get(key)
         if order is None:
             order = self._orders[key] = self.needed(targets, given.keys())
-        found, own = dict(given), _Own(given)
+        found = dict(given)
         keep = {*targets, *given}
         last = {number: one.number for one in order for number in one.reads}
         for operation in order:
-            self.run_one(operation, found, own)
+            self.run_one(operation, found, given)
             for number in operation.reads:
                 # Frees what is not needed any more, as the pass itself did.
                 if last[number] == operation.number and number not in keep:
@@ -108,22 +108,26 @@ class Program:
         """Runs one operation, after those that make what it takes, and returns its result."""
         made = [one for one in operation.reads if self._trace.values[one].operation >= 0]
         found = self.run(made, given)
-        return self.run_one(operation, {**given, **found}, _Own({**given, **found}))
+        return self.run_one(operation, {**given, **found}, {**given, **found})
 
-    def run_one(self, operation: Operation, found: dict[int, Tensor], own: "_Own") -> Any:
+    def run_one(
+        self, operation: Operation, found: dict[int, Tensor], given: Mapping[int, Tensor]
+    ) -> Any:
         """Runs an operation.
 
         Args:
             operation: Operation.
             found: Tensors by number. Those that the operation makes are put in.
-            own: Tensors that may not be written to.
+            given: Tensors that may not be written to.
 
         Returns:
             Result of the operation.
         """
-        for old, _ in operation.writes:
-            if old in found and found[old] in own:
-                found[old] = copy_of(found[old])
+        if operation.writes:
+            others = {buffer_of(tensor) for tensor in given.values()}
+            for old, _ in operation.writes:
+                if old in found and buffer_of(found[old]) in others:
+                    found[old] = copy_of(found[old])
         args = fill(operation.args, lambda number: self._tensor(number, found))
         kwargs = fill(operation.kwargs, lambda number: self._tensor(number, found))
         with under(operation.modes):
@@ -158,29 +162,28 @@ class Program:
         )
 
 
-class _Own:
-    """Buffers that belong to somebody else, and are copied before a write."""
-
-    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
-        self._buffers = {buffer_of(tensor) for tensor in tensors.values()}
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        return buffer_of(tensor) in self._buffers
-
-
 def copy_of(tensor: Tensor) -> Tensor:
     """Copies a tensor to a buffer of its own, with its strides and its `requires_grad`."""
+    copied = with_strides(tensor, tensor.stride())
+    return copied.requires_grad_(tensor.requires_grad) if tensor.requires_grad else copied
+
+
+def with_strides(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Copies a tensor to a buffer of its own, with certain strides.
+
+    Args:
+        tensor: Tensor.
+        stride: Strides in elements. Where one is 0, the tensor is the same all along.
+    """
     with torch.no_grad():
         source = tensor.detach()
-        broadcast = [place for place, step in enumerate(source.stride()) if not step]
-        for place in broadcast:
-            source = source.narrow(place, 0, min(1, source.shape[place]))
+        for place, step in enumerate(stride):
+            if not step:
+                source = source.narrow(place, 0, min(1, source.shape[place]))
         copied = torch.empty_strided(
-            source.shape, source.stride(), dtype=source.dtype, device=source.device
+            source.shape, stride, dtype=source.dtype, device=source.device
         ).copy_(source)
-        if broadcast:
-            copied = copied.expand(tensor.shape)
-    return copied.requires_grad_(tensor.requires_grad) if tensor.requires_grad else copied
+        return copied.expand(tensor.shape) if source.shape != tensor.shape else copied
 
 
 @contextmanager

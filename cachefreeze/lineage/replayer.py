@@ -16,8 +16,8 @@ from cachefreeze.lineage import calls, soundness
 from cachefreeze.lineage.late import Late, Pass
 from cachefreeze.lineage.operations import Call, Operation, label
 from cachefreeze.lineage.plan import Action, Plan, Planned
-from cachefreeze.lineage.program import copy_of
-from cachefreeze.lineage.structure import bound, fill, matches, tensors
+from cachefreeze.lineage.program import copy_of, with_strides
+from cachefreeze.lineage.structure import bound, fill, matches, tensors, update
 
 Tensor = torch.Tensor
 
@@ -124,10 +124,7 @@ def _prepared(plan: Plan, kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
                 f"{tuple(tensor.shape)}, {tensor.dtype}."
             )
         if tensor.stride() != value.stride:
-            own = torch.empty_strided(
-                value.shape, value.stride, dtype=value.dtype, device=value.device
-            )
-            tensor = own.copy_(tensor)
+            tensor = with_strides(tensor, value.stride)
         ready[number] = tensor.requires_grad_(value.requires_grad)
     return ready
 
@@ -320,26 +317,29 @@ class _Replaying(_Following):
         self.report.skipped += 1
         if planned.simple >= 0:
             return self._pass.hand_out(planned.simple)
-        return self._skip([operation], operation.output, args, kwargs)
+        return fill(operation.output, self._skipped(planned, args, kwargs))
 
     def whole(self, planned: Planned, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        assert planned.call is not None
+        call = planned.call
+        assert call is not None
         self.report.skipped += len(planned.inside)
-        return self._skip(planned.inside, planned.call.output, args, kwargs)
+        tensor = self._skipped(planned, args, kwargs)
+        if call.changes:
+            update((args, kwargs), call.changes, tensor)
+        return fill(call.output, tensor)
 
-    def _skip(
-        self, operations: Sequence[Operation], output: Any, args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        """Leaves operations out, and returns what they would have."""
+    def _skipped(
+        self, planned: Planned, args: Any, kwargs: dict[str, Any]
+    ) -> Callable[[int], Tensor]:
+        """Leaves work out. Returns a function from the numbers of its results to tensors."""
+        if not planned.returned:
+            return self._pass.hand_out
         given = list(tensors((args, kwargs)))
-        for operation in operations:
-            for old, new in operation.writes:
-                self._pass.write(old, new)
+        for old, new in planned.writes:
+            self._pass.write(old, new)
         # A call that returns an argument of its own must return that very object.
         own = {self.number(tensor): tensor for tensor in given}
-        return fill(
-            output, lambda number: own[number] if number in own else self._pass.hand_out(number)
-        )
+        return lambda number: own[number] if number in own else self._pass.hand_out(number)
 
     def end(self) -> None:
         """Ends the pass. What is still late depends on nothing that the caller may change."""
@@ -376,7 +376,8 @@ class _Capturing(_Following):
     def whole(self, planned: Planned, module: nn.Module, args: Any, kwargs: Any) -> Any:
         output = calls.real_call(module, *args, **kwargs)
         assert planned.call is not None
-        self._take(planned, planned.inside, planned.call.output, output)
+        results = output, (args, kwargs) if planned.call.after is not None else None
+        self._take(planned, planned.inside, planned.call.results, results)
         return output
 
     def _take(

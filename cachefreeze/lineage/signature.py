@@ -1,14 +1,13 @@
 """What two passes must have in common for the trace of one to say something of the other."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from cachefreeze.lineage.operations import State
-from cachefreeze.lineage.soundness import has_hooks
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 
 
@@ -31,35 +30,22 @@ _DEVICES = ("cpu", "cuda")
 
 
 class Signature:
-    """What a pass was given and the state its modules were in.
+    """What a pass was given, and the state that its modules were in.
 
     Args:
         modules: Modules that the callable uses, each with its name.
         given: Arguments of the pass.
-        states: Parameters and buffers that are known when the pass begins.
     """
 
-    def __init__(
-        self, modules: Sequence[tuple[str, nn.Module]], given: Any, states: Sequence[State]
-    ) -> None:
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]], given: Any) -> None:
         self._given = [_shape(tensor) for tensor in tensors(given)]
         self._switches = _switches()
         self._parts = [
-            (f"{name}.{path}".strip("."), weakref.ref(part), part.training, has_hooks(part),
-             _plain(part))
+            _Part(f"{name}.{path}".strip("."), part)
             for name, module in modules
             for path, part in module.named_modules()
-        ]  # fmt: skip
-        self._states = [
-            (name, weakref.ref(part), kind, key, id(tensor), tensor.requires_grad)
-            for name, part_reference, *_ in self._parts
-            for part in (part_reference(),)
-            if part is not None
-            for kind in ("_parameters", "_buffers")
-            for key, tensor in getattr(part, kind).items()
-            if tensor is not None
         ]
-        self._count = len(states)
+        self._shared_hooks = _shared_hooks()
 
     def difference(self, given: Any) -> str:
         """Says in a few words how another pass differs, or returns an empty string.
@@ -71,25 +57,95 @@ class Signature:
             return "the tensors that are given have other shapes, types or strides"
         if _switches() != self._switches:
             return "gradients, inference mode or autocast are switched otherwise"
-        for name, reference, training, hooks, plain in self._parts:
-            part = reference()
-            if part is None:
-                return f"`{name}` is gone"
-            if part.training != training:
-                return f"`{name}` is in {'training' if part.training else 'eval'} mode"
-            if has_hooks(part) != hooks:
-                return f"`{name}` has other hooks"
-            if plain and _plain(part) != plain:
-                return f"an attribute of `{name}` has changed"
-        for name, reference, kind, key, identity, requires_grad in self._states:
-            tensor = getattr(reference(), kind).get(key)
-            if tensor is None or id(tensor) != identity:
-                return f"`{name}.{key}` is another tensor"
-            if tensor.requires_grad != requires_grad:
-                return f"`{name}.{key}` is {'trained' if tensor.requires_grad else 'frozen'} now"
+        if _shared_hooks() != self._shared_hooks:
+            return "hooks for all modules were added or removed"
+        for part in self._parts:
+            if not part.is_same():
+                return part.difference()
         return ""
 
 
-def _plain(part: nn.Module) -> dict[str, Any]:
-    """Returns the numbers, strings and the like among a module's attributes."""
-    return {key: value for key, value in vars(part).items() if type(value) in PLAIN_KINDS}
+class _Part:
+    """State of one module, compared at every pass: the fewer steps, the better."""
+
+    __slots__ = ("attributes", "buffers", "hooks", "module", "name", "parameters", "plain", "take",
+                 "training")  # fmt: skip
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        held = vars(module)
+        # Always more than one, so that what is taken is a tuple: every module has `training`.
+        keys = [key for key, value in held.items() if type(value) in PLAIN_KINDS]
+        self.name = name
+        self.module = weakref.ref(module)
+        self.training = module.training
+        self.take = itemgetter(*keys, keys[0])
+        self.plain = self.take(held)
+        self.attributes = len(held)
+        self.hooks = _hooks(held)
+        self.parameters = _tensors(held["_parameters"])
+        self.buffers = _tensors(held["_buffers"])
+
+    def is_same(self) -> bool:
+        module = self.module()
+        if module is None:
+            return False
+        held = module.__dict__
+        try:
+            now = self.take(held)
+        except KeyError:
+            return False
+        return (
+            (all(map(is_, now, self.plain)) or all(map(_equal, now, self.plain)))
+            and len(held) == self.attributes
+            and _hooks(held) == self.hooks
+            and _tensors(held["_parameters"]) == self.parameters
+            and _tensors(held["_buffers"]) == self.buffers
+        )
+
+    def difference(self) -> str:
+        """Says what has changed, or returns an empty string."""
+        module = self.module()
+        if module is None:
+            return f"`{self.name}` is gone"
+        other = _Part(self.name, module)
+        if module.training != self.training:
+            return f"`{self.name}` is in {'training' if module.training else 'eval'} mode now"
+        if other.hooks != self.hooks:
+            return f"hooks of `{self.name}` were added or removed"
+        if other.parameters != self.parameters:
+            return f"parameters of `{self.name}` were frozen, unfrozen or replaced"
+        if other.buffers != self.buffers:
+            return f"buffers of `{self.name}` were replaced"
+        return f"an attribute of `{self.name}` has changed"
+
+
+def _tensors(held: dict[str, torch.Tensor | None]) -> list[tuple[str, int, bool]] | None:
+    if not held:
+        return None
+    return [
+        (key, id(tensor), tensor is not None and tensor.requires_grad)
+        for key, tensor in held.items()
+    ]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and (one == other or (one != one and other != other))
+
+
+def _hooks(held: dict[str, Any]) -> int:
+    return (
+        len(held["_forward_hooks"])
+        + len(held["_forward_pre_hooks"])
+        + len(held["_backward_hooks"])
+        + len(held["_backward_pre_hooks"])
+    )
+
+
+def _shared_hooks() -> int:
+    shared = nn.modules.module
+    return (
+        len(shared._global_forward_hooks)
+        + len(shared._global_forward_pre_hooks)
+        + len(shared._global_backward_hooks)
+        + len(shared._global_backward_pre_hooks)
+    )

@@ -1,5 +1,6 @@
 """What is known about torch's functions and modules: which only look, write, draw, or mix rows."""
 
+import functools
 import random
 import sys
 import types
@@ -53,8 +54,7 @@ _MIXING = frozenset(
     """
     quantized::linear_dynamic quantized::linear_dynamic_fp16 quantized::linear_relu_dynamic
     quantized::conv2d_dynamic quantized::quantized_lstm_cell_dynamic aten::quantized_lstm
-    aten::_choose_qparams_per_tensor aten::choose_qparams_optimized aten::nonzero
-    aten::_unique2 aten::unique_dim aten::unique_consecutive aten::bincount
+    aten::_choose_qparams_per_tensor aten::choose_qparams_optimized
     """.split()
 )
 # torch's own modules whose fast path, open to them in eval mode, asks for function modes.
@@ -86,31 +86,60 @@ def is_switch(name: str) -> bool:
     return name in SWITCH_NAMES
 
 
-def written(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Finds the tensors that a kernel writes to, by its schema and by what is known of it.
+class Kernel:
+    """What is known of a kernel, by its schema and its name.
 
     Args:
-        kernel: Overload that a dispatch mode sees.
-        args: Positional arguments of the kernel.
-        kwargs: Keyword arguments of the kernel.
+        overload: Overload that a dispatch mode sees.
+
+    Attributes:
+        collective: Whether it talks to other processes.
+        mixes: Whether a row's result depends on other rows, whatever the axes are.
+        may_draw: Whether it may draw random numbers: torch says so, or does not know the kernel.
     """
-    schema = kernel._schema
-    found: list[Tensor] = []
-    if schema.is_mutable:
-        for place, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[place] if place < len(args) else kwargs.get(argument.name)
+
+    def __init__(self, overload: Any) -> None:
+        schema = overload._schema
+        name = schema.name
+        self.collective = name.startswith(_COLLECTIVES)
+        self.mixes = name in _MIXING
+        self.may_draw = torch.Tag.nondeterministic_seeded in overload.tags or not name.startswith(
+            ("aten::", "prim::")
+        )
+        self._written = [
+            (place, argument.name)
+            for place, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        self._unsaid = _UNSAID_WRITES.get(name)
+        self._shapeless = torch.Tag.dynamic_output_shape in overload.tags
+        self._index = overload is torch.ops.aten.index.Tensor
+
+    def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Returns the tensors that a call writes to."""
+        found: list[Tensor] = []
+        for place, name in self._written:
+            found += _tensors(args[place] if place < len(args) else kwargs.get(name))
+        if self._unsaid is not None:
+            places, flag = self._unsaid
+            if flag < 0 or (len(args) > flag and args[flag]):
+                for place in places:
+                    found += _tensors(args[place]) if place < len(args) else []
+        if self.collective:
+            for value in (*args, *kwargs.values()):
                 found += _tensors(value)
-    name = schema.name
-    if name in _UNSAID_WRITES:
-        places, flag = _UNSAID_WRITES[name]
-        if flag < 0 or (len(args) > flag and args[flag]):
-            for place in places:
-                found += _tensors(args[place]) if place < len(args) else []
-    if is_collective(kernel):
-        for value in (*args, *kwargs.values()):
-            found += _tensors(value)
-    return found
+        return found
+
+    def shape_follows_data(self, args: Sequence[Any]) -> bool:
+        """Says whether the shape of a call's result depends on what its arguments hold."""
+        if self._index:
+            # Only a mask picks a number of elements that is not known before.
+            return any(one is not None and one.dtype in _MASKS for one in args[1])
+        return self._shapeless
+
+
+_MASKS = (torch.bool, torch.uint8)
+kernel = functools.cache(Kernel)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -119,23 +148,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
         return [tensor for item in value for tensor in _tensors(item)]
     return []
-
-
-def is_collective(kernel: Any) -> bool:
-    """Says whether a kernel talks to other processes."""
-    return kernel._schema.name.startswith(_COLLECTIVES)
-
-
-def mixes_rows(kernel: Any) -> bool:
-    """Says whether a kernel is known to make a row's result depend on other rows."""
-    return kernel._schema.name in _MIXING
-
-
-def may_draw(kernel: Any) -> bool:
-    """Says whether a kernel may draw random numbers: torch says so, or does not know it."""
-    if torch.Tag.nondeterministic_seeded in kernel.tags:
-        return True
-    return not kernel._schema.name.startswith(("aten::", "prim::"))
 
 
 def holds_generator(values: Iterable[Any]) -> bool:

@@ -9,7 +9,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,8 @@ _PLAIN = (
 PLAIN_KINDS = frozenset(_PLAIN)
 # Objects that a pass does not make anew: they stay what they are when an output is built again.
 _FIXED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
-_FIXED = (*_FIXED, functools.partial, torch.nn.Module, torch.Generator)
+_FIXED = (*_FIXED, functools.partial, torch.nn.Module, torch.Generator, np.generic)
+_CLOSED = (*_FIXED, np.ndarray)
 _MANY_NODES = 2000
 _LARGE_ARRAY = 1 << 16
 
@@ -90,7 +91,13 @@ def _tuple(kind: Any, items: list[Any]) -> Any:
 
 
 def is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+    """Says whether an object is a tensor. Faster than `isinstance`, which torch overloads."""
+    return _kind_is(type(value), torch.Tensor)
+
+
+@functools.cache
+def _kind_is(kind: type, of: type | tuple[type, ...]) -> bool:
+    return issubclass(kind, of)
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -116,7 +123,7 @@ def _walk(root: Any) -> Iterator[tuple[torch.Tensor, bool]]:
     stack: list[tuple[Any, bool]] = [(root, True)]
     while stack and len(seen) < _MANY_NODES:
         value, plain = stack.pop()
-        if type(value) in PLAIN_KINDS or isinstance(value, (*_FIXED, np.ndarray)) or id(value) in seen:
+        if type(value) in PLAIN_KINDS or _kind_is(type(value), _CLOSED) or id(value) in seen:
             continue
         seen.add(id(value))
         if is_tensor(value):
@@ -156,7 +163,7 @@ def describe(value: Any, number: Callable[[torch.Tensor], int]) -> Any:
         return _tuple(kind, [describe(item, number) for item in value])
     if isinstance(value, np.ndarray) and value.nbytes <= _LARGE_ARRAY:
         return value.copy()
-    if isinstance(value, (*_FIXED, np.generic)) and not getattr(value, "__closure__", None):
+    if _kind_is(kind, _FIXED) and not getattr(value, "__closure__", None):
         return value
     return Unknown(value)
 
@@ -173,6 +180,10 @@ def matches(template: Any, value: Any, number: Callable[[Any], int]) -> bool:
     if kind is Ref:
         return is_tensor(value) and number(value) == template.number
     if type(value) is not kind:
+        if kind is Built and type(value) is template.kind:
+            return (
+                template.items is None or matches(template.items, dict(value), number)
+            ) and matches(template.attributes, vars(value), number)
         return kind is Unknown and template.matches(value)
     if kind is tuple or kind is list or _named(template):
         if len(template) != len(value):
@@ -207,7 +218,7 @@ def fill(template: Any, tensor: Callable[[int], Any]) -> Any:
     """Builds arguments or an output from a template.
 
     Args:
-        template: Template made by `describe` or `describe_output`.
+        template: Template made by `describe` or `describe_objects`.
         tensor: Function from a value's number to a tensor.
     """
     kind = type(template)
@@ -238,56 +249,157 @@ def _build(template: Built, tensor: Callable[[int], Any]) -> Any:
     return made
 
 
-def describe_output(value: Any, number: Callable[[torch.Tensor], int], fixed: set[int]) -> Any:
-    """Makes the template of an output, from which `fill` builds such an output again.
+def describe_objects(
+    value: Any, number: Callable[[torch.Tensor], int], fixed: Container[int]
+) -> tuple[Any, list[int]]:
+    """Makes a template of objects, from which `fill` builds such objects again.
+
+    Other than `describe`, it opens objects with a `__dict__`, such as a key-value cache.
 
     Args:
-        value: Output of a module.
+        value: Arguments or output of a module.
         number: Function from a tensor to the number of its value.
-        fixed: Identities of objects that the call did not make.
+        fixed: Identities of objects that cannot be built again, since they were there before.
+
+    Returns:
+        Template, and the identities of the objects in it that can change, in order.
 
     Raises:
-        NotDescribed: The output holds something that cannot be built again.
+        NotDescribed: An object cannot be built again.
     """
-    return _describe_output(value, number, fixed, [_MANY_NODES], {})
+    identities: list[int] = []
+    describing = _Describing(number, fixed, identities)
+    return describing.of(value, ()), identities
 
 
-def _describe_output(
-    value: Any,
-    number: Callable[[torch.Tensor], int],
-    fixed: set[int],
-    left: list[int],
-    above: dict[int, Any],
-) -> Any:
-    left[0] -= 1
-    if id(value) in above or left[0] < 0:
-        raise NotDescribed("it holds itself, or too much")
+class _Describing:
+    def __init__(
+        self,
+        number: Callable[[torch.Tensor], int],
+        fixed: Container[int],
+        identities: list[int],
+    ) -> None:
+        self._number, self._fixed, self._identities = number, fixed, identities
+
+    def of(self, value: Any, above: tuple[int, ...]) -> Any:
+        kind = type(value)
+        if kind in PLAIN_KINDS or _kind_is(kind, _FIXED):
+            return value
+        if is_tensor(value):
+            return Ref(self._number(value))
+        if kind is slice:
+            return describe(value, self._number)
+        if id(value) in self._fixed or id(value) in above or len(self._identities) > _MANY_NODES:
+            raise NotDescribed(f"a {kind.__name__} that was there before, or holds itself")
+        if not isinstance(value, tuple):
+            self._identities.append(id(value))
+        above = (*above, id(value))
+        if kind is tuple or kind is list:
+            return kind([self.of(item, above) for item in value])
+        if kind is dict:
+            return {key: self.of(item, above) for key, item in value.items()}
+        if _named(value):
+            return _tuple(kind, [self.of(item, above) for item in value])
+        if not _is_plain_object(value):
+            raise NotDescribed(f"a {kind.__name__}")
+        items = None
+        if isinstance(value, dict):
+            items = {key: self.of(item, above) for key, item in value.items()}
+        held = {key: self.of(item, above) for key, item in vars(value).items()}
+        return Built(kind, items, held)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Says whether an object is what its `__dict__` holds, and its entries if it is a dictionary."""
     kind = type(value)
-    if kind in PLAIN_KINDS or isinstance(value, _FIXED):
-        return value
-    if is_tensor(value):
-        return Ref(number(value))
-    if id(value) in fixed:
-        raise NotDescribed(f"it holds a {kind.__name__} that was there before")
-    above = {**above, id(value): None}
-
-    def inner(item: Any) -> Any:
-        return _describe_output(item, number, fixed, left, above)
-
-    if kind is tuple or kind is list:
-        return kind([inner(item) for item in value])
-    if kind is dict:
-        return {key: inner(item) for key, item in value.items()}
-    if _named(value):
-        return _tuple(kind, [inner(item) for item in value])
     is_dict = isinstance(value, dict)
-    own = kind.__reduce_ex__ is object.__reduce_ex__ or is_dict
-    if not own or not hasattr(value, "__dict__") or (isinstance(value, (list, set, tuple))):
-        raise NotDescribed(f"it holds a {kind.__name__}")
-    if any(getattr(base, "__slots__", ()) for base in kind.__mro__):
-        raise NotDescribed(f"it holds a {kind.__name__}, which has slots")
-    items = {key: inner(item) for key, item in value.items()} if is_dict else None
-    return Built(kind, items, {key: inner(item) for key, item in vars(value).items()})
+    if not is_dict and kind.__reduce_ex__ is not object.__reduce_ex__:
+        return False
+    if isinstance(value, (list, set, tuple, frozenset)) or not hasattr(value, "__dict__"):
+        return False
+    return not any(getattr(base, "__slots__", ()) for base in kind.__mro__)
+
+
+class Change(NamedTuple):
+    """One thing that a call did to the objects that it was given.
+
+    Attributes:
+        path: Steps from the arguments to the changed object: whether the step is an attribute, and
+            its name, key or place.
+        attribute: Whether an attribute is set, and not an entry.
+        key: Name, key or place of what is set.
+        new: Template of the new content. `Gone` if it is removed.
+    """
+
+    path: tuple[tuple[bool, Any], ...]
+    attribute: bool
+    key: Any
+    new: Any
+
+
+class Gone:
+    """Stands for what a call has removed."""
+
+
+_Same = Callable[[int, int], bool]
+_Path = tuple[tuple[bool, Any], ...]
+
+
+def changes(before: Any, after: Any, same: _Same, path: _Path = ()) -> list[Change]:
+    """Finds what a call changed in the objects that it was given.
+
+    Args:
+        before: Template of the arguments before the call.
+        after: Template of the arguments after it.
+        same: Function that says whether two values are of one tensor, which was written to.
+        path: Steps to these arguments.
+    """
+    found: list[Change] = []
+    if isinstance(after, Built) and isinstance(before, Built):
+        found += _entries(before.items or {}, after.items or {}, same, path, False)
+        found += _entries(before.attributes, after.attributes, same, path, True)
+    elif isinstance(after, dict):
+        found += _entries(before, after, same, path, False)
+    elif isinstance(after, (tuple, list)):
+        found += _entries(dict(enumerate(before)), dict(enumerate(after)), same, path, False)
+    return found
+
+
+def _entries(
+    before: dict[Any, Any], after: dict[Any, Any], same: _Same, path: _Path, attribute: bool
+) -> Iterator[Change]:
+    for key in reversed([one for one in before if one not in after]):
+        yield Change(path, attribute, key, Gone)
+    for key, new in after.items():
+        old = before.get(key, Gone)
+        if isinstance(old, Ref) and isinstance(new, Ref):
+            if not same(old.number, new.number):
+                yield Change(path, attribute, key, new)
+        elif isinstance(new, (Built, dict, list, tuple)) and type(old) is type(new):
+            yield from changes(old, new, same, (*path, (attribute, key)))
+        elif old is not new and (type(old) is not type(new) or not bool(old == new)):
+            yield Change(path, attribute, key, new)
+
+
+def update(target: Any, made: Iterable[Change], tensor: Callable[[int], Any]) -> None:
+    """Changes objects as a module changed those that it was given.
+
+    Args:
+        target: Arguments of the call.
+        made: What the call changed.
+        tensor: Function from a value's number to a tensor.
+    """
+    for change in made:
+        place = target
+        for attribute, key in change.path:
+            place = vars(place)[key] if attribute else place[key]
+        entries = vars(place) if change.attribute else place
+        if change.new is Gone:
+            del entries[change.key]
+        elif isinstance(entries, list) and change.key == len(entries):
+            entries.append(fill(change.new, tensor))
+        else:
+            entries[change.key] = fill(change.new, tensor)
 
 
 def numbers(template: Any) -> Iterator[int]:

@@ -35,8 +35,9 @@ from cachefreeze.lineage.structure import (
     NotDescribed,
     Ref,
     Unknown,
+    changes,
     describe,
-    describe_output,
+    describe_objects,
     numbers,
     outputs,
     tensors,
@@ -110,6 +111,16 @@ class _Kernels(TorchDispatchMode):
         return self._tracer.kernel(func, args, kwargs or {})
 
 
+class _Either:
+    """Holds what one of two sets holds, without copying the larger one in every call."""
+
+    def __init__(self, one: Collection[int], other: Collection[int]) -> None:
+        self._sets = one, other
+
+    def __contains__(self, value: object) -> bool:
+        return any(value in one for one in self._sets)
+
+
 class _Running:
     """What is noted of an operation while it runs."""
 
@@ -118,6 +129,7 @@ class _Running:
         self.written: set[int] = set()
         self.draws = False
         self.mixes = False
+        self.shapeless = False
         self.collective = False
         self.same_bits = True
 
@@ -129,14 +141,14 @@ class _Around:
         self.call = call
         self.first = first
         self.unseen = False
+        self.shapeless = False
+        self.identities: list[int] | None = None
         self.torchs_own = soundness.is_torchs_own(module)
-        self.generators = soundness.torch_generators()
         self.draws = draws
         self.grad = torch.is_grad_enabled()
         if not self.torchs_own:
             self.attributes = soundness.plain_attributes(module)
             self.sizes = soundness.sizes_of(self.attributes)
-            self.python = soundness.python_generators()
 
 
 def _resting(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,10 +158,13 @@ def _resting(method: Callable[..., Any]) -> Callable[..., Any]:
     def rest(self: "_Tracer", *args: Any) -> Any:
         before = self._resting
         self._resting = True
+        taken = calls.take_off(self._functions)
         try:
             return method(self, *args)
         finally:
             self._resting = before
+            if taken:
+                calls.put_on(self._functions)
 
     return rest
 
@@ -170,6 +185,9 @@ class _Tracer:
         self._found: list[State] = []
         self._resting = True
         self._draws = 0
+        self._hidden_draws = False
+        self._torch = soundness.torch_generators()
+        self._python = soundness.python_generators()
         for name, module in modules:
             self._know(name, module)
         self._fixed = {
@@ -178,7 +196,7 @@ class _Tracer:
         for tensor in tensors(given):
             if self.known.number(tensor) < 0:
                 self.trace.inputs.append(self.known.add(tensor, -1))
-        self.trace.signature = Signature(modules, given, self.trace.states)
+        self.trace.signature = Signature(modules, given)
 
     def _know(self, prefix: str, module: nn.Module) -> None:
         for name, part in module.named_modules(prefix=prefix):
@@ -295,6 +313,7 @@ class _Tracer:
         operation.number, operation.event = len(self.trace.operations), len(self.trace.events)
         operation.seconds = running.seconds
         operation.mixes = running.mixes
+        operation.shapeless = running.shapeless
         self.trace.operations.append(operation)
         self.trace.events.append(Step(operation.number))
 
@@ -311,17 +330,18 @@ class _Tracer:
         makes: list[int] = []
         writes: list[tuple[int, int]] = []
         self._unusual(operation, running, args, kwargs)
-        targets = self.known.tensors_on(running.written)
+        targets = [(tensor, True) for tensor in self.known.tensors_on(running.written)]
         if operation.name.endswith(("_", ".write")) and not operation.name.endswith("__"):
             # What changes a tensor, not its elements: `requires_grad_`, `detach_`, `x.data = y`.
-            targets += [value for value in args[:1] if isinstance(value, torch.Tensor)]
-        for tensor in targets:
+            targets += [(value, False) for value in args[:1] if isinstance(value, torch.Tensor)]
+        for tensor, elements in targets:
             before = self.known.number(tensor)
             if before >= 0 and all(pair[1] != before for pair in writes):
                 after = self.known.renew(tensor, here)
                 writes.append((before, after))
                 makes.append(after)
-                self._outside(operation, before, running)
+                if elements or self.trace.values[before].operation < 0:
+                    self._outside(operation, before, running)
 
         def number(tensor: torch.Tensor) -> int:
             found = self.known.number(tensor)
@@ -388,23 +408,31 @@ class _Tracer:
         if self._resting:
             return func(*args, **kwargs)
         running = self._running
-        written = soundness.written(func, args, kwargs)
-        collective = soundness.is_collective(func)
-        copies = [tensor.clone() for tensor in written] if collective else []
-        draws = soundness.may_draw(func)
-        before = soundness.torch_generators() if draws else ()
+        known = soundness.kernel(func)
+        written = known.written(args, kwargs)
+        copies = [tensor.clone() for tensor in written] if known.collective else []
+        draws = known.may_draw
+        before = self._generators_now() if draws else ()
         began = time.perf_counter()
         output = func(*args, **kwargs)
         seconds = time.perf_counter() - began
-        drew = draws and not soundness.same_generators(before, soundness.torch_generators())
+        drew = False
+        if draws:
+            self._torch = soundness.torch_generators()
+            drew = not soundness.same_generators(before, self._torch)
         if running is None:
             self._orphan(args, kwargs, output, written, drew)
             return output
         running.seconds += seconds
         running.draws = running.draws or drew
-        running.mixes = running.mixes or soundness.mixes_rows(func)
-        running.written |= {buffer_of(tensor) for tensor in written} - {0}
-        if collective:
+        running.mixes = running.mixes or known.mixes
+        if known.shape_follows_data(args):
+            running.shapeless = True
+            for around in self._stack[-1:]:
+                around.shapeless = True
+        if written:
+            running.written |= {buffer_of(tensor) for tensor in written} - {0}
+        if known.collective:
             running.collective = True
             # What is sent around may arrive later: it is waited for before it is compared.
             waited = getattr(output[-1], "wait", None) if isinstance(output, tuple) else None
@@ -413,6 +441,13 @@ class _Tracer:
             same = all(map(torch.equal, copies, written))
             running.same_bits = running.same_bits and same
         return output
+
+    def _generators_now(self) -> tuple[Any, ...]:
+        """Returns the state of torch's generators, and notes what was drawn without a kernel."""
+        now = soundness.torch_generators()
+        if not soundness.same_generators(self._torch, now):
+            self._hidden_draws = True
+        return now
 
     def _orphan(
         self, args: Any, kwargs: dict[str, Any], output: Any, written: list[Any], drew: bool
@@ -464,23 +499,36 @@ class _Tracer:
     @_resting
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> _Around:
         parent = self._stack[-1].call.number if self._stack else -1
+        (args_template, kwargs_template), identities = self._described((args, kwargs))
         call = Call(
             number=len(self.trace.calls),
             name=self._names[id(module)],
             module=weakref.ref(module),
             parent=parent,
             enter=len(self.trace.events),
-            args=describe(tuple(args), self._number),
-            kwargs=describe(kwargs, self._number),
+            args=args_template,
+            kwargs=kwargs_template,
             twin=twin_of(module),
         )
         # Describing may have found work that was not seen, which comes before the call.
         call.enter = len(self.trace.events)
         around = _Around(call, module, len(self.trace.operations), self._draws)
+        around.identities = identities
         self.trace.calls.append(call)
         self.trace.events.append(Enter(call.number))
         self._stack.append(around)
         return around
+
+    def _described(self, given: Any) -> tuple[Any, list[int] | None]:
+        """Describes the arguments of a call, if possible with the objects among them."""
+        args, kwargs = given
+        try:
+            if not kwargs:  # the dictionary is nobody's
+                described, identities = describe_objects(args, self._number, self._fixed)
+                return (described, {}), identities
+            return describe_objects(given, self._number, self._fixed)
+        except NotDescribed:
+            return (describe(given[0], self._number), describe(given[1], self._number)), None
 
     @_resting
     def _leave(self, around: _Around, began: float) -> None:
@@ -495,22 +543,60 @@ class _Tracer:
     ) -> None:
         """Decides whether a call could be left out as a whole, and whether it is opaque."""
         call = around.call
-        drew = not soundness.same_generators(around.generators, soundness.torch_generators())
-        hidden = drew and self._draws == around.draws
-        if around.unseen and self._stack:
-            self._collapse(around, module, args, kwargs, output, hidden)
+        drew = around.draws != self._draws
+        if self._stack and (around.unseen or self._hides_shapes(around, module, output)):
+            self._collapse(around, module, args, kwargs, output, drew)
             return
         call.why_not_whole = self._effect(around, module, drew)
-        if not call.why_not_whole:
-            fixed = self._fixed | {id(item) for item in _objects((args, kwargs))}
-            try:
-                call.output = describe_output(output, self._number, fixed)
-            except NotDescribed as reason:
-                call.why_not_whole = f"returns something else than tensors: {reason}"
         if not call.why_not_whole and (_unknown(call.args) or _unknown(call.kwargs)):
             call.why_not_whole = "takes an object that is not described"
         if not call.why_not_whole:
+            call.why_not_whole = self._results(around, (args, kwargs), output)
+        if not call.why_not_whole:
             call.why_not_whole = self._kept_elsewhere(around, (args, kwargs), output)
+
+    def _hides_shapes(self, around: _Around, module: nn.Module, output: Any) -> bool:
+        """Says whether shapes that depend on the data, as in a router, stay inside a module.
+
+        Such a module is one operation if all of it is frozen: its way depends on its input alone.
+        """
+        if not around.shapeless:
+            return False
+        if any(one.requires_grad or id(one) in self._moving for _, one in states_of("", module)):
+            return False
+        shapeless: set[int] = set()
+        for operation in self.trace.operations[around.first :]:
+            writes_into = operation.reads[:1] if operation.name.startswith(_INTO) else ()
+            reads = writes_into or operation.reads
+            if operation.shapeless or not shapeless.isdisjoint(reads):
+                shapeless.update(operation.makes)
+        return shapeless.isdisjoint(self._number(tensor) for tensor in tensors(output))
+
+    def _results(self, around: _Around, given: Any, output: Any) -> str:
+        """Describes the output of a call, and what it did to the objects that it was given."""
+        call = around.call
+        if around.identities == []:
+            return self._output(around, output)
+        after, identities = self._described(given)
+        values = self.trace.values
+        changed = changes(
+            (call.args, call.kwargs), after, lambda a, b: values[a].thing == values[b].thing
+        )
+        if changed:
+            if around.identities is None or identities is None:
+                return "changes an object that it is given"
+            if [one for one in identities if one in set(around.identities)] != around.identities:
+                return "replaces an object in one that it is given"
+            call.after, call.changes = after, changed
+        return self._output(around, output)
+
+    def _output(self, around: _Around, output: Any) -> str:
+        fixed = _Either(self._fixed, frozenset(around.identities or ()))
+        try:
+            around.call.output, _ = describe_objects(output, self._number, fixed)
+        except NotDescribed as reason:
+            return f"returns something else than tensors: {reason}"
+        return ""
 
     def _effect(self, around: _Around, module: nn.Module, drew: bool) -> str:
         """Names what a call did beside its operations. Empty if it did nothing else."""
@@ -528,22 +614,19 @@ class _Tracer:
             return ""
         if soundness.holds_own_generator(module):
             return _DRAWS
-        if around.python != soundness.python_generators():
-            return _DRAWS
         if soundness.attributes_changed(around.attributes, around.sizes, module):
             return _CHANGES
         return ""
 
     def _kept_elsewhere(self, around: _Around, given: Any, output: Any) -> str:
         """Says whether a tensor of a call lives on in a place that is not its output."""
-        first = around.first
+        alive = [one for one in self.known.alive_since(around.first) if one is not output]
+        if not alive:
+            return ""
         returned = list(tensors(output))
         allowed = {id(tensor) for tensor in (*returned, *tensors(given))}
         allowed |= {id(tensor._base) for tensor in returned if tensor._is_view()}
-        for tensor in self.known.alive_since(first):
-            if id(tensor) not in allowed:
-                return _KEEPS
-        return ""
+        return _KEEPS if any(id(tensor) not in allowed for tensor in alive) else ""
 
     def _opaque(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs a module that is not followed inside. It is one operation."""
@@ -551,7 +634,6 @@ class _Tracer:
         operation = self._begin(_CallOf(module), type(module).__name__, args, kwargs)
         states = [self._state(f"{name}.{key}", one) for key, one in states_of("", module)]
         operation.reads = tuple(dict.fromkeys((*operation.reads, *states)))
-        before = soundness.python_generators()
         running = self._running = _Running()
         try:
             with calls.unfollowed(self._functions):
@@ -562,7 +644,6 @@ class _Tracer:
             raise
         finally:
             self._running = None
-        running.draws = running.draws or before != soundness.python_generators()
         if soundness.has_hooks(module):
             operation.must_run, operation.taints = "runs hooks in a module that is opaque", True
         self._end(operation, running, args, kwargs, output)
@@ -576,7 +657,7 @@ class _Tracer:
         args: Any,
         kwargs: dict[str, Any],
         output: Any,
-        hidden: bool,
+        drew: bool,
     ) -> None:
         """Makes one operation of a call whose work was only partly seen."""
         trace, first, call = self.trace, around.first, around.call
@@ -592,7 +673,7 @@ class _Tracer:
         )  # fmt: skip
         operation.segment = self._segments[0] if self._segments else -1
         serious = [one for one in inner if one.must_run and one.must_run not in (_UNSEEN, SWITCH)]
-        effect = self._effect(around, module, hidden)
+        effect = self._effect(around, module, drew)
         if serious or effect or _unknown(call.args) or _unknown(call.kwargs):
             reason = serious[0].must_run if serious else effect or _UNSEEN
             operation.must_run, operation.taints = reason, True
@@ -622,7 +703,26 @@ class _Tracer:
                 for operation in trace.operations:
                     if state.value in operation.reads and not operation.must_run:
                         operation.must_run, operation.taints = _CAME_AND_WENT, True
+        self._generators_now()
+        if self._hidden_draws or self._python != soundness.python_generators():
+            self._distrust()
+        trace.asked = self._asked
         mark(trace, self._asked)
+
+
+    def _distrust(self) -> None:
+        """Lets no module be left out as a whole, since one of them drew unseen random numbers.
+
+        Python's and numpy's generators tell nobody who used them. What is followed call by call is
+        compared with the trace, numbers that were drawn included.
+        """
+        for call in self.trace.calls:
+            module = call.module()
+            if module is None or not soundness.is_torchs_own(module):
+                call.why_not_whole = call.why_not_whole or _DRAWS
+        for operation in self.trace.operations:
+            if operation.opaque and not operation.must_run:
+                operation.must_run, operation.taints = f"draws random numbers ({operation.name})", True
 
 
 class _CallOf:
@@ -646,6 +746,8 @@ _HOOKS = "runs a hook"
 _DRAWS = "draws random numbers"
 _CHANGES = "changes an attribute of its module"
 _KEEPS = "keeps a tensor elsewhere than in its output"
+# Functions whose result has the shape of their first argument.
+_INTO = ("index_add", "index_copy", "index_put", "scatter", "masked_", "__setitem__")
 _SPREADS = frozenset((_HOOKS, _DRAWS, _CHANGES, "raises an error"))
 
 

@@ -1,0 +1,264 @@
+"""Finds where the rows of a batch are in each value, by running recorded operations on other rows.
+
+Rows are not always the first axis, and sometimes merged with another: `(batch * length, width)`.
+Sizes do not tell. An operation is run once more on rows of the batch in another choice; where its
+result has the same choice along an axis, and along no other, that is the batch axis. A result that
+has it along none depends on other rows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cachefreeze.errors import UserError
+from cachefreeze.lineage.operations import FROZEN, Operation, Trace, mark
+from cachefreeze.lineage.program import Program, with_strides
+from cachefreeze.lineage.structure import tensors
+
+Tensor = torch.Tensor
+
+# Largest difference, as a share of the largest number, that another place in the batch may make.
+_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the rows of a batch are in a value.
+
+    Attributes:
+        dim: Dimension that the rows are in.
+        inner: Number of entries that a row has one after another, if the rows are merged with a
+            dimension behind them, as in `(batch * length, width)`.
+        outer: Number of times that all rows come one after another, if they are merged with a
+            dimension before them.
+    """
+
+    dim: int
+    inner: int = 1
+    outer: int = 1
+
+    def places(self, rows: Sequence[int], count: int) -> Tensor:
+        """Returns the places of some rows along the dimension.
+
+        Args:
+            rows: Numbers of the rows.
+            count: Number of rows in the batch.
+        """
+        inner = torch.arange(self.inner)
+        one = torch.tensor(list(rows))[:, None] * self.inner + inner
+        outer = torch.arange(self.outer)[:, None] * (count * self.inner)
+        return (outer + one.reshape(1, -1)).reshape(-1)
+
+    def take(self, tensor: Tensor, rows: Sequence[int], count: int) -> Tensor:
+        """Returns a tensor with other rows of the same batch, with the same strides.
+
+        Args:
+            tensor: Tensor whose batch axis this is.
+            rows: Numbers of the rows.
+            count: Number of rows in the batch.
+        """
+        places = self.places(rows, count).to(tensor.device)
+        return with_strides(tensor.detach().index_select(self.dim, places), tensor.stride())
+
+
+@dataclass
+class Axes:
+    """Where the rows are in the values of a trace.
+
+    Attributes:
+        rows: Number of rows in the batch.
+        fitting: Axes that each value that rows reach may have, by number. Several if the rows of
+            the batch are too much alike to tell, none if the value depends on other rows.
+        mixing: Numbers of the operations whose result for a row depends on other rows.
+    """
+
+    rows: int
+    fitting: dict[int, frozenset[Axis]] = field(default_factory=dict)
+    mixing: tuple[int, ...] = ()
+
+    def axis(self, number: int) -> Axis | None:
+        """Returns the batch axis of a value, or None if it is not decided or there is none."""
+        fitting = self.fitting.get(number, frozenset())
+        return next(iter(fitting)) if len(fitting) == 1 else None
+
+    def of(self, number: int) -> str:
+        """Says where the rows are in a value, for people."""
+        if number not in self.fitting:
+            return "shared by all rows"
+        axis = self.axis(number)
+        if axis is None:
+            return "not decided" if self.fitting[number] else "depends on other rows"
+        if axis.inner * axis.outer == 1:
+            return f"axis {axis.dim}"
+        return f"axis {axis.dim}, {axis.inner * axis.outer} entries a row"
+
+
+def batch_axes(
+    trace: Trace,
+    /,
+    *args: Any,
+    dims: Mapping[int, int | None] | None = None,
+    earlier: Axes | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Finds the batch axis of every value that can be left out.
+
+    None of the model's own python code runs, except in modules that are one operation.
+
+    Args:
+        trace: Trace of a pass.
+        *args: Positional arguments of such a pass, with at least two rows that differ.
+        dims: Dimension of the rows in each input, by its place among the tensors of the arguments.
+            None for an input that all rows share. Without it, an input has its rows first if its
+            first dimension is as long as that of the first input that has one.
+        earlier: What another batch of the same trace has shown, to be made more precise.
+        **kwargs: Keyword arguments of the pass.
+
+    Raises:
+        UserError: The batch has fewer than two rows.
+    """
+    given = list(tensors((args, kwargs)))
+    inputs = dict(zip(trace.inputs, given, strict=True))
+    rows, axes = _of_inputs(inputs, dims)
+    if rows < 2:
+        raise UserError("An example batch of at least two rows is needed to find the batch axes.")
+    search = _Search(trace, rows, axes)
+    search.run(inputs)
+    fitting = {number: frozenset(fits) for number, fits in search.fitting.items()}
+    mixing = set(search.mixing)
+    if earlier is not None and earlier.rows == rows:
+        mixing |= set(earlier.mixing)
+        fitting = {
+            number: fits & earlier.fitting.get(number, fits) for number, fits in fitting.items()
+        }
+    return Axes(rows, fitting, tuple(sorted(mixing)))
+
+
+def leave_mixing(trace: Trace, axes: Axes) -> None:
+    """Makes operations live whose result for a row depends on other rows.
+
+    Args:
+        trace: Trace of a pass.
+        axes: What `batch_axes` found in it.
+    """
+    reached = _reach_frozen(trace)
+    for number in axes.mixing:
+        if number in reached:
+            trace.operations[number].mixes = True
+    mark(trace, trace.asked)
+
+
+def _reach_frozen(trace: Trace) -> set[int]:
+    """Finds the operations that frozen work depends on. Others only decide on python's way."""
+    found: set[int] = set()
+    for operation in reversed(trace.operations):
+        if operation.kind == FROZEN or operation.number in found:
+            found.add(operation.number)
+            found.update(trace.values[number].operation for number in operation.reads)
+    return found
+
+
+def _of_inputs(
+    inputs: Mapping[int, Tensor], dims: Mapping[int, int | None] | None
+) -> tuple[int, dict[int, set[Axis]]]:
+    if dims is None:
+        first = next((tensor.shape[0] for tensor in inputs.values() if tensor.dim()), 0)
+        dims = {
+            place: 0 if tensor.dim() and tensor.shape[0] == first else None
+            for place, tensor in enumerate(inputs.values())
+        }
+    axes: dict[int, set[Axis]] = {}
+    rows = 0
+    for place, (number, tensor) in enumerate(inputs.items()):
+        dim = dims.get(place)
+        if dim is not None:
+            axes[number] = {Axis(dim)}
+            rows = tensor.shape[dim]
+    return rows, axes
+
+
+class _Search:
+    def __init__(self, trace: Trace, rows: int, fitting: dict[int, set[Axis]]) -> None:
+        self.fitting = fitting
+        self.mixing: list[int] = []
+        self._trace, self._rows = trace, rows
+        self._program = Program(trace)
+        # Each half of the batch twice: what depends on an extreme row shows in one of them.
+        half = max(rows // 2, 1)
+        low, high = list(range(half)), list(range(rows - half, rows))
+        self._choices = [(low * 3)[:rows][::-1], (high * 3)[:rows][::-1]]
+
+    def run(self, inputs: Mapping[int, Tensor]) -> None:
+        trace = self._trace
+        chosen = [one for one in trace.operations if one.skippable]
+        last = {number: one.number for one in chosen for number in one.reads}
+        found: dict[int, Tensor] = dict(inputs)
+        for operation in chosen:
+            if not all(n in found or trace.values[n].operation < 0 for n in operation.reads):
+                continue  # it takes what live work has made
+            before = {number: found[number] for number in operation.reads if number in found}
+            follows = any(number in self.fitting for number in operation.reads)
+            if follows and operation.writes:
+                before = {number: with_strides(t, t.stride()) for number, t in before.items()}
+            self._program.run_one(operation, found, inputs)
+            if follows:
+                self._decide(operation, before, found)
+            for number in operation.reads:
+                if last[number] == operation.number:
+                    found.pop(number, None)
+
+    def _decide(
+        self, operation: Operation, before: dict[int, Tensor], after: Mapping[int, Tensor]
+    ) -> None:
+        """Finds the batch axis in the results of an operation."""
+        made = [n for n in operation.makes if n in after and self._trace.values[n].plain]
+        if any(number in self.fitting and not self.fitting[number] for number in operation.reads):
+            self.fitting.update({number: set() for number in made})
+            return
+        fits = {number: set(_candidates(after[number].shape, self._rows)) for number in made}
+        for rows in self._choices:
+            chosen = {number: self._taken(number, tensor, rows) for number, tensor in before.items()}
+            self._program.run_one(operation, chosen, {})
+            for number in made:
+                result, whole = chosen.get(number), after[number]
+                fits[number] = {
+                    axis
+                    for axis in fits[number]
+                    if result is not None and _same(axis.take(whole, rows, self._rows), result)
+                }
+        self.fitting.update(fits)
+        if made and not any(fits.values()):
+            self.mixing.append(operation.number)
+
+    def _taken(self, number: int, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        """Returns an argument for another choice of rows. All axes that fit give the same."""
+        fitting = self.fitting.get(number)
+        if not fitting:
+            return with_strides(tensor, tensor.stride())
+        axis = min(fitting, key=lambda one: (one.inner * one.outer, one.dim, one.inner))
+        return axis.take(tensor, rows, self._rows)
+
+
+def _candidates(shape: Sequence[int], rows: int) -> Iterator[Axis]:
+    for dim, size in enumerate(shape):
+        if size and size % rows == 0:
+            times = size // rows
+            yield Axis(dim, inner=times)
+            if times > 1:
+                yield Axis(dim, outer=times)
+            for inner in range(2, times):
+                if times % inner == 0:
+                    yield Axis(dim, inner=inner, outer=times // inner)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
+    one, other = torch.nan_to_num(one), torch.nan_to_num(other)
+    scale = one.abs().max() if one.numel() else torch.tensor(0.0)
+    allowed = _TOLERANCE.get(one.dtype, 1e-4) * float(scale)
+    return bool(((one - other).abs() <= allowed).all())

@@ -1,0 +1,94 @@
+"""Computes the values of a new cut from those of an old one, when more of a model is frozen."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from cachefreeze.lineage.operations import FROZEN, Trace
+from cachefreeze.lineage.plan import Plan
+from cachefreeze.lineage.program import Program
+from cachefreeze.lineage.structure import Ref, tensors
+
+
+def extend(
+    old: Plan, kept: Mapping[int, torch.Tensor], new: Plan, /, *args: Any, **kwargs: Any
+) -> dict[int, torch.Tensor] | None:
+    """Computes the kept values of a new plan from those of an old one, without a forward pass.
+
+    None of the model's own python code runs, except in modules that are one operation.
+
+    Args:
+        old: Plan from when less was frozen.
+        kept: Kept values of a batch under the old plan, by number. They are not written to.
+        new: Plan of the same model, now that more is frozen.
+        *args: Positional arguments of the pass on that batch.
+        **kwargs: Keyword arguments of the pass.
+
+    Returns:
+        Kept values under the new plan, or None if they cannot be computed from the old ones.
+    """
+    same = same_values(old.trace, new.trace)
+    given = {same[number]: tensor for number, tensor in kept.items() if number in same}
+    if not set(new.cut.kept) <= computable(new.trace, given):
+        return None
+    inputs = dict(zip(new.trace.inputs, tensors((args, kwargs)), strict=True))
+    found = new.program.run(new.cut.kept, {**given, **inputs})
+    return {number: tensor.detach() for number, tensor in found.items()}
+
+
+def same_values(old: Trace, new: Trace) -> dict[int, int]:
+    """Finds the values that two traces of one model have in common.
+
+    Args:
+        old: Trace of a pass.
+        new: Trace of a later pass of the same model.
+
+    Returns:
+        Numbers in the new trace by those in the old one, up to the first operation that differs.
+    """
+    same = dict(zip(old.inputs, new.inputs, strict=False))
+    states = {id(state.tensor()): state.value for state in new.states if state.tensor() is not None}
+    for state in old.states:
+        if id(state.tensor()) in states:
+            same[state.value] = states[id(state.tensor())]
+    for one, other in zip(old.operations, new.operations, strict=False):
+        alike = one.name == other.name and len(one.makes) == len(other.makes)
+        if not alike or not _alike((one.args, one.kwargs), (other.args, other.kwargs), same):
+            break
+        same.update(zip(one.makes, other.makes, strict=True))
+    return same
+
+
+def _alike(one: Any, other: Any, same: Mapping[int, int]) -> bool:
+    if isinstance(one, Ref):
+        return isinstance(other, Ref) and same.get(one.number) == other.number
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(_alike(a, b, same) for a, b in zip(one, other))  # noqa: B905
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(one[k], other[k], same) for k in one)
+    if isinstance(one, slice):
+        return _alike(
+            (one.start, one.stop, one.step), (other.start, other.stop, other.step), same
+        )
+    return one is other or bool(one == other)
+
+
+def computable(trace: Trace, given: Collection[int]) -> set[int]:
+    """Finds the values that can be computed without doing again what some values stand for.
+
+    Args:
+        trace: Trace of a pass.
+        given: Numbers of the values that are there.
+    """
+    behind = {
+        one.number for one in Program(trace).needed(given, ()) if one.kind == FROZEN
+    }
+    values = trace.values
+    found = {value.number for value in values if value.operation < 0} | set(given)
+    for operation in trace.operations:
+        if operation.number not in behind and found.issuperset(operation.reads):
+            found.update(operation.makes)
+    return found
