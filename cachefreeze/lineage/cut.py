@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachefreeze.lineage.operations import FROZEN, Operation, Trace
+from cachefreeze.lineage.operations import FROZEN, INPUT, Operation, Trace
 
 # Largest sum of capacities, which the flow counts in 32 bits.
 _CAPACITY = 1 << 30
@@ -56,7 +56,7 @@ def minimum_cut(
     """Keeps what makes the replayed pass cheapest: a value is read, or its operations run again.
 
     The choice is a minimum cut of the graph of operations and values, as in the min-cut
-    rematerialization of `torch._functorch.partitioners`.
+    rematerialization of `torch._functorch.partitioners`. Constants are always made again.
 
     Args:
         trace: Trace of a pass.
@@ -81,7 +81,7 @@ def minimum_cut(
     costs = {
         number: trace.values[number].nbytes * (1 / reading_rate + price)
         for number in maker
-        if trace.values[number].plain
+        if trace.values[number].plain and trace.values[number].kind in (FROZEN, INPUT)
     }
     again, chosen = cheapest(
         [operation.seconds for operation in free],

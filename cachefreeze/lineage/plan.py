@@ -57,6 +57,7 @@ class Planned:
     simple: int = -1
 
 
+_LEFT_OUT = (Action.SKIP, Action.WHOLE)
 _Whole = Callable[[Call, list[Operation], frozenset[int]], bool]
 
 
@@ -73,6 +74,7 @@ class Plan:
         program: Operations of the trace, to be run again.
         replayed: What becomes of each event at replay. None at the end of a call.
         captured: What becomes of each event while kept values are taken from a plain pass.
+        last_skipped: Last event at which a replayed pass has something to leave out.
         states: Numbers of the parameters and buffers, by the identity of the tensor.
     """
 
@@ -85,6 +87,14 @@ class Plan:
         lineage = {one.number for one in self.program.needed(cut.kept, ())}
         self.replayed = self._events(skipped, skipped, self._is_skippable)
         self.captured = self._events(set(), lineage, self._gives_kept)
+        self.last_skipped = max(
+            (
+                place if one.call is None else one.call.leave
+                for place, one in enumerate(self.replayed)
+                if one is not None and (one.action in _LEFT_OUT or one.saved)
+            ),
+            default=-1,
+        )
         self.states: dict[int, int] = {}
         for state in trace.states:
             tensor = state.tensor()

@@ -95,10 +95,10 @@ class Program:
             order = self._orders[key] = self.needed(targets, given.keys())
         found = dict(given)
         keep = {*targets, *given}
-        last = {number: one.number for one in order for number in one.reads}
+        last = {number: one.number for one in order for number in _touched(one)}
         for operation in order:
             self.run_one(operation, found, given)
-            for number in operation.reads:
+            for number in _touched(operation):
                 # Frees what is not needed any more, as the pass itself did.
                 if last[number] == operation.number and number not in keep:
                     found.pop(number, None)
@@ -160,6 +160,11 @@ class Program:
             f"A value that was left out cannot be computed: it needs the value of "
             f"{self._trace.describe(number)}, which was written to after the call."
         )
+
+
+def _touched(operation: Operation) -> tuple[int, ...]:
+    """Returns the values that an operation takes or writes to, through another tensor too."""
+    return (*operation.reads, *(old for old, _ in operation.writes))
 
 
 def copy_of(tensor: Tensor) -> Tensor:

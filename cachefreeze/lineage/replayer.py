@@ -105,10 +105,11 @@ def capture(
     mode = _Capturing(plan, inputs)
     with calls.catching(), calls.follower_of_thread(mode), mode:
         output = model(*args, **kwargs)
-    missing = set(plan.cut.kept) - mode.found.keys()
-    if missing and not mode.report.left:
+    if len(mode.found) == len(plan.cut.kept):
+        return output, mode.found, mode.report
+    if not mode.report.left:
         mode.report.left = "the pass ended before all values were made"
-    return output, None if mode.report.left else mode.found, mode.report
+    return output, None, mode.report
 
 
 def _prepared(plan: Plan, kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -215,11 +216,11 @@ class _Following(TorchFunctionMode):
         try:
             output = calls.real_call(module, *args, **kwargs)
         except BaseException:
-            if self._at != call.leave:
+            if self._open and self._at != call.leave:
                 self.lose("an error")
             self._at = call.leave + 1
             raise
-        if self._at != call.leave:
+        if self._open and self._at != call.leave:
             self.lose(f"{call.name or type(module).__name__} ended early")
         self._at = call.leave + 1
         return output
@@ -291,15 +292,22 @@ class _Replaying(_Following):
             self._pass.compute_all()
 
     def step(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._at >= self._leave_at:
-            self.lose("told to leave")
+        self._look_ahead()
+        if self._lost or not self._open:
             return func(*args, **kwargs)
         return super().step(func, args, kwargs)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._at >= self._leave_at and self._open:
-            self.lose("told to leave")
+        if self._open:
+            self._look_ahead()
         return super().call(module, args, kwargs)
+
+    def _look_ahead(self) -> None:
+        """Stops following where nothing is left to be left out: the rest may go any way."""
+        if self._at >= self._leave_at:
+            self.lose("told to leave")
+        elif self._at > self.plan.last_skipped:
+            self._open = False
 
     def carry_out(self, planned: Planned, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         operation = planned.operation
@@ -402,3 +410,5 @@ class _Capturing(_Following):
     def _keep(self, planned: Planned, number: int, tensor: Tensor) -> None:
         if number in planned.kept:
             self.found[number] = copy_of(tensor.detach())
+            # The rest of the pass may go any way.
+            self._open = len(self.found) < len(self.plan.cut.kept)

@@ -287,11 +287,12 @@ class Result:
 
     @property
     def ran(self):
-        """Names of the operations that run."""
-        return [o.name for o in self.trace.operations if o.number in self.plan.cut.runs]
+        """Names of the operations that run, but for those that switch gradients."""
+        runs = [o for o in self.trace.operations if o.number in self.plan.cut.runs]
+        return [o.name for o in runs if o.name != "_set_grad_enabled"]
 
 
-def check(build, batch, *, leaves=True, others=(2,), **options):
+def check(build, batch, *, leaves=True, others=(2,), may_leave=False, **options):
     """Holds traced, captured and replayed passes against plain ones.
 
     Args:
@@ -299,6 +300,7 @@ def check(build, batch, *, leaves=True, others=(2,), **options):
         batch: As of `Case`.
         leaves: Whether passes that stop skipping at each event are tried, too.
         others: Seeds of other batches that are replayed with the same plan.
+        may_leave: Whether the passes may go on plainly, also with the traced batch.
         **options: As of `Case`.
     """
     case = Case(build, batch, **options)
@@ -309,10 +311,13 @@ def check(build, batch, *, leaves=True, others=(2,), **options):
     plan = lineage.Plan(trace, lineage.crossing_cut(trace))
     seen, kept, captured = case.capture(plan, 1)
     held(expected, seen, "capture")
+    if kept is None and may_leave:
+        report = _other(case, plan, 1)
+        return Result(case, trace, plan, report, captured, _other(case, plan, 2))
     assert kept is not None, f"the traced batch was not captured: {captured.left}"
     seen, report = case.replay(plan, kept, 1)
     held(expected, seen, "replay")
-    assert not report.left, f"the traced batch was not replayed: {report.left}"
+    assert may_leave or not report.left, f"the traced batch was not replayed: {report.left}"
     for leave_at in range(len(plan.replayed) + 1) if leaves else ():
         seen, _ = case.replay(plan, kept, 1, leave_at)
         held(expected, seen, f"replay that leaves at {leave_at}")
@@ -374,7 +379,7 @@ class Wired(nn.Module):
         **parts: Further parts.
     """
 
-    def __init__(self, way, width=6, **parts):
+    def __init__(self, way, /, width=6, **parts):
         super().__init__()
         self.body, self.head = body(width), nn.Linear(width, 3)
         for name, part in parts.items():
