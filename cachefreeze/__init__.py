@@ -7,6 +7,7 @@ from cachefreeze.cache import Materialization, PrefixCache
 from cachefreeze.datasets import IndexedDataset
 from cachefreeze.errors import UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
+from cachefreeze.lineage import explain
 from cachefreeze.models import Units, freeze, partition
 from cachefreeze.rows import Rows, batches_of, epoch_order
 from cachefreeze.schedule import Schedule
@@ -22,6 +23,7 @@ __all__ = [
     "UserError",
     "batches_of",
     "epoch_order",
+    "explain",
     "freeze",
     "param_groups",
     "partition",

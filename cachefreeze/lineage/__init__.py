@@ -2,22 +2,35 @@
 
 `trace` follows a pass, `crossing_cut` and `minimum_cut` choose what is kept of it, `capture` takes
 the kept values from a plain pass, and `replay` runs a pass with kept values in the place of frozen
-work. This package knows no store, no data set and no training loop.
+work. `batch_axes` finds the rows in each value, `extend` computes a later cut from an earlier one,
+and `explain` says all of it in words. This package knows no store, no data set and no training
+loop.
 """
 
+from cachefreeze.lineage.axes import Axes, Axis, batch_axes, leave_mixing
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
+from cachefreeze.lineage.explanation import Explanation, explain
+from cachefreeze.lineage.extension import computable, extend
 from cachefreeze.lineage.operations import Trace
 from cachefreeze.lineage.plan import Plan
 from cachefreeze.lineage.replayer import Report, capture, replay
 from cachefreeze.lineage.tracer import trace
 
 __all__ = [
+    "Axes",
+    "Axis",
     "Cut",
+    "Explanation",
     "Plan",
     "Report",
     "Trace",
+    "batch_axes",
     "capture",
+    "computable",
     "crossing_cut",
+    "explain",
+    "extend",
+    "leave_mixing",
     "minimum_cut",
     "replay",
     "trace",

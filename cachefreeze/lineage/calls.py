@@ -77,11 +77,17 @@ def unfollowed(mode: TorchFunctionMode | None) -> Iterator[None]:
     before = getattr(_local, "follower", None)
     _local.follower = None
     taken = mode is not None and take_off(mode)
+    # Below a mode of somebody else's, ours cannot be taken off.
+    paused = getattr(mode, "paused", False)
+    if mode is not None and not taken:
+        mode.paused = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
         if taken:
             put_on(mode)
+        elif mode is not None:
+            mode.paused = paused  # type: ignore[attr-defined]
         _local.follower = before
 
 

@@ -84,7 +84,7 @@ def minimum_cut(
         if trace.values[number].plain and trace.values[number].kind in (FROZEN, INPUT)
     }
     again, chosen = cheapest(
-        [operation.seconds for operation in free],
+        [0.0 if _is_view(trace, one) else one.seconds for one in free],
         [[number for number in one.reads if number in maker] for one in free],
         maker,
         costs,
@@ -151,6 +151,14 @@ def cheapest(
     needed = {*wanted, *(number for one in again for number in reads[one])}
     kept_values = {number for number in needed if reached[maker[number]]}
     return _needed(again, kept_values, reads, maker, wanted), kept_values
+
+
+def _is_view(trace: Trace, operation: Operation) -> bool:
+    """Says whether an operation only makes views: that takes no time, and the buffer counts once."""
+    storages = {trace.values[number].storage for number in operation.reads}
+    return not operation.writes and all(
+        trace.values[number].storage in storages for number in operation.makes
+    )
 
 
 def _needed(

@@ -181,13 +181,15 @@ def _limits(traced: Trace, saved: float) -> list[str]:
             own = operation.reason if _first(traced, operation) else ""
         if own and operation.kind != TRAINED:
             where = traced.calls[operation.call].name if operation.call >= 0 else ""
-            reasons.setdefault(_general(own), []).append(where or "the model itself")
+            reasons.setdefault(_general(own), []).append(where or "the model")
     sentences = []
     for reason, places in reasons.items():
         some = ", ".join(f"`{place}`" for place in list(dict.fromkeys(places))[:3])
         more = len(set(places)) - 3
-        some += f" and {more} more" if more > 0 else ""
-        sentences.append(f"{some} {reason}: this work, and what follows from it, runs every time.")
+        some += f" and {more} more places" if more > 0 else ""
+        sentences.append(
+            f"Work that {reason} runs in every pass, and so does what follows from it: {some}."
+        )
     could = _if_in_eval_mode(traced)
     if could > saved + 0.01:
         sentences.append(

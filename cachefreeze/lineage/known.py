@@ -133,7 +133,10 @@ class Known:
                 requires_grad=tensor.requires_grad,
                 storage=storage,
                 thing=thing,
-                plain=strided and type(tensor) in _PLAIN and not tensor.is_quantized,
+                leaf=tensor.is_leaf,
+                plain=strided
+                and type(tensor) in _PLAIN
+                and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg()),
             )
         )
         return number

@@ -1,11 +1,13 @@
 """Late values: tensors in the place of skipped ones, which compute themselves when they are used."""
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch.utils._pytree import tree_map
 
 from cachefreeze.lineage import soundness
@@ -24,6 +26,8 @@ class Late(torch.Tensor):
     references, and identity, stay as they were.
     """
 
+    # Code that asks for the class of a tensor goes the way that it would with the tensor itself.
+    __class__ = property(lambda self: torch.Tensor)  # type: ignore[assignment]
     late_number: int
     late_pass: "Pass"
     late_real: Tensor | None
@@ -59,7 +63,9 @@ class Late(torch.Tensor):
             with _quiet():
                 return func(*args, **(kwargs or {}))
         for late in _late_in((args, kwargs)):
-            late.late_pass.compute_now(late)
+            owner = late.__dict__.get("late_pass")
+            if owner is not None:
+                owner.compute_now(late)
         left = next(_late_in((args, kwargs)), None)
         if left is None:
             return func(*args, **(kwargs or {}))
@@ -114,6 +120,8 @@ class Pass:
         self.ids: dict[int, tuple[Tensor, int]] = {}
         self.computed: set[int] = set()
         self.quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
+        # Threads that the model itself starts may use late values at the same time.
+        self._lock = threading.RLock()
         self._trace = trace
         self._program = program
         self._given: dict[int, Tensor] = {}
@@ -140,9 +148,8 @@ class Pass:
     def save(self, number: int) -> None:
         """Copies a value that is written to now, and that late values may need."""
         if number in self._given:
-            tensor = self._given[number]
-            self.give(number, copy_of(tensor.detach()))
-            self.ids[id(tensor)] = tensor, number
+            copied = copy_of(self._given[number].detach())
+            self._given[number], self._versions[number] = copied, _version(copied)
 
     def written(self, writes: Sequence[tuple[int, int]]) -> None:
         """Notes that tensors were written to and are other values now."""
@@ -184,7 +191,11 @@ class Pass:
 
     def compute_now(self, late: Late) -> None:
         """Computes a late value, together with those that share its buffer."""
-        if late.late_real is not None:
+        with self._lock:
+            self._compute_group(late)
+
+    def _compute_group(self, late: Late) -> None:
+        if type(late) is not Late or late.late_real is not None:
             return
         storage = self._trace.values[late.late_number].storage
         group = [
@@ -194,12 +205,14 @@ class Pass:
 
     def compute_all(self) -> None:
         """Computes every late value that somebody still holds."""
-        self._compute(self._alive())
+        with self._lock:
+            self._compute(self._alive())
 
     def real(self, late: Late) -> Tensor:
         """Returns the computed tensor of a late value that stays one."""
-        if late.late_real is None:
-            self._compute([late], swap=False)
+        with self._lock:
+            if late.late_real is None:
+                self._compute([late], swap=False)
         assert late.late_real is not None
         return late.late_real
 
@@ -207,8 +220,7 @@ class Pass:
         """Makes what is still late independent of tensors that the caller may write to."""
         if self._alive():
             for number in self._trace.inputs:
-                if number in self._given:
-                    self.give(number, copy_of(self._given[number].detach()))
+                self.save(number)
         self.ids.clear()
 
     def _alive(self) -> list[Late]:
@@ -243,17 +255,35 @@ class Pass:
 
 def _swap(late: Late, tensor: Tensor) -> bool:
     """Exchanges what two tensor objects are. Says whether that was possible."""
+    with _quiet():
+        if late._use_count() > 1:  # type: ignore[attr-defined]
+            return False  # C++ code holds it
     left = late.__dict__
     late.__dict__ = {}
-    late.__class__ = torch.Tensor  # type: ignore[assignment]
+    _set_class(late, torch.Tensor)
     try:
         torch._C._swap_tensor_impl(late, tensor)
     except RuntimeError:
-        # C++ code holds one of them.
-        late.__class__ = Late
+        _set_class(late, Late)
         late.__dict__ = left
         return False
     return True
+
+
+# `Late` says that its class is `torch.Tensor`, so its real class is set below that.
+_set_class: Callable[[Any, type], None] = vars(object)["__class__"].__set__
+
+
+def _to_dlpack(tensor: Tensor) -> Any:
+    """Takes a tensor's memory as torch does, once a late value has computed itself."""
+    tensor.data_ptr()
+    return _capsule(tensor)
+
+
+# The only function of torch that takes memory without asking the tensor's class: on a late value it
+# ends the process. A late value may outlive whoever made it, so this is not put back.
+_capsule: Any = torch.utils.dlpack.to_dlpack
+torch.utils.dlpack.to_dlpack = torch.to_dlpack = _to_dlpack  # type: ignore[assignment]
 
 
 def _version(tensor: Tensor) -> int:

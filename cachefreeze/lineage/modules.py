@@ -43,7 +43,7 @@ def modules_of(call: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
                 look(item, key, depth + 1)
         elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
             _look_inside(value, name, depth)
-        elif depth == 0 and hasattr(value, "__dict__") and not isinstance(value, type):
+        elif depth <= 1 and hasattr(value, "__dict__") and not isinstance(value, type):
             _look_inside(value, name, depth)
 
     def _look_inside(value: Any, name: str, depth: int) -> None:
@@ -82,6 +82,10 @@ def states_of(prefix: str, module: nn.Module) -> Iterator[tuple[str, torch.Tenso
     for path, part in module.named_modules(prefix=prefix):
         dot = f"{path}." if path else ""
         held = vars(part)
+        if "_parameters" not in held:  # a scripted module
+            for key, tensor in (*part.named_parameters("", False), *part.named_buffers("", False)):
+                yield dot + key, tensor
+            continue
         for kind in ("_parameters", "_buffers"):
             for key, tensor in held[kind].items():
                 if tensor is not None:

@@ -46,6 +46,7 @@ class Value:
         dtype: Type of the elements.
         device: Device of the elements.
         requires_grad: Whether autograd follows the tensor.
+        leaf: Whether the tensor is a leaf for autograd.
         storage: Number of the buffer. Views of one buffer share it.
         thing: Number of the tensor object. A written tensor keeps it.
         plain: Whether the tensor is a dense `torch.Tensor`, so that another one can take its place.
@@ -62,6 +63,7 @@ class Value:
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool
+    leaf: bool
     storage: int
     thing: int
     plain: bool
@@ -189,9 +191,15 @@ class Call:
 
 def twin_of(module: torch.nn.Module) -> tuple[type, dict[str, Any]] | None:
     """Returns what tells modules without state apart, or None for a module with state."""
-    if module._parameters or module._buffers or module._modules:
+    held = vars(module)
+    if held.get("_parameters", True) or held.get("_buffers", True):
         return None
-    return type(module), {k: v for k, v in vars(module).items() if type(v) in PLAIN_KINDS}
+    plain = {key: value for key, value in held.items() if type(value) in PLAIN_KINDS}
+    for name, part in held["_modules"].items():
+        plain[f"part {name}"] = twin_of(part) if part is not None else None
+        if part is not None and plain[f"part {name}"] is None:
+            return None
+    return type(module), plain
 
 
 class Enter(NamedTuple):

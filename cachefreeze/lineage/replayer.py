@@ -126,8 +126,25 @@ def _prepared(plan: Plan, kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
             )
         if tensor.stride() != value.stride:
             tensor = with_strides(tensor, value.stride)
+        if value.requires_grad and not value.leaf:
+            anchor = torch.empty(0, requires_grad=True)
+            tensor = _Made.apply(anchor, [tensor])
         ready[number] = tensor.requires_grad_(value.requires_grad)
     return ready
+
+
+class _Made(torch.autograd.Function):
+    """Makes a tensor one that autograd follows and that is no leaf, as a computed one is."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, held: list[Tensor]) -> Tensor:
+        """Returns the tensor."""
+        return held[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        """Ends the gradient, as nothing before a frozen value is trained."""
+        return None, None
 
 
 class _Following(TorchFunctionMode):
@@ -141,6 +158,7 @@ class _Following(TorchFunctionMode):
         self._at = 0
         self._lost = False
         self._open = True
+        self.paused = False
 
     # What the two kinds of passes do differently.
 
@@ -169,7 +187,7 @@ class _Following(TorchFunctionMode):
     # What they have in common.
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._lost or not self._open or func in soundness.METADATA:
+        if self._lost or self.paused or not self._open or func in soundness.METADATA:
             return func(*args, **(kwargs or {}))
         if func is soundness.ITERATE:
             return iter(self.step(torch.Tensor.unbind, (args[0], 0), {}))
@@ -201,14 +219,14 @@ class _Following(TorchFunctionMode):
             return self._plainly(module, args, kwargs)
         if planned.action is not Action.FOLLOW:
             with calls.unfollowed(self):
-                if planned.action is Action.UNFOLLOWED:
-                    output = calls.real_call(module, *args, **kwargs)
-                    self._at = call.leave + 1
-                    return output
-                if self._is_whole(planned, call, args, kwargs):
-                    output = self.whole(planned, module, args, kwargs)
-                    self._at = call.leave + 1
-                    return output
+                try:
+                    if planned.action is Action.UNFOLLOWED:
+                        return calls.real_call(module, *args, **kwargs)
+                    if self._is_whole(planned, call, args, kwargs):
+                        return self.whole(planned, module, args, kwargs)
+                finally:
+                    inside, self._at = self._at, call.leave + 1
+            self._at = inside
         return self._inside(call, module, args, kwargs)
 
     def _inside(self, call: Call, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -3,11 +3,13 @@
 import weakref
 from collections.abc import Callable, Sequence
 from operator import is_, itemgetter
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from cachefreeze.lineage.soundness import PARTS as _PARTS
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 
 
@@ -46,6 +48,12 @@ class Signature:
             for path, part in module.named_modules()
         ]
         self._shared_hooks = _shared_hooks()
+        parts = [part for _, module in modules for part in module.modules()]
+        self._settings = _settings(parts)
+
+    def settle(self) -> None:
+        """Forgets settings that the pass itself has changed, such as a list that it appends to."""
+        self._settings = [one for one in self._settings if _content(one[1], 0) == one[2]]
 
     def difference(self, given: Any) -> str:
         """Says in a few words how another pass differs, or returns an empty string.
@@ -62,13 +70,16 @@ class Signature:
         for part in self._parts:
             if not part.is_same():
                 return part.difference()
+        for name, value, content in self._settings:
+            if _content(value, 0) != content:
+                return f"`{name}` of a module has changed"
         return ""
 
 
 class _Part:
     """State of one module, compared at every pass: the fewer steps, the better."""
 
-    __slots__ = ("attributes", "buffers", "hooks", "module", "name", "parameters", "plain", "take",
+    __slots__ = ("attributes", "buffers", "hooks", "module", "name", "parameters", "parts", "plain", "take",
                  "training")  # fmt: skip
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -82,8 +93,9 @@ class _Part:
         self.plain = self.take(held)
         self.attributes = len(held)
         self.hooks = _hooks(held)
-        self.parameters = _tensors(held["_parameters"])
-        self.buffers = _tensors(held["_buffers"])
+        self.parameters = _tensors(_held(module, "_parameters"))
+        self.buffers = _tensors(_held(module, "_buffers"))
+        self.parts = [id(part) for part in held.get("_modules", {}).values()]
 
     def is_same(self) -> bool:
         module = self.module()
@@ -98,8 +110,9 @@ class _Part:
             (all(map(is_, now, self.plain)) or all(map(_equal, now, self.plain)))
             and len(held) == self.attributes
             and _hooks(held) == self.hooks
-            and _tensors(held["_parameters"]) == self.parameters
-            and _tensors(held["_buffers"]) == self.buffers
+            and _tensors(_held(module, "_parameters")) == self.parameters
+            and _tensors(_held(module, "_buffers")) == self.buffers
+            and [id(part) for part in held.get("_modules", {}).values()] == self.parts
         )
 
     def difference(self) -> str:
@@ -116,7 +129,14 @@ class _Part:
             return f"parameters of `{self.name}` were frozen, unfrozen or replaced"
         if other.buffers != self.buffers:
             return f"buffers of `{self.name}` were replaced"
+        if other.parts != self.parts:
+            return f"modules in `{self.name}` were replaced"
         return f"an attribute of `{self.name}` has changed"
+
+
+def _held(module: nn.Module, kind: str) -> dict[str, torch.Tensor | None]:
+    """Returns what a module holds of a kind. Scripted modules do not have it as an attribute."""
+    return vars(module).get(kind) or {}
 
 
 def _tensors(held: dict[str, torch.Tensor | None]) -> list[tuple[str, int, bool]] | None:
@@ -139,6 +159,46 @@ def _hooks(held: dict[str, Any]) -> int:
         + len(held["_backward_hooks"])
         + len(held["_backward_pre_hooks"])
     )
+
+
+def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
+    """Finds lists, dictionaries and plain objects among attributes, each once, with its content.
+
+    Such are the configurations of Hugging Face's models, which all parts of a model share.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    seen: set[int] = set()
+    for module in modules:
+        for name, value in vars(module).items():
+            if name in _PARTS or type(value) in PLAIN_KINDS or id(value) in seen:
+                continue
+            seen.add(id(value))
+            content = _content(value, 0)
+            if content is not None:
+                found.append((name, value, content))
+    return found
+
+
+def _content(value: Any, depth: int) -> Any:
+    """Describes what a setting holds, or returns None for what is no setting."""
+    if type(value) in PLAIN_KINDS:
+        return type(value), value
+    if depth > 3:
+        return None
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = list(value) if isinstance(value, (list, tuple)) else sorted(value, key=repr)
+        return type(value), [_content(item, depth + 1) for item in items[:_MANY]]
+    if isinstance(value, dict):
+        items = list(value.items())[:_MANY]
+        return type(value), [(repr(key), _content(item, depth + 1)) for key, item in items]
+    if isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value):
+        return None
+    if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):
+        return type(value), _content(vars(value), depth + 1)
+    return None
+
+
+_MANY = 500
 
 
 def _shared_hooks() -> int:

@@ -36,6 +36,11 @@ _SHAPE_ONLY_NAMES = frozenset(
     "broadcast_shapes result_type can_cast promote_types is_grad_enabled is_tensor is_storage "
     "is_inference_mode_enabled get_default_dtype iinfo finfo compiled_with_cxx11_abi".split()
 )
+# Functions that hand out the memory of a tensor, which is written to unseen from then on.
+EXPOSING_NAMES = frozenset(
+    "numpy __array__ data_ptr untyped_storage storage _typed_storage __dlpack__ __array_interface__ "
+    "__cuda_array_interface__.read".split()
+)
 SWITCH_NAMES = frozenset("_set_grad_enabled set_grad_enabled".split())
 # Kernels that write to arguments of theirs without saying so in their schema: position of the
 # written arguments, and of the flag under which they do.
@@ -246,10 +251,10 @@ def is_torchs_own(module: nn.Module) -> bool:
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Returns what a module has as attributes, apart from its parts, to be compared later."""
-    return {name: value for name, value in vars(module).items() if name not in _PARTS}
+    return {name: value for name, value in vars(module).items() if name not in PARTS}
 
 
-_PARTS = frozenset(
+PARTS = frozenset(
     """
     _parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks
     _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called

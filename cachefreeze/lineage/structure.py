@@ -87,7 +87,8 @@ def _named(value: Any) -> bool:
 
 
 def _tuple(kind: Any, items: list[Any]) -> Any:
-    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    # Not by the class itself, which may do something with what it is given.
+    return tuple.__new__(kind, items) if hasattr(kind, "_fields") else kind(items)
 
 
 def is_tensor(value: Any) -> bool:
@@ -95,9 +96,14 @@ def is_tensor(value: Any) -> bool:
     return _kind_is(type(value), torch.Tensor)
 
 
-@functools.cache
+_known_kinds: dict[tuple[type, Any], bool] = {}
+
+
 def _kind_is(kind: type, of: type | tuple[type, ...]) -> bool:
-    return issubclass(kind, of)
+    found = _known_kinds.get((kind, of))
+    if found is None:
+        found = _known_kinds[kind, of] = issubclass(kind, of)
+    return found
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:

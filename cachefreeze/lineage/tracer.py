@@ -91,10 +91,13 @@ class _Functions(TorchFunctionMode):
     def __init__(self, tracer: "_Tracer") -> None:
         super().__init__()
         self._tracer = tracer
+        self.paused = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if self.paused:
+            return func(*args, **(kwargs or {}))
         return self._tracer.function(func, args, kwargs or {})
 
 
@@ -315,7 +318,8 @@ class _Tracer:
         operation.mixes = running.mixes
         operation.shapeless = running.shapeless
         self.trace.operations.append(operation)
-        self.trace.events.append(Step(operation.number))
+        if operation.func is not _nothing:  # nobody sees unseen work at replay either
+            self.trace.events.append(Step(operation.number))
 
     @_resting
     def _end(
@@ -330,6 +334,8 @@ class _Tracer:
         makes: list[int] = []
         writes: list[tuple[int, int]] = []
         self._unusual(operation, running, args, kwargs)
+        if operation.name in soundness.EXPOSING_NAMES:
+            running.written |= {buffer_of(one) for one in tensors(args[:1])} - {0}
         targets = [(tensor, True) for tensor in self.known.tensors_on(running.written)]
         if operation.name.endswith(("_", ".write")) and not operation.name.endswith("__"):
             # What changes a tensor, not its elements: `requires_grad_`, `detach_`, `x.data = y`.
@@ -384,8 +390,16 @@ class _Tracer:
                 self._asked += [v.number for v in self.trace.values if v.requires_grad]
             else:
                 self._asked += [self._number(tensor) for tensor in tensors(wanted)]
+        elif name in soundness.EXPOSING_NAMES and self._is_made(args):
+            operation.must_run, operation.taints = "hands out memory (numpy, data_ptr)", True
         elif name.endswith(".write") and name != "requires_grad.write":
             operation.must_run, operation.taints = f"sets {name[:-6]} of a tensor", True
+
+    def _is_made(self, args: Any) -> bool:
+        """Says whether the first argument was made in the pass. Inputs are the caller's own."""
+        return any(
+            self.trace.values[self._number(tensor)].operation >= 0 for tensor in tensors(args[:1])
+        )
 
     def _outside(self, operation: Operation, before: int, running: _Running) -> None:
         """Notes that a written value outlives the call: it belongs to the model or the caller."""
@@ -405,8 +419,13 @@ class _Tracer:
     # Kernels
 
     def kernel(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs a kernel, and notes what it does."""
         if self._resting:
             return func(*args, **kwargs)
+        return self._kernel(func, args, kwargs)
+
+    @_resting
+    def _kernel(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         running = self._running
         known = soundness.kernel(func)
         written = known.written(args, kwargs)
@@ -706,6 +725,7 @@ class _Tracer:
         self._generators_now()
         if self._hidden_draws or self._python != soundness.python_generators():
             self._distrust()
+        trace.signature.settle()
         trace.asked = self._asked
         mark(trace, self._asked)
 
@@ -716,10 +736,12 @@ class _Tracer:
         Python's and numpy's generators tell nobody who used them. What is followed call by call is
         compared with the trace, numbers that were drawn included.
         """
-        for call in self.trace.calls:
+        suspects: set[int] = set()
+        for call in reversed(self.trace.calls):
             module = call.module()
-            if module is None or not soundness.is_torchs_own(module):
+            if call.number in suspects or module is None or not soundness.is_torchs_own(module):
                 call.why_not_whole = call.why_not_whole or _DRAWS
+                suspects.add(call.parent)
         for operation in self.trace.operations:
             if operation.opaque and not operation.must_run:
                 operation.must_run, operation.taints = f"draws random numbers ({operation.name})", True

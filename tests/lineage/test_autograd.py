@@ -160,9 +160,7 @@ def test_forces_from_a_gradient_inside_the_pass_are_right(trained):
 def test_forces_of_the_callers_positions_are_right():
     def way(self, x):
         energy = self.head(torch.tanh(self.body(x))).sum()
-        (force,) = torch.autograd.grad(
-            energy, x, create_graph=self.training, retain_graph=True
-        )
+        (force,) = torch.autograd.grad(energy, x, create_graph=self.training, retain_graph=True)
         return energy, force
 
     wired(way, batch=wanted)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from .harness import rows, wired
+from .harness import wired
 from .test_autograd import hooked_embedding, tokens, wanted
 
 pytestmark = [

@@ -34,7 +34,9 @@ BRANCHES = {
     "any": lambda self, x: self.inner(x) if torch.any(x > 0) else x * 3,
     "float": lambda self, x: self.inner(x) if float(x.sum()) > 0 else x * 3,
     "item": lambda self, x: x * x.max().item(),
-    "tolist": lambda self, x: x[:, : sum(v > 0 for v in x[0].tolist()) + 1].sum(1, keepdim=True) * x,
+    "tolist": lambda self, x: (
+        x[:, : sum(v > 0 for v in x[0].tolist()) + 1].sum(1, keepdim=True) * x
+    ),
     "equal": lambda self, x: self.inner(x) if torch.equal(x, x.abs()) else x * 3,
     "allclose": lambda self, x: self.inner(x) if torch.allclose(x, x.abs()) else x * 3,
     "shape of nonzero": lambda self, x: x * len((x > 0).nonzero()),
@@ -261,7 +263,9 @@ def test_a_choice_by_the_class_attribute_is_the_plain_passs():
     assert wired(way).skipped
 
 
-@pytest.mark.xfail(strict=True, reason="python's type() asks nobody: it tells the class of a late value")
+@pytest.mark.xfail(
+    strict=True, reason="python's type() asks nobody: it tells the class of a late value"
+)
 def test_a_choice_by_the_exact_type_is_the_plain_passs():
     def way(self, x):
         q = self.body(x)

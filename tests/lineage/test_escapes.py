@@ -340,7 +340,7 @@ def test_an_exception_that_the_model_catches_is_raised_and_caught():
         try:
             self.body(q[:, :2])
         except RuntimeError as error:
-            assert "shapes" in str(error)
+            q = q + len(str(error))
         return self.head(q)
 
     assert wired(way).skipped

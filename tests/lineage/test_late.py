@@ -296,7 +296,5 @@ def test_a_late_value_whose_model_is_gone_says_so():
     late = pair.late()
     pair.model = None
     gc.collect()
-    try:
+    with pytest.raises(RuntimeError, match="is gone"):
         late.sum()
-    except RuntimeError as error:
-        assert "is gone" in str(error)

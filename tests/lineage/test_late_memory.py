@@ -50,10 +50,8 @@ PIECES = {
     "p = torch.multiprocessing.get_context('fork').Process(target=lambda: check(q.get(), plain)); "
     "p.start(); p.join(); assert not p.exitcode",
 }
-NOT_SEEN = {
-    name: "torch's setter of `data` asks neither functions nor kernels of what it is given"
-    for name in ("a tensor's data", "a parameter's data")
-}
+UNASKED = "torch's setter of `data` asks neither functions nor kernels of what it is given"
+NOT_SEEN = dict.fromkeys(("a tensor's data", "a parameter's data"), UNASKED)
 
 
 def run(code):

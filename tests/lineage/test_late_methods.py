@@ -8,14 +8,12 @@ import torch
 from .harness import look, seed_all
 from .late_values import Pair
 
-LEFT_OUT = dict.fromkeys(
-    """
+BELONGS_TO_THE_CLASS = """
     __new__ __init__ __init_subclass__ __subclasshook__ __class__ __torch_function__
     __torch_dispatch__ _make_subclass _make_wrapper_subclass _make_dtensor __class_getitem__
     __annotations__
-    """.split(),
-    "belongs to the class, not to a value",
-) | {
+"""
+LEFT_OUT = dict.fromkeys(BELONGS_TO_THE_CLASS.split(), "belongs to the class, not to a value") | {
     "__doc__": "is the text of the class",
     "__module__": "is the name of the class's module",
     "__dir__": "lists what the class has",
@@ -26,23 +24,20 @@ LEFT_OUT = dict.fromkeys(
     "__sizeof__": "is python's own: the size of the object",
 }
 # Results that hold addresses, or memory that nobody has written: compared by their type.
-ONLY_FORM = set(
-    """
-    data_ptr const_data_ptr mutable_data_ptr storage untyped_storage _typed_storage storage_type _cdata __hash__ new new_empty
-    new_empty_strided resize_ resize_as_ resize resize_as _backward_hooks __dlpack__ __repr__
-    __reduce_ex__ __reduce__ _reduce_ex_internal empty_like _storage share_memory_ register_hook
-    __cuda_array_interface__
-    """.split()
-)
-IN_A_PROCESS = ("share_memory_", "set_", "resize_", "is_shared", "_storage", "storage")
+FORM = """
+    data_ptr const_data_ptr mutable_data_ptr storage untyped_storage _typed_storage storage_type
+    _cdata __hash__ new new_empty new_empty_strided resize_ resize_as_ resize resize_as
+    _backward_hooks __dlpack__ __repr__ __reduce_ex__ __reduce__ _reduce_ex_internal empty_like
+    _storage share_memory_ register_hook __cuda_array_interface__
+"""
+ONLY_FORM = set(FORM.split())
+# Those that reach into memory are tried in processes of their own, in `test_late_memory`.
+ELSEWHERE = ("share_memory_", "set_", "resize_", "is_shared", "_storage", "storage")
 SHAPES = {
     "float": lambda model, q: [q * 2 for _ in range(len(ARGUMENTS))],
     "gradient": lambda model, q: [q * 2 for q in [q.requires_grad_()] for _ in ARGUMENTS],
     "integer": lambda model, q: [(q * 9).long() for _ in ARGUMENTS],
     "complex": lambda model, q: [torch.complex(q, q) for _ in ARGUMENTS],
-    "mask": lambda model, q: [q > 0 for _ in ARGUMENTS],
-    "scalar": lambda model, q: [q.sum() for _ in ARGUMENTS],
-    "row": lambda model, q: [q[0] * 2 for _ in ARGUMENTS],
 }
 
 
@@ -138,7 +133,7 @@ def dense(value):
 
 def names():
     found = [name for name in dir(torch.Tensor) if name not in LEFT_OUT]
-    return [name for name in found if name not in IN_A_PROCESS]
+    return [name for name in found if name not in ELSEWHERE]
 
 
 def faults(kind):
@@ -159,12 +154,6 @@ def faults(kind):
             seen = outcome(late[place], name, arguments[place])
             if seen[0] != expected[0] or (seen[0] == "made" and seen != expected):
                 yield f"{name}, arguments {place}: {short(expected)}, not {short(seen)}"
-        GAVE.update([name] if gave else [])
-
-
-GAVE = set()
-# Names for which no argument is tried that torch takes here.
-NEVER = {}
 
 
 @pytest.mark.parametrize("kind", SHAPES)

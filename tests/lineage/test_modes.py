@@ -140,9 +140,7 @@ def test_frozen_weights_that_autocast_has_cached_leave_trained_ones_alone():
         shared = self.body[0]
         return self.head(shared(torch.tanh(self.mid(q))) + q)
 
-    result = wired(
-        way, parts=lambda: {"mid": nn.Linear(6, 6)}, frozen=["body"], around=bfloat16
-    )
+    result = wired(way, parts=lambda: {"mid": nn.Linear(6, 6)}, frozen=["body"], around=bfloat16)
     assert result.skipped
 
 

@@ -285,9 +285,7 @@ def test_a_scripted_module_that_is_trained_is_right():
     def way(self, x):
         return self.head(self.scripted(self.body(x)))
 
-    result = wired(
-        way, parts=lambda: {"scripted": torch.jit.script(Scriptable())}, frozen=["body"]
-    )
+    result = wired(way, parts=lambda: {"scripted": torch.jit.script(Scriptable())}, frozen=["body"])
     assert result.left_out.count("linear") == 2
 
 

@@ -197,9 +197,11 @@ def test_a_generator_of_python_or_numpy_that_a_module_keeps_draws_on(kind):
         way,
         parts=lambda: {"noisy": Model()},
         before=before,
-        extra=lambda model: float(model.noisy.rng.random_sample())
-        if kind == "RandomState"
-        else model.noisy.rng.random(),
+        extra=lambda model: (
+            float(model.noisy.rng.random_sample())
+            if kind == "RandomState"
+            else model.noisy.rng.random()
+        ),
     )
     assert result.skipped
 

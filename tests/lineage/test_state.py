@@ -78,7 +78,9 @@ def test_a_counter_buffer_moves_in_each_replay():
             self.count += 1
             return self.inner(x)
 
-    result = wired(lambda self, x: self.head(self.counting(x)), parts=lambda: {"counting": Counting()})
+    result = wired(
+        lambda self, x: self.head(self.counting(x)), parts=lambda: {"counting": Counting()}
+    )
     assert "__iadd__" in result.ran or "add_" in result.ran
     assert "linear" in result.left_out
 
@@ -249,9 +251,7 @@ def test_a_python_counter_counts_in_each_replay():
     def way(self, x):
         return self.head(self.body(self.steps(x)))
 
-    result = wired(
-        way, parts=lambda: {"steps": Steps()}, extra=lambda model: model.steps.step
-    )
+    result = wired(way, parts=lambda: {"steps": Steps()}, extra=lambda model: model.steps.step)
     assert result.skipped
 
 
@@ -334,6 +334,45 @@ def test_a_setting_that_is_changed_between_passes_is_heeded(kind, deep):
     output, report = lineage.replay(plan, kept, model, x)
     assert torch.equal(output, expected)
     assert report.left
+
+
+KEEPERS = {
+    "a number": (lambda m: setattr(m, "count", 0), lambda m: setattr(m, "count", m.count + 1)),
+    "a list": (lambda m: setattr(m, "count", []), lambda m: m.count.append(1.0)),
+    "a dictionary": (
+        lambda m: setattr(m, "count", {}),
+        lambda m: m.count.update({len(m.count): 1}),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPERS)
+def test_a_model_that_keeps_count_of_its_passes_is_left_out_all_the_same(kind):
+    put, move = KEEPERS[kind]
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+            put(self)
+
+        def forward(self, x):
+            move(self)
+            return self.head(torch.relu(self.body(x)))
+
+    torch.manual_seed(0)
+    model, x = Counting(), torch.randn(4, 6)
+    model.body.requires_grad_(False)
+    _, trace = lineage.trace(model, x)
+    plan = lineage.Plan(trace, lineage.crossing_cut(trace))
+    _, kept, report = lineage.capture(plan, model, x)
+    assert not report.left
+    for _ in range(2):
+        expected = model(x)
+        own = {number: tensor.clone() for number, tensor in kept.items()}
+        output, report = lineage.replay(plan, own, model, x)
+        assert torch.equal(output, expected)
+        assert report.skipped == 2
 
 
 def test_a_quantisation_observer_in_frozen_work_goes_on_observing():
