@@ -4,6 +4,8 @@ Every figure is the median of several runs, taken in turns with what it is compa
 """
 
 import argparse
+import functools
+import importlib
 import os
 import statistics
 import subprocess
@@ -55,8 +57,7 @@ def text(rows: int = 4, length: int = 8) -> dict[str, torch.Tensor]:
 
 
 def tiny_models() -> Iterator[tuple[str, nn.Module, dict[str, torch.Tensor], list[str]]]:
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")
     wide = {**TINY, "intermediate_size": 64}
     bert = transformers.BertConfig(**wide, vocab_size=100)
     yield "BERT", transformers.BertForSequenceClassification(bert), text(), ["classifier"]
@@ -74,10 +75,8 @@ def replayed_passes(times: int) -> None:
         plan, kept = planned(model, **batch)
         plain, replayed = medians(
             [
-                lambda model=model, batch=batch: model(**batch),
-                lambda model=model, batch=batch, plan=plan, kept=kept: lineage.replay(
-                    plan, kept, model, **batch
-                ),
+                functools.partial(model, **batch),
+                functools.partial(lineage.replay, plan, kept, model, **batch),  # type: ignore[arg-type]
             ],
             times,
         )
@@ -106,8 +105,7 @@ def last_stage(times: int) -> None:
 
 
 def traced_passes(times: int) -> None:
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")
     print("traced pass / plain pass (asked: at most 1.5 where a pass takes 0.1 s or more)")
     resnet = freeze_all_but(torchvision.models.resnet50(), ["layer4", "fc"])
     config = transformers.BertConfig(num_hidden_layers=12, hidden_size=256, intermediate_size=1024,
@@ -122,8 +120,8 @@ def traced_passes(times: int) -> None:
     for name, model, args, kwargs in cases:
         plain, traced = medians(
             [
-                lambda m=model, a=args, k=kwargs: m(*a, **k),
-                lambda m=model, a=args, k=kwargs: lineage.trace(m, *a, **k),
+                functools.partial(model, *args, **kwargs),
+                functools.partial(lineage.trace, model, *args, **kwargs),
             ],
             times,
         )
@@ -155,7 +153,7 @@ def peak_memory(times: int) -> None:
             command = [sys.executable, "-c", PEAK.format(call=call)]
             run = subprocess.run(command, capture_output=True, check=True, text=True)
             found.append(int(run.stdout))
-    plain, traced = map(statistics.median, peaks)
+    plain, traced = (statistics.median(found) for found in peaks)
     print(f"  {traced / plain:.3f}   (plain {plain / 1e3:.0f} MB above the model)")
 
 
@@ -180,7 +178,9 @@ def cuts(times: int) -> None:
     print("minimum cut, in ms (asked: at most 200 for 1,500 operations)")
     for count in (500, 1500, 3000):
         _, trace = lineage.trace(Chain(count), torch.randn(4, 8))
-        (seconds,) = medians([lambda t=trace: lineage.minimum_cut(t, reading_rate=1e9)], times)
+        (seconds,) = medians(
+            [functools.partial(lineage.minimum_cut, trace, reading_rate=1e9)], times
+        )
         print(f"  {len(trace.operations):5} operations {seconds * 1e3:6.1f}")
 
 

@@ -258,12 +258,12 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="Words that names contain.")
     parser.add_argument("--family", choices=list(FAMILIES), help="Library to take models from.")
     parser.add_argument("--divergences", type=int, default=5, metavar="N",
-                        help="Number of random calls at which skipping stops, for each model, share "
-                        "and mode. Default: 5, which makes 36 a model.")  # fmt: skip
+                        help="Number of random calls at which skipping stops, for each model, "
+                        "share and mode. Default: 5, which makes 36 a model.")  # fmt: skip
     parser.add_argument("--part", default="1/1", metavar="K/N",
                         help="Part of the models to run, for several processes.")  # fmt: skip
     parser.add_argument("--results", type=Path, nargs="+", metavar="FILE",
-                        help="Files of results to write the page from, in place of running.")  # fmt: skip
+                        help="Files of results to write the page from.")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="File to write results to.")
     parser.add_argument("--page", type=Path, metavar="FILE", help="Page to write, in Markdown.")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ FLOORS = [
     floor.split()
     for floor in (
         "errors files hashing rows schedule planner timing totals randomness account streams",
-        "record figures terminal outlook",
+        "record figures terminal outlook lineage",
         "device models data store report run_folder checkpoint fingerprint interrupts",
         "moments progress",
         "encoding scratch identity markup metrics",
@@ -34,6 +34,17 @@ FLOORS = [
     )
 ]
 INSIDE = {
+    "lineage": [
+        ["structure", "calls"],
+        ["soundness"],
+        ["operations"],
+        ["known", "modes", "modules", "signature"],
+        ["recording", "program"],
+        ["module_calls", "cut"],
+        ["tracer", "plan", "late"],
+        ["replayer", "axes", "extension"],
+        ["explanation"],
+    ],
     "adapters": [["lightning"]],
     "models": [["units", "layers"], ["wrn", "densenet", "vgg", "partition", "ready_made"]],
     "data": [["images"], ["inputs", "sets"]],

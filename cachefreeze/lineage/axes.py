@@ -219,7 +219,9 @@ class _Search:
             return
         fits = {number: set(_candidates(after[number].shape, self._rows)) for number in made}
         for rows in self._choices:
-            chosen = {number: self._taken(number, tensor, rows) for number, tensor in before.items()}
+            chosen = {
+                number: self._taken(number, tensor, rows) for number, tensor in before.items()
+            }
             self._program.run_one(operation, chosen, {})
             for number in made:
                 result, whole = chosen.get(number), after[number]

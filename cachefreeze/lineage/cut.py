@@ -70,7 +70,7 @@ def minimum_cut(
     if not reading_rate > 0 or not price >= 0:
         raise ValueError("minimum_cut needs a reading_rate above 0 and a price of at least 0.")
     wanted = _wanted(trace, unread)
-    kept, runs = _settle(trace, set(), set(), wanted)
+    _, runs = _settle(trace, set(), set(), wanted)
     # What runs whatever is kept, and what it takes.
     fixed = {one for one in runs if not trace.operations[one].skippable}
     fixed |= _bound_to_run(trace, fixed)
@@ -154,7 +154,7 @@ def cheapest(
 
 
 def _is_view(trace: Trace, operation: Operation) -> bool:
-    """Says whether an operation only makes views: that takes no time, and the buffer counts once."""
+    """Says whether an operation only makes views, which takes no time and no bytes."""
     storages = {trace.values[number].storage for number in operation.reads}
     return not operation.writes and all(
         trace.values[number].storage in storages for number in operation.makes

@@ -1,6 +1,6 @@
 """Says in words what a cache would save of a model's forward pass, and what stands in its way."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,9 @@ def explain(model: Callable[..., Any], /, *example: Any, **kwargs: Any) -> Expla
         ) from error
     del output
     name = getattr(model, "__name__", type(model).__name__)
-    parameters = [state for state in traced.states if isinstance(state.tensor(), torch.nn.Parameter)]
+    parameters = [
+        state for state in traced.states if isinstance(state.tensor(), torch.nn.Parameter)
+    ]
     if not any(state.trained for state in parameters):
         raise UserError(f"Nothing of {name} is trained: no parameter has requires_grad = True.")
     if all(state.trained for state in parameters):
@@ -140,8 +142,8 @@ def _kept(traced: Trace, cut: Cut, axes: Axes | None, rows: int) -> list[list[st
 
 def _modules(traced: Trace, cut: Cut) -> list[list[str]]:
     """Returns a line for each of the outermost modules that differ in what is left out."""
-    times: Counter[str] = Counter()
-    saved: Counter[str] = Counter()
+    times: dict[str, float] = defaultdict(float)
+    saved: dict[str, float] = defaultdict(float)
     for operation in traced.operations:
         place = _outer(traced, operation)
         times[place] += operation.seconds
@@ -154,7 +156,9 @@ def _modules(traced: Trace, cut: Cut) -> list[list[str]]:
     ]
     if len(lines) > _MANY_LINES:
         order = sorted(times.values(), reverse=True)[_MANY_LINES - 1]
-        lines = [one for one, seconds in zip(lines, times.values(), strict=True) if seconds >= order]
+        lines = [
+            one for one, seconds in zip(lines, times.values(), strict=True) if seconds >= order
+        ]
         lines.append(["smaller ones", "", ""])
     return lines
 
@@ -234,5 +238,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
     return lines
-
-

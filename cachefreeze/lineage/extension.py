@@ -70,9 +70,7 @@ def _alike(one: Any, other: Any, same: Mapping[int, int]) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_alike(one[k], other[k], same) for k in one)
     if isinstance(one, slice):
-        return _alike(
-            (one.start, one.stop, one.step), (other.start, other.stop, other.step), same
-        )
+        return _alike((one.start, one.stop, one.step), (other.start, other.stop, other.step), same)
     return one is other or bool(one == other)
 
 
@@ -83,9 +81,7 @@ def computable(trace: Trace, given: Collection[int]) -> set[int]:
         trace: Trace of a pass.
         given: Numbers of the values that are there.
     """
-    behind = {
-        one.number for one in Program(trace).needed(given, ()) if one.kind == FROZEN
-    }
+    behind = {one.number for one in Program(trace).needed(given, ()) if one.kind == FROZEN}
     values = trace.values
     found = {value.number for value in values if value.operation < 0} | set(given)
     for operation in trace.operations:

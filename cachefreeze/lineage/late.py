@@ -1,4 +1,4 @@
-"""Late values: tensors in the place of skipped ones, which compute themselves when they are used."""
+"""Late values: tensors in the place of skipped ones, which compute themselves when used."""
 
 import threading
 import weakref
@@ -31,9 +31,10 @@ class Late(torch.Tensor):
     late_number: int
     late_pass: "Pass"
     late_real: Tensor | None
+    late_leaf: bool
 
     @staticmethod
-    def __new__(cls, value: Value, owner: "Pass") -> "Late":
+    def __new__(cls: type["Late"], value: Value, owner: "Pass") -> "Late":
         """Makes a late value.
 
         Args:
@@ -49,16 +50,17 @@ class Late(torch.Tensor):
             requires_grad=value.requires_grad,
         )
         made.late_number, made.late_pass, made.late_real = value.number, owner, None
+        made.late_leaf = value.leaf
         return made
 
     def __init__(self, value: Value, owner: "Pass") -> None:
         """Does nothing more. See `__new__`."""
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Computes the late values among the arguments, then calls the function."""
+        if func == soundness.IS_LEAF:
+            return bool(args[0].late_leaf)
         if func in soundness.METADATA:
             with _quiet():
                 return func(*args, **(kwargs or {}))
@@ -66,16 +68,22 @@ class Late(torch.Tensor):
             owner = late.__dict__.get("late_pass")
             if owner is not None:
                 owner.compute_now(late)
-        left = next(_late_in((args, kwargs)), None)
-        if left is None:
+        kept = list(_late_in((args, kwargs)))
+        if not kept:
             return func(*args, **(kwargs or {}))
-        # Autograd holds the object, as a custom function does with what it is given. It stays a
-        # late value, and kernels are given the computed tensor.
+        # C++ code holds the object, as a custom function does with what it is given, so it could
+        # not become a plain tensor. If it has a place in autograd's graph, kernels are given the
+        # computed tensor, else the function is.
         with _quiet():
-            return func(*args, **(kwargs or {}))
+            if any(late.grad_fn is not None for late in kept):
+                return func(*args, **(kwargs or {}))
+        real = {id(late.late_real): late for late in kept}
+        args, kwargs = tree_map(_real, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        return real.get(id(result), result)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Gives a kernel the computed tensors. Only autograd and C++ code come here."""
@@ -87,6 +95,18 @@ def _real(value: Any) -> Any:
     if type(value) is Late:
         return value.late_pass.real(value)
     return value
+
+
+# Dynamo leaves its graph where it meets these, and they run as they are. `torch.compiler.disable`
+# would say the same, and import Dynamo.
+for _one in (Late.__torch_function__.__func__, Late.__torch_dispatch__.__func__):  # type: ignore[attr-defined]
+    _one._torchdynamo_disable = True
+
+
+def compute_in(value: Any) -> None:
+    """Computes the late values in some arguments, for functions that do not ask for them."""
+    for late in _late_in(value):
+        late.late_pass.compute_now(late)
 
 
 def _late_in(value: Any) -> Iterator[Late]:
@@ -239,7 +259,8 @@ class Pass:
         self.computed.update(by_number)
         for number, late in by_number.items():
             self._lates.pop(number, None)
-            self._become(late, results[number], swap)
+            if type(late) is Late and late.late_real is None:
+                self._become(late, results[number], swap)
 
     def _become(self, late: Late, tensor: Tensor, swap: bool = True) -> None:
         """Turns the object of a late value into a plain tensor, or gives it one to stand for."""
@@ -274,16 +295,17 @@ def _swap(late: Late, tensor: Tensor) -> bool:
 _set_class: Callable[[Any, type], None] = vars(object)["__class__"].__set__
 
 
-def _to_dlpack(tensor: Tensor) -> Any:
+def _to_dlpack(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Takes a tensor's memory as torch does, once a late value has computed itself."""
     tensor.data_ptr()
-    return _capsule(tensor)
+    return _capsule(tensor, *args, **kwargs)
 
 
 # The only function of torch that takes memory without asking the tensor's class: on a late value it
 # ends the process. A late value may outlive whoever made it, so this is not put back.
-_capsule: Any = torch.utils.dlpack.to_dlpack
-torch.utils.dlpack.to_dlpack = torch.to_dlpack = _to_dlpack  # type: ignore[assignment]
+_capsule: Any = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
+torch.utils.dlpack.to_dlpack = _to_dlpack  # type: ignore[attr-defined,assignment]
+torch.to_dlpack = _to_dlpack  # type: ignore[attr-defined,assignment]
 
 
 def _version(tensor: Tensor) -> int:

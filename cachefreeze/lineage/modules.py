@@ -41,9 +41,7 @@ def modules_of(call: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
             seen.add(id(value))
             for key, item in _names_of(value):
                 look(item, key, depth + 1)
-        elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
-            _look_inside(value, name, depth)
-        elif depth <= 1 and hasattr(value, "__dict__") and not isinstance(value, type):
+        elif _opens(value, depth):
             _look_inside(value, name, depth)
 
     def _look_inside(value: Any, name: str, depth: int) -> None:
@@ -56,6 +54,13 @@ def modules_of(call: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
     look(call, "", 0)
     parts = {id(part) for _, one in found.values() for part in one.modules() if part is not one}
     return [pair for pair in found.values() if id(pair[1]) not in parts]
+
+
+def _opens(value: Any, depth: int) -> bool:
+    """Says whether modules are looked for among the attributes of an object."""
+    if not hasattr(value, "__dict__") or isinstance(value, type):
+        return False
+    return depth <= 1 or not callable(value)
 
 
 def _names_of(function: Any) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cachefreeze.lineage.cut import Cut
-from cachefreeze.lineage.operations import CONSTANT, INPUT, SWITCH, Call, Enter, Operation, Step, Trace
+from cachefreeze.lineage.operations import (
+    CONSTANT,
+    INPUT,
+    SWITCH,
+    Call,
+    Enter,
+    Operation,
+    Step,
+    Trace,
+)
 from cachefreeze.lineage.program import Program
 from cachefreeze.lineage.structure import Ref, numbers
 
@@ -201,9 +210,7 @@ class Plan:
             if isinstance(event, Step)
         ]
 
-    def _as_a_whole(
-        self, call: Call, compared: Collection[int], whole: _Whole
-    ) -> Planned | None:
+    def _as_a_whole(self, call: Call, compared: Collection[int], whole: _Whole) -> Planned | None:
         """Plans a call that is taken as a whole. Returns None if it cannot be."""
         inside = self._inside(call)
         if call.why_not_whole or not any(one.number in compared for one in inside):
@@ -226,9 +233,7 @@ class Plan:
             returned=returned,
         )
 
-    def _not_whole(
-        self, call: Call, compared: Collection[int], last: dict[int, int]
-    ) -> Planned:
+    def _not_whole(self, call: Call, compared: Collection[int], last: dict[int, int]) -> Planned:
         inside = self._inside(call)
         made = {number for one in inside for number in one.makes}
         taken_later = any(last.get(number, -1) >= call.leave for number in made)
@@ -255,4 +260,3 @@ class Plan:
 
     def _gives_kept(self, call: Call, inside: list[Operation], kept: frozenset[int]) -> bool:
         return self._is_whole(inside) and kept <= set(numbers(call.results))
-

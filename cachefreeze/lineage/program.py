@@ -5,16 +5,15 @@ and how the batch axes are found.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from cachefreeze.lineage.known import buffer_of
-from cachefreeze.lineage.operations import Modes, Operation, Trace
+from cachefreeze.lineage.modes import under
+from cachefreeze.lineage.operations import Operation, Trace
 from cachefreeze.lineage.structure import bound, fill
-from cachefreeze.lineage.tracer import modes_now
 
 Tensor = torch.Tensor
 
@@ -189,23 +188,3 @@ def with_strides(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
             source.shape, stride, dtype=source.dtype, device=source.device
         ).copy_(source)
         return copied.expand(tensor.shape) if source.shape != tensor.shape else copied
-
-
-@contextmanager
-def under(modes: Modes) -> Iterator[None]:
-    """Sets torch's switches as they were when an operation ran."""
-    now = modes_now()
-    if now == modes:
-        yield
-        return
-    with ExitStack() as stack:
-        if now.inference != modes.inference:
-            stack.enter_context(torch.inference_mode(modes.inference))
-        stack.enter_context(torch.set_grad_enabled(modes.grad))
-        on = {kind for kind, _, _ in modes.autocast}
-        for kind, dtype, cached in modes.autocast:
-            stack.enter_context(torch.autocast(kind, dtype, cache_enabled=cached))
-        for kind, _, _ in now.autocast:
-            if kind not in on:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield

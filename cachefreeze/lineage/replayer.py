@@ -13,7 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cachefreeze.lineage import calls, soundness
-from cachefreeze.lineage.late import Late, Pass
+from cachefreeze.lineage.late import Late, Pass, compute_in
+from cachefreeze.lineage.module_calls import CallOf
 from cachefreeze.lineage.operations import Call, Operation, label
 from cachefreeze.lineage.plan import Action, Plan, Planned
 from cachefreeze.lineage.program import copy_of, with_strides
@@ -255,6 +256,7 @@ class _Following(TorchFunctionMode):
         args: Any,
         kwargs: dict[str, Any],
     ) -> Any:
+        assert isinstance(operation.func, CallOf)
         if operation.func.module() is not module:
             self.lose(f"another call: {type(module).__name__}")
         elif planned.checked and not self._matches(operation, args, kwargs):
@@ -276,6 +278,9 @@ class _Following(TorchFunctionMode):
             matches(guard.output, self.plan.program.result(guard, self.sources()), self.number)
             for guard in planned.guards
         )
+
+
+_Following.__torch_function__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class _Replaying(_Following):
@@ -333,6 +338,8 @@ class _Replaying(_Following):
         if planned.action is Action.RUN:
             for number in planned.saved:
                 self._pass.save(number)
+            if operation.name.endswith(".write"):
+                compute_in(args)
             result = func(*args, **kwargs)
             if planned.tracked:
                 self._pass.written(operation.writes)

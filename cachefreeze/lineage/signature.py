@@ -1,7 +1,7 @@
 """What two passes must have in common for the trace of one to say something of the other."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import is_, itemgetter
 from types import ModuleType
 from typing import Any
@@ -52,8 +52,10 @@ class Signature:
         self._settings = _settings(parts)
 
     def settle(self) -> None:
-        """Forgets settings that the pass itself has changed, such as a list that it appends to."""
+        """Forgets what the pass itself has changed, such as a counter or a list that grows."""
         self._settings = [one for one in self._settings if _content(one[1], 0) == one[2]]
+        for part in self._parts:
+            part.settle()
 
     def difference(self, given: Any) -> str:
         """Says in a few words how another pass differs, or returns an empty string.
@@ -79,8 +81,10 @@ class Signature:
 class _Part:
     """State of one module, compared at every pass: the fewer steps, the better."""
 
-    __slots__ = ("attributes", "buffers", "hooks", "module", "name", "parameters", "parts", "plain", "take",
-                 "training")  # fmt: skip
+    __slots__ = (
+        "attributes", "buffers", "hooks", "keys", "module", "name", "parameters", "parts", "plain",
+        "take", "training", "watches_buffers",
+    )  # fmt: skip
 
     def __init__(self, name: str, module: nn.Module) -> None:
         held = vars(module)
@@ -89,13 +93,28 @@ class _Part:
         self.name = name
         self.module = weakref.ref(module)
         self.training = module.training
-        self.take = itemgetter(*keys, keys[0])
+        self.keys = [*keys, keys[0]]
+        self.take = itemgetter(*self.keys)
         self.plain = self.take(held)
-        self.attributes = len(held)
+        self.attributes = {len(held)}
+        self.watches_buffers = True
         self.hooks = _hooks(held)
         self.parameters = _tensors(_held(module, "_parameters"))
         self.buffers = _tensors(_held(module, "_buffers"))
         self.parts = [id(part) for part in held.get("_modules", {}).values()]
+
+    def settle(self) -> None:
+        """Forgets attributes that the pass itself has changed, such as a counter."""
+        module = self.module()
+        if module is None or self.is_same():
+            return
+        before, now = dict(zip(self.keys, self.plain, strict=True)), vars(module)
+        same = [key for key in self.keys if key in now and _equal(now[key], before[key])]
+        self.keys = [*same, same[0]]
+        self.take = itemgetter(*self.keys)
+        self.plain = self.take(now)
+        self.attributes |= {len(now)}
+        self.watches_buffers = _tensors(_held(module, "_buffers")) == self.buffers
 
     def is_same(self) -> bool:
         module = self.module()
@@ -108,10 +127,10 @@ class _Part:
             return False
         return (
             (all(map(is_, now, self.plain)) or all(map(_equal, now, self.plain)))
-            and len(held) == self.attributes
+            and len(held) in self.attributes
             and _hooks(held) == self.hooks
             and _tensors(_held(module, "_parameters")) == self.parameters
-            and _tensors(_held(module, "_buffers")) == self.buffers
+            and (not self.watches_buffers or _tensors(_held(module, "_buffers")) == self.buffers)
             and [id(part) for part in held.get("_modules", {}).values()] == self.parts
         )
 

@@ -12,36 +12,53 @@ from torch import nn
 
 Tensor = torch.Tensor
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 # Functions that only read what a tensor is, not what it holds. A late value answers them itself.
 METADATA_NAMES = frozenset(
-    """
+    _words(
+        """
     size dim ndimension stride storage_offset numel nelement element_size is_contiguous
-    is_floating_point is_complex is_signed is_conj is_neg is_inference get_device is_same_size
-    has_names __len__ __hash__ __instancecheck__ is_sparse is_nested is_pinned dim_order
-    """.split()
+    is_floating_point is_complex is_signed is_conj is_neg is_inference get_device has_names
+    __len__ __hash__ __instancecheck__ is_sparse is_nested dim_order
+    """
+    )
 )
 METADATA_PROPERTIES = frozenset(
-    """
+    _words(
+        """
     shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_meta is_mps is_xpu
     is_sparse is_sparse_csr is_quantized is_nested is_mkldnn is_vulkan names itemsize nbytes
     is_xla is_ipu is_hpu is_mtia is_maia is_ort _backward_hooks output_nr
-    """.split()
+    """
+    )
 )
 # Functions on which gradients of a tensor are asked for. What hangs on it is trained work.
 _GRADIENT_NAMES = frozenset(
-    "retain_grad register_hook register_post_accumulate_grad_hook backward".split()
+    ["retain_grad", "register_hook", "register_post_accumulate_grad_hook", "backward"]
 )
 # Results that are no tensors and yet depend on shapes and types alone.
 _SHAPE_ONLY_NAMES = frozenset(
-    "broadcast_shapes result_type can_cast promote_types is_grad_enabled is_tensor is_storage "
-    "is_inference_mode_enabled get_default_dtype iinfo finfo compiled_with_cxx11_abi".split()
+    _words(
+        """
+    broadcast_shapes result_type can_cast promote_types is_grad_enabled is_tensor is_storage
+    is_inference_mode_enabled get_default_dtype iinfo finfo compiled_with_cxx11_abi
+    """
+    )
 )
-# Functions that hand out the memory of a tensor, which is written to unseen from then on.
+# Functions that hand out the memory of a tensor, which may be written to unseen from then on.
 EXPOSING_NAMES = frozenset(
-    "numpy __array__ data_ptr untyped_storage storage _typed_storage __dlpack__ __array_interface__ "
-    "__cuda_array_interface__.read".split()
+    _words(
+        """
+    numpy __array__ data_ptr untyped_storage storage _typed_storage __dlpack__
+    __array_interface__ __cuda_array_interface__.read
+    """
+    )
 )
-SWITCH_NAMES = frozenset("_set_grad_enabled set_grad_enabled".split())
+SWITCH_NAMES = frozenset(["_set_grad_enabled", "set_grad_enabled"])
 # Kernels that write to arguments of theirs without saying so in their schema: position of the
 # written arguments, and of the flag under which they do.
 _UNSAID_WRITES: dict[str, tuple[tuple[int, ...], int]] = {
@@ -56,11 +73,13 @@ _UNSAID_WRITES: dict[str, tuple[tuple[int, ...], int]] = {
 _COLLECTIVES = ("c10d::", "_c10d_functional::", "c10d_functional::", "_c10d_functional_autograd::")
 # Kernels whose result for one row depends on other rows, whatever the axes are.
 _MIXING = frozenset(
-    """
+    _words(
+        """
     quantized::linear_dynamic quantized::linear_dynamic_fp16 quantized::linear_relu_dynamic
     quantized::conv2d_dynamic quantized::quantized_lstm_cell_dynamic aten::quantized_lstm
     aten::_choose_qparams_per_tensor aten::choose_qparams_optimized
-    """.split()
+    """
+    )
 )
 # torch's own modules whose fast path, open to them in eval mode, asks for function modes.
 _FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -69,7 +88,7 @@ _ASKED = "has_torch_function"
 
 def _descriptors(names: Iterable[str]) -> set[Any]:
     found = (getattr(Tensor, name, None) for name in names)
-    return {one.__get__ for one in found if hasattr(one, "__get__")}
+    return {one.__get__ for one in found if one is not None and hasattr(one, "__get__")}
 
 
 METADATA: frozenset[Any] = frozenset(
@@ -79,6 +98,7 @@ METADATA: frozenset[Any] = frozenset(
     | _descriptors(METADATA_PROPERTIES)
 )
 ITERATE = Tensor.__iter__
+IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 
 
 def asks_gradients(name: str) -> bool:
@@ -255,12 +275,15 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 PARTS = frozenset(
+    _words(
+        """
+    _parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks
+    _backward_hooks _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs
+    _forward_hooks_always_called _forward_pre_hooks _forward_pre_hooks_with_kwargs
+    _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks
+    _load_state_dict_post_hooks training
     """
-    _parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks
-    _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called
-    _forward_pre_hooks _forward_pre_hooks_with_kwargs _state_dict_hooks _state_dict_pre_hooks
-    _load_state_dict_pre_hooks _load_state_dict_post_hooks training
-    """.split()
+    )
 )
 
 
@@ -288,5 +311,3 @@ def sizes_of(attributes: dict[str, Any]) -> dict[str, int]:
         for name, value in attributes.items()
         if isinstance(value, kinds)
     }
-
-

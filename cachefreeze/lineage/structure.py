@@ -22,8 +22,10 @@ _PLAIN = (
 )  # fmt: skip
 PLAIN_KINDS = frozenset(_PLAIN)
 # Objects that a pass does not make anew: they stay what they are when an output is built again.
-_FIXED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
-_FIXED = (*_FIXED, functools.partial, torch.nn.Module, torch.Generator, np.generic)
+_FIXED: tuple[type, ...] = (
+    type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
+    functools.partial, torch.nn.Module, torch.Generator, np.generic,
+)  # fmt: skip
 _CLOSED = (*_FIXED, np.ndarray)
 _MANY_NODES = 2000
 _LARGE_ARRAY = 1 << 16
@@ -74,7 +76,7 @@ class Built(NamedTuple):
     attributes: dict[str, Any]
 
 
-class NotDescribed(Exception):
+class NotDescribedError(Exception):
     """Raised for an object that cannot be built again from a template."""
 
 
@@ -194,10 +196,8 @@ def matches(template: Any, value: Any, number: Callable[[Any], int]) -> bool:
     if kind is tuple or kind is list or _named(template):
         if len(template) != len(value):
             return False
-        for one, other in zip(template, value, strict=True):
-            if not matches(one, other, number):
-                return False
-        return True
+        pairs = zip(template, value, strict=True)
+        return all(matches(one, other, number) for one, other in pairs)
     if kind is dict:
         if template.keys() != value.keys():
             return False
@@ -244,7 +244,7 @@ def fill(template: Any, tensor: Callable[[int], Any]) -> Any:
 
 
 def _build(template: Built, tensor: Callable[[int], Any]) -> Any:
-    made = template.kind.__new__(template.kind)
+    made: Any = template.kind.__new__(template.kind)  # type: ignore[call-overload]
     if template.items is not None:
         # A class may do more in its own `__setitem__`: that is among its attributes already.
         put = OrderedDict.__setitem__ if isinstance(made, OrderedDict) else dict.__setitem__
@@ -271,7 +271,7 @@ def describe_objects(
         Template, and the identities of the objects in it that can change, in order.
 
     Raises:
-        NotDescribed: An object cannot be built again.
+        NotDescribedError: An object cannot be built again.
     """
     identities: list[int] = []
     describing = _Describing(number, fixed, identities)
@@ -296,7 +296,7 @@ class _Describing:
         if kind is slice:
             return describe(value, self._number)
         if id(value) in self._fixed or id(value) in above or len(self._identities) > _MANY_NODES:
-            raise NotDescribed(f"a {kind.__name__} that was there before, or holds itself")
+            raise NotDescribedError(f"a {kind.__name__} that was there before, or holds itself")
         if not isinstance(value, tuple):
             self._identities.append(id(value))
         above = (*above, id(value))
@@ -307,7 +307,7 @@ class _Describing:
         if _named(value):
             return _tuple(kind, [self.of(item, above) for item in value])
         if not _is_plain_object(value):
-            raise NotDescribed(f"a {kind.__name__}")
+            raise NotDescribedError(f"a {kind.__name__}")
         items = None
         if isinstance(value, dict):
             items = {key: self.of(item, above) for key, item in value.items()}
@@ -316,10 +316,10 @@ class _Describing:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Says whether an object is what its `__dict__` holds, and its entries if it is a dictionary."""
+    """Says whether an object is what its `__dict__` holds, with its entries for a dictionary."""
     kind = type(value)
     is_dict = isinstance(value, dict)
-    if not is_dict and kind.__reduce_ex__ is not object.__reduce_ex__:
+    if not is_dict and kind.__reduce_ex__ is not object.__reduce_ex__:  # type: ignore[comparison-overlap]
         return False
     if isinstance(value, (list, set, tuple, frozenset)) or not hasattr(value, "__dict__"):
         return False

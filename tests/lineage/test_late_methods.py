@@ -93,7 +93,6 @@ SPECIAL = {
     "index_put": lambda: (((torch.tensor([0]),), torch.ones(4)), {}),
     "index_put_": lambda: (((torch.tensor([0]),), torch.ones(4)), {}),
     "einsum": lambda: ((), {}),
-    "as_subclass": lambda: ((torch.nn.Buffer,), {}),
     "is_set_to": lambda: ((torch.ones(1),), {}),
     "map_": lambda: ((one(9), lambda a, b: a + b), {}),
     "map2_": lambda: ((one(9), one(8), lambda a, b, c: a + b * c), {}),
