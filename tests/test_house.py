@@ -73,6 +73,13 @@ def imports(path: Path) -> set[tuple[str, ...]]:
             names = [node.module or ""]
             if node.module == "cachefreeze":
                 names = [f"cachefreeze.{alias.name}" for alias in node.names]
+            elif names[0].startswith("cachefreeze."):  # a package's modules may be named, too
+                rooms = [f"{node.module}.{alias.name}" for alias in node.names]
+                files = [PACKAGE.joinpath(*room.split(".")[1:]) for room in rooms]
+                names = [
+                    room if file.with_suffix(".py").exists() else names[0]
+                    for room, file in zip(rooms, files, strict=True)
+                ]
         else:
             continue
         found |= {tuple(name.split(".")[1:]) for name in names if name.startswith("cachefreeze")}

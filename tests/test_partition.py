@@ -1,11 +1,9 @@
 """Any model, cut into units: what it computes, trains and saves stays what it was."""
 
 import copy
-import runpy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from torch.utils._pytree import tree_flatten
 
 from cachefreeze import Units, UserError, freeze, partition
 
-REPOSITORY = Path(__file__).parents[1]
 READY_MADE: dict[str, dict[str, Any]] = {
     "resnet18": {},
     "resnet50": {},
@@ -925,19 +922,3 @@ def test_a_freeze_compiles_one_unit_anew_and_no_unit_is_left_out() -> None:
     new = [after - before for before, after in zip(compiled[1::2], compiled[3::2], strict=False)]
     assert new == [1, 1, 1]
     assert compiled[2::2] == compiled[3::2]
-
-
-# The page about ready-made models.
-
-
-def test_the_page_about_models_is_what_its_script_writes() -> None:
-    script = runpy.run_path(str(REPOSITORY / "scripts" / "model_table.py"))
-    page = (REPOSITORY / "docs" / "models.md").read_text()
-    assert list(READY_MADE) == list(script["MODELS"])
-    for name in ("resnet18", "mobilenet_v3_small"):
-        network = script["measure"](name)
-        assert "\n".join(script["section"](network)) + "\n" in page
-        cells = script["summary"](network)
-        line = next(line for line in page.splitlines() if line.startswith(f"| {name} "))
-        assert [cell.strip() for cell in line.strip("|").split("|")] == cells
-    assert page.startswith(script["INTRODUCTION"])
