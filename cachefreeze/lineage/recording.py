@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from cachefreeze.lineage import calls, soundness
 from cachefreeze.lineage.known import Known, buffer_of
 from cachefreeze.lineage.modes import modes_now
 from cachefreeze.lineage.modules import states_of
-from cachefreeze.lineage.operations import Call, Operation, State, Step, Trace
+from cachefreeze.lineage.operations import Call, Operation, State, Step, Trace, twin_of
 from cachefreeze.lineage.signature import Signature
 from cachefreeze.lineage.structure import describe, tensors
 
@@ -96,6 +97,7 @@ class Recording:
         self.known = Known(self.trace.values)
         self._functions = Functions(self)
         self._names: dict[int, str] = {}
+        self._met: list[tuple[str, weakref.ref[nn.Module]]] = []
         self._moving = {id(tensor) for tensor in moving}
         self._running: Running | None = None
         self._stack: list[Around] = []
@@ -147,6 +149,8 @@ class Recording:
     @resting
     def _meet(self, module: nn.Module) -> None:
         self._know(type(module).__name__, module)
+        if twin_of(module) is None:
+            self._met.append((type(module).__name__, weakref.ref(module)))
 
     def _state(self, name: str, tensor: torch.Tensor) -> int:
         number = self.known.number(tensor)

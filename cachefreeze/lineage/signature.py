@@ -51,6 +51,18 @@ class Signature:
         parts = [part for _, module in modules for part in module.modules()]
         self._settings = _settings(parts)
 
+    def watch(self, name: str, module: nn.Module) -> None:
+        """Adds a module that the pass has called and that was not known before.
+
+        Args:
+            name: Name of the module.
+            module: Module.
+        """
+        self._parts += [
+            _Part(f"{name}.{path}".strip("."), part) for path, part in module.named_modules()
+        ]
+        self._settings += _settings(list(module.modules()))
+
     def settle(self) -> None:
         """Forgets what the pass itself has changed, such as a counter or a list that grows."""
         self._settings = [one for one in self._settings if _content(one[1], 0) == one[2]]

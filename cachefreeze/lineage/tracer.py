@@ -44,6 +44,12 @@ def trace(
         UserError: The callable uses no module.
     """
     modules = modules_of(model)
+    known = {id(module) for _, module in modules}
+    modules += [
+        (type(value).__name__, value)
+        for value in (*args, *kwargs.values())
+        if isinstance(value, torch.nn.Module) and id(value) not in known
+    ]
     if not modules:
         name = getattr(model, "__name__", type(model).__name__)
         raise UserError(
@@ -287,6 +293,10 @@ class _Tracer(ModuleCalls):
         self._generators_now()
         if self._hidden_draws or self._python != soundness.python_generators():
             self._distrust()
+        for name, reference in self._met:
+            module = reference()
+            if module is not None:
+                trace.signature.watch(name, module)
         trace.signature.settle()
         trace.asked = self._asked
         mark(trace, self._asked)
