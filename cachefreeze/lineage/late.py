@@ -288,6 +288,9 @@ def _swap(late: Late, tensor: Tensor) -> bool:
         _set_class(late, Late)
         late.__dict__ = left
         return False
+    # C++ code may hold what the late value was, counted or not: that stands for the tensor now.
+    _set_class(tensor, Late)
+    tensor.__dict__.update(left, late_real=late)
     return True
 
 
