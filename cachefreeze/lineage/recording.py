@@ -184,13 +184,9 @@ class Recording:
             number = self._state("a tensor from outside", tensor)
             self._found.append(next(s for s in self.trace.states if s.value == number))
             return number
-        operation = self._bare("unseen work", reads)
-        operation.must_run, operation.taints = UNSEEN, True
-        number = self.known.add(tensor, len(self.trace.operations))
+        operation = self._unseen_work(reads, [])
+        number = self.known.add(tensor, operation.number)
         operation.makes = (number,)
-        self._commit(operation, Running())
-        for around in self._stack[-1:]:
-            around.unseen = True
         return number
 
     def _look_at_exposed(self, tensor: torch.Tensor) -> None:
@@ -204,20 +200,31 @@ class Recording:
         if before != now and before[0] == now[0]:
             self._exposed[storage] = now
             buffer = buffer_of(tensor)
+            reads = tuple(self.known.on(buffer))
             targets = self.known.tensors_on((buffer,))
-            operation = self._bare("unseen write", tuple(self.known.on(buffer)))
-            operation.must_run, operation.taints = "writes through numpy or a pointer", True
-            here = len(self.trace.operations)
-            pairs = [(self.known.number(one), self.known.renew(one, here)) for one in targets]
-            operation.writes = tuple(pairs)
-            operation.makes = tuple(after for _, after in pairs)
-            self._commit(operation, Running())
-            for around in self._stack[-1:]:
-                around.unseen = True
+            self._unseen_work(reads, targets, "writes through numpy or a pointer")
 
-    def _bare(self, name: str, reads: tuple[int, ...]) -> Operation:
+    def _unseen_work(
+        self, reads: tuple[int, ...], written: list[torch.Tensor], reason: str = UNSEEN
+    ) -> Operation:
+        """Records work that no torch function shows, and makes the module around it opaque.
+
+        Args:
+            reads: Numbers of the values that it takes.
+            written: Tensors that it writes to.
+            reason: Reason why it must run.
+        """
         call = self._stack[-1].call.number if self._stack else -1
-        return Operation(-1, -1, unseen, name, (), {}, reads, modes_now(), call)
+        operation = Operation(-1, -1, unseen, "unseen work", (), {}, reads, modes_now(), call)
+        operation.must_run, operation.taints = reason, True
+        here = len(self.trace.operations)
+        pairs = [(self.known.number(one), self.known.renew(one, here)) for one in written]
+        operation.writes = tuple(pairs)
+        operation.makes = tuple(after for _, after in pairs)
+        self._commit(operation, Running())
+        for around in self._stack[-1:]:
+            around.unseen = True
+        return operation
 
     @resting
     def _begin(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Operation:

@@ -14,7 +14,7 @@ from cachefreeze.lineage.known import buffer_of
 from cachefreeze.lineage.module_calls import DRAWS, ModuleCalls, objects_in
 from cachefreeze.lineage.modules import modules_of
 from cachefreeze.lineage.operations import SWITCH, Operation, Trace, label, mark
-from cachefreeze.lineage.recording import UNSEEN, Running, digest, resting
+from cachefreeze.lineage.recording import Running, digest, resting
 from cachefreeze.lineage.structure import Unknown, describe, numbers, outputs, tensors
 
 _CAME_AND_WENT = "uses a tensor that no torch function made (from numpy, or from a global variable)"
@@ -266,16 +266,8 @@ class _Tracer(ModuleCalls):
                 self._unseen[buffer_of(tensor)] = tuple(dict.fromkeys(reads))
         targets = self.known.tensors_on({buffer_of(tensor) for tensor in written} - {0})
         if targets or drew:
-            operation = self._bare("unseen work", tuple(dict.fromkeys(reads)))
-            operation.must_run, operation.taints = UNSEEN, True
-            here = len(self.trace.operations)
-            writes = [(self.known.number(one), self.known.renew(one, here)) for one in targets]
-            operation.writes = tuple(writes)
-            operation.makes = tuple(after for _, after in writes)
+            self._unseen_work(tuple(dict.fromkeys(reads)), targets)
             self._draws += drew
-            self._commit(operation, Running())
-            for around in self._stack[-1:]:
-                around.unseen = True
 
     def finish(self, output: Any) -> None:
         """Completes the trace when the pass is over and its locals are gone."""
