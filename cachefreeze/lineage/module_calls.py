@@ -1,6 +1,5 @@
 """Follows the calls of modules: which can be left out whole, and which are one operation."""
 
-import time
 import weakref
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -43,14 +42,13 @@ class ModuleCalls(Recording):
         if soundness.is_opaque(module):
             return self._opaque(module, args, kwargs)
         around = self._enter(module, args, kwargs)
-        began = time.perf_counter()
         try:
             output = calls.real_call(module, *args, **kwargs)
         except BaseException:
-            self._leave(around, began)
+            self._leave(around)
             around.call.why_not_whole = "raises an error"
             raise
-        self._leave(around, began)
+        self._leave(around)
         self._judge(around, module, args, kwargs, output)
         return output
 
@@ -89,10 +87,9 @@ class ModuleCalls(Recording):
             return (describe(given[0], self._number), describe(given[1], self._number)), None
 
     @resting
-    def _leave(self, around: Around, began: float) -> None:
+    def _leave(self, around: Around) -> None:
         self._stack.pop()
         around.call.leave = len(self.trace.events)
-        around.call.seconds = time.perf_counter() - began
         self.trace.events.append(Leave(around.call.number))
 
     @resting

@@ -158,7 +158,6 @@ class Call:
         after: Template of the arguments after the call, if it changed objects among them.
         changes: What it changed in them.
         why_not_whole: Reason why the call cannot be left out as a whole. Empty if it can.
-        seconds: Time from the beginning to the end, with the work of following.
     """
 
     number: int
@@ -173,7 +172,6 @@ class Call:
     after: Any = None
     changes: Sequence[Change] = ()
     why_not_whole: str = ""
-    seconds: float = 0.0
     twin: tuple[type, dict[str, Any]] | None = None
 
     @property
@@ -264,11 +262,6 @@ class Trace:
     asked: list[int] = field(default_factory=list)
     signature: Any = None
     seconds: float = 0.0
-
-    @property
-    def frozen_seconds(self) -> float:
-        """Time of the kernels whose work is frozen."""
-        return sum(one.seconds for one in self.operations if one.kind == FROZEN and one.skippable)
 
     @property
     def kernel_seconds(self) -> float:
