@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachefreeze.lineage.soundness import PARTS
+from cachefreeze.lineage.structure import PLAIN_KINDS, is_tensor
+
 _CONTAINERS = (list, tuple, dict)
 
 
@@ -96,7 +99,9 @@ def states_of(prefix: str, module: nn.Module) -> Iterator[tuple[str, torch.Tenso
                 if tensor is not None:
                     yield dot + key, tensor
         for key, value in held.items():
-            if isinstance(value, torch.Tensor):
+            if key in PARTS or type(value) in PLAIN_KINDS:
+                continue
+            if is_tensor(value):
                 attributes.append((dot + key, value))
             elif isinstance(value, _CONTAINERS) and not key.startswith("_"):
                 items = value.values() if isinstance(value, dict) else value

@@ -90,12 +90,20 @@ class Signature:
         return ""
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HELD = ("_parameters", "_buffers", "_modules")
+
+
+def _nothing(held: dict[str, Any]) -> tuple[()]:
+    return ()
+
+
 class _Part:
     """State of one module, compared at every pass: the fewer steps, the better."""
 
     __slots__ = (
-        "attributes", "buffers", "hooks", "keys", "module", "name", "parameters", "parts", "plain",
-        "take", "training", "watches_buffers",
+        "attributes", "buffers", "empty", "hooks", "keys", "module", "name", "parameters", "parts",
+        "plain", "take", "take_empty", "training", "watches_buffers",
     )  # fmt: skip
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -114,6 +122,12 @@ class _Part:
         self.parameters = _tensors(_held(module, "_parameters"))
         self.buffers = _tensors(_held(module, "_buffers"))
         self.parts = [id(part) for part in held.get("_modules", {}).values()]
+        # Most modules have no hooks and no buffers, and many no parameters or no parts.
+        self._stay_empty([key for key in (*_HOOKS, *_HELD) if key in held and not held[key]])
+
+    def _stay_empty(self, kinds: list[str]) -> None:
+        self.empty = kinds
+        self.take_empty = itemgetter(*kinds, kinds[0]) if kinds else _nothing
 
     def settle(self) -> None:
         """Forgets attributes that the pass itself has changed, such as a counter."""
@@ -127,6 +141,8 @@ class _Part:
         self.plain = self.take(now)
         self.attributes |= {len(now)}
         self.watches_buffers = _tensors(_held(module, "_buffers")) == self.buffers
+        if not self.watches_buffers:
+            self._stay_empty([key for key in self.empty if key != "_buffers"])
 
     def is_same(self) -> bool:
         module = self.module()
@@ -135,15 +151,21 @@ class _Part:
         held = module.__dict__
         try:
             now = self.take(held)
+            filled = any(self.take_empty(held))
         except KeyError:
             return False
         return (
             (all(map(is_, now, self.plain)) or all(map(_equal, now, self.plain)))
             and len(held) in self.attributes
-            and _hooks(held) == self.hooks
-            and _tensors(_held(module, "_parameters")) == self.parameters
-            and (not self.watches_buffers or _tensors(_held(module, "_buffers")) == self.buffers)
-            and [id(part) for part in held.get("_modules", {}).values()] == self.parts
+            and not filled
+            and (not self.hooks or _hooks(held) == self.hooks)
+            and (not self.parameters or _tensors(held["_parameters"]) == self.parameters)
+            and (
+                not self.buffers
+                or not self.watches_buffers
+                or _tensors(held["_buffers"]) == self.buffers
+            )
+            and (not self.parts or [*map(id, held["_modules"].values())] == self.parts)
         )
 
     def difference(self) -> str:
@@ -184,12 +206,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _hooks(held: dict[str, Any]) -> int:
-    return (
-        len(held["_forward_hooks"])
-        + len(held["_forward_pre_hooks"])
-        + len(held["_backward_hooks"])
-        + len(held["_backward_pre_hooks"])
-    )
+    return sum(len(held[kind]) for kind in _HOOKS)
 
 
 def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
@@ -224,8 +241,9 @@ def _content(value: Any, depth: int) -> Any:
         return type(value), [(repr(key), _content(item, depth + 1)) for key, item in items]
     if isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value):
         return None
-    if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):
-        return type(value), _content(vars(value), depth + 1)
+    held = getattr(value, "__dict__", None)
+    if isinstance(held, dict) and not isinstance(value, ModuleType):
+        return type(value), _content(held, depth + 1)
     return None
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachefreeze.lineage.structure import kind_is
+
 Tensor = torch.Tensor
 
 
@@ -177,7 +179,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def holds_generator(values: Iterable[Any]) -> bool:
     """Says whether a call is given a random generator of its own."""
-    return any(isinstance(value, torch.Generator) for value in values)
+    return any(kind_is(type(value), torch.Generator) for value in values)
 
 
 def torch_generators() -> tuple[Any, ...]:
@@ -261,7 +263,7 @@ def holds_own_generator(module: nn.Module) -> bool:
     kinds: tuple[type, ...] = (random.Random, torch.Generator)
     if numpy is not None:
         kinds += (numpy.random.Generator, numpy.random.RandomState)
-    return any(isinstance(value, kinds) for value in vars(module).values())
+    return any(kind_is(type(value), kinds) for value in vars(module).values())
 
 
 def is_torchs_own(module: nn.Module) -> bool:

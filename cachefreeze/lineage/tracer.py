@@ -205,9 +205,19 @@ class _Tracer(ModuleCalls):
         """Runs a kernel, and notes what it does."""
         if self._resting:
             return func(*args, **kwargs)
-        return self._kernel(func, args, kwargs)
+        if self._running is None:
+            return self._kernel_unseen(func, args, kwargs)
+        # Below a torch function, torch has taken the mode off already.
+        self._resting = True
+        try:
+            return self._kernel(func, args, kwargs)
+        finally:
+            self._resting = False
 
     @resting
+    def _kernel_unseen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return self._kernel(func, args, kwargs)
+
     def _kernel(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         running = self._running
         known = soundness.kernel(func)

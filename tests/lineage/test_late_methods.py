@@ -22,6 +22,8 @@ LEFT_OUT = dict.fromkeys(BELONGS_TO_THE_CLASS.split(), "belongs to the class, no
     "__dict__": "is python's own: what a late value keeps of itself lies in it",
     "_python_dispatch": "says that the class has a dispatch function, and is torch's own",
     "__sizeof__": "is python's own: the size of the object",
+    "__firstlineno__": "is python's own, from 3.13 on: the line of the class in its file",
+    "__static_attributes__": "is python's own, from 3.13 on: what methods of the class set",
 }
 # Results that hold addresses, or memory that nobody has written: compared by their type.
 FORM = """
