@@ -3,16 +3,18 @@
 `python -m cachefreeze.train` is the program; the names below are for training loops of one's own.
 """
 
-from cachefreeze.cache import Materialization, PrefixCache
+from cachefreeze.cache import ActivationCache
 from cachefreeze.datasets import IndexedDataset
 from cachefreeze.errors import UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
 from cachefreeze.lineage import explain
 from cachefreeze.models import Units, freeze, partition
+from cachefreeze.prefix_cache import Materialization, PrefixCache
 from cachefreeze.rows import Rows, batches_of, epoch_order
 from cachefreeze.schedule import Schedule
 
 __all__ = [
+    "ActivationCache",
     "FreezeOutLR",
     "IndexedDataset",
     "Materialization",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from cachefreeze.cache import Materialization
+from cachefreeze.prefix_cache import Materialization
 from cachefreeze.files import human_bytes
 from cachefreeze.outlook import prefix_seconds
 from cachefreeze.planner import Keep, Move, Plan, Run, cheapest_plan, eager_plan

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cachefreeze.cache import PrefixCache
+from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.data import InputRows
 from cachefreeze.device import numerics
 from cachefreeze.forecast import Filled, Forecast, pays_at_best

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cachefreeze import data
-from cachefreeze.cache import PrefixCache
+from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.checkpoint import LAST, load_last_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.device import (

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachefreeze.cache import PrefixCache
+from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.checkpoint import LAST, save_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.data import DataSet, InputRows

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from cachefreeze import config, train
-from cachefreeze.cache import Materialization, PrefixCache
+from cachefreeze.prefix_cache import Materialization, PrefixCache
 from cachefreeze.encoding import in_order
 from cachefreeze.models.units import is_channels_last
 from cachefreeze.planner import efficiency

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cachefreeze.cache import Materialization
+from cachefreeze.prefix_cache import Materialization
 from cachefreeze.forecast import Filled, Forecast, correction, pays_at_best
 from cachefreeze.planner import Drop, Move, Run
 from cachefreeze.profiler import Boundary, CodecCost, Profile, Residence

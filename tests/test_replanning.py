@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cachefreeze import forecast, moments, planning, profiler
-from cachefreeze.cache import WATCHED_BATCHES
+from cachefreeze.prefix_cache import WATCHED_BATCHES
 from cachefreeze.files import size_of_tree
 from cachefreeze.planner import Costs, Drop, Keep, Move, Plan, Run, cheapest_plan
 from cachefreeze.rows import Indices

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cachefreeze import PrefixCache, Units, batches_of, holdings, partition
-from cachefreeze import cache as prefix_cache
+from cachefreeze import prefix_cache
 from cachefreeze import tiers as tiers_module
 from cachefreeze.background import WAITING_CHUNKS, ChunkStream, WritingStore
 from cachefreeze.encoding import Encoding, as_array

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cachefreeze.cache import PrefixCache
+from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.errors import UserError
 
 # Whichever is missing has no types either, and its Callback is Any.

@@ -7,9 +7,9 @@ and `explain` says all of it in words. This package knows no store, no data set 
 loop.
 """
 
-from cachefreeze.lineage.axes import Axes, Axis, batch_axes, leave_mixing
+from cachefreeze.lineage.axes import Axes, Axis, axes_of, batch_axes, leave_mixing, rows_of
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
-from cachefreeze.lineage.explanation import Explanation, explain
+from cachefreeze.lineage.explanation import Explanation, explain, limits_of
 from cachefreeze.lineage.extension import computable, extend
 from cachefreeze.lineage.operations import Trace
 from cachefreeze.lineage.plan import Plan
@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "Report",
     "Trace",
+    "axes_of",
     "batch_axes",
     "capture",
     "computable",
@@ -31,7 +32,9 @@ __all__ = [
     "explain",
     "extend",
     "leave_mixing",
+    "limits_of",
     "minimum_cut",
     "replay",
+    "rows_of",
     "trace",
 ]

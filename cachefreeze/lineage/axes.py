@@ -136,6 +136,65 @@ def batch_axes(
     return Axes(rows, fitting, tuple(sorted(mixing)))
 
 
+def axes_of(
+    program: Program,
+    trace: Trace,
+    kept: Mapping[int, Tensor],
+    inputs: Mapping[int, Tensor],
+) -> Axes:
+    """Finds the batch axis of some values only, by two runs of the operations that lead to them.
+
+    Args:
+        program: Operations of the trace.
+        trace: Trace of a pass.
+        kept: Those values in a pass, by number.
+        inputs: Inputs of that pass, by number. Rows are first where the first dimension is as long
+            as that of the first input that has one.
+    """
+    rows, axes = _of_inputs(inputs, None)
+    found = Axes(rows)
+    if rows < 2:
+        return found
+    fits = {number: set(_candidates(tensor.shape, rows)) for number, tensor in kept.items()}
+    for choice in _choices(rows):
+        chosen = {
+            number: _axis_first(axes[number]).take(tensor, choice, rows)
+            if number in axes
+            else tensor
+            for number, tensor in inputs.items()
+        }
+        results = program.run(list(kept), chosen)
+        for number, whole in kept.items():
+            fits[number] = {
+                axis
+                for axis in fits[number]
+                if _same(axis.take(whole, choice, rows), results[number])
+            }
+    found.fitting.update({number: frozenset(axes) for number, axes in fits.items()})
+    return found
+
+
+def _axis_first(axes: set[Axis]) -> Axis:
+    return next(iter(axes))
+
+
+def _choices(rows: int) -> list[list[int]]:
+    """Chooses each half of a batch twice: what depends on an extreme row shows in one of them."""
+    half = max(rows // 2, 1)
+    low, high = list(range(half)), list(range(rows - half, rows))
+    return [(low * 3)[:rows][::-1], (high * 3)[:rows][::-1]]
+
+
+def rows_of(inputs: Mapping[int, Tensor]) -> tuple[int, frozenset[int]]:
+    """Returns the number of rows of a batch, and the inputs that have one for each.
+
+    Args:
+        inputs: Inputs of a pass, by number.
+    """
+    rows, axes = _of_inputs(inputs, None)
+    return rows, frozenset(axes)
+
+
 def leave_mixing(trace: Trace, axes: Axes) -> None:
     """Makes operations live whose result for a row depends on other rows.
 
@@ -185,10 +244,7 @@ class _Search:
         self.mixing: list[int] = []
         self._trace, self._rows = trace, rows
         self._program = Program(trace)
-        # Each half of the batch twice: what depends on an extreme row shows in one of them.
-        half = max(rows // 2, 1)
-        low, high = list(range(half)), list(range(rows - half, rows))
-        self._choices = [(low * 3)[:rows][::-1], (high * 3)[:rows][::-1]]
+        self._choices = _choices(rows)
 
     def run(self, inputs: Mapping[int, Tensor]) -> None:
         trace = self._trace

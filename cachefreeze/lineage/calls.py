@@ -5,7 +5,7 @@ nor attributes of modules are touched, since those go into pickles and copies.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -34,9 +34,58 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return real_call(module, *args, **kwargs)
     follower = getattr(_local, "follower", None)
-    if follower is None:
+    if follower is not None:
+        return follower.call(module, args, kwargs)
+    watcher = _watched.get(id(module))
+    if watcher is None and type(module).__name__ == "OptimizedModule":
+        # Compiled code follows no calls of the modules that it was made from.
+        watcher = _watched.get(id(module._modules.get("_orig_mod")))
+    if watcher is None or getattr(_local, "within", False):
         return real_call(module, *args, **kwargs)
-    return follower.call(module, args, kwargs)
+    _local.within = True
+    try:
+        return watcher(module, args, kwargs)
+    finally:
+        _local.within = False
+
+
+Watcher = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+_watched: dict[int, Watcher] = {}
+
+
+def watch(modules: Iterable[nn.Module], watcher: Watcher) -> None:
+    """Hands over the outermost calls of some modules, in the body of `catching`.
+
+    Args:
+        modules: Modules. They are not held.
+        watcher: Function called in the place of such a call, with the module and its arguments.
+    """
+    _watched.update((id(module), watcher) for module in modules)
+
+
+def unwatch(numbers: Iterable[int]) -> None:
+    """Hands calls over no more.
+
+    Args:
+        numbers: Identities of the modules, which may be gone.
+    """
+    for number in numbers:
+        _watched.pop(number, None)
+
+
+def watcher_of(module: nn.Module) -> Watcher | None:
+    """Returns who is handed the calls of a module."""
+    return _watched.get(id(module))
+
+
+@contextmanager
+def rooted() -> Iterator[None]:
+    """Lets the calls inside a call that was handed over be outermost ones themselves."""
+    before, _local.within = getattr(_local, "within", False), False
+    try:
+        yield
+    finally:
+        _local.within = before
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def _explanation(name: str, traced: Trace, axes: Axes | None) -> Explanation:
     rows = axes.rows if axes is not None else 1
     saved = _share(cut, traced)
     kept = tuple(traced.describe(number) for number in cut.kept)
-    limits = tuple(_limits(traced, saved))
+    limits = tuple(limits_of(traced, saved))
     lines = [
         f"{name}: a cache would leave out {saved:.0%} of the forward pass "
         f"and keep {_bytes(cut.nbytes / rows)} a row.",
@@ -176,8 +176,13 @@ def _outer(traced: Trace, operation: Operation) -> str:
     return ".".join(parts[: 3 if numbered else 2]) or "the model itself"
 
 
-def _limits(traced: Trace, saved: float) -> list[str]:
-    """Says what is live, where, and what would come of changing it."""
+def limits_of(traced: Trace, saved: float) -> list[str]:
+    """Says what is live, where, and what would come of changing it.
+
+    Args:
+        traced: Trace of a pass.
+        saved: Share of the pass that is left out, from 0 to 1.
+    """
     reasons: dict[str, list[str]] = {}
     for operation in traced.operations:
         own = operation.must_run if operation.taints else ""

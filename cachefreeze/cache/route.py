@@ -1,0 +1,407 @@
+"""One traced way through a model: when its kept values are trusted, and when they are served."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cachefreeze import lineage
+from cachefreeze.cache.index import Index
+from cachefreeze.cache.selection import Keys, Selection, same_bits
+from cachefreeze.cache.shared import Shared, now
+from cachefreeze.lineage import Trace
+from cachefreeze.lineage.operations import CONSTANT, INPUT
+from cachefreeze.lineage.structure import matches, tensors
+
+Tensor = torch.Tensor
+
+# Share of a forward pass that must be frozen work for a cache to be worth its while.
+_LEAST_SHARE = 0.1
+_LEAST_PROBATION, _MOST_PROBATION = 2, 8
+# Number of served batches after which one is compared, and then at twice that number, and so on.
+_FIRST_SAMPLE = 16
+# Number of passes in a row that may go another way than the traced one.
+_MOST_LOST = 3
+# Number of calls within which frozen bits must not move twice.
+_REST = 4
+# Number of batches after which it is noted that no row has come again.
+_FIRST_NOTE = 16
+# Largest number of smaller batches whose inputs wait to be computed in whole ones.
+_MOST_SMALLER = 16
+# Wholly known batches must be more than one in so many, among at least so many.
+_RARE, _FEW = 50, 16
+# Largest difference from a computed value, as a share of the largest number, that exact=False
+# takes for rounding.
+_CLOSE = 1e-4
+# Number of served passes after which the caller has read the same values again and again.
+_OFTEN = 2
+
+
+class State(Enum):
+    """What becomes of a batch.
+
+    Until a row comes again, batches are kept as they are. Then they are taken apart into rows, and
+    the first batches that could be served are computed and compared. Then batches are served. A
+    route that rests leaves its model alone; a stale one must be traced anew.
+    """
+
+    KEEPING = "keeping"
+    PROBATION = "probation"
+    SERVING = "serving"
+    RESTING = "resting"
+    STALE = "stale"
+
+
+@dataclass(eq=False)
+class _Batch:
+    """A batch that is not taken apart into rows yet.
+
+    Attributes:
+        keys: Keys of its rows.
+        kept: Kept values, by number.
+    """
+
+    keys: Keys
+    kept: dict[int, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.kept.values())
+
+
+class Route:
+    """One traced way through a model, for one signature.
+
+    Args:
+        shared: What all routes of the cache have in common.
+        name: Name of the module, for people.
+        trace: Trace of a pass.
+        inputs: Copies of the tensors that the pass was given.
+
+    Attributes:
+        state: What becomes of a batch.
+        selection: What is kept of the pass.
+        why: Reason why the route rests.
+    """
+
+    def __init__(self, shared: Shared, name: str, trace: Trace, inputs: Sequence[Tensor]) -> None:
+        self.state = State.KEEPING
+        self.why = ""
+        self._shared = shared
+        self._name = name
+        self._trace = trace
+        self._example = dict(zip(trace.inputs, inputs, strict=True))
+        self._smaller: list[dict[int, Tensor]] = []
+        self._pending: list[_Batch] = []
+        self._seen: dict[bytes, Index] = {}
+        self._batches, self._after, self._known = 1, 0, 0
+        self._passed = self._served = self._lost = 0
+        self._next_sample = _FIRST_SAMPLE
+        self._moved_at = -_REST
+        self._reports: list[lineage.Report] = []
+        self._guards = [
+            one
+            for one in trace.operations
+            if one.escapes and all(trace.values[n].kind in (INPUT, CONSTANT) for n in one.reads)
+        ]
+        self._select()
+
+    def _select(self) -> None:
+        """Chooses what is kept, and rests if that saves too little."""
+        self.selection = Selection(self._shared, self._trace, self._example)
+        share, states = self.selection.share, self._trace.states
+        if self.selection.kept and share >= _LEAST_SHARE:
+            self.selection.name()
+            self._note(self.selection.keys(self._example))
+            return
+        if not any(not state.trained and isinstance(state.tensor(), nn.Parameter)
+                   for state in states):  # fmt: skip
+            why = "no parameter of it is frozen"
+        else:
+            why = f"frozen work that could be left out is {share:.0%} of its forward pass"
+        self.rest(why, lineage.limits_of(self._trace, share))
+
+    def rest(self, why: str, more: Sequence[str] = ()) -> None:
+        """Leaves the model alone from now on, and says why.
+
+        Args:
+            why: Reason, to follow a colon.
+            more: Further sentences.
+        """
+        self.state, self.why = State.RESTING, why
+        self._drop_batches()
+        self._smaller = []
+        sentence = " ".join([f"{self._name} is not cached: {why}.", *more])
+        self._shared.tell(f"{self._name}: {why}", sentence)
+
+    def _drop_batches(self) -> None:
+        self._shared.held -= sum(batch.nbytes for batch in self._pending)
+        self._pending, self._seen = [], {}
+
+    def fits(self, given: Any) -> bool:
+        """Says whether a batch goes this way, as far as python numbers taken from it tell."""
+        if not self._guards:
+            return True
+        inputs = dict(zip(self._trace.inputs, tensors(given), strict=True))
+        program = self.selection.plan.program
+        return all(
+            matches(guard.output, program.result(guard, inputs), lambda tensor: -1)
+            for guard in self._guards
+        )
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a call of the module, or replays it with kept values."""
+        began = now()
+        self._look_at_late_values()
+        self._look_at_weights()
+        if self.state in (State.RESTING, State.STALE):
+            return module(*args, **kwargs)
+        self._batches += 1
+        self._shared.entries.now += 1
+        inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
+        keys = self.selection.keys(inputs)
+        if self.state is State.KEEPING:
+            if self._note(keys):
+                self._settle()
+            else:
+                return self._keep(module, args, kwargs, keys)
+        self._after += 1
+        self._shared.stats.batches += 1
+        places = self.selection.find(keys)
+        if any((place < 0).any() for place in places.values()):
+            return self._add(module, args, kwargs, keys)
+        self._known += 1
+        self._shared.stats.batches_known += 1
+        if self.state is State.PROBATION or self._sample_is_due():
+            return self._compare(module, args, kwargs, places)
+        return self._serve(module, args, kwargs, places, began)
+
+    # Before a row has come again.
+
+    def _note(self, keys: Keys) -> bool:
+        """Notes the rows of a batch. Says whether one of them was there before."""
+        again = False
+        new: list[tuple[Index, np.ndarray]] = []
+        for group, wanted in keys.items():
+            index = self._seen.setdefault(self.selection.alike(group), Index())
+            unknown = np.flatnonzero(index.find(wanted) < 0)
+            again |= len(unknown) < len(wanted)
+            new.append((index, wanted[unknown]))
+        for index, wanted in new:
+            wanted = np.unique(wanted, axis=0)
+            index.add(wanted[index.find(wanted) < 0])
+        return again
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any], keys: Keys) -> Any:
+        output, kept = self._capture(module, args, kwargs)
+        if kept is not None:
+            batch = _Batch(keys, kept)
+            self._pending.append(batch)
+            self._shared.held += batch.nbytes
+            limit = self._shared.entries.max_bytes
+            if self._shared.held > limit:
+                self._shared.entries.make_room(0, self._shared.held)
+            if self._shared.held > limit:
+                self.rest(
+                    f"no row came again among the first {self._rows_seen:,}, which fill "
+                    f"max_bytes ({limit / 1e9:.2g} GB)"
+                )
+            elif self._batches >= _FIRST_NOTE and self._batches & (self._batches - 1) == 0:
+                self._shared.note(
+                    f"{self._name}: rows",
+                    f"No row of {self._name} has come again among the first {self._rows_seen:,}: "
+                    "nothing was served. Augmentation, mixup or noise in front of frozen work make "
+                    "every row another one.",
+                )
+        return output
+
+    @property
+    def _rows_seen(self) -> int:
+        return self._batches * self.selection.rows
+
+    def _settle(self) -> None:
+        """Takes what was kept apart into rows, now that rows come again."""
+        self._shared.messages.pop(f"{self._name}: rows", None)
+        self.state = State.PROBATION
+        self._epoch = self._batches - 1
+        asked = self._shared.probation
+        few = min(max(self._epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
+        self._wanted = few if asked is None else asked
+        selection = self.selection
+        kept = selection.settle(self._example)
+        selection.write(selection.keys(self._example), kept)
+        for batch in self._pending:
+            selection.write(batch.keys, batch.kept)
+            self._shared.held -= batch.nbytes
+            batch.kept = {}
+        self._pending = []
+        self._fill_up()
+
+    def take_smaller(self, inputs: Sequence[Tensor]) -> None:
+        """Takes the rows of a batch that is smaller than others, to be computed in a whole one.
+
+        The last batch of an epoch is smaller, and its rows meet others in the next epoch.
+
+        Args:
+            inputs: Tensors that the call was given.
+        """
+        if self.state is State.RESTING or len(inputs) != len(self._trace.inputs):
+            return
+        batch = dict(zip(self._trace.inputs, inputs, strict=True))
+        if not self.selection.takes(batch, self._example):
+            return
+        if sum(map(len, self._smaller)) < _MOST_SMALLER:
+            self._smaller.append(
+                {number: tensor.detach().clone() for number, tensor in batch.items()}
+            )
+        if self.selection.settled:
+            self._look_at_weights()
+            self._fill_up()
+
+    def _fill_up(self) -> None:
+        """Computes the rows of smaller batches in whole ones, by recorded operations."""
+        selection = self.selection
+        batches, self._smaller = self._smaller, []
+        if not batches or not selection.by_rows:
+            return
+        for whole, real in selection.merge(batches):
+            keys = selection.keys(whole)
+            places = selection.find(keys)
+            if any((place[:real] < 0).any() for place in places.values()):
+                selection.write(keys, selection.compute(whole), np.arange(real))
+
+    # Once rows come again.
+
+    def _capture(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[int, Tensor] | None]:
+        output, kept, report = lineage.capture(self.selection.plan, module, *args, **kwargs)
+        self._shared.stats.rows_computed += self.selection.rows
+        self._count_lost(report.left if kept is None else "")
+        return output, kept
+
+    def _count_lost(self, left: str) -> None:
+        self._lost = self._lost + 1 if left else 0
+        if self._lost == _MOST_LOST and self.state is not State.RESTING:
+            self.rest(f"{_MOST_LOST} passes in a row went another way than the first ({left})")
+
+    def _add(self, module: nn.Module, args: Any, kwargs: dict[str, Any], keys: Keys) -> Any:
+        output, kept = self._capture(module, args, kwargs)
+        if kept is not None and self.state is not State.RESTING:
+            self.selection.write(keys, kept)
+        if self._after >= max(_FEW, self._epoch) and self._known * _RARE < self._after:
+            self.selection.forget()
+            self.rest(
+                f"{self._known} of {self._after} batches had only rows that were there before, so "
+                "that hardly any could be served",
+                [
+                    "Batches that are padded to other lengths in every epoch are such: a fixed "
+                    "length, or pad_to_multiple_of=64, makes rows come again."
+                ],
+            )
+        return output
+
+    def _compare(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], places: dict[int, np.ndarray]
+    ) -> Any:
+        """Computes a batch that could be served, and compares what is kept with it."""
+        began = now()
+        output, kept = self._capture(module, args, kwargs)
+        self._shared.checked_seconds += now() - began
+        if kept is None or self.state is State.RESTING:
+            return output
+        stored = self.selection.read(places)
+        for one in self.selection.kept:
+            if not same_bits(kept[one.number], stored[one.number]):
+                self._differs(one.number, kept[one.number], stored[one.number])
+        if self.state is State.PROBATION:
+            self._passed += 1
+            if self._passed >= self._wanted:
+                self.state = State.SERVING
+        return output
+
+    def _differs(self, number: int, computed: Tensor, stored: Tensor) -> None:
+        name = self._trace.describe(number)
+        far = (computed.double() - stored.double()).abs().max().item()
+        size = computed.double().abs().max().item()
+        close = far <= _CLOSE * size
+        if close and not self._shared.exact:
+            self._shared.tell(
+                f"{self._name}: {name} differs",
+                f"Kept rows of {name} differ from computed ones by up to {far:.1e}, of {size:.1e}: "
+                "they are served all the same, for exact=False.",
+            )
+            return
+        self.selection.forget()
+        why = f"kept rows of {name} differ from computed ones by {far:.1e}, of {size:.1e}"
+        more = "exact=False would serve them." if close else (
+            "Rows depend on the others of their batch, or on something that the cache cannot see."
+        )  # fmt: skip
+        self.rest(why, [more])
+
+    def _sample_is_due(self) -> bool:
+        if self._served < self._next_sample:
+            return False
+        # Within 1 % of the time samples come evenly, else at growing distances.
+        further = _FIRST_SAMPLE if self._shared.may_check() else self._served
+        self._next_sample = self._served + further
+        return True
+
+    def _serve(
+        self,
+        module: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
+        places: dict[int, np.ndarray],
+        began: float,
+    ) -> Any:
+        kept = self.selection.read(places)
+        self._served += 1
+        cost = now() - began
+        output, report = lineage.replay(self.selection.plan, kept, module, *args, **kwargs)
+        self._count_lost(report.left)
+        stats = self._shared.stats
+        if report.left:
+            stats.rows_computed += self.selection.rows
+        else:
+            stats.rows_served += self.selection.rows
+            stats.seconds_saved += self.selection.plan.cut.seconds_saved - cost
+            self._reports.append(report)
+        return output
+
+    # What may have changed between two calls.
+
+    def _look_at_late_values(self) -> None:
+        """Keeps values from now on that the caller has read again and again after the call."""
+        read = [report.computed for report in self._reports]
+        self._reports = self._reports[-1:] if len(read) < _OFTEN else []
+        if len(read) >= _OFTEN and all(read):
+            known = {number for number, is_read in self._trace.outputs if is_read}
+            wanted = {number for computed in read for number in computed} - known
+            if wanted:
+                self._trace.outputs += [(number, True) for number in wanted]
+                self._select()
+                if self.state is not State.RESTING:
+                    self._settle()
+
+    def _look_at_weights(self) -> None:
+        """Sees whether frozen bits have changed. Nothing that was made from others is served."""
+        weights, frozen = self._shared.weights, self.selection.frozen
+        weights.look(frozen)
+        if self._shared.may_check():
+            weights.suspect_next(frozen)
+            self._shared.checked_seconds += weights.hash(frozen)
+        moved = self.selection.name()
+        if not moved:
+            return
+        self._drop_batches()
+        if self._batches - self._moved_at <= _REST:
+            self._shared.moving.update((id(tensor), tensor) for tensor in moved)
+            self.state = State.STALE
+        elif self.state is not State.KEEPING:
+            self.state, self._passed = State.PROBATION, 0
+        self._moved_at = self._batches

@@ -1,0 +1,271 @@
+"""What is kept of a traced pass: values, their keys, their rows, and the tables they are in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+
+from cachefreeze import lineage
+from cachefreeze.cache.layout import Layout
+from cachefreeze.cache.shared import Shared, environment
+from cachefreeze.keys import Lineage, batch_key, lineage_of, row_keys
+from cachefreeze.lineage import Axes, Plan, Trace
+
+Tensor = torch.Tensor
+Keys = dict[tuple[int, ...], np.ndarray]
+
+# Bytes a second at which memory gives kept values back.
+_READING_RATE = 2e9
+
+
+@dataclass(eq=False)
+class Kept:
+    """A kept value.
+
+    Attributes:
+        number: Number of the value in the trace.
+        lineage: How it is made.
+        layout: How it is taken apart into rows. None until that is known.
+        name: Name of its table, which says how it is made and from which bits.
+    """
+
+    number: int
+    lineage: Lineage
+    layout: Layout | None = None
+    name: bytes = b""
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """Places of the inputs that the value depends on."""
+        return self.lineage.inputs
+
+
+class Selection:
+    """What is kept of a traced pass.
+
+    Args:
+        shared: What all routes of the cache have in common.
+        trace: Trace of a pass.
+        inputs: Tensors that the pass was given, by the numbers of their values.
+
+    Attributes:
+        trace: Trace of a pass.
+        plan: Trace and cut.
+        share: Share of the forward pass that is left out, from 0 to 1.
+        rows: Number of rows in a batch.
+        kept: Kept values.
+        frozen: Parameters and buffers that the kept values are made from.
+    """
+
+    def __init__(self, shared: Shared, trace: Trace, inputs: Mapping[int, Tensor]) -> None:
+        self._shared = shared
+        self.trace = trace
+        self.rows, self._with_rows = lineage.rows_of(inputs)
+        cut = lineage.minimum_cut(trace, reading_rate=_READING_RATE)
+        self.plan = Plan(trace, cut)
+        self.share = cut.seconds_saved / max(trace.kernel_seconds, 1e-12)
+        self.kept = [
+            Kept(number, lineage_of(trace, number, self.plan.program)) for number in cut.kept
+        ]
+        states = {state.value: state for state in trace.states}
+        self._states = {
+            number: states[number].tensor for one in self.kept for number in one.lineage.states
+        }
+        self._digests: dict[int, bytes] = {}
+        self._named_at = -1
+
+    @property
+    def frozen(self) -> list[Tensor]:
+        """Returns the parameters and buffers that the kept values are made from."""
+        found = [reference() for reference in self._states.values()]
+        return [tensor for tensor in found if tensor is not None]
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known where the rows are in the kept values."""
+        return all(one.layout is not None for one in self.kept)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether every kept value can be taken apart into rows."""
+        return all(one.layout is not None and one.layout.axis is not None for one in self.kept)
+
+    def name(self) -> list[Tensor]:
+        """Names the tables by the frozen bits of now.
+
+        Returns:
+            Tensors whose bits are others than at the last time.
+        """
+        weights = self._shared.weights
+        moved: list[Tensor] = []
+        if weights.changes == self._named_at:
+            return moved
+        for number, reference in self._states.items():
+            tensor = reference()
+            digest = b"" if tensor is None else weights.digest(tensor)
+            if tensor is not None and self._digests.get(number, digest) != digest:
+                moved.append(tensor)
+            self._digests[number] = digest
+        around = environment(torch.get_num_threads())
+        for one in self.kept:
+            name = xxhash.xxh3_128(one.lineage.digest + around)
+            for number in one.lineage.states:
+                name.update(self._digests[number])
+            one.name = name.digest()
+        self._named_at = weights.changes
+        return moved
+
+    def alike(self, group: tuple[int, ...]) -> bytes:
+        """Names what is made from some inputs, so that two inputs of one kind have one name."""
+        return b"".join(sorted(one.lineage.digest for one in self.kept if one.group == group))
+
+    def forget(self) -> None:
+        """Drops the rows of the kept values."""
+        self._shared.entries.forget([one.name for one in self.kept])
+
+    def keys(self, inputs: Mapping[int, Tensor]) -> Keys:
+        """Hashes the rows of a batch, for each set of inputs that a kept value depends on.
+
+        Args:
+            inputs: Inputs of the batch, by the numbers of their values.
+        """
+        found: Keys = {}
+        for one in self.kept:
+            if one.group not in found:
+                numbers = [self.trace.inputs[place] for place in one.group]
+                found[one.group] = row_keys(
+                    [inputs[number] for number in numbers if number in self._with_rows],
+                    [inputs[number] for number in numbers if number not in self._with_rows],
+                    self.rows,
+                )
+        return found
+
+    def settle(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Finds where the rows are in the kept values, by recorded operations on a batch.
+
+        Args:
+            inputs: Inputs of a batch, by the numbers of their values.
+
+        Returns:
+            Kept values of that batch, by number.
+        """
+        found = self.compute(inputs)
+        axes = lineage.axes_of(self.plan.program, self.trace, found, inputs)
+        for one in self.kept:
+            one.layout = self._layout(one, axes)
+        return found
+
+    def compute(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Computes the kept values of a batch by recorded operations, without a forward pass."""
+        numbers = [one.number for one in self.kept]
+        return {n: tensor.detach() for n, tensor in self.plan.program.run(numbers, inputs).items()}
+
+    def _layout(self, one: Kept, axes: Axes) -> Layout:
+        value = self.trace.values[one.number]
+        reached = any(self.trace.inputs[place] in self._with_rows for place in one.group)
+        axis = axes.axis(one.number) if reached else None
+        count = 1 if axis is None else self.rows
+        return Layout(value.shape, value.stride, value.dtype, value.device, axis, count)
+
+    def find(self, keys: Keys) -> dict[int, np.ndarray]:
+        """Returns the place of each row in the table of each kept value, -1 for unknown ones."""
+        places = {}
+        for one in self.kept:
+            table = self._shared.entries.table(one.name)
+            wanted = self._keys_of(one, keys)
+            places[one.number] = np.full(len(wanted), -1) if table is None else table.find(wanted)
+        return places
+
+    def read(self, places: Mapping[int, np.ndarray]) -> dict[int, Tensor]:
+        """Reads the kept values of a batch, by number.
+
+        Args:
+            places: What `find` has returned, without a row that is unknown.
+        """
+        found = {}
+        for one in self.kept:
+            table = self._shared.entries.table(one.name)
+            assert table is not None
+            assert one.layout is not None
+            rows = table.read(places[one.number], self._shared.entries.now)
+            found[one.number] = one.layout.join(rows)
+        return found
+
+    def write(
+        self, keys: Keys, kept: Mapping[int, Tensor], chosen: np.ndarray | None = None
+    ) -> int:
+        """Keeps the rows of a batch.
+
+        Args:
+            keys: Keys of the rows.
+            kept: Kept values of the batch, by number.
+            chosen: Numbers of the rows to keep. None for all.
+
+        Returns:
+            Number of rows that were not there before.
+        """
+        written = 0
+        for one in self.kept:
+            assert one.layout is not None
+            wanted, rows = self._keys_of(one, keys), one.layout.split(kept[one.number])
+            if chosen is not None and one.layout.axis is not None:
+                wanted, rows = wanted[chosen], rows[torch.from_numpy(chosen)]
+            written = max(written, self._shared.entries.write(one.name, wanted, rows))
+        return written
+
+    def _keys_of(self, one: Kept, keys: Keys) -> np.ndarray:
+        assert one.layout is not None
+        return batch_key(keys[one.group]) if one.layout.axis is None else keys[one.group]
+
+    def merge(self, batches: list[dict[int, Tensor]]) -> list[tuple[dict[int, Tensor], int]]:
+        """Joins the rows of smaller batches to whole ones, the last filled up with its own rows.
+
+        Args:
+            batches: Inputs of the batches, by the numbers of their values.
+
+        Returns:
+            Inputs of each whole batch, and how many of its rows are rows of the smaller ones.
+        """
+        joined = {
+            number: torch.cat([batch[number] for batch in batches])
+            if number in self._with_rows
+            else batches[0][number]
+            for number in batches[0]
+        }
+        total = next(len(joined[number]) for number in joined if number in self._with_rows)
+        found = []
+        for start in range(0, total, self.rows):
+            real = min(self.rows, total - start)
+            places = torch.arange(start, start + self.rows).clamp(max=total - 1)
+            whole = {
+                number: tensor[places] if number in self._with_rows else tensor
+                for number, tensor in joined.items()
+            }
+            found.append((whole, real))
+        return found
+
+    def takes(self, inputs: Mapping[int, Tensor], example: Mapping[int, Tensor]) -> bool:
+        """Says whether the rows of a smaller batch may stand in a whole one."""
+        for number, tensor in inputs.items():
+            value = self.trace.values[number]
+            if number in self._with_rows:
+                if tuple(tensor.shape[1:]) != value.shape[1:] or tensor.dtype != value.dtype:
+                    return False
+            elif not same_bits(tensor, example[number]):
+                return False
+        return True
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Says whether two tensors have the same shape, type and bits."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(as_bits(one), as_bits(other))
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """Returns the bits of a tensor, in which NaN is equal to itself and -0.0 is not 0.0."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return plain.view(torch.uint8)

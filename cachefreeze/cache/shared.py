@@ -1,0 +1,111 @@
+"""What all routes of a cache have in common: entries, hashes of frozen bits, counters, messages."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from cachefreeze.cache.entries import Entries
+from cachefreeze.keys import Weights
+
+_log = logging.getLogger("cachefreeze")
+
+
+@dataclass
+class Stats:
+    """What a cache has done so far.
+
+    Attributes:
+        rows_served: Rows whose frozen work was left out.
+        rows_computed: Rows whose frozen work ran.
+        rows_kept: Rows that are kept now.
+        bytes: Bytes of everything that is kept now.
+        seconds_saved: Estimated seconds of frozen work that was left out, less what it cost.
+        batches_known: Batches all of whose rows were known.
+        batches: Batches since rows have come again for the first time.
+    """
+
+    rows_served: int = 0
+    rows_computed: int = 0
+    rows_kept: int = 0
+    bytes: int = 0
+    seconds_saved: float = 0.0
+    batches_known: int = 0
+    batches: int = 0
+
+
+@dataclass
+class Shared:
+    """What all routes of a cache have in common.
+
+    Attributes:
+        entries: Kept rows.
+        exact: Whether only values are served that are equal to the last bit.
+        probation: Number of batches that are compared before any is served. None for a quarter of
+            what came before the first row came again, at least 2 and at most 8.
+        weights: Hashes of frozen parameters and buffers.
+        stats: Counters.
+        moving: Parameters and buffers that move although they take no gradient, by identity.
+        messages: Sentences that were told, by what they are about.
+        held: Bytes of batches that are not taken apart into rows yet.
+        watched_seconds: Seconds of all calls that the cache has seen.
+        checked_seconds: Seconds of them that went into checks beyond what must be.
+    """
+
+    entries: Entries
+    exact: bool
+    probation: int | None
+    weights: Weights = field(default_factory=Weights)
+    stats: Stats = field(default_factory=Stats)
+    moving: dict[int, torch.Tensor] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+    held: int = 0
+    watched_seconds: float = 0.0
+    checked_seconds: float = 0.0
+
+    def tell(self, about: str, sentence: str) -> None:
+        """Tells the user something, once.
+
+        Args:
+            about: What it is about. One sentence is told about each thing.
+            sentence: Sentence.
+        """
+        if about not in self.messages:
+            self.messages[about] = sentence
+            _log.warning("%s", sentence)
+
+    def note(self, about: str, sentence: str) -> None:
+        """Keeps a sentence for who asks, in the place of an earlier one about the same thing."""
+        self.messages[about] = sentence
+        _log.info("%s", sentence)
+
+    def may_check(self) -> bool:
+        """Says whether there is time for a check: at most 1 % of what was spent so far."""
+        return self.checked_seconds < _SHARE * self.watched_seconds
+
+
+_SHARE = 0.01
+
+
+def environment(threads: int) -> bytes:
+    """Returns what the bits of a result may depend on beside what it is computed from.
+
+    Args:
+        threads: Number of threads that operations run on.
+    """
+    switches = (
+        torch.__version__,
+        threads,
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.enabled,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )
+    return repr(switches).encode()
+
+
+now = time.perf_counter

@@ -1,0 +1,12 @@
+"""What an entry of the cache depends on: operations, frozen bits, and the rows of the inputs.
+
+A kept value is found by two keys. One says how it was made: the operations that lead to it, their
+constants, the bits of the parameters and buffers that they read, and the environment. The other is
+the content of the row: the bytes of just those inputs that the value depends on.
+"""
+
+from cachefreeze.keys.inputs import batch_key, row_keys
+from cachefreeze.keys.operations import Lineage, lineage_of
+from cachefreeze.keys.weights import Weights
+
+__all__ = ["Lineage", "Weights", "batch_key", "lineage_of", "row_keys"]

@@ -1,0 +1,58 @@
+"""Keys of rows: hashes of the bytes that a model is given."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+Tensor = torch.Tensor
+
+
+def row_keys(rows: Sequence[Tensor], shared: Sequence[Tensor], count: int) -> np.ndarray:
+    """Hashes each row of a batch with xxh3-128.
+
+    Args:
+        rows: Inputs whose first dimension is that of the rows.
+        shared: Inputs that all rows share. They are part of every key.
+        count: Number of rows in the batch.
+
+    Returns:
+        Keys, as an array of shape (count, 2) of 64-bit numbers.
+    """
+    start = b"".join(xxhash.xxh3_128_digest(_bytes(tensor)) for tensor in shared)
+    parts = [_bytes(tensor).reshape(count, -1) for tensor in rows]
+    if len(parts) > 1 and sum(part.shape[1] for part in parts) <= _SMALL:
+        parts = [np.concatenate(parts, axis=1)]
+    hashed = [_hashes(part) for part in parts]
+    if len(hashed) == 1 and not start:
+        digests = hashed[0]
+    else:
+        digests = [
+            xxhash.xxh3_128_digest(b"".join((start, *one))) for one in zip(*hashed, strict=True)
+        ]
+    return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(count, 2)
+
+
+def batch_key(keys: np.ndarray) -> np.ndarray:
+    """Returns the key of a whole batch, of shape (1, 2), from those of its rows in their order."""
+    digest = xxhash.xxh3_128_digest(np.ascontiguousarray(keys).data)
+    return np.frombuffer(digest, dtype=np.uint64).reshape(1, 2)
+
+
+# Rows of several inputs that are smaller than this together, in bytes, are copied side by side and
+# hashed at once: a call of the hash costs as much as some hundred bytes of it.
+_SMALL = 4096
+
+
+def _hashes(rows: np.ndarray) -> list[bytes]:
+    width, flat = rows.shape[1], np.ascontiguousarray(rows).data.cast("B")
+    digest = xxhash.xxh3_128_digest
+    return [digest(flat[place : place + width]) for place in range(0, len(flat), width or 1)]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """Returns the bytes of a tensor in the order of its elements."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
+    return plain.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,209 @@
+"""What leads to a value: its operations in a form that is the same in another model or run."""
+
+import enum
+import functools
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from cachefreeze.lineage.module_calls import CallOf
+from cachefreeze.lineage.operations import Modes, Operation, Trace
+from cachefreeze.lineage.program import Program
+from cachefreeze.lineage.soundness import PARTS
+from cachefreeze.lineage.structure import PLAIN_KINDS, Built, Ref, numbers
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """How a value is made.
+
+    Attributes:
+        digest: Hash of the operations, their constants, and the shapes and types of the inputs.
+        inputs: Places of the inputs that the value depends on, in the order of their first use.
+        states: Numbers of the parameters and buffers that it depends on, in the same order.
+        shared: Whether another model may have the same lineage. False if something in it has no
+            name, such as a function that was made in a function.
+    """
+
+    digest: bytes
+    inputs: tuple[int, ...]
+    states: tuple[int, ...]
+    shared: bool
+
+
+def lineage_of(trace: Trace, number: int, program: Program) -> Lineage:
+    """Finds the lineage of a value.
+
+    Args:
+        trace: Trace of a pass.
+        number: Number of the value.
+        program: Operations of the trace.
+    """
+    writer = _Writer(trace)
+    for operation in program.needed([number], ()):
+        writer.operation(operation)
+    text = f"{writer.text()}\n-> {writer.name(number)}"
+    return Lineage(
+        xxhash.xxh3_128_digest(text.encode()),
+        tuple(writer.inputs),
+        tuple(writer.states),
+        writer.shared,
+    )
+
+
+class _Writer:
+    """Writes operations as text, in which tensors have names by the order of their first use."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.inputs: list[int] = []
+        self.states: list[int] = []
+        self.shared = True
+        self._trace = trace
+        self._names: dict[int, str] = {}
+        self._lines: list[str] = []
+        self._inputs = {number: place for place, number in enumerate(trace.inputs)}
+        self._states = {state.value for state in trace.states}
+
+    def text(self) -> str:
+        return "\n".join(self._lines)
+
+    def operation(self, one: Operation) -> None:
+        args, kwargs = self._told(one.args), self._told(one.kwargs)
+        reads = ",".join(self.name(number) for number in one.reads)
+        line = f"{self._function(one.func)}({args};{kwargs};{reads}) {_modes(one.modes)}"
+        made = ",".join(self.name(number) for number in one.makes)
+        writes = ",".join(f"{self.name(old)}>{self.name(new)}" for old, new in one.writes)
+        places = ",".join(self.name(number) for number in numbers(one.output))
+        self._lines.append(f"{line} {places} {made} {writes}")
+
+    def name(self, number: int) -> str:
+        name = self._names.get(number)
+        if name is not None:
+            return name
+        value = self._trace.values[number]
+        about = f"{value.dtype}{value.shape}{value.stride}{value.device}{value.requires_grad}"
+        if number in self._inputs:
+            name = f"input{len(self.inputs)}"
+            self.inputs.append(self._inputs[number])
+            self._lines.append(f"{name} {about}")
+        elif number in self._states:
+            name = f"state{len(self.states)}"
+            self.states.append(number)
+            self._lines.append(f"{name} {about}")
+        else:
+            name = f"value{len(self._names)}"
+        self._names[number] = name
+        return name
+
+    def _function(self, func: Callable[..., Any]) -> str:
+        if isinstance(func, CallOf):
+            module = func.module()
+            return "gone" if module is None else self._module(module)
+        return self._named(func)
+
+    def _named(self, value: Any) -> str:
+        """Names a function or a class by where it is found, or by a number of its own."""
+        owner = getattr(value, "__self__", None)
+        name = getattr(value, "__qualname__", "") or getattr(value, "__name__", "")
+        if type(value).__name__ == "method-wrapper" and owner is not None:
+            # `Tensor.shape.__get__` and the like: a property of tensors.
+            return f"{name} of {getattr(owner, '__qualname__', None) or self._unnamed(value)}"
+        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return f"torch.ops.{value}"
+        where = getattr(value, "__module__", None) or ""
+        if isinstance(owner, type):
+            return f"{self._named(owner)}.{name}"
+        if (
+            _found(where, name) is value
+            or getattr(torch.Tensor, name.split(".")[-1], _NONE) is value
+        ):
+            return f"{where}.{name}"
+        for space in (torch, torch._C._nn, torch.nn.functional):
+            if name and getattr(space, name, _NONE) is value:
+                return f"{space.__name__}.{name}"
+        return self._unnamed(value)
+
+    def _unnamed(self, value: Any) -> str:
+        self.shared = False
+        return f"unnamed {_serial(value)}"
+
+    def _module(self, module: nn.Module) -> str:
+        """Names a module that is one operation: its class, and what its code could read of it."""
+        told = [self._named(type(module)), str(module.training)]
+        held = vars(module)
+        for key in sorted(held):
+            if key in PARTS:
+                hooks = "hook" in key and bool(held[key])
+                told.append(self._unnamed(module) if hooks else "")
+            elif not isinstance(held[key], torch.Tensor):
+                told.append(f"{key}={self._told(held[key])}")
+        for kind in ("_parameters", "_buffers"):
+            told += [f"{key}:{one is not None}" for key, one in (held.get(kind) or {}).items()]
+        for key, part in (held.get("_modules") or {}).items():
+            told.append(f"{key}({self._module(part)})" if part is not None else key)
+        if "_parameters" not in held:  # a scripted module
+            told.append(self._unnamed(module))
+        return f"[{' '.join(told)}]"
+
+    def _told(self, value: Any) -> str:
+        kind = type(value)
+        if isinstance(value, Ref):
+            return self.name(value.number)
+        if isinstance(value, enum.Enum):
+            return f"{self._named(kind)}.{value.name}"
+        if kind in PLAIN_KINDS or isinstance(value, (torch.dtype, torch.device, torch.layout)):
+            return f"{kind.__name__} {value!r}"
+        if isinstance(value, torch.memory_format) or value is Ellipsis:
+            return repr(value)
+        if isinstance(value, slice):
+            return f"slice({self._told((value.start, value.stop, value.step))})"
+        if isinstance(value, (tuple, list)):
+            return f"{kind.__name__}[{','.join(map(self._told, value))}]"
+        if isinstance(value, dict):
+            items = (f"{self._told(key)}:{self._told(item)}" for key, item in value.items())
+            return f"{kind.__name__}{{{','.join(items)}}}"
+        if isinstance(value, (set, frozenset)):
+            return f"{kind.__name__}{{{','.join(sorted(map(self._told, value)))}}}"
+        if isinstance(value, Built):
+            return f"built[{','.join(map(self._told, value))}]"
+        if isinstance(value, functools.partial):
+            return f"partial[{self._told((value.func, value.args, value.keywords))}]"
+        if isinstance(value, type) or callable(value):
+            return self._named(value)
+        return self._unnamed(value)
+
+
+_NONE = object()
+_numbers = count()
+_known: dict[int, tuple[Any, int]] = {}
+
+
+def _serial(value: Any) -> int:
+    """Numbers an object that has no name. No other one gets its number, also once it is gone."""
+    number = id(value)
+    known = _known.get(number)
+    if known is None:
+        try:
+            held: Any = weakref.ref(value, lambda _: _known.pop(number, None))
+        except TypeError:
+            held = value
+        known = _known[number] = held, next(_numbers)
+    return known[1]
+
+
+def _found(where: str, name: str) -> Any:
+    found: Any = sys.modules.get(where)
+    for part in name.split("."):
+        found = getattr(found, part, _NONE)
+    return found
+
+
+def _modes(modes: Modes) -> str:
+    return f"{modes.grad:d}{modes.inference:d}{modes.autocast}"
