@@ -277,6 +277,10 @@ class Pass:
 def _swap(late: Late, tensor: Tensor) -> bool:
     """Exchanges what two tensor objects are. Says whether that was possible."""
     with _quiet():
+        # C++ code alone may hold the object, as a custom function does with what it saves. Earlier
+        # versions of torch, such as 2.6, count python among the holders of such a tensor only once
+        # C++ code has returned it: this function does no more than that.
+        torch._C._functorch.unwrap_if_dead(late)
         if late._use_count() > 1:  # type: ignore[attr-defined]
             return False  # C++ code holds it
     left = late.__dict__

@@ -64,7 +64,13 @@ def test_a_functional_batch_norm_in_training_mode_moves_the_buffers_it_is_given(
 def test_an_instance_norm_with_statistics_moves_them():
     norm = lambda: Normed(nn.InstanceNorm2d(4, affine=True, track_running_stats=True))  # noqa: E731
     assert "instance_norm" in check(norm, IMAGES, train=True).ran
-    assert check(norm, IMAGES).left_out.count("conv2d") == 2
+    # Earlier versions of torch, such as 2.6, write the same statistics back in eval mode too: a
+    # write is a write, and what follows from it is not left out.
+    plain = nn.InstanceNorm2d(4, track_running_stats=True).eval()
+    before = plain.running_mean._version
+    plain(torch.randn(2, 4, 6, 6))
+    writes = plain.running_mean._version != before
+    assert check(norm, IMAGES).left_out.count("conv2d") == (1 if writes else 2)
 
 
 def test_a_counter_buffer_moves_in_each_replay():
