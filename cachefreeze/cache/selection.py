@@ -18,6 +18,9 @@ Keys = dict[tuple[int, ...], np.ndarray]
 
 # Bytes a second at which memory gives kept values back.
 _READING_RATE = 2e9
+# Seconds that finding the rows of one value takes. A value of the batch alone costs a key of its
+# own inputs, labels perhaps, which come with other rows: it must be worth that.
+_EACH, _EACH_OF_INPUTS = 2e-5, 2e-3
 
 
 @dataclass(eq=False)
@@ -63,7 +66,9 @@ class Selection:
         self._shared = shared
         self.trace = trace
         self.rows, self._with_rows = lineage.rows_of(inputs)
-        cut = lineage.minimum_cut(trace, reading_rate=_READING_RATE)
+        cut = lineage.minimum_cut(
+            trace, reading_rate=_READING_RATE, each=_EACH, each_of_inputs=_EACH_OF_INPUTS
+        )
         self.plan = Plan(trace, cut)
         self.share = cut.seconds_saved / max(trace.kernel_seconds, 1e-12)
         self.kept = [
@@ -152,7 +157,7 @@ class Selection:
             Kept values of that batch, by number.
         """
         found = self.compute(inputs)
-        axes = lineage.axes_of(self.plan.program, self.trace, found, inputs)
+        axes = lineage.axes_of(self.plan.program, found, inputs)
         for one in self.kept:
             one.layout = self._layout(one, axes)
         return found

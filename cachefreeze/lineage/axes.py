@@ -138,7 +138,6 @@ def batch_axes(
 
 def axes_of(
     program: Program,
-    trace: Trace,
     kept: Mapping[int, Tensor],
     inputs: Mapping[int, Tensor],
 ) -> Axes:
@@ -146,7 +145,6 @@ def axes_of(
 
     Args:
         program: Operations of the trace.
-        trace: Trace of a pass.
         kept: Those values in a pass, by number.
         inputs: Inputs of that pass, by number. Rows are first where the first dimension is as long
             as that of the first input that has one.
@@ -156,26 +154,58 @@ def axes_of(
     if rows < 2:
         return found
     fits = {number: set(_candidates(tensor.shape, rows)) for number, tensor in kept.items()}
+    _narrow(fits, program, kept, inputs, axes, rows)
+    open_ones = [number for number, fitting in fits.items() if len(fitting) > 1]
+    if open_ones:
+        # The rows are too much alike, as masks without padding are: others are made of them.
+        varied = {
+            number: _varied(tensor) if number in axes else tensor
+            for number, tensor in inputs.items()
+        }
+        whole = program.run(open_ones, varied)
+        _narrow(fits, program, whole, varied, axes, rows)
+    found.fitting.update({number: frozenset(fitting) for number, fitting in fits.items()})
+    return found
+
+
+def _narrow(
+    fits: dict[int, set[Axis]],
+    program: Program,
+    whole: Mapping[int, Tensor],
+    inputs: Mapping[int, Tensor],
+    axes: Mapping[int, set[Axis]],
+    rows: int,
+) -> None:
+    """Leaves those axes along which another choice of rows comes back in the results."""
     for choice in _choices(rows):
         chosen = {
-            number: _axis_first(axes[number]).take(tensor, choice, rows)
+            number: next(iter(axes[number])).take(tensor, choice, rows)
             if number in axes
             else tensor
             for number, tensor in inputs.items()
         }
-        results = program.run(list(kept), chosen)
-        for number, whole in kept.items():
+        results = program.run(list(whole), chosen)
+        for number, value in whole.items():
             fits[number] = {
                 axis
                 for axis in fits[number]
-                if _same(axis.take(whole, choice, rows), results[number])
+                if _same(axis.take(value, choice, rows), results[number])
             }
-    found.fitting.update({number: frozenset(axes) for number, axes in fits.items()})
+
+
+def _varied(tensor: Tensor) -> Tensor:
+    """Returns other rows of the same kind: masks that end earlier and earlier, or rolled rows."""
+    found = with_strides(tensor.detach(), tensor.stride())
+    if found.dim() < 2 or not found.numel():
+        return found
+    binary = not found.is_floating_point() and bool(((found == 0) | (found == 1)).all())
+    length = found.shape[-1]
+    for row in range(len(found)):
+        if binary:
+            found[row, ..., length - row % length :] = 0
+        else:
+            found[row] = found[row].roll(row, -1)
     return found
-
-
-def _axis_first(axes: set[Axis]) -> Axis:
-    return next(iter(axes))
 
 
 def _choices(rows: int) -> list[list[int]]:

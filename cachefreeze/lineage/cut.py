@@ -51,6 +51,8 @@ def minimum_cut(
     *,
     reading_rate: float,
     price: float = 0.0,
+    each: float = 0.0,
+    each_of_inputs: float = 0.0,
     unread: Collection[int] = (),
 ) -> Cut:
     """Keeps what makes the replayed pass cheapest: a value is read, or its operations run again.
@@ -62,6 +64,8 @@ def minimum_cut(
         trace: Trace of a pass.
         reading_rate: Bytes a second at which kept values are read.
         price: Seconds that one kept byte of the batch counts beside its reading, for a budget.
+        each: Seconds that one kept value costs beside its bytes, such as for finding its rows.
+        each_of_inputs: The same for a value that is made from the batch alone.
         unread: Numbers of outputs that nobody reads. They are not kept.
 
     Raises:
@@ -80,6 +84,7 @@ def minimum_cut(
     maker = {number: place[one.number] for one in free for number in one.makes}
     costs = {
         number: trace.values[number].nbytes * (1 / reading_rate + price)
+        + (each if trace.values[number].kind == FROZEN else each_of_inputs)
         for number in maker
         if trace.values[number].plain and trace.values[number].kind in (FROZEN, INPUT)
     }
