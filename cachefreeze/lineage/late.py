@@ -11,6 +11,7 @@ import torch.utils.dlpack
 from torch.utils._pytree import tree_map
 
 from cachefreeze.lineage import soundness
+from cachefreeze.lineage.modes import uncompiled
 from cachefreeze.lineage.operations import Trace, Value
 from cachefreeze.lineage.program import Program, copy_of
 
@@ -57,6 +58,7 @@ class Late(torch.Tensor):
         """Does nothing more. See `__new__`."""
 
     @classmethod
+    @uncompiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Computes the late values among the arguments, then calls the function."""
         if func == soundness.IS_LEAF:
@@ -83,6 +85,7 @@ class Late(torch.Tensor):
         return real.get(id(result), result)
 
     @classmethod
+    @uncompiled
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -95,12 +98,6 @@ def _real(value: Any) -> Any:
     if type(value) is Late:
         return value.late_pass.real(value)
     return value
-
-
-# Dynamo leaves its graph where it meets these, and they run as they are. `torch.compiler.disable`
-# would say the same, and import Dynamo.
-for _one in (Late.__torch_function__.__func__, Late.__torch_dispatch__.__func__):  # type: ignore[attr-defined]
-    _one._torchdynamo_disable = True
 
 
 def compute_in(value: Any) -> None:

@@ -1,9 +1,12 @@
-"""Reads and sets torch's switches: gradients, inference mode and autocast."""
+"""Reads and sets torch's switches: gradients, inference mode, autocast, and Dynamo."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+import torch._C._dynamo.eval_frame as _dynamo
 
 from cachefreeze.lineage.operations import Modes
 
@@ -38,3 +41,33 @@ def under(modes: Modes) -> Iterator[None]:
             if kind not in on:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes Dynamo leave its graph at a function, and compile nothing that the function calls.
+
+    `torch.compiler.disable` does the same, and imports Dynamo, which takes seconds.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = _dynamo.set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _dynamo.set_eval_frame(before)
+
+    made: Any = run
+    made._torchdynamo_disable = True
+    _skip(made.__code__)
+    return made  # type: ignore[no-any-return]
+
+
+def _skip(code: Any) -> None:
+    """Makes Dynamo run code as it is."""
+    dynamo: Any = _dynamo
+    if hasattr(dynamo, "skip_code"):  # earlier versions, such as 2.6
+        dynamo.skip_code(code)
+    else:
+        action = dynamo._FrameAction
+        dynamo.set_code_exec_strategy(code, dynamo._FrameExecStrategy(action.SKIP, action.DEFAULT))

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from cachefreeze.lineage import calls, soundness
 from cachefreeze.lineage.late import Late, Pass, compute_in
+from cachefreeze.lineage.modes import uncompiled
 from cachefreeze.lineage.module_calls import CallOf
 from cachefreeze.lineage.operations import Call, Operation, label
 from cachefreeze.lineage.plan import Action, Plan, Planned
@@ -187,6 +188,7 @@ class _Following(TorchFunctionMode):
 
     # What they have in common.
 
+    @uncompiled
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._lost or self.paused or not self._open or func in soundness.METADATA:
             return func(*args, **(kwargs or {}))
@@ -278,9 +280,6 @@ class _Following(TorchFunctionMode):
             matches(guard.output, self.plan.program.result(guard, self.sources()), self.number)
             for guard in planned.guards
         )
-
-
-_Following.__torch_function__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class _Replaying(_Following):

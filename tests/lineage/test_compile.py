@@ -71,9 +71,6 @@ def test_a_model_that_compiles_itself_is_right():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.xfail(
-    strict=True, reason="Dynamo follows a late value into a compiled function: compile the module"
-)
 def test_a_compiled_function_in_the_model_is_right():
     @torch.compile(backend="eager")
     def activated(x):
