@@ -65,6 +65,11 @@ class Known:
                     found.append(tensor)
         return found
 
+    def versions(self) -> list[tuple[torch.Tensor, int]]:
+        """Returns the tensors that are alive, each with the count of writes to it."""
+        found = [reference() for reference, _ in self._number.values()]
+        return [(one, one._version) for one in found if one is not None and not one.is_inference()]
+
     def alive_since(self, operation: int) -> Iterator[torch.Tensor]:
         """Yields the tensors alive that an operation, or one after it, has made."""
         since = len(self._made)

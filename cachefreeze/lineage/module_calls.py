@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -191,7 +192,7 @@ class ModuleCalls(Recording):
         operation.reads = tuple(dict.fromkeys((*operation.reads, *states)))
         running = self._running = Running()
         try:
-            with calls.unfollowed(self._functions):
+            with calls.unfollowed(self._functions), self._kernels_of(module, running):
                 output = calls.real_call(module, *args, **kwargs)
         except BaseException:
             operation.must_run = "raises an error"
@@ -204,6 +205,10 @@ class ModuleCalls(Recording):
         self._end(operation, running, args, kwargs, output)
         operation.opaque = name
         return output
+
+    def _kernels_of(self, module: nn.Module, running: Running) -> AbstractContextManager[None]:
+        """Makes a context in which a module that is opaque runs, and its kernels are noted."""
+        raise NotImplementedError
 
     def _collapse(
         self,

@@ -337,8 +337,8 @@ class _Replaying(_Following):
         if planned.action is Action.RUN:
             for number in planned.saved:
                 self._pass.save(number)
-            if operation.name.endswith(".write"):
-                compute_in(args)
+            if operation.name.endswith(".write") or operation.opaque:
+                compute_in((args, kwargs))  # Dynamo would leave its graph at a late value
             result = func(*args, **kwargs)
             if planned.tracked:
                 self._pass.written(operation.writes)

@@ -211,16 +211,26 @@ def is_opaque(module: nn.Module) -> bool:
     mode is on: torch's attention and transformer encoders leave their fast path then, and give
     other numbers.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return True
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+    if isinstance(module, torch.jit.ScriptModule) or is_compiled(module):
         return True
     if isinstance(module, _FAST_PATH) and type(module).forward in _FAST_FORWARDS:
         return not module.training
     return _asks(type(module))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Says whether a module, or its forward method, is under `torch.compile`."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None:
+        return False
+    forward = module.forward
+    if getattr(forward, "_torchdynamo_disable", False):
+        return False
+    return isinstance(module, dynamo.OptimizedModule) or hasattr(
+        forward, "_torchdynamo_orig_callable"
+    )
 
 
 _FAST_FORWARDS = {kind.forward for kind in _FAST_PATH}

@@ -6,13 +6,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls, soundness
 from cachefreeze.lineage.known import buffer_of
 from cachefreeze.lineage.module_calls import DRAWS, ModuleCalls, objects_in
-from cachefreeze.lineage.modules import modules_of
+from cachefreeze.lineage.modules import modules_of, states_of
 from cachefreeze.lineage.operations import SWITCH, Operation, Trace, label, mark
 from cachefreeze.lineage.recording import Running, digest, resting
 from cachefreeze.lineage.structure import Unknown, describe, numbers, outputs, tensors
@@ -78,13 +82,17 @@ class _Kernels(TorchDispatchMode):
 class _Tracer(ModuleCalls):
     """Records torch functions and kernels of a pass."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._kernels = _Kernels(self)
+
     @contextmanager
     def following(self) -> Iterator[None]:
         with (
             calls.catching(),
             calls.follower_of_thread(self),
             calls.segments(self._begin_segment, self._end_segment),
-            _Kernels(self),
+            self._kernels,
             self._functions,
         ):
             self._resting = False
@@ -253,6 +261,34 @@ class _Tracer(ModuleCalls):
             same = all(map(torch.equal, copies, written))
             running.same_bits = running.same_bits and same
         return output
+
+    @contextmanager
+    def _kernels_of(self, module: torch.nn.Module, running: Running) -> Iterator[None]:
+        """Runs a compiled module without the mode that sees kernels.
+
+        Dynamo compiles nothing below such a mode, and what runs then has other bits. What the
+        module wrote and drew is found by comparison: buffers by their bits, since kernels write to
+        some without counting it.
+        """
+        if not soundness.is_compiled(module) or _get_current_dispatch_mode() is not self._kernels:
+            yield
+            return
+        with _pop_mode_temporarily():
+            generators = self._generators_now()
+            held = [
+                (tensor, tensor.detach().clone())
+                for _, tensor in states_of("", module)
+                if not isinstance(tensor, torch.nn.Parameter)
+            ]
+            versions = self.known.versions()
+            began = time.perf_counter()
+            yield
+            running.seconds = time.perf_counter() - began
+            self._torch = soundness.torch_generators()
+            running.draws = not soundness.same_generators(generators, self._torch)
+            written = [tensor for tensor, before in held if not torch.equal(tensor, before)]
+            written += [tensor for tensor, version in versions if tensor._version != version]
+            running.written = {buffer_of(tensor) for tensor in written} - {0}
 
     def _generators_now(self) -> tuple[Any, ...]:
         """Returns the state of torch's generators, and notes what was drawn without a kernel."""

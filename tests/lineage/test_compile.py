@@ -6,7 +6,13 @@ from torch import nn
 
 from .harness import Wired, check, rows
 
-BACKENDS = ["eager", "aot_eager"]
+
+def louder(graph, example):
+    """Compiles to other numbers than those of eager code, as Inductor does in the last bits."""
+    return lambda *args: tuple(one + 1 for one in graph(*args))
+
+
+BACKENDS = ["eager", "aot_eager", louder]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +65,37 @@ def test_a_compiled_model_is_right(backend):
 
     prefixes = ["_orig_mod.body", "_orig_mod.frozen"]
     check(build, rows(6), frozen=prefixes, leaves=False, may_leave=True)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_compiled_batch_norm_moves_its_statistics(train):
+    def build():
+        block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        return Wired(way, frozen=torch.compile(block, backend="eager"), trained=Block())
+
+    result = check(build, rows(6), frozen=["body", "frozen"], train=train)
+    assert ("OptimizedModule" in result.ran) == train
+
+
+def test_a_compiled_module_that_draws_is_live():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    def build():
+        return Wired(way, frozen=torch.compile(Noisy(), backend="eager"), trained=Block())
+
+    assert "OptimizedModule" in check(build, rows(6), frozen=["body"]).ran
+
+
+def test_a_module_whose_forward_is_compiled_is_right():
+    def build():
+        blocks = {name: Block() for name in ("frozen", "trained")}
+        for block in blocks.values():
+            block.forward = torch.compile(block.forward, backend=louder)
+        return Wired(way, **blocks)
+
+    assert "Block" in check(build, rows(6), frozen=["body", "frozen"], may_leave=True).left_out
 
 
 def test_a_model_that_compiles_itself_is_right():
