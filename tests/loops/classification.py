@@ -41,13 +41,13 @@ class HeadOnResNet(Head):
 
     Who: everybody who follows a transfer learning tutorial. All parameters are frozen, then `fc` is
     replaced.
-    Hard: the batch size does not divide the data set. The four rows of the short batch come from
+    Hard: the batch size does not divide the data set. The three rows of the short batch come from
     other kernels, so their bits may differ from those that the same rows have in a full batch.
     Row: an image.
     """
 
     def __init__(self) -> None:
-        self.loader = loader(digits(100), 16)
+        self.loader = loader(digits(99), 16)
         self.held_back = DataLoader(digits(40, first=100), 20)
 
     def build(self) -> Any:
@@ -372,7 +372,7 @@ class TwoLabelSets(Loop):
         return torch.stack(losses).sum() / len(y)
 
 
-class FewEpochsOfMany(Head):
+class WeightedSampling(Head):
     """Sampling with replacement: an epoch meets some images twice and others not at all.
 
     Who: people with rare classes, who use `WeightedRandomSampler`.
@@ -406,5 +406,5 @@ LOOPS: tuple[type[Loop], ...] = (
     AdversarialBatch,
     NewRows,
     TwoLabelSets,
-    FewEpochsOfMany,
+    WeightedSampling,
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def sounds(count: int, shortest: int, longest: int, seed: int) -> tuple[list[Ten
 
 
 def loader(
-    dataset: Dataset[Any],
+    dataset: Dataset[Any] | Sequence[Any],
     size: int,
     seed: int = 1,
     drop_last: bool = False,
@@ -69,7 +69,7 @@ def loader(
 ) -> DataLoader[Any]:
     """Shuffled batches in another order in each epoch."""
     return DataLoader(
-        dataset,
+        cast(Dataset[Any], dataset),
         size,
         shuffle=True,
         generator=generator(seed),

@@ -358,9 +358,9 @@ class AveragedWeights(Images):
     """A moving average of all weights is swapped in for validation and out again.
 
     Who: users of `ema.store(); ema.copy_to(); validate(); ema.restore()`, as diffusers does it.
-    Hard: the average of frozen weights is not equal to them in the last bits, so validation runs
-    on another backbone. The average is a deep copy, made while the cache is attached. The swap goes
-    through `.data`.
+    Hard: the average of frozen weights is not equal to them in the last bits, so validation runs on
+    two backbones in turn. The average is a deep copy, made while the cache is attached. The swap
+    goes through `.data`.
     Row: an image, under the weights of training or those of validation.
     """
 
@@ -389,12 +389,13 @@ class AveragedWeights(Images):
 
     def validate(self, model: Any) -> Tensor:
         stored = [parameter.detach().clone() for parameter in model.parameters()]
-        self._copy(self.average.parameters(), model)
         model.eval()
         with torch.no_grad():
             found = [model(x) for x, _ in self.held_back]
+            self._copy(self.average.parameters(), model)
+            found += [model(x) for x, _ in self.held_back]
+            self._copy(stored, model)
             found += [self.average(x) for x, _ in self.held_back]
-        self._copy(stored, model)
         return torch.cat(found)
 
     @staticmethod

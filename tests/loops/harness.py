@@ -88,11 +88,6 @@ class Loop:
         """The modules that the cache is attached to."""
         return (model,)
 
-    @classmethod
-    def title(cls) -> str:
-        """The first line of the docstring."""
-        return (cls.__doc__ or "").strip().splitlines()[0]
-
 
 class Stats(Protocol):
     @property

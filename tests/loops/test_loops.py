@@ -4,7 +4,15 @@ import pytest
 
 import cachefreeze
 
-from . import beside, classification, freezing, several_calls
+from . import (
+    beside,
+    classification,
+    dense,
+    freezing,
+    hugging_face,
+    sequences,
+    several_calls,
+)
 from .harness import Loop, Outcome, differences, judge, train
 
 LOOPS = (
@@ -12,6 +20,9 @@ LOOPS = (
     *freezing.LOOPS,
     *several_calls.LOOPS,
     *beside.LOOPS,
+    *dense.LOOPS,
+    *sequences.LOOPS,
+    *hugging_face.LOOPS,
 )
 
 
