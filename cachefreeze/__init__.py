@@ -7,8 +7,9 @@ from cachefreeze.cache import ActivationCache
 from cachefreeze.datasets import IndexedDataset
 from cachefreeze.errors import UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
+from cachefreeze.freezing import freeze, unfreeze
 from cachefreeze.lineage import explain
-from cachefreeze.models import Units, freeze, partition
+from cachefreeze.models import Units, partition
 from cachefreeze.prefix_cache import Materialization, PrefixCache
 from cachefreeze.rows import Rows, batches_of, epoch_order
 from cachefreeze.schedule import Schedule
@@ -29,4 +30,5 @@ __all__ = [
     "freeze",
     "param_groups",
     "partition",
+    "unfreeze",
 ]

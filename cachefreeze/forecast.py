@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from cachefreeze.prefix_cache import Materialization
 from cachefreeze.files import human_bytes
 from cachefreeze.outlook import prefix_seconds
 from cachefreeze.planner import Keep, Move, Plan, Run, cheapest_plan, eager_plan
+from cachefreeze.prefix_cache import Materialization
 from cachefreeze.profiler import ON_DISK, Profile, Residence
 
 # Steps that have to be seen before their time is believed.

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.data import InputRows
 from cachefreeze.device import numerics
 from cachefreeze.forecast import Filled, Forecast, pays_at_best
 from cachefreeze.moments import Moments
 from cachefreeze.outlook import Outlook, stretches
 from cachefreeze.planner import Keep, Move, Plan, Run, efficiency
+from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.profiler import (
     Arithmetic,
     Profile,

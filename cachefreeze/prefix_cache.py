@@ -128,14 +128,14 @@ class PrefixCache:
 
     Example:
         >>> import tempfile
-        >>> from cachefreeze import freeze, partition
+        >>> from cachefreeze import partition
         >>> from torch import nn
         >>> from torch.utils.data import TensorDataset
         >>> head = nn.Sequential(nn.Flatten(), nn.Linear(144, 2))
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), head)
         >>> dataset = TensorDataset(torch.zeros(10, 3, 8, 8), torch.arange(10) % 2)
         >>> units = partition(model)
-        >>> freeze(units, 1)
+        >>> units.freeze(1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     cache = PrefixCache(units, dataset, batch_size=4, directory=folder)
         ...     rows = cache.materialize().rows

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from cachefreeze import data
-from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.checkpoint import LAST, load_last_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.device import (
@@ -24,6 +23,7 @@ from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.metrics import check_tensorboard
 from cachefreeze.models import Statistics
 from cachefreeze.network import Weights, check_network, find_weights, make_network, trained_on
+from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.preview import preview
 from cachefreeze.report import RESULT, closing_words, opening_words
 from cachefreeze.resume import Start, start_of

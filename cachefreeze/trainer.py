@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.checkpoint import LAST, save_checkpoint
 from cachefreeze.config import Settings
 from cachefreeze.data import DataSet, InputRows
@@ -25,6 +24,7 @@ from cachefreeze.models import Units
 from cachefreeze.outlook import Outlook, stretches_by_units
 from cachefreeze.planner import Run
 from cachefreeze.planning import NO_PLANNING, Planning
+from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.progress import RunBar, Standing
 from cachefreeze.randomness import random_state, set_random_state
 from cachefreeze.report import epoch_line

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cachefreeze import IndexedDataset, PrefixCache, freeze, partition
+from cachefreeze import IndexedDataset, PrefixCache, partition
 from cachefreeze.hashing import weights_sha256
 
 
@@ -30,7 +30,7 @@ def main(cache_dir: str | None) -> None:
         for epoch in range(6):
             start, correct = time.perf_counter(), 0
             if epoch == 2:
-                freeze(units, 2)  # cachefreeze
+                units.freeze(2)  # cachefreeze
                 cache.materialize()  # cachefreeze
             model.train()
             for rows, x, y in loader:  # cachefreeze

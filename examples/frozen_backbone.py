@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
-from cachefreeze import PrefixCache, freeze, partition
+from cachefreeze import PrefixCache, partition
 from cachefreeze.hashing import weights_sha256
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -27,7 +27,7 @@ for weight_decay in (0.0, 0.1):
     model = resnet18()  # weights="DEFAULT" for a pretrained one
     model.fc = nn.Linear(model.fc.in_features, 10)
     units = partition(model)
-    freeze(units, -1)  # all but the head; freeze(units, "layer4.0") leaves the last block, too
+    units.freeze(-1)  # all but the head; units.freeze("layer4.0") leaves the last block, too
     optimizer = torch.optim.AdamW(model.fc.parameters(), lr=0.03, weight_decay=weight_decay)
     with PrefixCache(units, dataset, batch_size=64, directory=args.cache_dir) as cache:
         print(f"weight decay {weight_decay}")

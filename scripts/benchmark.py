@@ -36,10 +36,10 @@ import torch
 from torch import Tensor
 
 from cachefreeze import config, train
-from cachefreeze.prefix_cache import Materialization, PrefixCache
 from cachefreeze.encoding import in_order
 from cachefreeze.models.units import is_channels_last
 from cachefreeze.planner import efficiency
+from cachefreeze.prefix_cache import Materialization, PrefixCache
 from cachefreeze.report import markdown_table
 from cachefreeze.resume import Start
 from cachefreeze.rows import Indices, Rows, batches_of

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from cachefreeze import PrefixCache, freeze, partition
+from cachefreeze import PrefixCache, partition
 from cachefreeze.store import (
     Description,
     Layout,
@@ -386,7 +386,7 @@ def test_a_run_that_finds_a_store_has_no_misses(
 def test_a_loop_of_ones_own_leaves_what_it_had_of_a_store(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     units = partition(model)
-    freeze(units, 1)
+    units.freeze(1)
     data = TensorDataset(torch.zeros(10, 3), torch.zeros(10))
     with PrefixCache(units, data, batch_size=4, directory=tmp_path / "cache") as cache:
         cache.materialize()

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from cachefreeze.prefix_cache import Materialization
 from cachefreeze.forecast import Filled, Forecast, correction, pays_at_best
 from cachefreeze.planner import Drop, Move, Run
+from cachefreeze.prefix_cache import Materialization
 from cachefreeze.profiler import Boundary, CodecCost, Profile, Residence
 from cachefreeze.schedule import Schedule
 

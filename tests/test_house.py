@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 FLOORS = [
     floor.split()
     for floor in (
-        "errors files hashing rows schedule planner timing totals randomness account streams",
+        "errors files freezing hashing rows schedule planner timing totals randomness",
+        "account streams",
         "record figures terminal outlook lineage",
         "device models data store report run_folder checkpoint fingerprint interrupts",
         "moments progress keys",
@@ -47,11 +48,12 @@ INSIDE = {
     ],
     "keys": [["inputs", "operations", "weights"]],
     "cache": [
-        ["index", "layout"],
+        ["index", "layout", "moving"],
         ["entries"],
         ["shared"],
         ["selection", "memory"],
         ["route"],
+        ["site"],
         ["activation_cache"],
     ],
     "adapters": [["lightning"]],
@@ -141,7 +143,7 @@ def test_what_is_exported_is_there_and_documented() -> None:
         assert getattr(cachefreeze, name).__doc__, f"{name} has no docstring"
 
 
-EXAMPLES = ("cache", "datasets", "freezeout", "models.partition", "models.units")
+EXAMPLES = ("prefix_cache", "freezing", "datasets", "freezeout", "models.partition", "models.units")
 
 
 @pytest.mark.parametrize("room", EXAMPLES)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_flatten
 
-from cachefreeze import Units, UserError, freeze, partition
+from cachefreeze import Units, UserError, partition
 
 READY_MADE: dict[str, dict[str, Any]] = {
     "resnet18": {},
@@ -151,7 +151,7 @@ def test_a_frozen_prefix_gives_what_the_model_gives_at_that_batch_size(
         model = model.to(memory_format=torch.channels_last)
         x = x.to(memory_format=torch.channels_last)
     units = partition(model)
-    freeze(units, len(units) - 1)
+    units.freeze(len(units) - 1)
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=setting == "bf16"):
         whole = model(x)
@@ -357,7 +357,7 @@ def test_a_hand_written_model_is_the_same_in_units(
 
 def test_root_parameters_freeze_with_the_unit_that_uses_them() -> None:
     model = Tokens()
-    freeze(partition(model), "patches")
+    partition(model).freeze("patches")
     assert not model.token.requires_grad
     assert not model.positions.requires_grad
     assert model.norm.weight.requires_grad
@@ -367,7 +367,7 @@ def test_root_parameters_freeze_with_the_unit_that_uses_them() -> None:
 def test_dropout_goes_on_behind_a_frozen_unit_and_follows_the_model(make: type[Tutorial]) -> None:
     model = make()
     units = partition(model)
-    freeze(units, "conv2")
+    units.freeze("conv2")
     model.train()
     x = images(4, 16)
     rows = units.run_frozen(x, 0, 2, 4)
@@ -403,7 +403,7 @@ def test_a_composite_that_units_share_goes_on_behind_a_frozen_one() -> None:
         model = Shares()
         units = partition(model, names, example=images(4, 16))
         assert_trains_the_same(model, units, images(4, 16))
-        freeze(units, "conv1")
+        units.freeze("conv1")
         model.train()
         rows = units.run_frozen(images(4, 16), 0, 1, 4)
         assert torch.equal(units.run_frozen(images(4, 16), 0, 1, 4), rows)
@@ -425,7 +425,7 @@ def test_statistics_that_later_steps_update_do_not_freeze_before_them() -> None:
 
     model = Shares()
     units = partition(model)
-    freeze(units, 1)
+    units.freeze(1)
     model.train()
     x = images(4, 16)
     rows = units.run_frozen(x, 0, 1, 4)
@@ -717,7 +717,7 @@ def test_units_begin_at_the_named_modules_and_the_first_with_the_model(names: li
     assert list(units.names) == names
     assert_trains_the_same(model, units, images(2, 16))
     assert_any_cut_gives_the_whole(model, units, images(2, 16))
-    freeze(units, names[0])
+    units.freeze(names[0])
     ordered = [n for n, _ in model.named_parameters() if not n.startswith("unused")]
     frozen = [n for n in ordered if not model.get_parameter(n).requires_grad]
     if len(names) == 1:
@@ -874,7 +874,7 @@ def test_freezing_holds_in_compiled_units(backend: str) -> None:
             optimizer.zero_grad(set_to_none=True)
             units.suffix(rows).square().mean().backward()
             if step == 2:  # with gradients at hand, which must not be used any more
-                freeze(units, "blocks.1")
+                units.freeze("blocks.1")
                 before = copy.deepcopy(model.state_dict())
             optimizer.step()
         assert all((p.grad is None) == (not p.requires_grad) for p in model.parameters())
@@ -914,7 +914,7 @@ def test_a_freeze_compiles_one_unit_anew_and_no_unit_is_left_out() -> None:
     step()
     step()
     for count in (1, 2, 5):
-        freeze(units, count)
+        units.freeze(count)
         step()
         step()
     training_and_evaluation = 2 * len(units)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from cachefreeze import forecast, moments, planning, profiler
-from cachefreeze.prefix_cache import WATCHED_BATCHES
 from cachefreeze.files import size_of_tree
 from cachefreeze.planner import Costs, Drop, Keep, Move, Plan, Run, cheapest_plan
+from cachefreeze.prefix_cache import WATCHED_BATCHES
 from cachefreeze.rows import Indices
 from cachefreeze.stored_rows import StoredRows
 

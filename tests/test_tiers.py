@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cachefreeze import PrefixCache, Units, batches_of, holdings, partition
-from cachefreeze import prefix_cache
+from cachefreeze import PrefixCache, Units, batches_of, holdings, partition, prefix_cache
 from cachefreeze import tiers as tiers_module
 from cachefreeze.background import WAITING_CHUNKS, ChunkStream, WritingStore
 from cachefreeze.encoding import Encoding, as_array

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from cachefreeze.prefix_cache import PrefixCache
 from cachefreeze.errors import UserError
+from cachefreeze.prefix_cache import PrefixCache
 
 # Whichever is missing has no types either, and its Callback is Any.
 try:

@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._device import DeviceContext
 
-from cachefreeze import lineage
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.memory import free_memory, in_words
-from cachefreeze.cache.route import Route, State
-from cachefreeze.cache.shared import Shared, Stats, now
+from cachefreeze.cache.shared import Shared, Stats
+from cachefreeze.cache.site import Site
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls
-from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
-
-# Number of signatures of a module, and of ways through it for one signature, that are followed.
-_MOST = 16
 
 
 class ActivationCache:
@@ -49,7 +45,8 @@ class ActivationCache:
 
     # Without a `__dict__`, a cache that is an attribute of a model is no setting of the model.
     __slots__ = (
-        "__weakref__", "_called", "_close", "_lock", "_names", "_parts", "_shared", "_sites",
+        "__weakref__", "_called", "_close", "_depth", "_lock", "_names", "_parts", "_shared",
+        "_sites",
     )  # fmt: skip
 
     def __init__(
@@ -62,11 +59,12 @@ class ActivationCache:
         _check(models, max_bytes, probation)
         limit = free_memory() // 4 if max_bytes is None else max_bytes
         self._shared = Shared(Entries(limit), exact, probation)
-        self._sites: dict[int, _Site] = {}
+        self._sites: dict[int, Site] = {}
         self._parts: dict[int, nn.Module] = {}
         self._names: dict[int, str] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._called = False
+        self._depth = 0
         for model in models:
             for path, part in model.named_modules():
                 self._parts[id(part)] = part
@@ -154,17 +152,16 @@ class ActivationCache:
         # One thread at a time: others run as ever.
         if not self._lock.acquire(blocking=False):
             return module(*args, **kwargs)
-        began = now()
+        self._depth += 1
         try:
             self._called = True
-            site = self._sites.get(id(target))
+            number = id(target)
+            site = self._sites.get(number)
             if site is None or not site.is_current():
-                site = self._sites[id(target)] = _Site(
-                    self._shared, self._names[id(target)], target
-                )
-            return site.call(module, args, kwargs)
+                site = self._sites[number] = Site(self._shared, self._names[number], target)
+            return site.call(module, args, kwargs, inner=self._depth > 1)
         finally:
-            self._shared.watched_seconds += now() - began
+            self._depth -= 1
             self._lock.release()
 
     def _may_follow(self) -> bool:
@@ -172,155 +169,20 @@ class ActivationCache:
         # modes, in torch.func and in tracers, tensors are not what they seem.
         return (
             torch._C._current_graph_task_id() == -1
-            and not torch._C._len_torch_function_stack()
+            and not _follows_functions()
             and not torch._C._len_torch_dispatch_stack()
-            and torch._C._functorch.maybe_get_level(torch.empty(0)) in (-1, None)
+            and torch._C._functorch.peek_interpreter_stack() is None
             and not torch._C._is_tracing()
         )
 
 
-class _Site:
-    """A module whose calls are cached.
-
-    Args:
-        shared: What all routes of the cache have in common.
-        name: Name of the module, for people.
-        module: Module.
-    """
-
-    def __init__(self, shared: Shared, name: str, module: nn.Module) -> None:
-        self._shared = shared
-        self._name = name
-        self._module = weakref.ref(module)
-        self._modules = list(module.modules())
-        self._parameters = list(module.parameters())
-        self._routes: dict[Any, list[Route]] = {}
-        self._alike: dict[Any, list[tuple[int, Any]]] = {}
-
-    def is_current(self) -> bool:
-        """Says whether the module is still made of the same parts."""
-        module = self._module()
-        return module is not None and all(
-            one is other for one, other in zip(module.modules(), self._modules, strict=False)
-        )
-
-    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a call of the module, or replays it with kept values."""
-        frozen = [one.requires_grad for one in self._parameters]
-        if all(frozen):
-            # Nothing in it is frozen. What it is made of may have been: its parts are asked.
-            return module(*args, **kwargs)
-        given = list(tensors((args, kwargs)))
-        if not given or not all(_is_plain(tensor) for tensor in given):
-            return module(*args, **kwargs)
-        about = (
-            tuple(frozen),
-            tuple([one.training for one in self._modules]),
-            _switches(),
-            _plain_in((args, kwargs)),
-        )
-        shapes = tuple(
-            (tuple(one.shape), one.stride(), one.dtype, one.device, one.requires_grad)
-            for one in given
-        )
-        routes = self._routes.get((about, shapes))
-        if routes is None:
-            if self._is_smaller_than_others(about, given):
-                return module(*args, **kwargs)
-            if len(self._routes) >= _MOST:
-                self._shared.tell(
-                    f"{self._name}: signatures",
-                    f"{self._name} was called with more than {_MOST} combinations of shapes and "
-                    "modes: further ones are not cached. For padded batches, a fixed length or "
-                    "pad_to_multiple_of=64 helps.",
-                )
-                return module(*args, **kwargs)
-            routes = self._routes[about, shapes] = []
-            self._alike.setdefault(about, []).append((_rows(given), shapes))
-        for route in routes:
-            if route.fits((args, kwargs)):
-                if route.state is State.STALE:
-                    routes.remove(route)
-                    break
-                return route.call(module, args, kwargs)
-        if len(routes) >= _MOST:
-            return module(*args, **kwargs)
-        return self._trace(routes, module, args, kwargs, given)
-
-    def _trace(
-        self,
-        routes: list[Route],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: list[torch.Tensor],
-    ) -> Any:
-        # The pass may write to what it is given.
-        copies = [tensor.detach().clone() for tensor in given]
-        output, trace = lineage.trace(
-            module, *args, moving=list(self._shared.moving.values()), **kwargs
-        )
-        self._shared.stats.rows_computed += _rows(given)
-        routes.append(Route(self._shared, self._name, trace, copies))
-        return output
-
-    def _is_smaller_than_others(self, about: Any, given: list[torch.Tensor]) -> bool:
-        """Hands the rows of a smaller batch to the route of a larger one, if there is one."""
-        rows = _rows(given)
-        larger = [shapes for count, shapes in self._alike.get(about, []) if count > rows]
-        fitting = [shapes for shapes in larger if _differ_in_rows(shapes, given)]
-        for shapes in fitting:
-            for route in self._routes[about, shapes]:
-                route.take_smaller(given)
-        return bool(fitting)
-
-
-def _rows(given: list[torch.Tensor]) -> int:
-    return given[0].shape[0] if given[0].dim() else 1
-
-
-def _differ_in_rows(shapes: Any, given: list[torch.Tensor]) -> bool:
-    return len(shapes) == len(given) and all(
-        tensor.dim() == len(shape)
-        and tensor.dtype == dtype
-        and tuple(tensor.shape[1:]) == shape[1:]
-        for tensor, (shape, _, dtype, _, _) in zip(given, shapes, strict=True)
+def _follows_functions() -> bool:
+    """Says whether somebody follows torch's functions, other than `torch.set_default_device`."""
+    depth = torch._C._len_torch_function_stack()
+    return any(
+        not isinstance(torch._C._get_function_stack_at(place), DeviceContext)
+        for place in range(depth)
     )
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        type(tensor) in (torch.Tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and not tensor.is_quantized
-        and tensor.device.type != "meta"
-    )
-
-
-def _switches() -> tuple[Any, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        tuple(
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            for kind in ("cpu", "cuda")
-        ),
-        torch.get_num_threads(),
-    )
-
-
-def _plain_in(value: Any) -> Any:
-    """Returns the numbers and strings among arguments, with the places that they are in."""
-    if isinstance(value, torch.Tensor):
-        return None
-    if type(value) in PLAIN_KINDS:
-        return value
-    if isinstance(value, (tuple, list)):
-        return tuple([_plain_in(item) for item in value])
-    if isinstance(value, dict):
-        return tuple((str(key), _plain_in(item)) for key, item in value.items())
-    return type(value)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, weights: Any) -> None:

@@ -46,13 +46,15 @@ class State(Enum):
 
     Until a row comes again, batches are kept as they are. Then they are taken apart into rows, and
     the first batches that could be served are computed and compared. Then batches are served. A
-    route that rests leaves its model alone; a stale one must be traced anew.
+    route that rests leaves its model alone, one by parts leaves it to the frozen modules inside;
+    a stale one must be traced anew.
     """
 
     KEEPING = "keeping"
     PROBATION = "probation"
     SERVING = "serving"
     RESTING = "resting"
+    BY_PARTS = "by parts"
     STALE = "stale"
 
 
@@ -101,7 +103,7 @@ class Route:
         self._batches, self._after, self._known = 1, 0, 0
         self._passed = self._served = self._lost = 0
         self._next_sample = _FIRST_SAMPLE
-        self._moved_at = -_REST
+        self._moved_at, self._moving = -_REST, shared.moving.version
         self._reports: list[lineage.Report] = []
         self._guards = [
             one
@@ -115,6 +117,9 @@ class Route:
         self.selection = Selection(self._shared, self._trace, self._example)
         share, states = self.selection.share, self._trace.states
         if self.selection.kept and share >= _LEAST_SHARE:
+            if self.selection.joins():
+                self.state = State.BY_PARTS
+                return
             self.selection.name()
             self._note(self.selection.keys(self._example))
             return
@@ -141,6 +146,11 @@ class Route:
     def _drop_batches(self) -> None:
         self._shared.held -= sum(batch.nbytes for batch in self._pending)
         self._pending, self._seen = [], {}
+
+    @property
+    def stale(self) -> bool:
+        """Whether the pass must be traced anew, for parameters have begun to move or to rest."""
+        return self.state is State.STALE or self._moving != self._shared.moving.version
 
     def fits(self, given: Any) -> bool:
         """Says whether a batch goes this way, as far as python numbers taken from it tell."""
@@ -281,17 +291,24 @@ class Route:
     ) -> tuple[Any, dict[int, Tensor] | None]:
         output, kept, report = lineage.capture(self.selection.plan, module, *args, **kwargs)
         self._shared.stats.rows_computed += self.selection.rows
-        self._count_lost(report.left if kept is None else "")
+        self._count_lost(report.left if kept is None else "", (args, kwargs))
         return output, kept
 
-    def _count_lost(self, left: str) -> None:
+    def _count_lost(self, left: str, given: Any) -> None:
+        if left and self._trace.signature.difference(given):
+            # Hooks, attributes or parameters are others than in the traced pass.
+            self._drop_batches()
+            self.state = State.STALE
+            return
         self._lost = self._lost + 1 if left else 0
         if self._lost == _MOST_LOST and self.state is not State.RESTING:
             self.rest(f"{_MOST_LOST} passes in a row went another way than the first ({left})")
 
     def _add(self, module: nn.Module, args: Any, kwargs: dict[str, Any], keys: Keys) -> Any:
         output, kept = self._capture(module, args, kwargs)
-        if kept is not None and self.state is not State.RESTING:
+        if self.state in (State.RESTING, State.STALE):
+            return output
+        if kept is not None:
             self.selection.write(keys, kept)
         if self._after >= max(_FEW, self._epoch) and self._known * _RARE < self._after:
             self.selection.forget()
@@ -312,7 +329,7 @@ class Route:
         began = now()
         output, kept = self._capture(module, args, kwargs)
         self._shared.checked_seconds += now() - began
-        if kept is None or self.state is State.RESTING:
+        if kept is None or self.state in (State.RESTING, State.STALE):
             return output
         stored = self.selection.read(places)
         for one in self.selection.kept:
@@ -363,7 +380,8 @@ class Route:
         self._served += 1
         cost = now() - began
         output, report = lineage.replay(self.selection.plan, kept, module, *args, **kwargs)
-        self._count_lost(report.left)
+        self._shared.served_seconds += now() - began
+        self._count_lost(report.left, (args, kwargs))
         stats = self._shared.stats
         if report.left:
             stats.rows_computed += self.selection.rows
@@ -400,7 +418,7 @@ class Route:
             return
         self._drop_batches()
         if self._batches - self._moved_at <= _REST:
-            self._shared.moving.update((id(tensor), tensor) for tensor in moved)
+            self._shared.moving.add(moved)
             self.state = State.STALE
         elif self.state is not State.KEEPING:
             self.state, self._passed = State.PROBATION, 0

@@ -97,6 +97,23 @@ class Selection:
         """Whether every kept value can be taken apart into rows."""
         return all(one.layout is not None and one.layout.axis is not None for one in self.kept)
 
+    def joins(self) -> bool:
+        """Says whether a value depends on several images, or the like, that were given apart.
+
+        Rows of it would be pairs, which meet others in the next epoch. A text with its mask is no
+        such case: these are whole numbers.
+        """
+        values = self.trace.values
+        return any(
+            sum(
+                values[number].dtype.is_floating_point and len(values[number].shape) > 2
+                for place in one.group
+                for number in [self.trace.inputs[place]]
+            )
+            > 1
+            for one in self.kept
+        )
+
     def name(self) -> list[Tensor]:
         """Names the tables by the frozen bits of now.
 

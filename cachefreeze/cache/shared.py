@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cachefreeze.cache.entries import Entries
+from cachefreeze.cache.moving import Moving
 from cachefreeze.keys import Weights
 
 _log = logging.getLogger("cachefreeze")
@@ -46,10 +47,10 @@ class Shared:
             what came before the first row came again, at least 2 and at most 8.
         weights: Hashes of frozen parameters and buffers.
         stats: Counters.
-        moving: Parameters and buffers that move although they take no gradient, by identity.
+        moving: Parameters and buffers that move although they take no gradient.
         messages: Sentences that were told, by what they are about.
         held: Bytes of batches that are not taken apart into rows yet.
-        watched_seconds: Seconds of all calls that the cache has seen.
+        served_seconds: Seconds of all calls that were served.
         checked_seconds: Seconds of them that went into checks beyond what must be.
     """
 
@@ -58,11 +59,13 @@ class Shared:
     probation: int | None
     weights: Weights = field(default_factory=Weights)
     stats: Stats = field(default_factory=Stats)
-    moving: dict[int, torch.Tensor] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
     held: int = 0
-    watched_seconds: float = 0.0
+    served_seconds: float = 0.0
     checked_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.moving = Moving(self.weights)
 
     def tell(self, about: str, sentence: str) -> None:
         """Tells the user something, once.
@@ -81,8 +84,8 @@ class Shared:
         _log.info("%s", sentence)
 
     def may_check(self) -> bool:
-        """Says whether there is time for a check: at most 1 % of what was spent so far."""
-        return self.checked_seconds < _SHARE * self.watched_seconds
+        """Says whether there is time for a check: at most 1 % of what served calls took."""
+        return self.checked_seconds < _SHARE * self.served_seconds
 
 
 _SHARE = 0.01

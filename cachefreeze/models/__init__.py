@@ -12,7 +12,7 @@ from cachefreeze.models.ready_made import (
     build_ready_made,
     weights_statistics,
 )
-from cachefreeze.models.units import Units, freeze
+from cachefreeze.models.units import Units
 from cachefreeze.models.vgg import vgg
 from cachefreeze.models.wrn import wrn
 
@@ -21,7 +21,6 @@ __all__ = [
     "Statistics",
     "Units",
     "build",
-    "freeze",
     "partition",
     "weights_statistics",
 ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import partial
 from typing import Any, overload
 
 import torch
@@ -10,27 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from cachefreeze.errors import UserError
-
-
-def freeze_module(module: nn.Module) -> None:
-    """Freeze `module` for good, in place.
-
-    Its parameters take no gradient any more (and drop the one they have), it is in eval mode
-    (running statistics, no dropout), and `train()` on it or on any module around it does not
-    change that: the usual `model.train()` at the start of an epoch would thaw its batch norms.
-    """
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    module.eval()
-    for each in module.modules():
-        # `nn.Module.train` walks the tree by calling `train` on the children, so an attribute of
-        # the instance is asked first. A partial of a plain function survives deepcopy and pickle.
-        object.__setattr__(each, "train", partial(_stay_in_eval_mode, each))
-
-
-def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
+from cachefreeze.freezing import freeze
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -145,7 +124,7 @@ class Units(Sequence[nn.Module]):
         """
         count = self.count(first)
         for module in self._modules[self._frontier : count]:
-            freeze_module(module)
+            freeze(module)
         self._frontier = max(self._frontier, count)
 
     def count(self, first: int | str) -> int:
@@ -330,25 +309,3 @@ def _tensors_agree(one: Tensor, other: Any, tolerance: float) -> bool:
         return False
     allowed = tolerance * float(other.abs().max()) if tolerance and other.numel() else 0.0
     return torch.allclose(one, other, rtol=0.0, atol=allowed, equal_nan=True)
-
-
-def freeze(units: Units, first: int | str) -> None:
-    """Freeze the first units of a network for good: no gradient, eval mode, whatever `train()` is
-    called. Their rows can be cached from here on.
-
-    Args:
-        units: see `partition`.
-        first: how many; negative: all but so many; or a name: all up to and with that unit, or with
-            the last one of the module of that name.
-
-    Raises:
-        UserError: there are no such units.
-
-    Example:
-        >>> layers = {name: nn.Linear(8, 8) for name in ("stem", "body", "head")}
-        >>> units = Units(layers)
-        >>> freeze(units, -1)  # the same as freeze(units, 2) or freeze(units, "body")
-        >>> units.frontier
-        2
-    """
-    units.freeze(first)
