@@ -37,7 +37,11 @@ def test_a_frozen_encoder_is_nearly_all_of_the_pass():
 
 def test_dropout_and_batch_norms_in_training_mode_are_named_with_what_they_cost():
     told = cachefreeze.explain(Model().train(), X)
-    assert told.saved < 0.6
+    # All that is left out is the work before the first of them. How much of the pass that is, a
+    # clock tells: 16 % to 70 % on busy machines.
+    assert told.kept == ("encoder.0: conv2d (4x16x16x16)",)
+    assert told.row_bytes == 16 * 16 * 16 * 4
+    assert told.saved < 1
     text = str(told)
     assert "moves its running statistics" in text
     assert "`encoder.1`" in text
