@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -264,6 +265,8 @@ def main() -> int:
                         help="Part of the models to run, for several processes.")  # fmt: skip
     parser.add_argument("--results", type=Path, nargs="+", metavar="FILE",
                         help="Files of results to write the page from.")  # fmt: skip
+    parser.add_argument("--earlier", type=Path, metavar="FILE",
+                        help="Page of an earlier run, for models without results.")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="File to write results to.")
     parser.add_argument("--page", type=Path, metavar="FILE", help="Page to write, in Markdown.")
     options = parser.parse_args()
@@ -272,7 +275,8 @@ def main() -> int:
     else:
         results = list(_run(options))
     if options.page:
-        options.page.write_text("\n".join(page(results)) + "\n")
+        before = options.earlier.read_text() if options.earlier else ""
+        options.page.write_text("\n".join(page(results, before)) + "\n")
     counts = {verdict: sum(one.verdict == verdict for one in results) for verdict in VERDICTS}
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     return 1 if counts["wrong"] or counts["error"] else 0
@@ -305,25 +309,70 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def page(results: Sequence[Result]) -> Iterator[str]:
-    """The whole page in Markdown, by line."""
+def page(results: Sequence[Result], earlier: str = "") -> Iterator[str]:
+    """The whole page in Markdown, by line.
+
+    Args:
+        results: Results of this run.
+        earlier: Page of an earlier run. Its rows stand for models without results.
+    """
     most = max((one.divergences for one in results), default=0)
     yield INTRODUCTION.format(divergences=most)
     versions = [torch.__version__.split("+")[0], *_versions()]
     yield f"torch {', '.join(versions)}; one thread on a CPU.\n"
-    total = len(results)
+    new = {one.model for one in results}
+    old = [row for row in _rows_of_page(earlier) if row[1] not in new]
+    families = list(dict.fromkeys([*(one.family for one in results), *(row[0] for row in old)]))
     rows = [["", *VERDICTS]]
-    families = list(dict.fromkeys(one.family for one in results))
     for family in [*families, "all"]:
         of = [one for one in results if family in (one.family, "all")]
-        counts = [sum(one.verdict == verdict for one in of) for verdict in VERDICTS]
-        rows.append([f"{family} ({len({one.model for one in of})} models)", *map(str, counts)])
+        from_page = [row for row in old if family in (row[0], "all")]
+        verdicts = [one.verdict for one in of] + [v for row in from_page for v in _verdicts(row)]
+        count = len({one.model for one in of}) + len(from_page)
+        counts = [verdicts.count(verdict) for verdict in VERDICTS]
+        rows.append([f"{family} ({count} models)", *map(str, counts)])
     yield from markdown_table(rows)
     forced = sum(one.divergences for one in results)
-    yield f"\n{total} cases, and {forced:,} passes in which skipping stopped at a random call."
+    total = len(results) + len(SHARES) * 2 * len(old)
+    yield f"\n{total} cases. In {forced:,} passes of this run, skipping stopped at a random call."
+    if old:
+        yield (
+            f"\nThe {len(old)} models marked {EARLIER} did not run again: their rows come from an "
+            f"earlier run of the same script, on an earlier state of the code.{_forced(earlier)}"
+        )
     for family in families:
         yield from ("", f"## {family}", "")
-        yield from markdown_table([HEADER, *_rows([o for o in results if o.family == family])])
+        made = [*_rows([one for one in results if one.family == family])]
+        made += [[f"{row[1]} {EARLIER}", *row[2:]] for row in old if row[0] == family]
+        yield from markdown_table([HEADER, *sorted(made, key=lambda row: row[0].lower())])
+
+
+EARLIER = "†"
+
+
+def _rows_of_page(text: str) -> Iterator[list[str]]:
+    """Yields the rows of a page that this script wrote, each behind its family."""
+    family = ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            family = line[3:]
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if family and len(cells) == len(HEADER) and cells[0] != HEADER[0] and cells[0].strip("-"):
+            yield [family, cells[0].removesuffix(EARLIER).strip(), *cells[1:]]
+
+
+def _verdicts(row: Sequence[str]) -> list[str]:
+    """Returns the verdicts of a row of a page, of each share in eval and in training mode."""
+    cells = [cell.split(" / ") for cell in row[5 : 5 + len(SHARES)]]
+    return [verdict for cell in cells for verdict in (cell if len(cell) == 2 else cell * 2)]
+
+
+def _forced(earlier: str) -> str:
+    found = re.search(r"([\d,]+) passes in which skipping stopped", earlier)
+    models = re.search(r"all \((\d+) models\)", earlier)
+    if not found or not models:
+        return ""
+    return f" That run made {found[1]} passes in which skipping stopped, on {models[1]} models."
 
 
 HEADER = ["model", "operations", "saved", "kB a row", "30 %", "70 %", "head only", "notes"]
