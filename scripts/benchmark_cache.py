@@ -6,7 +6,6 @@ every figure is the median of several turns. Ratios are of the seconds of whole 
 """
 
 import argparse
-import copy
 import importlib
 import resource
 import statistics
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 import cachefreeze
 from cachefreeze import lineage
 
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+Batch = tuple[dict[str, Any], torch.Tensor]
 Step = Callable[[nn.Module, Batch], torch.Tensor]
 
 
@@ -133,7 +132,7 @@ class Loop:
             seconds += time.perf_counter() - began
         return seconds
 
-    def step(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
+    def step(self, inputs: dict[str, Any], labels: torch.Tensor) -> None:
         loss = F.cross_entropy(logits(self.model(**inputs)), labels)
         loss.backward()
         self.optimizer.step()
@@ -152,7 +151,7 @@ class Limit(Loop):
         assert kept is not None
         self.kept = kept
 
-    def step(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
+    def step(self, inputs: dict[str, Any], labels: torch.Tensor) -> None:
         shapes = [tuple(tensor.shape) for tensor in inputs.values()]
         kept = dict(self.kept) if shapes else {}
         output, report = lineage.replay(self.plan, kept, self.model, **inputs)

@@ -95,7 +95,11 @@ class ActivationCache:
     def stats(self) -> Stats:
         """Counters of what the cache has done so far."""
         stats = self._shared.stats
-        stats.rows_kept = len(self._shared.entries)
+        counts: dict[tuple[bytes, ...], int] = {}
+        for site in self._sites.values():
+            for route in site.routes():
+                counts.update(route.selection.rows_kept())
+        stats.rows_kept = sum(counts.values())
         stats.bytes = self._shared.entries.nbytes + self._shared.held
         return stats
 

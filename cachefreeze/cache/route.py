@@ -1,6 +1,6 @@
 """One traced way through a model: when its kept values are trusted, and when they are served."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -75,6 +75,10 @@ class _Batch:
         return sum(tensor.nbytes for tensor in self.kept.values())
 
 
+def _unknown(places: Mapping[int, np.ndarray]) -> bool:
+    return any((place < 0).any() for place in places.values())
+
+
 class Route:
     """One traced way through a model, for one signature.
 
@@ -83,6 +87,8 @@ class Route:
         name: Name of the module, for people.
         trace: Trace of a pass.
         inputs: Copies of the tensors that the pass was given.
+        before: Route of the same calls from when less was frozen, if there is one. Its rows serve
+            to compute those of this one.
 
     Attributes:
         state: What becomes of a batch.
@@ -90,7 +96,14 @@ class Route:
         why: Reason why the route rests.
     """
 
-    def __init__(self, shared: Shared, name: str, trace: Trace, inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        name: str,
+        trace: Trace,
+        inputs: Sequence[Tensor],
+        before: "Route | None" = None,
+    ) -> None:
         self.state = State.KEEPING
         self.why = ""
         self._shared = shared
@@ -105,6 +118,7 @@ class Route:
         self._next_sample = _FIRST_SAMPLE
         self._moved_at, self._moving = -_REST, shared.moving.version
         self._reports: list[lineage.Report] = []
+        self._before = before
         self._guards = [
             one
             for one in trace.operations
@@ -148,6 +162,11 @@ class Route:
         self._pending, self._seen = [], {}
 
     @property
+    def serves(self) -> bool:
+        """Whether rows are kept that could be served."""
+        return self.state in (State.PROBATION, State.SERVING) and not self.stale
+
+    @property
     def stale(self) -> bool:
         """Whether the pass must be traced anew, for parameters have begun to move or to rest."""
         return self.state is State.STALE or self._moving != self._shared.moving.version
@@ -174,15 +193,19 @@ class Route:
         self._shared.entries.now += 1
         inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
         keys = self.selection.keys(inputs)
+        earlier = self._from_before(args, kwargs, inputs)
         if self.state is State.KEEPING:
-            if self._note(keys):
+            if self._note(keys) or earlier is not None:
                 self._settle()
             else:
                 return self._keep(module, args, kwargs, keys)
         self._after += 1
         self._shared.stats.batches += 1
         places = self.selection.find(keys)
-        if any((place < 0).any() for place in places.values()):
+        if earlier is not None and _unknown(places):
+            self.selection.write(keys, earlier)
+            places = self.selection.find(keys)
+        if _unknown(places):
             return self._add(module, args, kwargs, keys)
         self._known += 1
         self._shared.stats.batches_known += 1
@@ -283,6 +306,33 @@ class Route:
             places = selection.find(keys)
             if any((place[:real] < 0).any() for place in places.values()):
                 selection.write(keys, selection.compute(whole), np.arange(real))
+
+    def _from_before(
+        self, args: Any, kwargs: dict[str, Any], inputs: Mapping[int, Tensor]
+    ) -> dict[int, Tensor] | None:
+        """Computes what is kept from the rows of when less was frozen, if they are all there."""
+        before = self._before
+        if before is None:
+            return None
+        kept = before.known(inputs.values())
+        if kept is None:
+            return None
+        old, new = before.selection.plan, self.selection.plan
+        found = lineage.extend(old, kept, new, *args, **kwargs)
+        if found is None:
+            self._before = None
+        return found
+
+    def known(self, given: Iterable[Tensor]) -> dict[int, Tensor] | None:
+        """Returns the kept values of a batch, or None if some of its rows are not known."""
+        if not self.serves:
+            return None
+        self._look_at_weights()
+        if not self.serves:
+            return None
+        keys = self.selection.keys(dict(zip(self._trace.inputs, given, strict=True)))
+        places = self.selection.find(keys)
+        return None if _unknown(places) else self.selection.read(places)
 
     # Once rows come again.
 

@@ -139,6 +139,15 @@ class Selection:
         self._named_at = weights.changes
         return moved
 
+    def rows_kept(self) -> dict[tuple[bytes, ...], int]:
+        """Returns the number of rows that are kept now, by the names of the tables they are in."""
+        counts: dict[tuple[bytes, ...], int] = {}
+        for group in {one.group for one in self.kept}:
+            names = tuple(sorted(one.name for one in self.kept if one.group == group))
+            tables = [self._shared.entries.table(name) for name in names]
+            counts[names] = max(len(table) if table is not None else 0 for table in tables)
+        return counts
+
     def alike(self, group: tuple[int, ...]) -> bytes:
         """Names what is made from some inputs, so that two inputs of one kind have one name."""
         return b"".join(sorted(one.lineage.digest for one in self.kept if one.group == group))
@@ -270,8 +279,11 @@ class Selection:
 
     def takes(self, inputs: Mapping[int, Tensor], example: Mapping[int, Tensor]) -> bool:
         """Says whether the rows of a smaller batch may stand in a whole one."""
+        read = {self.trace.inputs[place] for one in self.kept for place in one.group}
         for number, tensor in inputs.items():
             value = self.trace.values[number]
+            if number not in read:
+                continue
             if number in self._with_rows:
                 if tuple(tensor.shape[1:]) != value.shape[1:] or tensor.dtype != value.dtype:
                     return False

@@ -47,6 +47,10 @@ class Site:
             one is other for one, other in zip(module.modules(), self._modules, strict=False)
         )
 
+    def routes(self) -> list[Route]:
+        """Returns all routes."""
+        return [route for routes in self._routes.values() for route in routes]
+
     def call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inner: bool
     ) -> Any:
@@ -105,7 +109,8 @@ class Site:
         if len(routes) >= _MOST:
             return module(*args, **kwargs)
         self._traced[about, shapes] = self._traced.get((about, shapes), 0) + 1
-        return self._trace(routes, module, args, kwargs, given)
+        before = self._before(about, shapes)
+        return self._trace(routes, module, args, kwargs, given, before)
 
     def _give_up(
         self, about: str, why: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -125,13 +130,24 @@ class Site:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         given: list[torch.Tensor],
+        before: Route | None,
     ) -> Any:
         # The pass may write to what it is given.
         copies = [tensor.detach().clone() for tensor in given]
         output, trace = lineage.trace(module, *args, moving=self._shared.moving.tensors, **kwargs)
         self._shared.stats.rows_computed += _rows(given)
-        routes.append(Route(self._shared, self._name, trace, copies))
+        routes.append(Route(self._shared, self._name, trace, copies, before))
         return output
+
+    def _before(self, about: Any, shapes: Any) -> Route | None:
+        """Finds a route of the same calls from when less was frozen: the last one, if several."""
+        found = None
+        for (others, their_shapes), routes in self._routes.items():
+            trained, _, *rest = others
+            less = all(one or not now for one, now in zip(trained, about[0], strict=False))
+            if their_shapes == shapes and less and trained != about[0] and tuple(rest) == about[2:]:
+                found = next((one for one in routes if one.serves), found)
+        return found
 
     def _is_smaller_than_others(self, about: Any, given: list[torch.Tensor]) -> bool:
         """Hands the rows of a smaller batch to the route of a larger one, if there is one."""
