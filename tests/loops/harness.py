@@ -176,6 +176,7 @@ def one_thread() -> Iterator[None]:
 def train(kind: type[Loop], make_cache: MakeCache | None = None) -> Outcome:
     """Runs the loop. `make_cache` is called with the modules that the loop attaches a cache to."""
     with one_thread(), ExitStack() as stack:
+        plain_call = nn.Module.__call__
         seed(0)
         loop = kind()
         model = loop.build()
@@ -199,24 +200,28 @@ def train(kind: type[Loop], make_cache: MakeCache | None = None) -> Outcome:
             if epoch == 0:
                 outcome.first = outcome.last
                 in_first_epoch = cache.stats.rows_served if cache else 0
-        outcome.results |= _states(model, optimizer)
         if cache is not None:
             outcome.served = cache.stats.rows_served - in_first_epoch
             cache.close()
             outcome.messages = tuple(cache.messages)
+        outcome.results |= _states(model, optimizer)
+        outcome.results["call of a module"] = digest(nn.Module.__call__ is plain_call)
         outcome.results["validation without the cache"] = digest(loop.validate(model))
         return outcome
 
 
 def _states(model: nn.Module, optimizer: Optimizers) -> dict[str, str]:
-    """Hashes of all weights, flags, gradients, optimizer states and random states, by name."""
+    """Hashes of all weights, flags, gradients, attributes, optimizer and random states, by name."""
     results = {}
     for name, parameter in model.named_parameters():
         results[f"parameter {name}"] = digest(parameter)
         results[f"gradient of {name}"] = digest(parameter.grad)
         results[f"requires_grad of {name}"] = digest(parameter.requires_grad)
     results |= {f"buffer {name}": digest(buffer) for name, buffer in model.named_buffers()}
-    results |= {f"mode of {name}": digest(part.training) for name, part in model.named_modules()}
+    for name, part in model.named_modules():
+        results[f"mode of {name}"] = digest(part.training)
+        hooks = [len(part._forward_pre_hooks), len(part._forward_hooks), len(part._backward_hooks)]
+        results[f"attributes of {name}"] = digest([type(part).__name__, sorted(vars(part)), hooks])
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
     for number, one in enumerate(optimizers):
         for index, state in one.state_dict()["state"].items():

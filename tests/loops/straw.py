@@ -212,6 +212,15 @@ class DrawsNumbers(Careful):
         return super().serve(module, args, kwargs)
 
 
+class LeavesItself(Careful):
+    """Leaves an attribute on each model."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__(*modules)
+        for module in modules:
+            module.__dict__["cached"] = True
+
+
 class Nothing:
     """Neither serves a row nor says why."""
 

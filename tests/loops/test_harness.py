@@ -91,6 +91,11 @@ def test_a_cache_that_hashes_weights_once_is_found_wrong(loop: type[Loop]) -> No
     assert "other bits than the plain loop" in fault(loop, straw.HashesWeightsOnce)
 
 
+@pytest.mark.parametrize("loop", [NormalisedInTheLoop, Siamese])
+def test_a_cache_that_leaves_an_attribute_on_the_model_is_found_wrong(loop: type[Loop]) -> None:
+    assert "attributes of" in fault(loop, straw.LeavesItself)
+
+
 def test_a_cache_that_overlooks_dropout_is_found_wrong() -> None:
     assert "other bits" in fault(freezing.DropoutLeftTraining, straw.TrustsModes)
 

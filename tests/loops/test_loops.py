@@ -2,12 +2,11 @@
 
 import pytest
 
-import cachefreeze
-
 from . import (
     beside,
     classification,
     dense,
+    features,
     freezing,
     hugging_face,
     sequences,
@@ -21,6 +20,7 @@ LOOPS = (
     *several_calls.LOOPS,
     *beside.LOOPS,
     *dense.LOOPS,
+    *features.LOOPS,
     *sequences.LOOPS,
     *hugging_face.LOOPS,
 )
@@ -53,6 +53,5 @@ def test_a_plain_loop_learns(loop: type[Loop]) -> None:
         assert plain(loop).last < plain(loop).first
 
 
-@pytest.mark.skipif(not hasattr(cachefreeze, "ActivationCache"), reason="the cache is not there")
 def test_a_loop_with_the_cache_ends_as_it_does_without(loop: type[Loop]) -> None:
     assert judge(loop, plain(loop)) == ""
