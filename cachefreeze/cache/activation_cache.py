@@ -119,6 +119,12 @@ class ActivationCache:
                 f"The cache of {names} has seen no call of it: give the very modules that the loop "
                 "calls.",
             )
+        elif not any(site.routes() for site in self._sites.values()):
+            self._shared.tell(
+                "nothing frozen",
+                f"No parameter of {type(self._roots()[0]).__name__} was frozen in any call: freeze "
+                "what does not change with cachefreeze.freeze, or by requires_grad = False.",
+            )
         self._close()
         self._sites = {}
         self._shared.entries = Entries(0)

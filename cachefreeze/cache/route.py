@@ -22,6 +22,8 @@ Tensor = torch.Tensor
 # Share of a forward pass that must be frozen work for a cache to be worth its while.
 _LEAST_SHARE = 0.1
 _LEAST_PROBATION, _MOST_PROBATION = 2, 8
+# Share of a forward pass for whose sake the user is told of modules in training mode.
+_WORTH_TELLING = 0.05
 # Number of served batches after which one is compared, and then at twice that number, and so on.
 _FIRST_SAMPLE = 16
 # Number of passes in a row that may go another way than the traced one.
@@ -136,6 +138,13 @@ class Route:
                 return
             self.selection.name()
             self._note(self.selection.keys(self._example))
+            if lineage.saved_in_eval_mode(self._trace) > share + _WORTH_TELLING:
+                limits = lineage.limits_of(self._trace, share)
+                self._shared.tell(
+                    f"{self._name}: modes",
+                    f"The cache leaves out {share:.0%} of the forward pass of {self._name}. "
+                    f"{limits[-1]}",
+                )
             return
         if not any(not state.trained and isinstance(state.tensor(), nn.Parameter)
                    for state in states):  # fmt: skip

@@ -14,6 +14,8 @@ from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 
 # Number of signatures of a module, and of ways through it for one signature, that are followed.
 _MOST = 16
+# Number of them for one mode of which the user is told.
+_MANY_SHAPES = 4
 # Number of times that a signature is traced anew because something has changed.
 _MOST_ANEW = 64
 
@@ -92,6 +94,13 @@ class Site:
                 )  # fmt: skip
             routes = self._routes[about, shapes] = []
             self._alike.setdefault(about, []).append((_rows(given), shapes))
+            if len(self._alike[about]) == _MANY_SHAPES:
+                self._shared.note(
+                    f"{self._name}: shapes",
+                    f"{self._name} was called with {_MANY_SHAPES} combinations of shapes and more. "
+                    "A row that is padded to another length is another row: a fixed length, or "
+                    "pad_to_multiple_of=64, makes rows come again.",
+                )
         self._shared.moving.look()
         if any(route.stale for route in routes):
             routes[:] = [route for route in routes if not route.stale]

@@ -9,7 +9,7 @@ loop.
 
 from cachefreeze.lineage.axes import Axes, Axis, axes_of, batch_axes, leave_mixing, rows_of
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
-from cachefreeze.lineage.explanation import Explanation, explain, limits_of
+from cachefreeze.lineage.explanation import Explanation, explain, limits_of, saved_in_eval_mode
 from cachefreeze.lineage.extension import computable, extend
 from cachefreeze.lineage.operations import Trace
 from cachefreeze.lineage.plan import Plan
@@ -36,5 +36,6 @@ __all__ = [
     "minimum_cut",
     "replay",
     "rows_of",
+    "saved_in_eval_mode",
     "trace",
 ]

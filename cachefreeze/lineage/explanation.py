@@ -199,11 +199,12 @@ def limits_of(traced: Trace, saved: float) -> list[str]:
         sentences.append(
             f"Work that {reason} runs in every pass, and so does what follows from it: {some}."
         )
-    could = _if_in_eval_mode(traced)
+    could = saved_in_eval_mode(traced)
     if could > saved + 0.01:
         sentences.append(
             "Dropout and batch norms in training mode limit the cache: with the frozen modules in "
-            f"eval mode it would leave out {could:.0%} of the forward pass."
+            f"eval mode it would leave out {could:.0%} of the forward pass. cachefreeze.freeze "
+            "puts them in eval mode and holds it."
         )
     return sentences
 
@@ -219,8 +220,15 @@ def _general(reason: str) -> str:
     return "moves its running statistics" if reason.startswith("writes to `") else reason
 
 
-def _if_in_eval_mode(traced: Trace) -> float:
-    """Estimates the share that could be left out if nothing frozen drew or moved."""
+def saved_in_eval_mode(traced: Trace) -> float:
+    """Estimates the share that could be left out if nothing frozen drew or moved.
+
+    Args:
+        traced: Trace of a pass. It is as before afterwards.
+
+    Returns:
+        Share of the pass, from 0 to 1. 0 if nothing frozen draws or moves.
+    """
     changed: list[tuple[Operation, str, bool]] = []
     for operation in traced.operations:
         if operation.taints and operation.must_run.startswith(("draws", "writes to `")):
