@@ -1,6 +1,7 @@
 """`explain` says what a cache would save, and what stands in its way, in words."""
 
 import re
+import statistics
 
 import pytest
 import torch
@@ -26,9 +27,15 @@ class Model(nn.Module):
 X = torch.randn(4, 3, 16, 16)
 
 
+def shares_saved(model):
+    """Explains a model several times: a clock tells the share, and a busy machine disturbs it."""
+    return [cachefreeze.explain(model, X).saved for _ in range(7)]
+
+
 def test_a_frozen_encoder_is_nearly_all_of_the_pass():
     told = cachefreeze.explain(Model().eval(), X)
-    assert told.saved > 0.8
+    assert statistics.median(shares_saved(Model().eval())) > 0.8
+    assert told.kept == ("the model itself: mean (4x16)",)
     assert told.row_bytes == 16 * 4
     assert told.limits == ()
     assert re.search(r"leave out \d+% of the forward pass and keep 64 bytes a row", str(told))
@@ -37,11 +44,10 @@ def test_a_frozen_encoder_is_nearly_all_of_the_pass():
 
 def test_dropout_and_batch_norms_in_training_mode_are_named_with_what_they_cost():
     told = cachefreeze.explain(Model().train(), X)
-    # All that is left out is the work before the first of them. How much of the pass that is, a
-    # clock tells: 16 % to 70 % on busy machines.
+    # All that is left out is the work before the first of them.
     assert told.kept == ("encoder.0: conv2d (4x16x16x16)",)
     assert told.row_bytes == 16 * 16 * 16 * 4
-    assert told.saved < 1
+    assert statistics.median(shares_saved(Model().train())) < 0.6
     text = str(told)
     assert "moves its running statistics" in text
     assert "`encoder.1`" in text
