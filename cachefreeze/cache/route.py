@@ -31,7 +31,7 @@ _MOST_LOST = 3
 # Number of calls within which frozen bits must not move twice.
 _REST = 4
 # Number of batches after which it is noted that no row has come again.
-_FIRST_NOTE = 16
+_FIRST_NOTE = 8
 # Largest number of smaller batches whose inputs wait to be computed in whole ones.
 _MOST_SMALLER = 16
 # Wholly known batches must be more than one in so many, among at least so many.
@@ -146,9 +146,11 @@ class Route:
                     f"{limits[-1]}",
                 )
             return
-        if not any(not state.trained and isinstance(state.tensor(), nn.Parameter)
-                   for state in states):  # fmt: skip
-            why = "no parameter of it is frozen"
+        if all(state.trained for state in states if isinstance(state.tensor(), nn.Parameter)):
+            # A call is not followed unless some parameter of it takes no gradient.
+            why = "what takes no gradient in it moves from call to call all the same"
+        elif any(self._trace.values[number].requires_grad for number in self._trace.inputs):
+            why = "its input takes gradient"
         else:
             why = f"frozen work that could be left out is {share:.0%} of its forward pass"
         self.rest(why, lineage.limits_of(self._trace, share))
@@ -181,7 +183,12 @@ class Route:
         return self.state is State.STALE or self._moving != self._shared.moving.version
 
     def fits(self, given: Any) -> bool:
-        """Says whether a batch goes this way, as far as python numbers taken from it tell."""
+        """Says whether a call is one of this kind, and goes this way.
+
+        It does as far as modules, hooks, attributes and python numbers taken from the batch tell.
+        """
+        if self._trace.signature.difference(given):
+            return False
         if not self._guards:
             return True
         inputs = dict(zip(self._trace.inputs, tensors(given), strict=True))
@@ -225,13 +232,16 @@ class Route:
     # Before a row has come again.
 
     def _note(self, keys: Keys) -> bool:
-        """Notes the rows of a batch. Says whether one of them was there before."""
+        """Notes the rows of a batch. Says whether half of them were there before.
+
+        A stray one proves nothing: in mixup, some rows are mixed with themselves.
+        """
         again = False
         new: list[tuple[Index, np.ndarray]] = []
         for group, wanted in keys.items():
             index = self._seen.setdefault(self.selection.alike(group), Index())
             unknown = np.flatnonzero(index.find(wanted) < 0)
-            again |= len(unknown) < len(wanted)
+            again |= 2 * len(unknown) <= len(wanted)
             new.append((index, wanted[unknown]))
         for index, wanted in new:
             wanted = np.unique(wanted, axis=0)
@@ -348,24 +358,21 @@ class Route:
     def _capture(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[int, Tensor] | None]:
-        output, kept, report = lineage.capture(self.selection.plan, module, *args, **kwargs)
+        output, kept, report = lineage.capture(
+            self.selection.plan, module, *args, known_to_fit=True, **kwargs
+        )
         self._shared.stats.rows_computed += self.selection.rows
-        self._count_lost(report.left if kept is None else "", (args, kwargs))
+        self._count_lost(report.left if kept is None else "")
         return output, kept
 
-    def _count_lost(self, left: str, given: Any) -> None:
-        if left and self._trace.signature.difference(given):
-            # Hooks, attributes or parameters are others than in the traced pass.
-            self._drop_batches()
-            self.state = State.STALE
-            return
+    def _count_lost(self, left: str) -> None:
         self._lost = self._lost + 1 if left else 0
         if self._lost == _MOST_LOST and self.state is not State.RESTING:
             self.rest(f"{_MOST_LOST} passes in a row went another way than the first ({left})")
 
     def _add(self, module: nn.Module, args: Any, kwargs: dict[str, Any], keys: Keys) -> Any:
         output, kept = self._capture(module, args, kwargs)
-        if self.state in (State.RESTING, State.STALE):
+        if self.state is State.RESTING:
             return output
         if kept is not None:
             self.selection.write(keys, kept)
@@ -375,8 +382,9 @@ class Route:
                 f"{self._known} of {self._after} batches had only rows that were there before, so "
                 "that hardly any could be served",
                 [
-                    "Batches that are padded to other lengths in every epoch are such: a fixed "
-                    "length, or pad_to_multiple_of=64, makes rows come again."
+                    "Augmentation or noise in front of frozen work makes every row another one, "
+                    "and so does padding to other lengths: there, a fixed length or "
+                    "pad_to_multiple_of=64 helps."
                 ],
             )
         return output
@@ -388,7 +396,7 @@ class Route:
         began = now()
         output, kept = self._capture(module, args, kwargs)
         self._shared.checked_seconds += now() - began
-        if kept is None or self.state in (State.RESTING, State.STALE):
+        if kept is None or self.state is State.RESTING:
             return output
         stored = self.selection.read(places)
         for one in self.selection.kept:
@@ -438,9 +446,11 @@ class Route:
         kept = self.selection.read(places)
         self._served += 1
         cost = now() - began
-        output, report = lineage.replay(self.selection.plan, kept, module, *args, **kwargs)
+        output, report = lineage.replay(
+            self.selection.plan, kept, module, *args, known_to_fit=True, **kwargs
+        )
         self._shared.served_seconds += now() - began
-        self._count_lost(report.left, (args, kwargs))
+        self._count_lost(report.left)
         stats = self._shared.stats
         if report.left:
             stats.rows_computed += self.selection.rows

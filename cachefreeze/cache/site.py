@@ -1,6 +1,7 @@
 """A module whose calls are cached, with a route for each signature and way through it."""
 
 import weakref
+from operator import is_
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 _MOST = 16
 # Number of them for one mode of which the user is told.
 _MANY_SHAPES = 4
-# Number of times that a signature is traced anew because something has changed.
-_MOST_ANEW = 64
+# Number of calls that are traced. Beyond them, one of 16 may be.
+_FEW_TRACES = 4
 
 
 class Site:
@@ -33,25 +34,24 @@ class Site:
         self._shared = shared
         self._name = name
         self._module = weakref.ref(module)
-        self._refresh(module)
-        self._routes: dict[Any, list[Route]] = {}
-        self._traced: dict[Any, int] = {}
-        self._alike: dict[Any, list[tuple[int, Any]]] = {}
-
-    def _refresh(self, module: nn.Module) -> None:
         self._modules = list(module.modules())
-        self._parameters = list(module.parameters())
+        # Ways through the module for each signature, the latest one first.
+        self._kinds: dict[Any, list[Route]] = {}
+        self._calls = self._traced = 0
+        self._alike: dict[Any, list[tuple[int, Any]]] = {}
+        self._by_parts = False
 
     def is_current(self) -> bool:
         """Says whether the module is still made of the same parts."""
         module = self._module()
-        return module is not None and all(
-            one is other for one, other in zip(module.modules(), self._modules, strict=False)
-        )
+        if module is None:
+            return False
+        now = list(module.modules())
+        return len(now) == len(self._modules) and all(map(is_, now, self._modules))
 
     def routes(self) -> list[Route]:
         """Returns all routes."""
-        return [route for routes in self._routes.values() for route in routes]
+        return [route for routes in self._kinds.values() for route in routes]
 
     def call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inner: bool
@@ -64,13 +64,18 @@ class Site:
             kwargs: Keyword arguments.
             inner: Whether the call is within one whose frozen modules are cached by themselves.
         """
-        trained = [one.requires_grad for one in self._parameters]
-        if inner and any(trained):
-            return self._by_parts(module, args, kwargs)
+        trained = [
+            one.requires_grad
+            for part in self._modules
+            for one in (vars(part).get("_parameters") or {}).values()
+            if one is not None
+        ]
+        if self._by_parts or (inner and any(trained)):
+            return self._call_by_parts(module, args, kwargs)
         if all(trained):
             return module(*args, **kwargs)
         given = list(tensors((args, kwargs)))
-        if not given or not all(_is_plain(tensor) for tensor in given):
+        if not given or not all(map(_is_plain, given)):
             return module(*args, **kwargs)
         about = (
             tuple(trained),
@@ -82,76 +87,78 @@ class Site:
             (tuple(one.shape), one.stride(), one.dtype, one.device, one.requires_grad)
             for one in given
         )
-        routes = self._routes.get((about, shapes))
-        if routes is None:
-            if self._is_smaller_than_others(about, given):
-                return module(*args, **kwargs)
-            if len(self._routes) >= _MOST:
-                return self._give_up(
-                    "signatures", f"was called with more than {_MOST} combinations of shapes and "
-                    "modes: further ones are not cached. For padded batches, a fixed length or "
-                    "pad_to_multiple_of=64 helps", module, args, kwargs,
-                )  # fmt: skip
-            routes = self._routes[about, shapes] = []
-            self._alike.setdefault(about, []).append((_rows(given), shapes))
-            if len(self._alike[about]) == _MANY_SHAPES:
-                self._shared.note(
-                    f"{self._name}: shapes",
-                    f"{self._name} was called with {_MANY_SHAPES} combinations of shapes and more. "
-                    "A row that is padded to another length is another row: a fixed length, or "
-                    "pad_to_multiple_of=64, makes rows come again.",
-                )
+        self._calls += 1
         self._shared.moving.look()
-        if any(route.stale for route in routes):
-            routes[:] = [route for route in routes if not route.stale]
-            self._refresh(self._module() or module)
-            if self._traced.get((about, shapes), 0) >= _MOST_ANEW:
-                return self._give_up(
-                    "changes", "changes too often: hooks, attributes or parameters of it are "
-                    "others in every few calls", module, args, kwargs,
-                )  # fmt: skip
-        for route in routes:
+        routes = self._kinds.get((about, shapes), [])
+        routes[:] = [route for route in routes if not route.stale]
+        for place, route in enumerate(routes):
             if route.fits((args, kwargs)):
-                if route.state is State.BY_PARTS:
-                    return self._by_parts(module, args, kwargs)
+                routes.insert(0, routes.pop(place))
                 return route.call(module, args, kwargs)
-        if len(routes) >= _MOST:
+        if not routes and self._is_smaller_than_others(about, given):
             return module(*args, **kwargs)
-        self._traced[about, shapes] = self._traced.get((about, shapes), 0) + 1
-        before = self._before(about, shapes)
-        return self._trace(routes, module, args, kwargs, given, before)
+        if not routes and len(self._kinds) >= _MOST:
+            self._shared.tell(
+                f"{self._name}: signatures",
+                f"{self._name} was called with more than {_MOST} combinations of shapes and "
+                "modes: in further ones only frozen modules inside are cached. For padded "
+                "batches, a fixed length or pad_to_multiple_of=64 helps.",
+            )
+            return self._call_by_parts(module, args, kwargs)
+        # Tracing takes time: few calls may be traced.
+        if self._traced >= _FEW_TRACES + self._calls // _MOST:
+            return module(*args, **kwargs)
+        return self._trace((about, shapes), module, args, kwargs)
 
-    def _give_up(
-        self, about: str, why: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    def _trace(
+        self, key: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        self._shared.tell(f"{self._name}: {about}", f"{self._name} {why}.")
-        return module(*args, **kwargs)
+        self._traced += 1
+        before = self._before(*key)
+        # The pass may write to what it is given.
+        copies = [tensor.detach().clone() for tensor in tensors((args, kwargs))]
+        output, trace = lineage.trace(module, *args, moving=self._shared.moving.tensors, **kwargs)
+        self._shared.stats.rows_computed += _rows(copies)
+        route = Route(self._shared, self._words(module, copies), trace, copies, before)
+        if route.state is State.BY_PARTS:
+            self._by_parts = True
+            return output
+        if key not in self._kinds:
+            self._kinds[key] = []
+            self._note_shapes(key[0], key[1], copies)
+        del self._kinds[key][_MOST - 1 :]
+        self._kinds[key].insert(0, route)
+        return output
 
-    def _by_parts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _words(self, module: nn.Module, given: list[torch.Tensor]) -> str:
+        """Names the module with the mode and the shape that it is called with."""
+        mode = "training" if module.training else "eval"
+        shape = "x".join(map(str, given[0].shape))
+        without = "" if torch.is_grad_enabled() else ", without gradients"
+        return f"{self._name} ({mode} mode, {shape}{without})"
+
+    def _call_by_parts(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Runs a call in which frozen modules are cached by themselves."""
         with calls.rooted():
             return calls.real_call(module, *args, **kwargs)
 
-    def _trace(
-        self,
-        routes: list[Route],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: list[torch.Tensor],
-        before: Route | None,
-    ) -> Any:
-        # The pass may write to what it is given.
-        copies = [tensor.detach().clone() for tensor in given]
-        output, trace = lineage.trace(module, *args, moving=self._shared.moving.tensors, **kwargs)
-        self._shared.stats.rows_computed += _rows(given)
-        routes.append(Route(self._shared, self._name, trace, copies, before))
-        return output
+    def _note_shapes(self, about: Any, shapes: Any, given: list[torch.Tensor]) -> None:
+        alike = self._alike.setdefault(about, [])
+        alike.append((_rows(given), shapes))
+        if len(alike) == _MANY_SHAPES:
+            self._shared.note(
+                f"{self._name}: shapes",
+                f"{self._name} was called with {_MANY_SHAPES} combinations of shapes and more. "
+                "A row that is padded to another length is another row: a fixed length, or "
+                "pad_to_multiple_of=64, makes rows come again.",
+            )
 
     def _before(self, about: Any, shapes: Any) -> Route | None:
         """Finds a route of the same calls from when less was frozen: the last one, if several."""
         found = None
-        for (others, their_shapes), routes in self._routes.items():
+        for (others, their_shapes), routes in self._kinds.items():
             trained, _, *rest = others
             less = all(one or not now for one, now in zip(trained, about[0], strict=False))
             if their_shapes == shapes and less and trained != about[0] and tuple(rest) == about[2:]:
@@ -164,7 +171,7 @@ class Site:
         larger = [shapes for count, shapes in self._alike.get(about, []) if count > rows]
         fitting = [shapes for shapes in larger if _differ_in_rows(shapes, given)]
         for shapes in fitting:
-            for route in self._routes[about, shapes]:
+            for route in self._kinds[about, shapes]:
                 if not route.stale:
                     route.take_smaller(given)
         return bool(fitting)

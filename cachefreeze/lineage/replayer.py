@@ -47,6 +47,7 @@ def replay(
     /,
     *args: Any,
     leave_at: int | None = None,
+    known_to_fit: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Report]:
     """Runs a forward pass with its frozen work left out.
@@ -60,6 +61,7 @@ def replay(
         model: Module or callable that was traced.
         *args: Positional arguments of the call.
         leave_at: Event from which on nothing is skipped, for tests.
+        known_to_fit: Whether the signature was just compared with this call.
         **kwargs: Keyword arguments of the call.
 
     Returns:
@@ -69,7 +71,7 @@ def replay(
         ValueError: A kept value is missing, or has another shape or type.
     """
     given = (args, kwargs)
-    difference = plan.trace.signature.difference(given)
+    difference = "" if known_to_fit else plan.trace.signature.difference(given)
     if difference:
         return model(*args, **kwargs), Report(left=difference)
     inputs = dict(zip(plan.trace.inputs, tensors(given), strict=True))
@@ -85,7 +87,12 @@ def replay(
 
 
 def capture(
-    plan: Plan, model: Callable[..., Any], /, *args: Any, **kwargs: Any
+    plan: Plan,
+    model: Callable[..., Any],
+    /,
+    *args: Any,
+    known_to_fit: bool = False,
+    **kwargs: Any,
 ) -> tuple[Any, dict[int, Tensor] | None, Report]:
     """Runs a plain forward pass and takes the kept values from it.
 
@@ -93,6 +100,7 @@ def capture(
         plan: Trace and cut.
         model: Module or callable that was traced.
         *args: Positional arguments of the call.
+        known_to_fit: Whether the signature was just compared with this call.
         **kwargs: Keyword arguments of the call.
 
     Returns:
@@ -100,7 +108,7 @@ def capture(
         way than the traced one; and what happened.
     """
     given = (args, kwargs)
-    difference = plan.trace.signature.difference(given)
+    difference = "" if known_to_fit else plan.trace.signature.difference(given)
     if difference:
         return model(*args, **kwargs), None, Report(left=difference)
     inputs = dict(zip(plan.trace.inputs, tensors(given), strict=True))

@@ -192,11 +192,15 @@ def _held(module: nn.Module, kind: str) -> dict[str, torch.Tensor | None]:
     return vars(module).get(kind) or {}
 
 
-def _tensors(held: dict[str, torch.Tensor | None]) -> list[tuple[str, int, bool]] | None:
+def _tensors(held: dict[str, torch.Tensor | None]) -> list[tuple[str, int]] | None:
+    """Tells tensors apart by identity. Of those that take gradient any other one will do.
+
+    Nothing that is left out depends on them, and `functional_call` puts others in their place.
+    """
     if not held:
         return None
     return [
-        (key, id(tensor), tensor is not None and tensor.requires_grad)
+        (key, 0 if tensor is not None and tensor.requires_grad else id(tensor))
         for key, tensor in held.items()
     ]
 
