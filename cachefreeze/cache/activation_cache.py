@@ -167,7 +167,7 @@ class ActivationCache:
             self._called = True
             number = id(target)
             site = self._sites.get(number)
-            if site is None or not site.is_current():
+            if site is None:
                 site = self._sites[number] = Site(self._shared, self._names[number], target)
             return site.call(module, args, kwargs, inner=self._depth > 1)
         finally:

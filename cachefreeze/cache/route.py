@@ -477,9 +477,9 @@ class Route:
 
     def _look_at_weights(self) -> None:
         """Sees whether frozen bits have changed. Nothing that was made from others is served."""
-        weights, frozen = self._shared.weights, self.selection.frozen
-        weights.look(frozen)
+        self.selection.look()
         if self._shared.may_check():
+            weights, frozen = self._shared.weights, self.selection.frozen
             weights.suspect_next(frozen)
             self._shared.checked_seconds += weights.hash(frozen)
         moved = self.selection.name()

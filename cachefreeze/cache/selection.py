@@ -10,7 +10,7 @@ import xxhash
 from cachefreeze import lineage
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.shared import Shared, environment
-from cachefreeze.keys import Lineage, batch_key, lineage_of, row_keys
+from cachefreeze.keys import Lineage, Look, batch_key, lineage_of, row_keys
 from cachefreeze.lineage import Axes, Plan, Trace
 
 Tensor = torch.Tensor
@@ -79,7 +79,8 @@ class Selection:
             number: states[number].tensor for one in self.kept for number in one.lineage.states
         }
         self._digests: dict[int, bytes] = {}
-        self._named_at = -1
+        self._named_at = self._looked_at = -1
+        self._look: Look | None = None
 
     @property
     def frozen(self) -> list[Tensor]:
@@ -114,6 +115,12 @@ class Selection:
             for one in self.kept
         )
 
+    def look(self) -> None:
+        """Sees whether frozen bits may have changed, and has them hashed again if so."""
+        weights = self._shared.weights
+        if self._looked_at != weights.changes or self._look is None or not self._look.is_same():
+            weights.look(self.frozen)
+
     def name(self) -> list[Tensor]:
         """Names the tables by the frozen bits of now.
 
@@ -136,7 +143,8 @@ class Selection:
             for number in one.lineage.states:
                 name.update(self._digests[number])
             one.name = name.digest()
-        self._named_at = weights.changes
+        self._named_at = self._looked_at = weights.changes
+        self._look = weights.take_look(self.frozen)
         return moved
 
     def rows_kept(self) -> dict[tuple[bytes, ...], int]:

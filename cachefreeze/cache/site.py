@@ -1,7 +1,6 @@
 """A module whose calls are cached, with a route for each signature and way through it."""
 
 import weakref
-from operator import is_
 from typing import Any
 
 import torch
@@ -20,6 +19,11 @@ _MANY_SHAPES = 4
 # Number of calls that are traced. Beyond them, one of 16 may be.
 _FEW_TRACES = 4
 
+# Switches of torch, numbers and strings among the arguments, and shapes of the tensors.
+_Key = tuple[Any, Any, tuple[Any, ...]]
+# Which parameters take gradient, and which modules are in training mode.
+_Flags = tuple[tuple[bool, ...], tuple[bool, ...]]
+
 
 class Site:
     """A module whose calls are cached.
@@ -36,18 +40,10 @@ class Site:
         self._module = weakref.ref(module)
         self._modules = list(module.modules())
         # Ways through the module for each signature, the latest one first.
-        self._kinds: dict[Any, list[Route]] = {}
+        self._kinds: dict[_Key, list[Route]] = {}
+        self._flags: weakref.WeakKeyDictionary[Route, _Flags] = weakref.WeakKeyDictionary()
         self._calls = self._traced = 0
-        self._alike: dict[Any, list[tuple[int, Any]]] = {}
         self._by_parts = False
-
-    def is_current(self) -> bool:
-        """Says whether the module is still made of the same parts."""
-        module = self._module()
-        if module is None:
-            return False
-        now = list(module.modules())
-        return len(now) == len(self._modules) and all(map(is_, now, self._modules))
 
     def routes(self) -> list[Route]:
         """Returns all routes."""
@@ -64,38 +60,28 @@ class Site:
             kwargs: Keyword arguments.
             inner: Whether the call is within one whose frozen modules are cached by themselves.
         """
-        trained = [
-            one.requires_grad
-            for part in self._modules
-            for one in (vars(part).get("_parameters") or {}).values()
-            if one is not None
-        ]
-        if self._by_parts or (inner and any(trained)):
+        if self._by_parts:
             return self._call_by_parts(module, args, kwargs)
-        if all(trained):
-            return module(*args, **kwargs)
         given = list(tensors((args, kwargs)))
-        if not given or not all(map(_is_plain, given)):
-            return module(*args, **kwargs)
-        about = (
-            tuple(trained),
-            tuple([one.training for one in self._modules]),
-            _switches(),
-            _plain_in((args, kwargs)),
-        )
         shapes = tuple(
-            (tuple(one.shape), one.stride(), one.dtype, one.device, one.requires_grad)
-            for one in given
-        )
+            [(one.shape, one.stride() if one.layout == torch.strided else (), one.dtype, one.device,
+              one.requires_grad) for one in given]
+        )  # fmt: skip
+        key = _switches(), _plain_in((args, kwargs)), shapes
         self._calls += 1
         self._shared.moving.look()
-        routes = self._kinds.get((about, shapes), [])
-        routes[:] = [route for route in routes if not route.stale]
+        routes = self._kinds.get(key, [])
         for place, route in enumerate(routes):
-            if route.fits((args, kwargs)):
+            if not route.stale and route.fits((args, kwargs)):
                 routes.insert(0, routes.pop(place))
                 return route.call(module, args, kwargs)
-        if not routes and self._is_smaller_than_others(about, given):
+        trained = self._trained()
+        if inner and any(trained):
+            return self._call_by_parts(module, args, kwargs)
+        if all(trained) or not given or not all(map(_is_plain, given)):
+            return module(*args, **kwargs)
+        flags = tuple(trained), tuple([part.training for part in self._modules])
+        if self._is_smaller_than_others(key, flags, given):
             return module(*args, **kwargs)
         if not routes and len(self._kinds) >= _MOST:
             self._shared.tell(
@@ -108,26 +94,43 @@ class Site:
         # Tracing takes time: few calls may be traced.
         if self._traced >= _FEW_TRACES + self._calls // _MOST:
             return module(*args, **kwargs)
-        return self._trace((about, shapes), module, args, kwargs)
+        return self._trace(key, flags, module, args, kwargs)
+
+    def _trained(self) -> list[bool]:
+        """Returns which parameters take gradient, those of parts that are new among them."""
+        module = self._module()
+        if module is not None:
+            self._modules = list(module.modules())
+        return [
+            one.requires_grad
+            for part in self._modules
+            for one in (vars(part).get("_parameters") or {}).values()
+            if one is not None
+        ]
 
     def _trace(
-        self, key: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        key: _Key,
+        flags: _Flags,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         self._traced += 1
-        before = self._before(*key)
+        before = self._before(key, flags)
         # The pass may write to what it is given.
         copies = [tensor.detach().clone() for tensor in tensors((args, kwargs))]
         output, trace = lineage.trace(module, *args, moving=self._shared.moving.tensors, **kwargs)
         self._shared.stats.rows_computed += _rows(copies)
         route = Route(self._shared, self._words(module, copies), trace, copies, before)
+        self._flags[route] = flags
         if route.state is State.BY_PARTS:
             self._by_parts = True
             return output
         if key not in self._kinds:
-            self._kinds[key] = []
-            self._note_shapes(key[0], key[1], copies)
-        del self._kinds[key][_MOST - 1 :]
-        self._kinds[key].insert(0, route)
+            self._note_shapes(key)
+        routes = [one for one in self._kinds.get(key, []) if not one.stale]
+        self._kinds[key] = [route, *routes][:_MOST]
         return output
 
     def _words(self, module: nn.Module, given: list[torch.Tensor]) -> str:
@@ -144,48 +147,47 @@ class Site:
         with calls.rooted():
             return calls.real_call(module, *args, **kwargs)
 
-    def _note_shapes(self, about: Any, shapes: Any, given: list[torch.Tensor]) -> None:
-        alike = self._alike.setdefault(about, [])
-        alike.append((_rows(given), shapes))
-        if len(alike) == _MANY_SHAPES:
+    def _note_shapes(self, key: _Key) -> None:
+        alike = sum(other[:2] == key[:2] for other in self._kinds)
+        if alike == _MANY_SHAPES:
             self._shared.note(
                 f"{self._name}: shapes",
-                f"{self._name} was called with {_MANY_SHAPES} combinations of shapes and more. "
+                f"{self._name} was called with more than {_MANY_SHAPES} combinations of shapes. "
                 "A row that is padded to another length is another row: a fixed length, or "
                 "pad_to_multiple_of=64, makes rows come again.",
             )
 
-    def _before(self, about: Any, shapes: Any) -> Route | None:
+    def _before(self, key: _Key, flags: _Flags) -> Route | None:
         """Finds a route of the same calls from when less was frozen: the last one, if several."""
-        found = None
-        for (others, their_shapes), routes in self._kinds.items():
-            trained, _, *rest = others
-            less = all(one or not now for one, now in zip(trained, about[0], strict=False))
-            if their_shapes == shapes and less and trained != about[0] and tuple(rest) == about[2:]:
-                found = next((one for one in routes if one.serves), found)
-        return found
+        for route in self._kinds.get(key, []):
+            trained = self._flags[route][0]
+            less = all(one or not now for one, now in zip(trained, flags[0], strict=False))
+            if less and trained != flags[0] and route.serves:
+                return route
+        return None
 
-    def _is_smaller_than_others(self, about: Any, given: list[torch.Tensor]) -> bool:
+    def _is_smaller_than_others(self, key: _Key, flags: _Flags, given: list[torch.Tensor]) -> bool:
         """Hands the rows of a smaller batch to the route of a larger one, if there is one."""
-        rows = _rows(given)
-        larger = [shapes for count, shapes in self._alike.get(about, []) if count > rows]
-        fitting = [shapes for shapes in larger if _differ_in_rows(shapes, given)]
-        for shapes in fitting:
-            for route in self._kinds[about, shapes]:
-                if not route.stale:
-                    route.take_smaller(given)
-        return bool(fitting)
+        found = False
+        for (switches, plain, shapes), routes in self._kinds.items():
+            if (switches, plain) == key[:2] and _are_more_rows(shapes, given):
+                for route in routes:
+                    if self._flags[route] == flags and not route.stale:
+                        route.take_smaller(given)
+                        found = True
+        return found
 
 
 def _rows(given: list[torch.Tensor]) -> int:
     return given[0].shape[0] if given[0].dim() else 1
 
 
-def _differ_in_rows(shapes: Any, given: list[torch.Tensor]) -> bool:
-    return len(shapes) == len(given) and all(
-        tensor.dim() == len(shape)
-        and tensor.dtype == dtype
-        and tuple(tensor.shape[1:]) == shape[1:]
+def _are_more_rows(shapes: tuple[Any, ...], given: list[torch.Tensor]) -> bool:
+    """Says whether shapes are those of a larger batch of the same kind of rows."""
+    if len(shapes) != len(given) or not shapes[0][0] or shapes[0][0][0] <= _rows(given):
+        return False
+    return all(
+        tensor.dim() == len(shape) and tensor.dtype == dtype and tensor.shape[1:] == shape[1:]
         for tensor, (shape, _, dtype, _, _) in zip(given, shapes, strict=True)
     )
 

@@ -9,8 +9,9 @@ after the other is hashed again as time allows.
 
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -21,6 +22,19 @@ _SPOTS = 4
 # Fractions of the golden ratio fall evenly between those before them.
 _GOLDEN = 0.6180339887498949
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+class _Memory(NamedTuple):
+    """Reads a few numbers of memory on the CPU."""
+
+    memory: Any
+    places: list[int]
+
+    def __call__(self) -> list[int]:
+        return [self.memory[place] for place in self.places]
+
+
+_Looker = _Memory | Callable[[], list[int]]
 
 
 @dataclass(eq=False, slots=True)
@@ -40,8 +54,40 @@ class _Held:
     digest: bytes = b""
     pointer: int = 0
     version: int = 0
-    look: Callable[[], list[int]] | None = None
+    look: _Looker | None = None
     spots: list[int] | None = None
+
+
+class Look:
+    """A look at many tensors at once, to be taken at every call: it is a few lists long.
+
+    Args:
+        held: What is known of the tensors, all of which were hashed.
+    """
+
+    def __init__(self, held: Sequence[_Held]) -> None:
+        self._tensors = [one.tensor for one in held]
+        self._versions = [one.version for one in held]
+        self._pointers = [one.pointer for one in held]
+        spots = [(one.look, one.spots) for one in held if one.look is not None]
+        on_cpu = [look for look, _ in spots if isinstance(look, _Memory)]
+        self._memory = [(look.memory, place) for look in on_cpu for place in look.places]
+        self._numbers = [look.memory[place] for look in on_cpu for place in look.places]
+        self._others = [pair for pair in spots if not isinstance(pair[0], _Memory)]
+
+    def is_same(self) -> bool:
+        """Says whether versions, addresses and some numbers of all tensors are what they were."""
+        try:
+            tensors: list[Any] = [reference() for reference in self._tensors]
+            # Addresses come first: memory that was given back must not be read.
+            return (
+                [one.data_ptr() for one in tensors] == self._pointers
+                and list(map(_version, tensors)) == self._versions
+                and [memory[place] for memory, place in self._memory] == self._numbers
+                and all(look() == spots for look, spots in self._others)
+            )
+        except AttributeError:  # a tensor is gone
+            return False
 
 
 class Weights:
@@ -72,6 +118,10 @@ class Weights:
             if held.digest and not _is_same(held, tensor):
                 self._doubt(held)
 
+    def take_look(self, tensors: Iterable[Tensor]) -> Look:
+        """Returns a look at tensors, all of which have a hash."""
+        return Look([self._of(tensor) for tensor in tensors])
+
     def suspect(self, tensors: Iterable[Tensor]) -> None:
         """Has tensors hashed again before they are relied upon."""
         for tensor in tensors:
@@ -91,11 +141,6 @@ class Weights:
         for tensor in tensors:
             self.digest(tensor)
         return time.perf_counter() - began
-
-    def knows(self, tensor: Tensor) -> bool:
-        """Says whether a tensor was ever hashed."""
-        held = self._held.get(id(tensor))
-        return held is not None and held.tensor() is tensor
 
     def _doubt(self, held: _Held) -> None:
         held.digest = b""
@@ -134,7 +179,7 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def _looker(tensor: Tensor) -> Callable[[], list[int]] | None:
+def _looker(tensor: Tensor) -> _Looker | None:
     """Makes a function that reads a few numbers of a tensor's memory, the same at each call."""
     count = tensor.numel()
     if not count or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
@@ -146,5 +191,4 @@ def _looker(tensor: Tensor) -> Callable[[], list[int]] | None:
     if tensor.device.type != "cpu":
         chosen = torch.tensor(places, device=tensor.device)
         return lambda: words[chosen].tolist()
-    memory = words.numpy().data
-    return lambda: [memory[place] for place in places]
+    return _Memory(words.numpy().data, places)
