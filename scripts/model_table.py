@@ -340,6 +340,9 @@ def page(results: Sequence[Result], earlier: str = "") -> Iterator[str]:
             f"\nThe {len(old)} models marked {EARLIER} did not run again: their rows come from an "
             f"earlier run of the same script, on an earlier state of the code.{_forced(earlier)}"
         )
+    missing = [one.name for one in zoo() if one.name not in new | {row[1] for row in old}]
+    if missing:
+        yield f"\n{len(missing)} models of the zoo have no row yet: {', '.join(missing)}."
     for family in families:
         yield from ("", f"## {family}", "")
         made = [*_rows([one for one in results if one.family == family])]
