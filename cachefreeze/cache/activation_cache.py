@@ -1,10 +1,12 @@
 """The public face: a cache that any loop uses by one line."""
 
+import random
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -108,6 +110,34 @@ class ActivationCache:
         """Sentences that say what limits the cache. They are logged under "cachefreeze", too."""
         return tuple(self._shared.messages.values())
 
+    def fill(self, loader: Iterable[Any], call: Callable[[Any], Any] | None = None) -> None:
+        """Keeps the rows of a data set before training, by one forward pass over it.
+
+        Without it, rows are kept as the first epoch passes. Random state and buffers are put back
+        afterwards. Modes are those of now: call `model.train()` before, if the loop does.
+
+        Args:
+            loader: Batches.
+            call: Function that runs the forward pass on a batch, as the loop does. If None, the
+                first model is called: with a mapping's entries by name, or else with the tensor, or
+                with the first entry of a tuple or list.
+        """
+        model = self._roots()[0]
+        buffers = [(one, one.clone()) for root in self._roots() for one in root.buffers()]
+        python, numbers = random.getstate(), np.random.get_state()
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        try:
+            with torch.random.fork_rng(devices=devices):
+                for batch in loader:
+                    call(batch) if call is not None else _call_with(model, batch)
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
     def close(self) -> None:
         """Ends caching and frees what was kept. Modules, torch and the loop are as before."""
         if not self._close.alive:
@@ -131,7 +161,11 @@ class ActivationCache:
         self._shared.held = 0
 
     def _roots(self) -> list[nn.Module]:
-        return list(self._parts.values())[:1]
+        """Returns the modules that are part of no other one."""
+        inner = {
+            id(part) for one in self._parts.values() for part in one.modules() if part is not one
+        }
+        return [part for number, part in self._parts.items() if number not in inner]
 
     def __enter__(self) -> "ActivationCache":
         """Returns the cache."""
@@ -184,6 +218,12 @@ class ActivationCache:
             and torch._C._functorch.peek_interpreter_stack() is None
             and not torch._C._is_tracing()
         )
+
+
+def _call_with(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _follows_functions() -> bool:

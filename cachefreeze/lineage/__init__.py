@@ -11,6 +11,7 @@ from cachefreeze.lineage.axes import Axes, Axis, axes_of, batch_axes, leave_mixi
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
 from cachefreeze.lineage.explanation import Explanation, explain, limits_of, saved_in_eval_mode
 from cachefreeze.lineage.extension import computable, extend
+from cachefreeze.lineage.modules import compiled_functions
 from cachefreeze.lineage.operations import Trace
 from cachefreeze.lineage.plan import Plan
 from cachefreeze.lineage.replayer import Report, capture, replay
@@ -27,6 +28,7 @@ __all__ = [
     "axes_of",
     "batch_axes",
     "capture",
+    "compiled_functions",
     "computable",
     "crossing_cut",
     "explain",

@@ -80,6 +80,42 @@ def _names_of(function: Any) -> Iterator[tuple[str, Any]]:
         yield "", value
 
 
+def compiled_functions(module: nn.Module) -> list[str]:
+    """Finds functions under `torch.compile` that the code of a module or of its parts names.
+
+    While a pass is followed they run uncompiled, with other bits in the last places. They are found
+    as attributes of modules, and as global variables of the modules' code, one function deep.
+    """
+    found: dict[str, None] = {}
+    seen: set[int] = set()
+
+    def look(function: Any, depth: int) -> None:
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        if not inspect.isfunction(function) or id(function) in seen:
+            return
+        seen.add(id(function))
+        closed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+        named = [(name, function.__globals__.get(name)) for name in function.__code__.co_names]
+        for name, value in (*named, *((name, cell.cell_contents) for name, cell in closed)):
+            if _is_compiled(value):
+                found[name] = None
+            elif depth and getattr(value, "__module__", "torch").split(".")[0] != "torch":
+                look(value, depth - 1)
+
+    for part in module.modules():
+        for name, value in vars(part).items():
+            # A compiled module is one operation, and runs as compiled.
+            if _is_compiled(value) and name not in ("forward", "_compiled_call_impl"):
+                found[name] = None
+        if not type(part).__module__.startswith("torch."):
+            look(type(part).forward, 1)
+    return list(found)
+
+
+def _is_compiled(value: Any) -> bool:
+    return inspect.isfunction(value) and hasattr(value, "_torchdynamo_orig_callable")
+
+
 def states_of(prefix: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors that a module and its parts hold, each with a name.
 

@@ -328,6 +328,24 @@ def test_a_compiled_frozen_backbone_is_served() -> None:
         assert cache.stats.rows_served > 0, str(cache)
 
 
+twice = torch.compile(lambda x: 2 * x, backend="eager")
+
+
+def test_a_compiled_function_in_a_model_is_told_and_the_model_left_alone() -> None:
+    class Doubled(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(twice(x))
+
+    torch.manual_seed(0)
+    model, x = Doubled(), images()
+    with ActivationCache(model) as cache:
+        for epoch in range(3):
+            for batch in batches(x, epoch):
+                assert_same(model(batch), plainly(model, batch))
+        assert cache.stats.rows_served == 0
+        assert any("under torch.compile (twice)" in message for message in cache.messages)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

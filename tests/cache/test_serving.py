@@ -276,6 +276,22 @@ def test_validation_of_another_size_and_without_gradients_is_served_too(cut: int
         assert cache.stats.rows_served >= before
 
 
+def test_fill_keeps_rows_before_training_and_changes_nothing_else() -> None:
+    model, x = net(), images(40)
+    model.head = nn.Sequential(nn.BatchNorm1d(32), nn.Dropout(), nn.Linear(32, 4))  # type: ignore[assignment]
+    model.train()
+    model.body.eval()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    with ActivationCache(model) as cache:
+        cache.fill((batch, None) for batch in batches(x, 0))
+        assert torch.equal(torch.get_rng_state(), state)
+        for one, other in zip(model.state_dict().values(), before.values(), strict=True):
+            assert_same(one, other)
+        # The first epoch is served but for the two batches of the probation.
+        assert served(cache, lambda: epoch(model, x, 1)) == 40 - 2 * BATCH
+
+
 def test_freeze_holds_eval_mode_and_unfreeze_gives_it_back() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 2))
     cachefreeze.freeze(model[:2])
