@@ -29,9 +29,8 @@ def row_keys(rows: Sequence[Tensor], shared: Sequence[Tensor], count: int) -> np
     if len(hashed) == 1 and not start:
         digests = hashed[0]
     else:
-        digests = [
-            xxhash.xxh3_128_digest(b"".join((start, *one))) for one in zip(*hashed, strict=True)
-        ]
+        by_row = zip(*hashed, strict=True) if hashed else [()] * count
+        digests = [xxhash.xxh3_128_digest(b"".join((start, *one))) for one in by_row]
     return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(count, 2)
 
 
