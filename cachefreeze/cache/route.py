@@ -13,6 +13,7 @@ from cachefreeze import lineage
 from cachefreeze.cache.index import Index
 from cachefreeze.cache.selection import Keys, Selection, same_bits
 from cachefreeze.cache.shared import Shared, now
+from cachefreeze.keys import Surroundings
 from cachefreeze.lineage import Trace
 from cachefreeze.lineage.operations import CONSTANT, INPUT
 from cachefreeze.lineage.structure import matches, tensors
@@ -88,6 +89,7 @@ class Route:
         shared: What all routes of the cache have in common.
         name: Name of the module, for people.
         trace: Trace of a pass.
+        around: What code has read beside its arguments in that pass.
         inputs: Copies of the tensors that the pass was given.
         before: Route of the same calls from when less was frozen, if there is one. Its rows serve
             to compute those of this one.
@@ -103,6 +105,7 @@ class Route:
         shared: Shared,
         name: str,
         trace: Trace,
+        around: Surroundings,
         inputs: Sequence[Tensor],
         before: "Route | None" = None,
     ) -> None:
@@ -111,6 +114,7 @@ class Route:
         self._shared = shared
         self._name = name
         self._trace = trace
+        self._around = around
         self._example = dict(zip(trace.inputs, inputs, strict=True))
         self._smaller: list[dict[int, Tensor]] = []
         self._pending: list[_Batch] = []
@@ -179,15 +183,19 @@ class Route:
 
     @property
     def stale(self) -> bool:
-        """Whether the pass must be traced anew, for parameters have begun to move or to rest."""
-        return self.state is State.STALE or self._moving != self._shared.moving.version
+        """Whether the pass must be traced anew, for parameters have moved, rest or are gone."""
+        return (
+            self.state is State.STALE
+            or self._moving != self._shared.moving.version
+            or self.selection.gone
+        )
 
     def fits(self, given: Any) -> bool:
         """Says whether a call is one of this kind, and goes this way.
 
         It does as far as modules, hooks, attributes and python numbers taken from the batch tell.
         """
-        if self._trace.signature.difference(given):
+        if self._trace.signature.difference(given) or self._around.difference():
             return False
         if not self._guards:
             return True

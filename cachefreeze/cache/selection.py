@@ -89,6 +89,11 @@ class Selection:
         return [tensor for tensor in found if tensor is not None]
 
     @property
+    def gone(self) -> bool:
+        """Whether a parameter or buffer that a kept value is made from was replaced."""
+        return any(reference() is None for reference in self._states.values())
+
+    @property
     def settled(self) -> bool:
         """Whether it is known where the rows are in the kept values."""
         return all(one.layout is not None for one in self.kept)

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _device as device_contexts
 
 from cachefreeze import lineage
 from cachefreeze.cache.route import Route, State
-from cachefreeze.cache.shared import Shared
+from cachefreeze.cache.shared import Shared, environment
+from cachefreeze.keys import Surroundings
 from cachefreeze.lineage import calls
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 
@@ -78,7 +80,7 @@ class Site:
         trained = self._trained()
         if inner and any(trained):
             return self._call_by_parts(module, args, kwargs)
-        if all(trained) or not given or not all(map(_is_plain, given)):
+        if all(trained) or not given or not all(map(_is_usual, given)):
             return module(*args, **kwargs)
         flags = tuple(trained), tuple([part.training for part in self._modules])
         if self._is_smaller_than_others(key, flags, given):
@@ -120,9 +122,11 @@ class Site:
         before = self._before(key, flags)
         # The pass may write to what it is given.
         copies = [tensor.detach().clone() for tensor in tensors((args, kwargs))]
+        around = Surroundings(self._modules, (args, kwargs))
         output, trace = lineage.trace(module, *args, moving=self._shared.moving.tensors, **kwargs)
         self._shared.stats.rows_computed += _rows(copies)
-        route = Route(self._shared, self._words(module, copies), trace, copies, before)
+        around.settle()
+        route = Route(self._shared, self._words(module, copies), trace, around, copies, before)
         self._flags[route] = flags
         if route.state is State.BY_PARTS:
             self._by_parts = True
@@ -192,13 +196,14 @@ def _are_more_rows(shapes: tuple[Any, ...], given: list[torch.Tensor]) -> bool:
     )
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def _is_usual(tensor: torch.Tensor) -> bool:
     return (
         type(tensor) in (torch.Tensor, nn.Parameter)
         and tensor.layout == torch.strided
         and not tensor.is_nested
         and not tensor.is_quantized
         and tensor.device.type != "meta"
+        and (not tensor.dim() or tensor.shape[0] > 0)
     )
 
 
@@ -210,7 +215,9 @@ def _switches() -> tuple[Any, ...]:
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             for kind in ("cpu", "cuda")
         ),
-        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        device_contexts.CURRENT_DEVICE,
+        environment(torch.get_num_threads()),
     )
 
 

@@ -7,6 +7,7 @@ the content of the row: the bytes of just those inputs that the value depends on
 
 from cachefreeze.keys.inputs import batch_key, row_keys
 from cachefreeze.keys.operations import Lineage, lineage_of
+from cachefreeze.keys.surroundings import Surroundings
 from cachefreeze.keys.weights import Look, Weights
 
-__all__ = ["Lineage", "Look", "Weights", "batch_key", "lineage_of", "row_keys"]
+__all__ = ["Lineage", "Look", "Surroundings", "Weights", "batch_key", "lineage_of", "row_keys"]

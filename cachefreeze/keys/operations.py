@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import nn
 
+from cachefreeze.keys.surroundings import read_by_code
 from cachefreeze.lineage.module_calls import CallOf
 from cachefreeze.lineage.operations import Modes, Operation, Trace
 from cachefreeze.lineage.program import Program
@@ -148,6 +150,7 @@ class _Writer:
             told += [f"{key}:{one is not None}" for key, one in (held.get(kind) or {}).items()]
         for key, part in (held.get("_modules") or {}).items():
             told.append(f"{key}({self._module(part)})" if part is not None else key)
+        told += [f"{name}={self._told(value)}" for name, value in read_by_code(type(module))]
         if "_parameters" not in held:  # a scripted module
             told.append(self._unnamed(module))
         return f"[{' '.join(told)}]"
@@ -177,6 +180,9 @@ class _Writer:
             return f"partial[{self._told((value.func, value.args, value.keywords))}]"
         if isinstance(value, type) or callable(value):
             return self._named(value)
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            digest = xxhash.xxh3_128_hexdigest(value.tobytes())
+            return f"array {value.dtype.str}{value.shape}{digest}"
         return self._unnamed(value)
 
 

@@ -182,10 +182,16 @@ def _address(tensor: Tensor) -> int:
 def _looker(tensor: Tensor) -> _Looker | None:
     """Makes a function that reads a few numbers of a tensor's memory, the same at each call."""
     count = tensor.numel()
-    if not count or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+    if not count or tensor.is_conj() or tensor.is_neg():
+        return None
+    # In the order in which elements lie in memory, for weights may be in `channels_last`.
+    stride = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: -stride[dim])
+    laid = tensor.detach().permute(order)
+    if not laid.is_contiguous():
         return None
     size = tensor.element_size()
-    plain = tensor.detach().reshape(-1)
+    plain = laid.reshape(-1)
     words = plain.view(_WORDS.get(size, torch.uint8))
     places = sorted({int(len(words) * ((k + 1) * _GOLDEN % 1)) for k in range(_SPOTS)})
     if tensor.device.type != "cpu":

@@ -1,0 +1,224 @@
+"""Ways in which the cache was broken once: each has served something wrong, or raised an error."""
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cachefreeze import ActivationCache
+
+from .harness import assert_same, batches, images, net, plainly, warm
+
+FACTOR = 1.0
+
+
+class Body(nn.Module):
+    """A frozen part whose code reads more than parameters."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(16, 64), nn.Linear(64, 32)
+        self.act: Callable[[torch.Tensor], torch.Tensor] = F.relu
+        self.pair = (1.0, 2.0)
+        self.settings = types.SimpleNamespace(factor=1.0)
+        self.list = [1.0]
+        self.tensor = torch.tensor(2.0)
+        self.tensors = [torch.tensor(1.5)]
+        self.named = {"factor": torch.tensor(1.0)}
+        self.array = np.ones(64, dtype=np.float32)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.one(x)) * self.pair[0] * self.settings.factor * self.list[0]
+        x = x * self.tensor * self.tensors[0] * self.named["factor"] * self.factor
+        return self.other(x * FACTOR * torch.from_numpy(self.array))
+
+
+def other_forward(self: Body, x: torch.Tensor) -> torch.Tensor:
+    return self.other(torch.sigmoid(self.one(x)))
+
+
+def set_global(body: Body) -> None:
+    global FACTOR
+    FACTOR = 3.0
+
+
+def set_class(body: Body) -> None:
+    type(body).factor = 3.0
+
+
+def write_array(body: Body) -> None:
+    body.array *= 2
+
+
+def exchange_in_list(body: Body) -> None:
+    body.tensors[0] = torch.tensor(9.0)
+
+
+def exchange_in_dict(body: Body) -> None:
+    body.named["factor"] = torch.tensor(9.0)
+
+
+CHANGES: list[Callable[[Body], Any]] = [
+    set_global, set_class, write_array, exchange_in_list, exchange_in_dict,
+    lambda body: setattr(body, "act", torch.tanh),
+    lambda body: setattr(body, "pair", (3.0, 1.0)),
+    lambda body: setattr(body, "settings", types.SimpleNamespace(factor=3.0)),
+    lambda body: setattr(body, "list", [3.0]),
+    lambda body: setattr(body, "tensor", torch.tensor(3.0)),
+    lambda body: setattr(body, "tensors", [torch.tensor(3.0)]),
+    lambda body: setattr(body, "named", {"factor": torch.tensor(3.0)}),
+    lambda body: setattr(body, "array", body.array * 2),
+    lambda body: setattr(body, "forward", types.MethodType(other_forward, body)),
+    lambda body: setattr(type(body), "forward", other_forward),
+]  # fmt: skip
+
+
+@pytest.fixture
+def body() -> Iterator[Body]:
+    global FACTOR
+    before = Body.forward
+    torch.manual_seed(0)
+    yield Body()
+    FACTOR = Body.factor = 1.0
+    Body.forward = before  # type: ignore[method-assign]
+
+
+def rows(count: int = 24) -> torch.Tensor:
+    return torch.randn(count, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
+def test_what_frozen_code_reads_is_exchanged(body: Body, change: Callable[[Body], Any]) -> None:
+    model, x = nn.Sequential(body, nn.Linear(32, 4)), rows()
+    with ActivationCache(model) as cache:
+        warm(cache, model, x)
+        change(body)
+        for batch in batches(x, 7):
+            output = model(batch)
+            with torch.no_grad():
+                assert_same(output, model[1](body.forward(batch)))
+        warm(cache, model, x, epochs=3)
+
+
+def test_an_array_gets_its_former_content_again(body: Body) -> None:
+    model, x = nn.Sequential(body, nn.Linear(32, 4)), rows()
+    with ActivationCache(model) as cache:
+        warm(cache, model, x[:16])
+        body.array *= 2
+        for _ in range(4):
+            for batch in batches(x, 3):
+                model(batch)
+        body.array /= 2
+        for epoch in range(4):
+            for batch in batches(x, epoch):
+                assert_same(model(batch), plainly(model, batch))
+
+
+def test_a_function_among_the_arguments_changes_what_it_encloses() -> None:
+    class With(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(16, 64), nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor, function: Any) -> torch.Tensor:
+            return self.other(function(self.one(x)))
+
+    factor = 1.0
+    model, x = nn.ModuleList([With(), nn.Linear(32, 4)]), rows()
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: torch.Tensor, function: Any) -> torch.Tensor:
+            return self.parts[1](self.parts[0](x, function))
+
+    both = Both()
+    model[0].requires_grad_(False)
+    with ActivationCache(both) as cache:
+        function = lambda h: h * factor  # noqa: E731
+        warm(cache, lambda batch: both(batch, function), x)
+        factor = 3.0
+        for batch in batches(x, 7):
+            assert_same(both(batch, function), plainly(both, batch, lambda h: h * 3.0))
+
+
+def test_frozen_parameters_are_replaced_again_and_again() -> None:
+    model, x = net(), images()
+    with ActivationCache(model):
+        for epoch in range(8):
+            weight = model.body[0].weight.detach() * 1.1
+            del model.body[0].weight
+            # The new one may lie where an earlier one was.
+            model.body[0].weight = nn.Parameter(weight, requires_grad=False)
+            for batch in batches(x, epoch):
+                assert_same(model(batch), plainly(model, batch))
+
+
+def test_weights_in_channels_last_are_written_through_numpy() -> None:
+    model, x = net().to(memory_format=torch.channels_last), images()  # type: ignore[call-overload]
+    with ActivationCache(model) as cache:
+        warm(cache, model, x)
+        model.body[3].weight.numpy()[:] *= 1.5
+        for batch in batches(x, 7):
+            assert_same(model(batch), plainly(model, batch))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_empty_batches_run_as_ever(first: bool) -> None:
+    model, x = net(), images()
+    with ActivationCache(model) as cache:
+        if first:
+            assert model(x[:0]).shape == (0, 4)
+        warm(cache, model, x)
+        for _ in range(3):
+            assert model(x[:0]).shape == (0, 4)
+
+
+def set_mkldnn(on: bool) -> None:
+    torch._C._set_mkldnn_enabled(on)
+
+
+def set_double(on: bool) -> None:
+    torch.set_default_dtype(torch.float32 if on else torch.float64)
+
+
+def set_attention(on: bool) -> None:
+    torch.backends.cuda.enable_flash_sdp(on)
+
+
+class Attending(nn.Module):
+    """Convolutions, attention, and a tensor of the default type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 48, 3).requires_grad_(False)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.body(x).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        x = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0].mean(1)
+        return self.out((x * torch.full((16,), 0.1)).float())
+
+
+@pytest.mark.parametrize("switch", [set_mkldnn, set_double, set_attention])
+def test_a_switch_of_torch_that_moves_bits_is_thrown(switch: Callable[[bool], None]) -> None:
+    torch.manual_seed(0)
+    model, x = Attending(), images()
+    with ActivationCache(model) as cache:
+        warm(cache, model, x)
+        try:
+            switch(False)
+            for batch in batches(x, 7):
+                assert_same(model(batch), plainly(model, batch))
+        finally:
+            switch(True)
