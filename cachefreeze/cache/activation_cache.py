@@ -156,7 +156,7 @@ class ActivationCache:
                 "what does not change with cachefreeze.freeze, or by requires_grad = False.",
             )
         self._close()
-        self._sites = {}
+        self._sites, self._parts, self._names = {}, {}, {}
         self._shared.entries = Entries(0)
         self._shared.held = 0
 
@@ -292,6 +292,5 @@ class _Nothing(nn.Module):
 
 def _closed() -> ActivationCache:
     cache = ActivationCache(_Nothing())
-    cache._called = True
-    cache.close()
+    cache._close()
     return cache

@@ -64,7 +64,8 @@ class Layout:
         sizes = [self.shape[dim] for dim in order]
         before, after = sizes[:place], sizes[place + 1 :]
         parts = rows.view(self.rows, *before, outer, inner, *after)
-        physical = parts.movedim(0, place + 1).reshape(sizes)
+        # Of rows that are not first, `reshape` may give a view, which lies otherwise in memory.
+        physical = parts.movedim(0, place + 1).reshape(sizes).contiguous()
         reach = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         if reach + 1 == physical.numel():
             return physical.as_strided(self.shape, self.stride)

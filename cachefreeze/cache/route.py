@@ -155,6 +155,8 @@ class Route:
             why = "what takes no gradient in it moves from call to call all the same"
         elif any(self._trace.values[number].requires_grad for number in self._trace.inputs):
             why = "its input takes gradient"
+        elif share >= _LEAST_SHARE:
+            why = "nothing in the call itself takes what its frozen work makes"
         else:
             why = f"frozen work that could be left out is {share:.0%} of its forward pass"
         self.rest(why, lineage.limits_of(self._trace, share))

@@ -127,9 +127,10 @@ class _Writer:
             or getattr(torch.Tensor, name.split(".")[-1], _NONE) is value
         ):
             return f"{where}.{name}"
+        short = name.split(".")[-1]  # the full one of `torch.zeros` has a hidden class in it
         for space in (torch, torch._C._nn, torch.nn.functional):
-            if name and getattr(space, name, _NONE) is value:
-                return f"{space.__name__}.{name}"
+            if short and getattr(space, short, _NONE) is value:
+                return f"{space.__name__}.{short}"
         return self._unnamed(value)
 
     def _unnamed(self, value: Any) -> str:

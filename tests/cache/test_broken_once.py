@@ -1,6 +1,9 @@
 """Ways in which the cache was broken once: each has served something wrong, or raised an error."""
 
+import copy
+import gc
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -222,3 +225,66 @@ def test_a_switch_of_torch_that_moves_bits_is_thrown(switch: Callable[[bool], No
                 assert_same(model(batch), plainly(model, batch))
         finally:
             switch(True)
+
+
+class Recurrent(nn.Module):
+    """A recurrent network whose results lie in memory with the time first."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.body = kind(16, 32, batch_first=True).requires_grad_(False)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x)[0].transpose(1, 2).contiguous().mean(2))
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+def test_values_whose_rows_are_not_first_in_memory_are_served(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(24, 12, 16)
+
+    class Whole(Recurrent):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x)[0]).mean(1)
+
+    for model in (Recurrent(kind), Whole(kind)):
+        with ActivationCache(model) as cache:
+            warm(cache, model, x)
+            for batch in batches(x, 7):
+                assert_same(model(batch), plainly(model, batch))
+
+
+def test_a_closed_cache_holds_no_model() -> None:
+    model, x = net(), images()
+    cache = ActivationCache(model)
+    warm(cache, model, x)
+    cache.close()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert cache.stats.bytes == 0
+
+
+def test_a_copy_of_a_cache_has_nothing_to_say() -> None:
+    with ActivationCache(net()) as cache:
+        assert copy.deepcopy(cache).messages == ()
+
+
+def test_frozen_work_that_only_runs_later_is_told_rightly() -> None:
+    class Later(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(16, 32).requires_grad_(False), nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+            x = self.body(x)
+            return (self.head(x * factor) for factor in range(3))
+
+    model, x = Later(), rows()
+    with ActivationCache(model) as cache:
+        for batch in batches(x, 0):
+            for output, other in zip(model(batch), plainly(model, batch), strict=True):
+                assert_same(output, other)
+        assert "nothing in the call itself takes" in "".join(cache.messages)
