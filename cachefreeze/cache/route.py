@@ -130,18 +130,18 @@ class Route:
             for one in trace.operations
             if one.escapes and all(trace.values[n].kind in (INPUT, CONSTANT) for n in one.reads)
         ]
-        self._select()
+        self._select(self._example)
 
-    def _select(self) -> None:
+    def _select(self, inputs: Mapping[int, Tensor]) -> None:
         """Chooses what is kept, and rests if that saves too little."""
-        self.selection = Selection(self._shared, self._trace, self._example)
+        self.selection = Selection(self._shared, self._trace, inputs)
         share, states = self.selection.share, self._trace.states
         if self.selection.kept and share >= _LEAST_SHARE:
             if self.selection.joins():
                 self.state = State.BY_PARTS
                 return
             self.selection.name()
-            self._note(self.selection.keys(self._example))
+            self._note(self.selection.keys(inputs))
             if lineage.saved_in_eval_mode(self._trace) > share + _WORTH_TELLING:
                 limits = lineage.limits_of(self._trace, share)
                 self._shared.tell(
@@ -211,28 +211,31 @@ class Route:
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call of the module, or replays it with kept values."""
         began = now()
-        self._look_at_late_values()
+        inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
+        self._look_at_late_values(inputs)
         self._look_at_weights()
         if self.state in (State.RESTING, State.STALE):
             return module(*args, **kwargs)
         self._batches += 1
         self._shared.entries.now += 1
-        inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
         keys = self.selection.keys(inputs)
-        earlier = self._from_before(args, kwargs, inputs)
+        earlier = None
         if self.state is State.KEEPING:
-            if self._note(keys) or earlier is not None:
-                self._settle()
-            else:
+            earlier = self._from_before(args, kwargs, inputs)
+            if not self._note(keys) and earlier is None:
                 return self._keep(module, args, kwargs, keys)
+            self._settle(self._example)
         self._after += 1
         self._shared.stats.batches += 1
         places = self.selection.find(keys)
-        if earlier is not None and _unknown(places):
+        if _unknown(places):
+            earlier = earlier or self._from_before(args, kwargs, inputs)
+            if earlier is None:
+                return self._add(module, args, kwargs, keys)
             self.selection.write(keys, earlier)
             places = self.selection.find(keys)
-        if _unknown(places):
-            return self._add(module, args, kwargs, keys)
+            if _unknown(places):  # there was no room for all rows
+                return self._add(module, args, kwargs, keys)
         self._known += 1
         self._shared.stats.batches_known += 1
         if self.state is State.PROBATION or self._sample_is_due():
@@ -270,7 +273,8 @@ class Route:
             if self._shared.held > limit:
                 self.rest(
                     f"no row came again among the first {self._rows_seen:,}, which fill "
-                    f"max_bytes ({limit / 1e9:.2g} GB)"
+                    f"max_bytes ({limit / 1e9:.2g} GB)",
+                    ["If it is the data set that is larger, a larger max_bytes helps."],
                 )
             elif self._batches >= _FIRST_NOTE and self._batches & (self._batches - 1) == 0:
                 self._shared.note(
@@ -285,8 +289,12 @@ class Route:
     def _rows_seen(self) -> int:
         return self._batches * self.selection.rows
 
-    def _settle(self) -> None:
-        """Takes what was kept apart into rows, now that rows come again."""
+    def _settle(self, inputs: Mapping[int, Tensor]) -> None:
+        """Takes what was kept apart into rows, now that rows come again.
+
+        Args:
+            inputs: Inputs of some batch, by which the place of the rows is found.
+        """
         self._shared.messages.pop(f"{self._name}: rows", None)
         self.state = State.PROBATION
         self._epoch = self._batches - 1
@@ -294,8 +302,9 @@ class Route:
         few = min(max(self._epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
         self._wanted = few if asked is None else asked
         selection = self.selection
-        kept = selection.settle(self._example)
-        selection.write(selection.keys(self._example), kept)
+        selection.write(selection.keys(inputs), selection.settle(inputs))
+        # What is left of the traced batch are the inputs that all rows share.
+        self._example = selection.shared_of(self._example)
         for batch in self._pending:
             selection.write(batch.keys, batch.kept)
             self._shared.held -= batch.nbytes
@@ -472,7 +481,7 @@ class Route:
 
     # What may have changed between two calls.
 
-    def _look_at_late_values(self) -> None:
+    def _look_at_late_values(self, inputs: Mapping[int, Tensor]) -> None:
         """Keeps values from now on that the caller has read again and again after the call."""
         read = [report.computed for report in self._reports]
         self._reports = self._reports[-1:] if len(read) < _OFTEN else []
@@ -481,9 +490,9 @@ class Route:
             wanted = {number for computed in read for number in computed} - known
             if wanted:
                 self._trace.outputs += [(number, True) for number in wanted]
-                self._select()
+                self._select(inputs)
                 if self.state is not State.RESTING:
-                    self._settle()
+                    self._settle(inputs)
 
     def _look_at_weights(self) -> None:
         """Sees whether frozen bits have changed. Nothing that was made from others is served."""

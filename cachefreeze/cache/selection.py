@@ -12,6 +12,7 @@ from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.shared import Shared, environment
 from cachefreeze.keys import Lineage, Look, batch_key, lineage_of, row_keys
 from cachefreeze.lineage import Axes, Plan, Trace
+from cachefreeze.lineage.operations import Operation
 
 Tensor = torch.Tensor
 Keys = dict[tuple[int, ...], np.ndarray]
@@ -20,6 +21,7 @@ Keys = dict[tuple[int, ...], np.ndarray]
 _READING_RATE = 2e9
 # Seconds that finding the rows of one value takes. A value of the batch alone costs a key of its
 # own inputs, labels perhaps, which come with other rows: it must be worth that.
+_LEAST_ROWS = 2
 _EACH, _EACH_OF_INPUTS = 2e-5, 2e-3
 
 
@@ -60,11 +62,13 @@ class Selection:
         rows: Number of rows in a batch.
         kept: Kept values.
         frozen: Parameters and buffers that the kept values are made from.
+        mixes: Operation that looks across the rows of a batch, for people. Empty if none does.
     """
 
     def __init__(self, shared: Shared, trace: Trace, inputs: Mapping[int, Tensor]) -> None:
         self._shared = shared
         self.trace = trace
+        self.mixes = ""
         self.rows, self._with_rows = lineage.rows_of(inputs)
         cut = lineage.minimum_cut(
             trace, reading_rate=_READING_RATE, each=_EACH, each_of_inputs=_EACH_OF_INPUTS
@@ -196,20 +200,48 @@ class Selection:
             Kept values of that batch, by number.
         """
         found = self.compute(inputs)
-        axes = lineage.axes_of(self.plan.program, found, inputs)
+        axes, mixed = self._axes(found, inputs)
         for one in self.kept:
-            one.layout = self._layout(one, axes)
+            one.layout = self._layout(one, axes, one.number in mixed)
         return found
+
+    def _axes(
+        self, kept: Mapping[int, Tensor], inputs: Mapping[int, Tensor]
+    ) -> tuple[Axes, set[int]]:
+        """Finds the axes of the rows in kept values, and those made by looking across rows.
+
+        Every operation is tried by itself: where rows are looked across in the middle, such as in
+        `torch.where((x > 9).any(), x / 2, x)`, the end may show it in one batch of a thousand.
+        """
+        program = self.plan.program
+        if self.rows < _LEAST_ROWS:
+            return lineage.axes_of(program, kept, inputs), set()
+        axes = lineage.batch_axes(self.trace, *inputs.values())
+        # A model may go through its rows one by one.
+        mixing = {n for n in axes.mixing if not _is_a_row(self.trace.operations[n])}
+        mixed = {
+            number
+            for number in kept
+            if not mixing.isdisjoint(one.number for one in program.needed([number], ()))
+        }
+        rest = {n: tensor for n, tensor in kept.items() if axes.axis(n) is None and n not in mixed}
+        if rest:
+            axes.fitting.update(lineage.axes_of(program, rest, inputs).fitting)
+        for number in sorted(mixing):
+            operation = self.trace.operations[number]
+            if mixed and operation.makes:
+                self.mixes = self.mixes or self.trace.describe(operation.makes[0])
+        return axes, mixed
 
     def compute(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Computes the kept values of a batch by recorded operations, without a forward pass."""
         numbers = [one.number for one in self.kept]
         return {n: tensor.detach() for n, tensor in self.plan.program.run(numbers, inputs).items()}
 
-    def _layout(self, one: Kept, axes: Axes) -> Layout:
+    def _layout(self, one: Kept, axes: Axes, is_mixed: bool) -> Layout:
         value = self.trace.values[one.number]
         reached = any(self.trace.inputs[place] in self._with_rows for place in one.group)
-        axis = axes.axis(one.number) if reached else None
+        axis = axes.axis(one.number) if reached and not is_mixed else None
         count = 1 if axis is None else self.rows
         return Layout(value.shape, value.stride, value.dtype, value.device, axis, count)
 
@@ -290,6 +322,10 @@ class Selection:
             found.append((whole, real))
         return found
 
+    def shared_of(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Returns the inputs that all rows of a batch share."""
+        return {n: tensor for n, tensor in inputs.items() if n not in self._with_rows}
+
     def takes(self, inputs: Mapping[int, Tensor], example: Mapping[int, Tensor]) -> bool:
         """Says whether the rows of a smaller batch may stand in a whole one."""
         read = {self.trace.inputs[place] for one in self.kept for place in one.group}
@@ -303,6 +339,14 @@ class Selection:
             elif not same_bits(tensor, example[number]):
                 return False
         return True
+
+
+def _is_a_row(operation: Operation) -> bool:
+    """Says whether an operation takes a batch apart into single rows."""
+    if operation.name == "unbind":
+        return True
+    place = operation.args[1] if operation.name == "__getitem__" else None
+    return isinstance(place[0] if isinstance(place, tuple) and place else place, int)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

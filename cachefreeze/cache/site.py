@@ -45,7 +45,7 @@ class Site:
         self._kinds: dict[_Key, list[Route]] = {}
         self._flags: weakref.WeakKeyDictionary[Route, _Flags] = weakref.WeakKeyDictionary()
         self._calls = self._traced = 0
-        self._by_parts = False
+        self._by_parts = self._gives_up = False
 
     def routes(self) -> list[Route]:
         """Returns all routes."""
@@ -64,6 +64,8 @@ class Site:
         """
         if self._by_parts:
             return self._call_by_parts(module, args, kwargs)
+        if self._gives_up:
+            return module(*args, **kwargs)
         given = list(tensors((args, kwargs)))
         shapes = tuple(
             [(one.shape, one.stride() if one.layout == torch.strided else (), one.dtype, one.device,
@@ -93,6 +95,15 @@ class Site:
                 "batches, a fixed length or pad_to_multiple_of=64 helps.",
             )
             return self._call_by_parts(module, args, kwargs)
+        if self._traced == 0 and (functions := lineage.compiled_functions(module)):
+            self._gives_up = True
+            self._shared.tell(
+                f"{self._name}: compiled",
+                f"{self._name} is not cached: it calls a function under torch.compile "
+                f"({', '.join(functions)}), which would run uncompiled while it is followed. "
+                "Compile a module in its place.",
+            )
+            return module(*args, **kwargs)
         # Tracing takes time: few calls may be traced.
         if self._traced >= _FEW_TRACES + self._calls // _MOST:
             return module(*args, **kwargs)
