@@ -401,8 +401,11 @@ class Route:
                 f"{self._known} of {self._after} batches had only rows that were there before, so "
                 "that hardly any could be served",
                 [
-                    "Augmentation or noise in front of frozen work makes every row another one, "
-                    "and so does padding to other lengths: there, a fixed length or "
+                    f"{self.selection.mixes} looks across the rows of a batch: its results are "
+                    "kept for whole batches, and those come with other rows in each epoch."
+                    if self.selection.mixes
+                    else "Augmentation or noise in front of frozen work makes every row another "
+                    "one, and so does padding to other lengths: there, a fixed length or "
                     "pad_to_multiple_of=64 helps."
                 ],
             )

@@ -21,7 +21,6 @@ Keys = dict[tuple[int, ...], np.ndarray]
 _READING_RATE = 2e9
 # Seconds that finding the rows of one value takes. A value of the batch alone costs a key of its
 # own inputs, labels perhaps, which come with other rows: it must be worth that.
-_LEAST_ROWS = 2
 _EACH, _EACH_OF_INPUTS = 2e-5, 2e-3
 
 
@@ -214,7 +213,7 @@ class Selection:
         `torch.where((x > 9).any(), x / 2, x)`, the end may show it in one batch of a thousand.
         """
         program = self.plan.program
-        if self.rows < _LEAST_ROWS:
+        if self.rows < 2:
             return lineage.axes_of(program, kept, inputs), set()
         axes = lineage.batch_axes(self.trace, *inputs.values())
         # A model may go through its rows one by one.

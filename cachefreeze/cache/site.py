@@ -82,7 +82,7 @@ class Site:
         trained = self._trained()
         if inner and any(trained):
             return self._call_by_parts(module, args, kwargs)
-        if all(trained) or not given or not all(map(_is_usual, given)):
+        if all(trained) or not _has_rows(given) or not all(map(_is_plain, given)):
             return module(*args, **kwargs)
         flags = tuple(trained), tuple([part.training for part in self._modules])
         if self._is_smaller_than_others(key, flags, given):
@@ -207,14 +207,18 @@ def _are_more_rows(shapes: tuple[Any, ...], given: list[torch.Tensor]) -> bool:
     )
 
 
-def _is_usual(tensor: torch.Tensor) -> bool:
+def _has_rows(given: list[torch.Tensor]) -> bool:
+    first = next((one.shape[0] for one in given if one.dim()), 1)
+    return bool(given) and first > 0
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
     return (
         type(tensor) in (torch.Tensor, nn.Parameter)
         and tensor.layout == torch.strided
         and not tensor.is_nested
         and not tensor.is_quantized
         and tensor.device.type != "meta"
-        and (not tensor.dim() or tensor.shape[0] > 0)
     )
 
 

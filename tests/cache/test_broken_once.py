@@ -288,3 +288,52 @@ def test_frozen_work_that_only_runs_later_is_told_rightly() -> None:
             for output, other in zip(model(batch), plainly(model, batch), strict=True):
                 assert_same(output, other)
         assert "nothing in the call itself takes" in "".join(cache.messages)
+
+
+class Gated(nn.Module):
+    """Frozen work in which one row out of many changes all others of its batch."""
+
+    def __init__(self, gate: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.body, self.head, self.gate = nn.Linear(16, 32), nn.Linear(32, 4), gate
+        self.body.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.gate(self.body(x)))
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda x: torch.where((x > 12).any(), x * 2, x),
+        lambda x: x * (1 + (x.max() > 12).float()),
+        lambda x: x + (x[:1] > 12).float(),
+    ],
+    ids=["any", "max", "first"],
+)
+def test_one_row_out_of_many_changes_its_batch(
+    gate: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model, x = Gated(gate), rows(800)
+    x[37] *= 60
+    with ActivationCache(model) as cache:
+        for epoch in range(3):
+            for batch in batches(x, epoch):
+                assert_same(model(batch), plainly(model, batch))
+        assert cache.stats.rows_served == 0
+        assert "looks across the rows" in "".join(cache.messages)
+
+
+def test_an_empty_input_beside_others_does_no_harm() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = net()
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return self.model(x)
+
+    model, x = Net(), images()
+    with ActivationCache(model) as cache:
+        warm(cache, lambda batch: model(batch, torch.zeros(0)), x)
