@@ -192,12 +192,16 @@ class Route:
             or self.selection.gone
         )
 
+    def difference(self, given: Any) -> str:
+        """Says in a few words what has changed since the traced pass, or returns nothing."""
+        return self._trace.signature.difference(given) or self._around.difference()
+
     def fits(self, given: Any) -> bool:
         """Says whether a call is one of this kind, and goes this way.
 
         It does as far as modules, hooks, attributes and python numbers taken from the batch tell.
         """
-        if self._trace.signature.difference(given) or self._around.difference():
+        if self.difference(given):
             return False
         if not self._guards:
             return True

@@ -45,6 +45,7 @@ class Site:
         self._kinds: dict[_Key, list[Route]] = {}
         self._flags: weakref.WeakKeyDictionary[Route, _Flags] = weakref.WeakKeyDictionary()
         self._calls = self._traced = 0
+        self._fitting = self._again = 0
         self._by_parts = self._gives_up = False
 
     def routes(self) -> list[Route]:
@@ -77,6 +78,7 @@ class Site:
         routes = self._kinds.get(key, [])
         for place, route in enumerate(routes):
             if not route.stale and route.fits((args, kwargs)):
+                self._fitting += 1
                 routes.insert(0, routes.pop(place))
                 return route.call(module, args, kwargs)
         trained = self._trained()
@@ -95,6 +97,13 @@ class Site:
                 "batches, a fixed length or pad_to_multiple_of=64 helps.",
             )
             return self._call_by_parts(module, args, kwargs)
+        if routes and self._again >= _FEW_TRACES + self._fitting // _FEW_TRACES:
+            self._shared.tell(
+                f"{self._name}: changes",
+                f"Calls of {self._name} are not cached while something in it changes from call to "
+                f"call: {routes[0].difference((args, kwargs)) or 'the way through it'}.",
+            )
+            return module(*args, **kwargs)
         if self._traced == 0 and (functions := lineage.compiled_functions(module)):
             self._gives_up = True
             self._shared.tell(
@@ -130,6 +139,7 @@ class Site:
         kwargs: dict[str, Any],
     ) -> Any:
         self._traced += 1
+        self._again += key in self._kinds
         before = self._before(key, flags)
         # The pass may write to what it is given.
         copies = [tensor.detach().clone() for tensor in tensors((args, kwargs))]

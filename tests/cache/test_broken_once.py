@@ -337,3 +337,24 @@ def test_an_empty_input_beside_others_does_no_harm() -> None:
     model, x = Net(), images()
     with ActivationCache(model) as cache:
         warm(cache, lambda batch: model(batch, torch.zeros(0)), x)
+
+
+@pytest.mark.parametrize("what", ["the global variable `FACTOR`", "attribute"])
+def test_what_changes_from_call_to_call_is_told_and_costs_few_traces(body: Body, what: str) -> None:
+    global FACTOR
+    model, x = nn.Sequential(body, nn.Linear(32, 4)), rows()
+    with ActivationCache(model) as cache:
+        for number in range(20):
+            if what == "attribute":
+                body.number = number  # type: ignore[assignment]
+            else:
+                FACTOR = float(number)
+            for batch in list(batches(x, number))[:1]:
+                with torch.no_grad():
+                    other = model[1](body.forward(batch))
+                assert_same(model(batch), other)
+        told = "".join(cache.messages)
+        assert "changes from call to call" in told
+        assert what in told
+        traced = [site._traced for site in cache._sites.values()]
+        assert max(traced) <= 5
