@@ -1,7 +1,7 @@
 """One traced way through a model: when its kept values are trusted, and when they are served."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -50,7 +50,7 @@ class State(Enum):
     Until a row comes again, batches are kept as they are. Then they are taken apart into rows, and
     the first batches that could be served are computed and compared. Then batches are served. A
     route that rests leaves its model alone, one by parts leaves it to the frozen modules inside;
-    a stale one must be traced anew.
+    a stale one must be traced anew, and so must an undecided one, whose times make no sense.
     """
 
     KEEPING = "keeping"
@@ -58,6 +58,7 @@ class State(Enum):
     SERVING = "serving"
     RESTING = "resting"
     BY_PARTS = "by parts"
+    UNDECIDED = "undecided"
     STALE = "stale"
 
 
@@ -78,8 +79,41 @@ class _Batch:
         return sum(tensor.nbytes for tensor in self.kept.values())
 
 
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
 def _unknown(places: Mapping[int, np.ndarray]) -> bool:
     return any((place < 0).any() for place in places.values())
+
+
+@dataclass(eq=False)
+class Family:
+    """What routes have in common that differ in nothing but the length that rows are padded to.
+
+    Attributes:
+        seen: Rows that came, until rows come again.
+        again: Whether rows have come again.
+        batches: Number of batches.
+        after: Number of batches since rows have come again.
+        known: Number of those all of whose rows were known.
+        passed: Number of batches that were compared.
+        wanted: Number of batches that are compared before any is served.
+        epoch: Number of batches before rows came again.
+        routes: Number of routes.
+        broken: Whether padding was found to move the bits of rows.
+    """
+
+    seen: dict[bytes, Index] = field(default_factory=dict)
+    again: bool = False
+    batches: int = 0
+    after: int = 0
+    known: int = 0
+    passed: int = 0
+    wanted: int = 0
+    epoch: int = 0
+    routes: int = 0
+    broken: bool = False
 
 
 class Route:
@@ -93,6 +127,9 @@ class Route:
         inputs: Copies of the tensors that the pass was given.
         before: Route of the same calls from when less was frozen, if there is one. Its rows serve
             to compute those of this one.
+        like: Route of the same calls on rows that are padded to another length, if there is one.
+            If the same values can be kept, rows are shared with it.
+        last: Whether the pass is not traced once more, if frozen work seems to take little time.
 
     Attributes:
         state: What becomes of a batch.
@@ -108,6 +145,8 @@ class Route:
         around: Surroundings,
         inputs: Sequence[Tensor],
         before: "Route | None" = None,
+        like: "Route | None" = None,
+        last: bool = True,
     ) -> None:
         self.state = State.KEEPING
         self.why = ""
@@ -118,13 +157,17 @@ class Route:
         self._example = dict(zip(trace.inputs, inputs, strict=True))
         self._smaller: list[dict[int, Tensor]] = []
         self._pending: list[_Batch] = []
-        self._seen: dict[bytes, Index] = {}
-        self._batches, self._after, self._known = 1, 0, 0
-        self._passed = self._served = self._lost = 0
+        self._compared = self._served = self._lost = 0
+        self.family = Family()
+        self._like: Selection | None = None
+        if like is not None and like.selection.is_like(trace):
+            self.family, self._like = like.family, like.selection
+        self.family.batches += 1
+        self.family.routes += 1
         self._next_sample = _FIRST_SAMPLE
         self._moved_at, self._moving = -_REST, shared.moving.version
         self._reports: list[lineage.Report] = []
-        self._before = before
+        self._before, self._last = before, last
         self._guards = [
             one
             for one in trace.operations
@@ -134,7 +177,7 @@ class Route:
 
     def _select(self, inputs: Mapping[int, Tensor]) -> None:
         """Chooses what is kept, and rests if that saves too little."""
-        self.selection = Selection(self._shared, self._trace, inputs)
+        self.selection = Selection(self._shared, self._trace, inputs, self._like)
         share, states = self.selection.share, self._trace.states
         if self.selection.kept and share >= _LEAST_SHARE:
             if self.selection.joins():
@@ -142,13 +185,19 @@ class Route:
                 return
             self.selection.name()
             self._note(self.selection.keys(inputs))
-            if lineage.saved_in_eval_mode(self._trace) > share + _WORTH_TELLING:
+            if lineage.more_in_eval_mode(self._trace) > _WORTH_TELLING:
                 limits = lineage.limits_of(self._trace, share)
                 self._shared.tell(
                     f"{self._name}: modes",
                     f"The cache leaves out {share:.0%} of the forward pass of {self._name}. "
                     f"{limits[-1]}",
                 )
+            return
+        operations = len(self._trace.operations)
+        left_out = operations - len(self.selection.plan.cut.runs)
+        if not self._last and self.selection.kept and left_out > _LEAST_SHARE * operations:
+            # Other processes may have held up one operation.
+            self.state = State.UNDECIDED
             return
         if all(state.trained for state in states if isinstance(state.tensor(), nn.Parameter)):
             # A call is not followed unless some parameter of it takes no gradient.
@@ -174,9 +223,14 @@ class Route:
         sentence = " ".join([f"{self._name} is not cached: {why}.", *more])
         self._shared.tell(f"{self._name}: {why}", sentence)
 
+    def free(self) -> None:
+        """Forgets everything that was kept."""
+        self._drop_batches()
+        self.selection.forget()
+
     def _drop_batches(self) -> None:
         self._shared.held -= sum(batch.nbytes for batch in self._pending)
-        self._pending, self._seen = [], {}
+        self._pending = []
 
     @property
     def serves(self) -> bool:
@@ -190,6 +244,7 @@ class Route:
             self.state is State.STALE
             or self._moving != self._shared.moving.version
             or self.selection.gone
+            or self.family.broken
         )
 
     def difference(self, given: Any) -> str:
@@ -220,16 +275,17 @@ class Route:
         self._look_at_weights()
         if self.state in (State.RESTING, State.STALE):
             return module(*args, **kwargs)
-        self._batches += 1
+        family = self.family
+        family.batches += 1
         self._shared.entries.now += 1
         keys = self.selection.keys(inputs)
         earlier = None
         if self.state is State.KEEPING:
             earlier = self._from_before(args, kwargs, inputs)
-            if not self._note(keys) and earlier is None:
+            if not family.again and not self._note(keys) and earlier is None:
                 return self._keep(module, args, kwargs, keys)
             self._settle(self._example)
-        self._after += 1
+        family.after += 1
         self._shared.stats.batches += 1
         places = self.selection.find(keys)
         if _unknown(places):
@@ -240,8 +296,10 @@ class Route:
             places = self.selection.find(keys)
             if _unknown(places):  # there was no room for all rows
                 return self._add(module, args, kwargs, keys)
-        self._known += 1
+        family.known += 1
         self._shared.stats.batches_known += 1
+        if self.state is State.PROBATION and self._is_proven:
+            self.state = State.SERVING
         if self.state is State.PROBATION or self._sample_is_due():
             return self._compare(module, args, kwargs, places)
         return self._serve(module, args, kwargs, places, began)
@@ -256,7 +314,7 @@ class Route:
         again = False
         new: list[tuple[Index, np.ndarray]] = []
         for group, wanted in keys.items():
-            index = self._seen.setdefault(self.selection.alike(group), Index())
+            index = self.family.seen.setdefault(self.selection.alike(group), Index())
             unknown = np.flatnonzero(index.find(wanted) < 0)
             again |= 2 * len(unknown) <= len(wanted)
             new.append((index, wanted[unknown]))
@@ -268,30 +326,33 @@ class Route:
     def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any], keys: Keys) -> Any:
         output, kept = self._capture(module, args, kwargs)
         if kept is not None:
-            batch = _Batch(keys, kept)
-            self._pending.append(batch)
-            self._shared.held += batch.nbytes
-            limit = self._shared.entries.max_bytes
-            if self._shared.held > limit:
-                self._shared.entries.make_room(0, self._shared.held)
-            if self._shared.held > limit:
-                self.rest(
-                    f"no row came again among the first {self._rows_seen:,}, which fill "
-                    f"max_bytes ({limit / 1e9:.2g} GB)",
-                    ["If it is the data set that is larger, a larger max_bytes helps."],
-                )
-            elif self._batches >= _FIRST_NOTE and self._batches & (self._batches - 1) == 0:
-                self._shared.note(
-                    f"{self._name}: rows",
-                    f"No row of {self._name} has come again among the first {self._rows_seen:,}: "
-                    "nothing was served. Augmentation, mixup or noise in front of frozen work make "
-                    "every row another one.",
-                )
+            self._pend(_Batch(keys, kept))
         return output
+
+    def _pend(self, batch: _Batch) -> None:
+        """Keeps a batch as it is until rows come again."""
+        self._pending.append(batch)
+        self._shared.held += batch.nbytes
+        limit = self._shared.entries.max_bytes
+        if self._shared.held > limit:
+            self._shared.entries.make_room(0, self._shared.held)
+        if self._shared.held > limit:
+            self.rest(
+                f"no row came again among the first {self._rows_seen:,}, which fill "
+                f"max_bytes ({limit / 1e9:.2g} GB)",
+                ["If it is the data set that is larger, a larger max_bytes helps."],
+            )
+        elif self.family.batches >= _FIRST_NOTE and _is_power_of_two(self.family.batches):
+            self._shared.note(
+                f"{self._name}: rows",
+                f"No row of {self._name} has come again among the first {self._rows_seen:,}: "
+                "nothing was served. Augmentation, mixup or noise in front of frozen work make "
+                "every row another one.",
+            )
 
     @property
     def _rows_seen(self) -> int:
-        return self._batches * self.selection.rows
+        return self.family.batches * self.selection.rows
 
     def _settle(self, inputs: Mapping[int, Tensor]) -> None:
         """Takes what was kept apart into rows, now that rows come again.
@@ -301,10 +362,12 @@ class Route:
         """
         self._shared.messages.pop(f"{self._name}: rows", None)
         self.state = State.PROBATION
-        self._epoch = self._batches - 1
-        asked = self._shared.probation
-        few = min(max(self._epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
-        self._wanted = few if asked is None else asked
+        family = self.family
+        if not family.again:
+            family.again, family.epoch, family.seen = True, family.batches - 1, {}
+            asked = self._shared.probation
+            few = min(max(family.epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
+            family.wanted = few if asked is None else asked
         selection = self.selection
         selection.write(selection.keys(inputs), selection.settle(inputs))
         # What is left of the traced batch are the inputs that all rows share.
@@ -315,6 +378,34 @@ class Route:
             batch.kept = {}
         self._pending = []
         self._fill_up()
+
+    def call_of_another_length(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, bool]:
+        """Runs a call on rows that are padded to another length, and keeps what can be kept.
+
+        Returns:
+            Output of the module, and whether the call ran: it does not if all of its rows are
+            known, so that following it pays from now on.
+        """
+        self._look_at_weights()
+        if self.state is State.STALE:
+            return None, False
+        inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
+        keys = self.selection.keys(inputs)
+        if not self.family.again and self._note(keys):
+            self._settle(self._example)
+        if self.family.again and not _unknown(self.selection.find(keys)):
+            return None, False
+        self.family.batches += 1
+        self._shared.entries.now += 1
+        output, kept = self.selection.capture_of_another_length(module, args, kwargs)
+        self._shared.stats.rows_computed += self.selection.rows
+        if kept is not None and self.state is not State.KEEPING:
+            self.selection.write(keys, kept)
+        elif kept is not None:
+            self._pend(_Batch(keys, kept))
+        return output, True
 
     def take_smaller(self, inputs: Sequence[Tensor]) -> None:
         """Takes the rows of a batch that is smaller than others, to be computed in a whole one.
@@ -399,10 +490,11 @@ class Route:
             return output
         if kept is not None:
             self.selection.write(keys, kept)
-        if self._after >= max(_FEW, self._epoch) and self._known * _RARE < self._after:
+        family = self.family
+        if family.after >= max(_FEW, family.epoch) and family.known * _RARE < family.after:
             self.selection.forget()
             self.rest(
-                f"{self._known} of {self._after} batches had only rows that were there before, so "
+                f"{family.known} of {family.after} batches had only rows that came before, so "
                 "that hardly any could be served",
                 [
                     f"{self.selection.mixes} looks across the rows of a batch: its results are "
@@ -428,10 +520,8 @@ class Route:
         for one in self.selection.kept:
             if not same_bits(kept[one.number], stored[one.number]):
                 self._differs(one.number, kept[one.number], stored[one.number])
-        if self.state is State.PROBATION:
-            self._passed += 1
-            if self._passed >= self._wanted:
-                self.state = State.SERVING
+        self._compared += 1
+        self.family.passed += 1
         return output
 
     def _differs(self, number: int, computed: Tensor, stored: Tensor) -> None:
@@ -447,11 +537,26 @@ class Route:
             )
             return
         self.selection.forget()
+        if self.family.routes > 1:
+            self.family.broken = True
+            self._shared.tell(
+                f"{self._name}: padding",
+                f"{self._name} is not cached: rows of {name} have other bits where they are padded "
+                f"to another length (by {far:.1e}, of {size:.1e}). A fixed length or "
+                "pad_to_multiple_of=64 makes rows come again, and exact=False serves them as they "
+                "are.",
+            )
+            return
         why = f"kept rows of {name} differ from computed ones by {far:.1e}, of {size:.1e}"
         more = "exact=False would serve them." if close else (
             "Rows depend on the others of their batch, or on something that the cache cannot see."
         )  # fmt: skip
         self.rest(why, [more])
+
+    @property
+    def _is_proven(self) -> bool:
+        """Whether enough batches were compared, one of the very length among them."""
+        return self._compared > 0 and self.family.passed >= self.family.wanted
 
     def _sample_is_due(self) -> bool:
         if self._served < self._next_sample:
@@ -512,9 +617,12 @@ class Route:
         if not moved:
             return
         self._drop_batches()
-        if self._batches - self._moved_at <= _REST:
+        family = self.family
+        if family.batches - self._moved_at <= _REST:
             self._shared.moving.add(moved)
             self.state = State.STALE
         elif self.state is not State.KEEPING:
-            self.state, self._passed = State.PROBATION, 0
-        self._moved_at = self._batches
+            self.state, family.passed, self._compared = State.PROBATION, 0, 0
+        else:
+            family.seen = {}
+        self._moved_at = family.batches

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from torch import nn
 
 from cachefreeze import lineage
 from cachefreeze.cache.layout import Layout
+from cachefreeze.cache.lengths import mask_of, own_lengths
 from cachefreeze.cache.shared import Shared, environment
 from cachefreeze.keys import Lineage, Look, batch_key, lineage_of, row_keys
-from cachefreeze.lineage import Axes, Plan, Trace
+from cachefreeze.lineage import Axes, Cut, Plan, Trace
 from cachefreeze.lineage.operations import Operation
 
 Tensor = torch.Tensor
@@ -53,6 +56,8 @@ class Selection:
         shared: What all routes of the cache have in common.
         trace: Trace of a pass.
         inputs: Tensors that the pass was given, by the numbers of their values.
+        like: What is kept of a pass on rows of another length, if it is the same. The same tables
+            are used then.
 
     Attributes:
         trace: Trace of a pass.
@@ -64,15 +69,24 @@ class Selection:
         mixes: Operation that looks across the rows of a batch, for people. Empty if none does.
     """
 
-    def __init__(self, shared: Shared, trace: Trace, inputs: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        trace: Trace,
+        inputs: Mapping[int, Tensor],
+        like: "Selection | None" = None,
+    ) -> None:
         self._shared = shared
         self.trace = trace
         self.mixes = ""
         self.rows, self._with_rows = lineage.rows_of(inputs)
-        cut = lineage.minimum_cut(
+        self._mask = mask_of(inputs, self._with_rows)
+        self._like = like
+        self._padding: dict[int, float] = like._padding if like is not None else {}
+        cut: Cut = like.plan.cut if like is not None else lineage.minimum_cut(
             trace, reading_rate=_READING_RATE, each=_EACH, each_of_inputs=_EACH_OF_INPUTS
-        )
-        self.plan = Plan(trace, cut)
+        )  # fmt: skip
+        self.plan: Plan = Plan(trace, cut)
         self.share = cut.seconds_saved / max(trace.kernel_seconds, 1e-12)
         self.kept = [
             Kept(number, lineage_of(trace, number, self.plan.program)) for number in cut.kept
@@ -81,9 +95,62 @@ class Selection:
         self._states = {
             number: states[number].tensor for one in self.kept for number in one.lineage.states
         }
+        self._places = lineage.module_outputs(trace, cut.kept)
         self._digests: dict[int, bytes] = {}
+        self._moved: list[Tensor] = []
         self._named_at = self._looked_at = -1
         self._look: Look | None = None
+
+    @property
+    def length(self) -> int:
+        """Length that the rows of the traced batch are padded to. 0 if no mask shows their own."""
+        if self._mask is None or not all(
+            any(self.trace.inputs[place] == self._mask for place in one.group) for one in self.kept
+        ):
+            return 0
+        return self.trace.values[self._mask].shape[1]
+
+    def capture_of_another_length(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[int, Tensor] | None]:
+        """Runs a plain pass on rows of another length, and takes what is kept if it can be taken.
+
+        Returns:
+            Output of the module, and kept values by number, or None.
+        """
+        assert self._places is not None
+        output, found = lineage.capture_outputs(self._places, module, *args, **kwargs)
+        values = self.trace.values
+        if len(found) < len(self.kept) or any(
+            (tuple(tensor.shape), tensor.dtype) != (values[n].shape, values[n].dtype)
+            for n, tensor in found.items()
+        ):
+            return output, None
+        return output, found
+
+    @property
+    def takes_other_lengths(self) -> bool:
+        """Whether kept values can be taken from a pass on rows of another length as it is.
+
+        Padding moves the last bits of some rows, and not of others: a few batches that are equal
+        prove nothing. So only what is served by exact=False is shared between lengths.
+        """
+        return bool(self.length) and self._places is not None and not self._shared.exact
+
+    def is_like(self, trace: Trace) -> bool:
+        """Says whether a pass on rows of another length made the same values by the same steps."""
+        mine, values = self.trace, trace.values
+        return (
+            [one.name for one in mine.operations] == [one.name for one in trace.operations]
+            and [one.makes for one in mine.operations] == [one.makes for one in trace.operations]
+            and [one.kind for one in mine.operations] == [one.kind for one in trace.operations]
+            and mine.inputs == trace.inputs
+            and all(
+                (values[n].shape, values[n].stride, values[n].dtype)
+                == (mine.values[n].shape, mine.values[n].stride, mine.values[n].dtype)
+                for n in self.plan.cut.kept
+            )
+        )
 
     @property
     def frozen(self) -> list[Tensor]:
@@ -135,15 +202,19 @@ class Selection:
         Returns:
             Tensors whose bits are others than at the last time.
         """
+        self._name()
+        moved, self._moved = self._moved, []
+        return moved
+
+    def _name(self) -> None:
         weights = self._shared.weights
-        moved: list[Tensor] = []
         if weights.changes == self._named_at:
-            return moved
+            return
         for number, reference in self._states.items():
             tensor = reference()
             digest = b"" if tensor is None else weights.digest(tensor)
             if tensor is not None and self._digests.get(number, digest) != digest:
-                moved.append(tensor)
+                self._moved.append(tensor)
             self._digests[number] = digest
         around = environment(torch.get_num_threads())
         for one in self.kept:
@@ -151,9 +222,12 @@ class Selection:
             for number in one.lineage.states:
                 name.update(self._digests[number])
             one.name = name.digest()
+        if self._like is not None:
+            self._like._name()
+            for one, other in zip(self.kept, self._like.kept, strict=True):
+                one.name = other.name
         self._named_at = self._looked_at = weights.changes
         self._look = weights.take_look(self.frozen)
-        return moved
 
     def rows_kept(self) -> dict[tuple[bytes, ...], int]:
         """Returns the number of rows that are kept now, by the names of the tables they are in."""
@@ -166,6 +240,8 @@ class Selection:
 
     def alike(self, group: tuple[int, ...]) -> bytes:
         """Names what is made from some inputs, so that two inputs of one kind have one name."""
+        if self._like is not None:
+            return self._like.alike(group)
         return b"".join(sorted(one.lineage.digest for one in self.kept if one.group == group))
 
     def forget(self) -> None:
@@ -179,14 +255,26 @@ class Selection:
             inputs: Inputs of the batch, by the numbers of their values.
         """
         found: Keys = {}
+        # On some processors padding moves the last bits of a row.
+        length = 0
+        if not self._shared.exact and self.length and self._mask is not None:
+            length = inputs[self._mask].shape[1]
         for one in self.kept:
             if one.group not in found:
                 numbers = [self.trace.inputs[place] for place in one.group]
-                found[one.group] = row_keys(
-                    [inputs[number] for number in numbers if number in self._with_rows],
-                    [inputs[number] for number in numbers if number not in self._with_rows],
-                    self.rows,
-                )
+                rows = [inputs[number] for number in numbers if number in self._with_rows]
+                shared = [inputs[number] for number in numbers if number not in self._with_rows]
+                lengths = None
+                if length and self._mask is not None:
+                    padded = {
+                        number: inputs[number]
+                        for number in numbers
+                        if number in self._with_rows
+                        and inputs[number].dim() > 1
+                        and inputs[number].shape[1] == length
+                    }
+                    lengths = own_lengths(inputs[self._mask], padded, self._padding)
+                found[one.group] = row_keys(rows, shared, self.rows, lengths, length)
         return found
 
     def settle(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -199,6 +287,10 @@ class Selection:
             Kept values of that batch, by number.
         """
         found = self.compute(inputs)
+        if self._like is not None and self._like.settled:
+            for one, other in zip(self.kept, self._like.kept, strict=True):
+                one.layout = other.layout
+            return found
         axes, mixed = self._axes(found, inputs)
         for one in self.kept:
             one.layout = self._layout(one, axes, one.number in mixed)

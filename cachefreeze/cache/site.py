@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils import _device as device_contexts
 
 from cachefreeze import lineage
+from cachefreeze.cache.lengths import differ_in_length
 from cachefreeze.cache.route import Route, State
 from cachefreeze.cache.shared import Shared, environment
 from cachefreeze.keys import Surroundings
@@ -18,6 +19,12 @@ from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 _MOST = 16
 # Number of them for one mode of which the user is told.
 _MANY_SHAPES = 4
+# Largest number of lengths of padded rows.
+_MOST_LENGTHS = 64
+# Number of times that a pass is traced in which frozen work seems to take little time.
+_TRIES = 3
+# Number of lengths at which rows are hardly ever padded to the same one again.
+_MANY_LENGTHS = 8
 # Number of calls that are traced. Beyond them, one of 16 may be.
 _FEW_TRACES = 4
 
@@ -47,6 +54,7 @@ class Site:
         self._calls = self._traced = 0
         self._fitting = self._again = 0
         self._by_parts = self._gives_up = False
+        self._tried: dict[_Key, int] = {}
 
     def routes(self) -> list[Route]:
         """Returns all routes."""
@@ -89,7 +97,11 @@ class Site:
         flags = tuple(trained), tuple([part.training for part in self._modules])
         if self._is_smaller_than_others(key, flags, given):
             return module(*args, **kwargs)
-        if not routes and len(self._kinds) >= _MOST:
+        if any(route.family.broken for route in self.routes()):
+            return self._give_up(module, args, kwargs)
+        like = self._of_another_length(key, flags)
+        again = like is not None and like.family.again
+        if not routes and len(self._kinds) >= (_MOST_LENGTHS if like is not None else _MOST):
             self._shared.tell(
                 f"{self._name}: signatures",
                 f"{self._name} was called with more than {_MOST} combinations of shapes and "
@@ -113,10 +125,31 @@ class Site:
                 "Compile a module in its place.",
             )
             return module(*args, **kwargs)
-        # Tracing takes time: few calls may be traced.
-        if self._traced >= _FEW_TRACES + self._calls // _MOST:
+        takes = like is not None and like.selection.takes_other_lengths
+        if like is not None and not takes and len(self._kinds) >= _MANY_LENGTHS:
+            self._shared.tell(
+                f"{self._name}: lengths",
+                f"{self._name} is not cached: its rows are padded to another length in every batch "
+                "and have other bits each time. A fixed length or pad_to_multiple_of=64 makes rows "
+                "come again, and exact=False may serve them at any length.",
+            )
+            return self._give_up(module, args, kwargs)
+        if like is not None and takes:
+            output, ran = like.call_of_another_length(module, args, kwargs)
+            if ran:
+                return output
+        # Tracing takes time: few calls may be traced, and more once it is known to pay.
+        elif self._traced >= _FEW_TRACES + self._calls // (_FEW_TRACES if again else _MOST):
             return module(*args, **kwargs)
-        return self._trace(key, flags, module, args, kwargs)
+        return self._trace(key, flags, module, args, kwargs, like)
+
+    def _give_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Leaves the module alone from now on."""
+        self._gives_up = True
+        for route in self.routes():
+            route.free()
+        self._kinds.clear()
+        return module(*args, **kwargs)
 
     def _trained(self) -> list[bool]:
         """Returns which parameters take gradient, those of parts that are new among them."""
@@ -137,6 +170,7 @@ class Site:
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        like: Route | None,
     ) -> Any:
         self._traced += 1
         self._again += key in self._kinds
@@ -147,13 +181,19 @@ class Site:
         output, trace = lineage.trace(module, *args, moving=self._shared.moving.tensors, **kwargs)
         self._shared.stats.rows_computed += _rows(copies)
         around.settle()
-        route = Route(self._shared, self._words(module, copies), trace, around, copies, before)
+        name = self._words(module, copies)
+        self._tried[key] = self._tried.get(key, 0) + 1
+        last = self._tried[key] >= _TRIES
+        like = like if like is not None and like.selection.takes_other_lengths else None
+        route = Route(self._shared, name, trace, around, copies, before, like, last)
+        if route.state is State.UNDECIDED:
+            return output
         self._flags[route] = flags
         if route.state is State.BY_PARTS:
             self._by_parts = True
             return output
         if key not in self._kinds:
-            self._note_shapes(key)
+            self._note_shapes(key, route)
         routes = [one for one in self._kinds.get(key, []) if not one.stale]
         self._kinds[key] = [route, *routes][:_MOST]
         return output
@@ -172,9 +212,9 @@ class Site:
         with calls.rooted():
             return calls.real_call(module, *args, **kwargs)
 
-    def _note_shapes(self, key: _Key) -> None:
+    def _note_shapes(self, key: _Key, route: Route) -> None:
         alike = sum(other[:2] == key[:2] for other in self._kinds)
-        if alike == _MANY_SHAPES:
+        if alike == _MANY_SHAPES and route.family.routes == 1:
             self._shared.note(
                 f"{self._name}: shapes",
                 f"{self._name} was called with more than {_MANY_SHAPES} combinations of shapes. "
@@ -189,6 +229,23 @@ class Site:
             less = all(one or not now for one, now in zip(trained, flags[0], strict=False))
             if less and trained != flags[0] and route.serves:
                 return route
+        return None
+
+    def _of_another_length(self, key: _Key, flags: _Flags) -> Route | None:
+        """Finds a route of the same calls on rows that are padded to another length."""
+        shapes = tuple([one[0] for one in key[2]])
+        for (switches, plain, others), routes in self._kinds.items():
+            for route in routes:
+                length = route.selection.length
+                if (
+                    length
+                    and (switches, plain) == key[:2]
+                    and self._flags[route] == flags
+                    and route.state is not State.RESTING
+                    and not route.stale
+                    and differ_in_length(tuple([one[0] for one in others]), shapes, length)
+                ):
+                    return route
         return None
 
     def _is_smaller_than_others(self, key: _Key, flags: _Flags, given: list[torch.Tensor]) -> bool:

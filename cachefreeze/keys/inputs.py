@@ -10,22 +10,40 @@ import xxhash
 Tensor = torch.Tensor
 
 
-def row_keys(rows: Sequence[Tensor], shared: Sequence[Tensor], count: int) -> np.ndarray:
+def row_keys(
+    rows: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    count: int,
+    lengths: np.ndarray | None = None,
+    padded: int = 0,
+) -> np.ndarray:
     """Hashes each row of a batch with xxh3-128.
 
     Args:
         rows: Inputs whose first dimension is that of the rows.
         shared: Inputs that all rows share. They are part of every key.
         count: Number of rows in the batch.
+        lengths: Length of each row before its padding. If None, padding is part of a row.
+        padded: Length that rows are padded to. Inputs whose second dimension is that long are
+            hashed up to the row's own length.
 
     Returns:
         Keys, as an array of shape (count, 2) of 64-bit numbers.
     """
     start = b"".join(xxhash.xxh3_128_digest(_bytes(tensor)) for tensor in shared)
     parts = [_bytes(tensor).reshape(count, -1) for tensor in rows]
-    if len(parts) > 1 and sum(part.shape[1] for part in parts) <= _SMALL:
-        parts = [np.concatenate(parts, axis=1)]
-    hashed = [_hashes(part) for part in parts]
+    if lengths is not None:
+        hashed = [
+            _hashes_up_to(part, lengths, padded)
+            if tensor.dim() > 1 and tensor.shape[1] == padded
+            else _hashes(part)
+            for tensor, part in zip(rows, parts, strict=True)
+        ]
+        start += b"own length"
+    else:
+        if len(parts) > 1 and sum(part.shape[1] for part in parts) <= _SMALL:
+            parts = [np.concatenate(parts, axis=1)]
+        hashed = [_hashes(part) for part in parts]
     if len(hashed) == 1 and not start:
         digests = hashed[0]
     else:
@@ -49,6 +67,15 @@ def _hashes(rows: np.ndarray) -> list[bytes]:
     width, flat = rows.shape[1], np.ascontiguousarray(rows).data.cast("B")
     digest = xxhash.xxh3_128_digest
     return [digest(flat[place : place + width]) for place in range(0, len(flat), width or 1)]
+
+
+def _hashes_up_to(rows: np.ndarray, lengths: np.ndarray, padded: int) -> list[bytes]:
+    width, flat = rows.shape[1], np.ascontiguousarray(rows).data.cast("B")
+    step, digest = width // padded, xxhash.xxh3_128_digest
+    return [
+        digest(flat[row * width : row * width + int(length) * step])
+        for row, length in enumerate(lengths)
+    ]
 
 
 def _bytes(tensor: Tensor) -> Any:

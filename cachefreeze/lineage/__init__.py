@@ -9,8 +9,9 @@ loop.
 
 from cachefreeze.lineage.axes import Axes, Axis, axes_of, batch_axes, leave_mixing, rows_of
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
-from cachefreeze.lineage.explanation import Explanation, explain, limits_of, saved_in_eval_mode
+from cachefreeze.lineage.explanation import Explanation, explain, limits_of, more_in_eval_mode
 from cachefreeze.lineage.extension import computable, extend
+from cachefreeze.lineage.module_outputs import capture_outputs, module_outputs
 from cachefreeze.lineage.modules import compiled_functions
 from cachefreeze.lineage.operations import Trace
 from cachefreeze.lineage.plan import Plan
@@ -28,6 +29,7 @@ __all__ = [
     "axes_of",
     "batch_axes",
     "capture",
+    "capture_outputs",
     "compiled_functions",
     "computable",
     "crossing_cut",
@@ -36,8 +38,9 @@ __all__ = [
     "leave_mixing",
     "limits_of",
     "minimum_cut",
+    "module_outputs",
+    "more_in_eval_mode",
     "replay",
     "rows_of",
-    "saved_in_eval_mode",
     "trace",
 ]

@@ -220,6 +220,58 @@ def test_batches_padded_to_other_lengths_are_told_within_two_epochs() -> None:
         assert any("pad_to_multiple_of" in message for message in cache.messages)
 
 
+class Texts(nn.Module):
+    """A frozen encoder with masked attention, and a trained head on its pooled output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 16)
+        self.mix = nn.Linear(16, 16)
+        self.pool = nn.Tanh()
+        self.requires_grad_(False)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = self.mix(self.embed(ids)) * mask[..., None]
+        return self.head(self.pool(h.sum(1) / mask.sum(1, keepdim=True)))
+
+
+def test_texts_padded_to_the_longest_are_served_by_exact_false() -> None:
+    lengths = torch.randint(3, 13, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = [
+        torch.randint(1, 50, (n,), generator=torch.Generator().manual_seed(n)) for n in range(64)
+    ]
+    rows = [
+        row.repeat(12)[:length] for row, length in zip(rows[1:] + rows[:1], lengths, strict=True)
+    ]
+    rows = [row if len(row) else torch.tensor([7, 8, 9]) for row in rows]
+
+    def run(exact: bool) -> tuple[ActivationCache, list[int]]:
+        model, served_in = Texts(), []
+        cache = ActivationCache(model, exact=exact)
+        for epoch in range(5):
+            before = cache.stats.rows_served
+            order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
+            for places in order.split(8):
+                batch = [rows[n] for n in places]
+                ids = nn.utils.rnn.pad_sequence(batch, batch_first=True)
+                mask = (
+                    torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in batch])
+                ).long()
+                assert torch.allclose(model(ids, mask), plainly(model, ids, mask), atol=1e-6)
+            served_in.append(cache.stats.rows_served - before)
+        return cache, served_in
+
+    cache, rows_served = run(exact=False)
+    assert rows_served[0] == 0
+    assert rows_served[-1] >= 32, (rows_served, str(cache))
+    cache.close()
+    cache, rows_served = run(exact=True)
+    assert cache.messages or sum(rows_served)
+    cache.close()
+
+
 def test_a_model_with_little_frozen_work_is_left_alone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), *[nn.Linear(512, 512)] * 0)
