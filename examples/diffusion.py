@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import cachefreeze
 
 torch.manual_seed(0)
-digits = torch.tensor(load_digits().images[:96], dtype=torch.float32) / 8 - 1
+digits = torch.tensor(load_digits().images[:64], dtype=torch.float32) / 8 - 1
 loader = DataLoader(digits[:, None].repeat(1, 3, 4, 4), 16, shuffle=True)
 
 vae = AutoencoderKL(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,

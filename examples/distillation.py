@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import cachefreeze
 
 torch.manual_seed(0)
-digits = torch.tensor(load_digits().images[:400], dtype=torch.float32) / 16
+digits = torch.tensor(load_digits().images[:256], dtype=torch.float32) / 16
 loader = DataLoader(digits[:, None].repeat(1, 3, 4, 4), 32, shuffle=True)
 
 teacher = torchvision.models.resnet34(num_classes=10).eval()

@@ -13,8 +13,8 @@ import cachefreeze
 
 torch.manual_seed(0)
 digits = load_digits()
-images = torch.tensor(digits.images[:500], dtype=torch.float32)[:, None].repeat(1, 3, 4, 4) / 16
-loader = DataLoader(TensorDataset(images, torch.tensor(digits.target[:500])), 32, shuffle=True)
+images = torch.tensor(digits.images[:320], dtype=torch.float32)[:, None].repeat(1, 3, 4, 4) / 16
+loader = DataLoader(TensorDataset(images, torch.tensor(digits.target[:320])), 32, shuffle=True)
 
 model = torchvision.models.resnet18(num_classes=10)  # weights="DEFAULT" downloads trained ones
 cachefreeze.freeze(*[part for name, part in model.named_children() if name != "fc"])

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import cachefreeze
 
 torch.manual_seed(0)
-digits = torch.tensor(load_digits().images[:120], dtype=torch.float32) / 16
+digits = torch.tensor(load_digits().images[:64], dtype=torch.float32) / 16
 images = digits[:, None].repeat(1, 3, 8, 8)
 masks = (images[:, 0] > 0.5).long()
 loader = DataLoader(TensorDataset(images, masks), 8, shuffle=True)

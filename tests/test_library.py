@@ -26,7 +26,6 @@ from cachefreeze import (
     UserError,
     batches_of,
     epoch_order,
-    freeze,
     param_groups,
     partition,
     stores,
@@ -105,7 +104,7 @@ def test_a_loop_of_ones_own_ends_with_the_weights_that_it_ended_with_before(
 
     model = network(name)
     units = partition(model)
-    freeze(units, FROZEN[name])
+    units.freeze(FROZEN[name])
     optimizer = optimizer_for([p for unit in units[units.frontier :] for p in unit.parameters()])
     torch.manual_seed(5)
     with PrefixCache(
