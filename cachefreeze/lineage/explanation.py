@@ -10,6 +10,7 @@ import torch
 from cachefreeze.errors import UserError
 from cachefreeze.lineage.axes import Axes, batch_axes, leave_mixing
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
+from cachefreeze.lineage.modules import compiled_functions
 from cachefreeze.lineage.operations import LIVE, MIXES, SHAPELESS, TRAINED, Operation, Trace, mark
 from cachefreeze.lineage.tracer import trace
 
@@ -57,8 +58,14 @@ def explain(model: Callable[..., Any], /, *example: Any, **kwargs: Any) -> Expla
 
     Raises:
         UserError: The callable uses no module, does not take the example, has no frozen parameter,
-            or trains nothing.
+            trains nothing, or calls a function under `torch.compile`.
     """
+    if isinstance(model, torch.nn.Module) and (functions := compiled_functions(model)):
+        raise UserError(
+            f"{type(model).__name__} calls a function under torch.compile "
+            f"({', '.join(functions)}), which would run uncompiled while it is followed: compile a "
+            "module in its place."
+        )
     try:
         output, traced = trace(model, *example, **kwargs)
     except UserError:

@@ -92,3 +92,20 @@ def test_bad_input_gets_one_sentence(model, batch, sentence):
 
 def test_one_row_is_explained_without_axes():
     assert "one row is too few" in str(cachefreeze.explain(Model().eval(), X[:1]))
+
+
+doubled = torch.compile(lambda x: 2 * x, backend="eager")
+
+
+def test_a_function_under_compile_is_refused_in_one_sentence() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4).requires_grad_(False)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(doubled(self.body(x)))
+
+    with pytest.raises(cachefreeze.UserError, match=r"torch.compile \(doubled\)"):
+        cachefreeze.explain(Net(), torch.randn(4, 4))
