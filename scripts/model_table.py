@@ -43,13 +43,13 @@ INTRODUCTION = """\
 its class, with random weights. It runs with 30 %, 70 % and all but the last parameters frozen
 (LoRA and the like: what the library freezes), in eval and in training mode, on two batches.
 
-*exact* means that the traced pass, the pass that kept values are taken from, the replayed pass, and
-up to {divergences} replayed passes in which skipping stops at a random call, have the bits of the
-plain pass: outputs, gradients, parameters, buffers and random state. *nothing to skip* means that
-the passes are exact and less than 1 % of the time of the kernels is frozen work: the reason stands
-in the notes. *saved* is the share of the kernels' time that a replayed pass leaves out, *kB a row* is
-what is kept, both with 70 % frozen, in eval mode. Times of models this small say little about large
-ones.
+*exact* means that the traced pass, the pass that kept values are taken from, the replayed pass,
+and up to {divergences} replayed passes in which skipping stops at a random call, have the bits of
+the plain pass: outputs, gradients, parameters, buffers and random state. *nothing to skip* means
+that the passes are exact and less than 1 % of the time of the kernels is frozen work: the reason
+stands in the notes. *saved* is the share of the kernels' time that a replayed pass leaves out,
+*kB a row* is what is kept, both with 70 % frozen, in eval mode. Times of models this small say
+little about large ones.
 """
 
 
