@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -167,13 +168,22 @@ def memory_for_rows() -> float:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can be had without swapping; an estimate."""
+    """Bytes of memory that can be had without swapping, within the limit of a container; an
+    estimate."""
     try:
         with open("/proc/meminfo") as file:
             kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
-        return kilobytes["MemAvailable"] * 1024
+        free = kilobytes["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):  # not Linux: half of what there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{of}").read_text()) for of in _CGROUP)
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+    return min(free, max(limit - used, 0))
+
+
+_CGROUP = ("max", "current")
 
 
 def free_device_memory(device: torch.device) -> int:

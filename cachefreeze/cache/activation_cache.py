@@ -13,9 +13,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 
 from cachefreeze.cache.entries import Entries
-from cachefreeze.cache.memory import free_memory, in_words
 from cachefreeze.cache.shared import Shared, Stats
 from cachefreeze.cache.site import Site
+from cachefreeze.cache.words import in_words
+from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls
 
@@ -47,8 +48,8 @@ class ActivationCache:
 
     # Without a `__dict__`, a cache that is an attribute of a model is no setting of the model.
     __slots__ = (
-        "__weakref__", "_called", "_close", "_depth", "_lock", "_names", "_parts", "_shared",
-        "_sites",
+        "__weakref__", "_called", "_close", "_depth", "_lock", "_models", "_names", "_parts",
+        "_shared", "_sites",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +62,7 @@ class ActivationCache:
         _check(models, max_bytes, probation)
         limit = free_memory() // 4 if max_bytes is None else max_bytes
         self._shared = Shared(Entries(limit), exact, probation)
+        self._models = models
         self._sites: dict[int, Site] = {}
         self._parts: dict[int, nn.Module] = {}
         self._names: dict[int, str] = {}
@@ -122,14 +124,13 @@ class ActivationCache:
                 first model is called: with a mapping's entries by name, or else with the tensor, or
                 with the first entry of a tuple or list.
         """
-        model = self._roots()[0]
-        buffers = [(one, one.clone()) for root in self._roots() for one in root.buffers()]
+        buffers = [(one, one.clone()) for model in self._models for one in model.buffers()]
         python, numbers = random.getstate(), np.random.get_state()
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         try:
             with torch.random.fork_rng(devices=devices):
                 for batch in loader:
-                    call(batch) if call is not None else _call_with(model, batch)
+                    call(batch) if call is not None else _call_with(self._models[0], batch)
         finally:
             random.setstate(python)
             np.random.set_state(numbers)
@@ -143,7 +144,7 @@ class ActivationCache:
         if not self._close.alive:
             return
         if not self._called:
-            names = ", ".join(dict.fromkeys(type(part).__name__ for part in self._roots()))
+            names = ", ".join(dict.fromkeys(type(part).__name__ for part in self._models))
             self._shared.tell(
                 "never called",
                 f"The cache of {names} has seen no call of it: give the very modules that the loop "
@@ -152,20 +153,13 @@ class ActivationCache:
         elif not any(site.routes() for site in self._sites.values()):
             self._shared.tell(
                 "nothing frozen",
-                f"No parameter of {type(self._roots()[0]).__name__} was frozen in any call: freeze "
+                f"No parameter of {type(self._models[0]).__name__} was frozen in any call: freeze "
                 "what does not change with cachefreeze.freeze, or by requires_grad = False.",
             )
         self._close()
-        self._sites, self._parts, self._names = {}, {}, {}
+        self._models, self._sites, self._parts, self._names = (), {}, {}, {}
         self._shared.entries = Entries(0)
         self._shared.held = 0
-
-    def _roots(self) -> list[nn.Module]:
-        """Returns the modules that are part of no other one."""
-        inner = {
-            id(part) for one in self._parts.values() for part in one.modules() if part is not one
-        }
-        return [part for number, part in self._parts.items() if number not in inner]
 
     def __enter__(self) -> "ActivationCache":
         """Returns the cache."""

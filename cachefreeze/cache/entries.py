@@ -157,10 +157,6 @@ class Entries:
         """Bytes of everything that is kept."""
         return sum(table.nbytes for table in self._tables.values())
 
-    def __len__(self) -> int:
-        """Returns the number of rows in all tables."""
-        return sum(len(table) for table in self._tables.values())
-
     def table(self, name: bytes) -> Table | None:
         """Returns the table of one kind of value, if there is one."""
         return self._tables.get(name)

@@ -1,6 +1,5 @@
 """Takes a value of a batch apart into rows, and puts rows together to a value again."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,28 +19,14 @@ class Layout:
     Attributes:
         shape: Sizes of the dimensions, for the whole batch.
         stride: Strides in elements.
-        dtype: Type of the elements.
-        device: Device of the elements.
         axis: Place of the rows. None if the value is kept with its whole batch.
         rows: Number of rows in the batch. 1 if the value is kept with its whole batch.
     """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
     axis: Axis | None
     rows: int
-
-    @property
-    def row_numel(self) -> int:
-        """Number of elements of a row."""
-        return math.prod(self.shape) // self.rows
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return self.row_numel * self.dtype.itemsize
 
     def split(self, value: Tensor) -> Tensor:
         """Returns the rows of a value, of shape (rows, elements of a row)."""

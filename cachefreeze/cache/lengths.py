@@ -5,7 +5,7 @@ epoch. What is kept of it may still be the same: a pooled output, for instance. 
 row is its content before the padding.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ def own_lengths(
 
 
 def differ_in_length(
-    shapes: tuple[torch.Size, ...], others: tuple[torch.Size, ...], length: int
+    shapes: Sequence[torch.Size], others: Sequence[torch.Size], length: int
 ) -> bool:
     """Says whether two batches differ in nothing but the length that they are padded to.
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import nn
 
 from cachefreeze import lineage
 from cachefreeze.cache.index import Index
-from cachefreeze.cache.selection import Keys, Selection, same_bits
-from cachefreeze.cache.shared import Shared, now
-from cachefreeze.keys import Surroundings
+from cachefreeze.cache.selection import Keys, Selection
+from cachefreeze.cache.shared import Shared
+from cachefreeze.keys import Surroundings, same_bits
 from cachefreeze.lineage import Trace
 from cachefreeze.lineage.operations import CONSTANT, INPUT
 from cachefreeze.lineage.structure import matches, tensors
@@ -101,7 +102,7 @@ class Family:
         wanted: Number of batches that are compared before any is served.
         epoch: Number of batches before rows came again.
         routes: Number of routes.
-        broken: Whether padding was found to move the bits of rows.
+        broken: Whether padding was found to change rows by more than rounding.
     """
 
     seen: dict[bytes, Index] = field(default_factory=dict)
@@ -134,7 +135,6 @@ class Route:
     Attributes:
         state: What becomes of a batch.
         selection: What is kept of the pass.
-        why: Reason why the route rests.
     """
 
     def __init__(
@@ -149,7 +149,6 @@ class Route:
         last: bool = True,
     ) -> None:
         self.state = State.KEEPING
-        self.why = ""
         self._shared = shared
         self._name = name
         self._trace = trace
@@ -217,7 +216,7 @@ class Route:
             why: Reason, to follow a colon.
             more: Further sentences.
         """
-        self.state, self.why = State.RESTING, why
+        self.state = State.RESTING
         self._drop_batches()
         self._smaller = []
         sentence = " ".join([f"{self._name} is not cached: {why}.", *more])
@@ -269,7 +268,7 @@ class Route:
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call of the module, or replays it with kept values."""
-        began = now()
+        began = perf_counter()
         inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
         self._look_at_late_values(inputs)
         self._look_at_weights()
@@ -511,9 +510,9 @@ class Route:
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], places: dict[int, np.ndarray]
     ) -> Any:
         """Computes a batch that could be served, and compares what is kept with it."""
-        began = now()
+        began = perf_counter()
         output, kept = self._capture(module, args, kwargs)
-        self._shared.checked_seconds += now() - began
+        self._shared.checked_seconds += perf_counter() - began
         if kept is None or self.state is State.RESTING:
             return output
         stored = self.selection.read(places)
@@ -541,10 +540,9 @@ class Route:
             self.family.broken = True
             self._shared.tell(
                 f"{self._name}: padding",
-                f"{self._name} is not cached: rows of {name} have other bits where they are padded "
-                f"to another length (by {far:.1e}, of {size:.1e}). A fixed length or "
-                "pad_to_multiple_of=64 makes rows come again, and exact=False serves them as they "
-                "are.",
+                f"{self._name} is not cached: rows of {name} that are padded to another length "
+                f"differ by {far:.1e}, of {size:.1e}, which is more than rounding. A fixed length "
+                "or pad_to_multiple_of=64 makes rows come again.",
             )
             return
         why = f"kept rows of {name} differ from computed ones by {far:.1e}, of {size:.1e}"
@@ -576,11 +574,11 @@ class Route:
     ) -> Any:
         kept = self.selection.read(places)
         self._served += 1
-        cost = now() - began
+        cost = perf_counter() - began
         output, report = lineage.replay(
             self.selection.plan, kept, module, *args, known_to_fit=True, **kwargs
         )
-        self._shared.served_seconds += now() - began
+        self._shared.served_seconds += perf_counter() - began
         self._count_lost(report.left)
         stats = self._shared.stats
         if report.left:

@@ -12,8 +12,16 @@ from torch import nn
 from cachefreeze import lineage
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.lengths import mask_of, own_lengths
-from cachefreeze.cache.shared import Shared, environment
-from cachefreeze.keys import Lineage, Look, batch_key, lineage_of, row_keys
+from cachefreeze.cache.shared import Shared
+from cachefreeze.keys import (
+    Lineage,
+    Look,
+    batch_key,
+    environment,
+    lineage_of,
+    row_keys,
+    same_bits,
+)
 from cachefreeze.lineage import Axes, Cut, Plan, Trace
 from cachefreeze.lineage.operations import Operation
 
@@ -98,7 +106,7 @@ class Selection:
         self._places = lineage.module_outputs(trace, cut.kept)
         self._digests: dict[int, bytes] = {}
         self._moved: list[Tensor] = []
-        self._named_at = self._looked_at = -1
+        self._named_at = -1
         self._look: Look | None = None
 
     @property
@@ -193,7 +201,7 @@ class Selection:
     def look(self) -> None:
         """Sees whether frozen bits may have changed, and has them hashed again if so."""
         weights = self._shared.weights
-        if self._looked_at != weights.changes or self._look is None or not self._look.is_same():
+        if self._named_at != weights.changes or self._look is None or not self._look.is_same():
             weights.look(self.frozen)
 
     def name(self) -> list[Tensor]:
@@ -216,18 +224,22 @@ class Selection:
             if tensor is not None and self._digests.get(number, digest) != digest:
                 self._moved.append(tensor)
             self._digests[number] = digest
-        around = environment(torch.get_num_threads())
-        for one in self.kept:
-            name = xxhash.xxh3_128(one.lineage.digest + around)
-            for number in one.lineage.states:
-                name.update(self._digests[number])
-            one.name = name.digest()
         if self._like is not None:
             self._like._name()
             for one, other in zip(self.kept, self._like.kept, strict=True):
                 one.name = other.name
-        self._named_at = self._looked_at = weights.changes
+        else:
+            for one in self.kept:
+                one.name = self._name_of(one)
+        self._named_at = weights.changes
         self._look = weights.take_look(self.frozen)
+
+    def _name_of(self, one: Kept) -> bytes:
+        around = environment(self.trace.values[one.number].device)
+        name = xxhash.xxh3_128(one.lineage.digest + repr(around).encode())
+        for number in one.lineage.states:
+            name.update(self._digests[number])
+        return name.digest()
 
     def rows_kept(self) -> dict[tuple[bytes, ...], int]:
         """Returns the number of rows that are kept now, by the names of the tables they are in."""
@@ -254,28 +266,21 @@ class Selection:
         Args:
             inputs: Inputs of the batch, by the numbers of their values.
         """
-        found: Keys = {}
-        # On some processors padding moves the last bits of a row.
-        length = 0
-        if not self._shared.exact and self.length and self._mask is not None:
-            length = inputs[self._mask].shape[1]
-        for one in self.kept:
-            if one.group not in found:
-                numbers = [self.trace.inputs[place] for place in one.group]
-                rows = [inputs[number] for number in numbers if number in self._with_rows]
-                shared = [inputs[number] for number in numbers if number not in self._with_rows]
-                lengths = None
-                if length and self._mask is not None:
-                    padded = {
-                        number: inputs[number]
-                        for number in numbers
-                        if number in self._with_rows
-                        and inputs[number].dim() > 1
-                        and inputs[number].shape[1] == length
-                    }
-                    lengths = own_lengths(inputs[self._mask], padded, self._padding)
-                found[one.group] = row_keys(rows, shared, self.rows, lengths, length)
-        return found
+        return {
+            group: self._keys_in(group, inputs)
+            for group in dict.fromkeys(one.group for one in self.kept)
+        }
+
+    def _keys_in(self, group: tuple[int, ...], inputs: Mapping[int, Tensor]) -> np.ndarray:
+        numbers = [self.trace.inputs[place] for place in group]
+        rows = {number: inputs[number] for number in numbers if number in self._with_rows}
+        shared = [inputs[number] for number in numbers if number not in self._with_rows]
+        if self._shared.exact or self._mask is None or not self.length:
+            return row_keys(list(rows.values()), shared, self.rows)
+        mask = inputs[self._mask]
+        padded = {n: one for n, one in rows.items() if one.shape[1:2] == mask.shape[1:]}
+        lengths = own_lengths(mask, padded, self._padding)
+        return row_keys(list(rows.values()), shared, self.rows, lengths, mask.shape[1])
 
     def settle(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Finds where the rows are in the kept values, by recorded operations on a batch.
@@ -334,7 +339,7 @@ class Selection:
         reached = any(self.trace.inputs[place] in self._with_rows for place in one.group)
         axis = axes.axis(one.number) if reached and not is_mixed else None
         count = 1 if axis is None else self.rows
-        return Layout(value.shape, value.stride, value.dtype, value.device, axis, count)
+        return Layout(value.shape, value.stride, axis, count)
 
     def find(self, keys: Keys) -> dict[int, np.ndarray]:
         """Returns the place of each row in the table of each kept value, -1 for unknown ones."""
@@ -438,16 +443,3 @@ def _is_a_row(operation: Operation) -> bool:
         return True
     place = operation.args[1] if operation.name == "__getitem__" else None
     return isinstance(place[0] if isinstance(place, tuple) and place else place, int)
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Says whether two tensors have the same shape, type and bits."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(as_bits(one), as_bits(other))
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    """Returns the bits of a tensor, in which NaN is equal to itself and -0.0 is not 0.0."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return plain.view(torch.uint8)

@@ -1,16 +1,15 @@
 """What all routes of a cache have in common: entries, hashes of frozen bits, counters, messages."""
 
 import logging
-import time
 from dataclasses import dataclass, field
-
-import torch
 
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.moving import Moving
 from cachefreeze.keys import Weights
 
 _log = logging.getLogger("cachefreeze")
+# Share of the time of served calls that goes into checks beyond what must be.
+_SHARE = 0.01
 
 
 @dataclass
@@ -86,33 +85,3 @@ class Shared:
     def may_check(self) -> bool:
         """Says whether there is time for a check: at most 1 % of what served calls took."""
         return self.checked_seconds < _SHARE * self.served_seconds
-
-
-_SHARE = 0.01
-
-
-def environment(threads: int) -> bytes:
-    """Returns what the bits of a result may depend on beside what it is computed from.
-
-    Args:
-        threads: Number of threads that operations run on.
-    """
-    switches = (
-        torch.__version__,
-        threads,
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch._C._get_mkldnn_enabled(),
-        torch._C._get_math_sdp_enabled(),
-        torch._C._get_flash_sdp_enabled(),
-        torch._C._get_mem_efficient_sdp_enabled(),
-        torch._C._get_cudnn_sdp_enabled(),
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-    )
-    return repr(switches).encode()
-
-
-now = time.perf_counter

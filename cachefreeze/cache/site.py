@@ -1,6 +1,7 @@
 """A module whose calls are cached, with a route for each signature and way through it."""
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch.utils import _device as device_contexts
 from cachefreeze import lineage
 from cachefreeze.cache.lengths import differ_in_length
 from cachefreeze.cache.route import Route, State
-from cachefreeze.cache.shared import Shared, environment
-from cachefreeze.keys import Surroundings
+from cachefreeze.cache.shared import Shared
+from cachefreeze.keys import Surroundings, environment
 from cachefreeze.lineage import calls
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 
@@ -80,7 +81,8 @@ class Site:
             [(one.shape, one.stride() if one.layout == torch.strided else (), one.dtype, one.device,
               one.requires_grad) for one in given]
         )  # fmt: skip
-        key = _switches(), _plain_in((args, kwargs)), shapes
+        device = given[0].device if given else torch.device("cpu")
+        key = _switches(device), _plain_in((args, kwargs)), shapes
         self._calls += 1
         self._shared.moving.look()
         routes = self._kinds.get(key, [])
@@ -233,31 +235,30 @@ class Site:
 
     def _of_another_length(self, key: _Key, flags: _Flags) -> Route | None:
         """Finds a route of the same calls on rows that are padded to another length."""
-        shapes = tuple([one[0] for one in key[2]])
-        for (switches, plain, others), routes in self._kinds.items():
-            for route in routes:
-                length = route.selection.length
-                if (
-                    length
-                    and (switches, plain) == key[:2]
-                    and self._flags[route] == flags
-                    and route.state is not State.RESTING
-                    and not route.stale
-                    and differ_in_length(tuple([one[0] for one in others]), shapes, length)
-                ):
-                    return route
+        shapes = [one[0] for one in key[2]]
+        for others, route in self._alike(key, flags):
+            length = route.selection.length
+            resting = route.state is State.RESTING
+            if length and not resting and differ_in_length([o[0] for o in others], shapes, length):
+                return route
         return None
 
     def _is_smaller_than_others(self, key: _Key, flags: _Flags, given: list[torch.Tensor]) -> bool:
         """Hands the rows of a smaller batch to the route of a larger one, if there is one."""
-        found = False
+        larger = [
+            route for shapes, route in self._alike(key, flags) if _are_more_rows(shapes, given)
+        ]
+        for route in larger:
+            route.take_smaller(given)
+        return bool(larger)
+
+    def _alike(self, key: _Key, flags: _Flags) -> Iterator[tuple[tuple[Any, ...], Route]]:
+        """Yields the routes of calls in the same mode, each with the shapes of its inputs."""
         for (switches, plain, shapes), routes in self._kinds.items():
-            if (switches, plain) == key[:2] and _are_more_rows(shapes, given):
+            if (switches, plain) == key[:2]:
                 for route in routes:
                     if self._flags[route] == flags and not route.stale:
-                        route.take_smaller(given)
-                        found = True
-        return found
+                        yield shapes, route
 
 
 def _rows(given: list[torch.Tensor]) -> int:
@@ -289,7 +290,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _switches() -> tuple[Any, ...]:
+def _switches(device: torch.device) -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -299,7 +300,7 @@ def _switches() -> tuple[Any, ...]:
         ),
         torch.get_default_dtype(),
         device_contexts.CURRENT_DEVICE,
-        environment(torch.get_num_threads()),
+        environment(device),
     )
 
 

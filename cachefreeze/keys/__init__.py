@@ -5,9 +5,21 @@ constants, the bits of the parameters and buffers that they read, and the enviro
 the content of the row: the bytes of just those inputs that the value depends on.
 """
 
+from cachefreeze.keys.bits import same_bits
+from cachefreeze.keys.environment import environment
 from cachefreeze.keys.inputs import batch_key, row_keys
 from cachefreeze.keys.operations import Lineage, lineage_of
 from cachefreeze.keys.surroundings import Surroundings
 from cachefreeze.keys.weights import Look, Weights
 
-__all__ = ["Lineage", "Look", "Surroundings", "Weights", "batch_key", "lineage_of", "row_keys"]
+__all__ = [
+    "Lineage",
+    "Look",
+    "Surroundings",
+    "Weights",
+    "batch_key",
+    "environment",
+    "lineage_of",
+    "row_keys",
+    "same_bits",
+]

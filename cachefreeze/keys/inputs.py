@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import xxhash
 
+from cachefreeze.keys.bits import bits_of
+
 Tensor = torch.Tensor
 
 
@@ -79,6 +81,4 @@ def _hashes_up_to(rows: np.ndarray, lengths: np.ndarray, padded: int) -> list[by
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """Returns the bytes of a tensor in the order of its elements."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-    return plain.reshape(-1).view(torch.uint8).numpy()
+    return bits_of(tensor).cpu().numpy()

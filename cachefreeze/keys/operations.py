@@ -30,14 +30,11 @@ class Lineage:
         digest: Hash of the operations, their constants, and the shapes and types of the inputs.
         inputs: Places of the inputs that the value depends on, in the order of their first use.
         states: Numbers of the parameters and buffers that it depends on, in the same order.
-        shared: Whether another model may have the same lineage. False if something in it has no
-            name, such as a function that was made in a function.
     """
 
     digest: bytes
     inputs: tuple[int, ...]
     states: tuple[int, ...]
-    shared: bool
 
 
 def lineage_of(trace: Trace, number: int, program: Program) -> Lineage:
@@ -56,7 +53,6 @@ def lineage_of(trace: Trace, number: int, program: Program) -> Lineage:
         xxhash.xxh3_128_digest(text.encode()),
         tuple(writer.inputs),
         tuple(writer.states),
-        writer.shared,
     )
 
 
@@ -66,7 +62,6 @@ class _Writer:
     def __init__(self, trace: Trace) -> None:
         self.inputs: list[int] = []
         self.states: list[int] = []
-        self.shared = True
         self._trace = trace
         self._names: dict[int, str] = {}
         self._lines: list[str] = []
@@ -134,7 +129,6 @@ class _Writer:
         return self._unnamed(value)
 
     def _unnamed(self, value: Any) -> str:
-        self.shared = False
         return f"unnamed {_serial(value)}"
 
     def _module(self, module: nn.Module) -> str:

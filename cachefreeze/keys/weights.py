@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from cachefreeze.keys.bits import bits_of
+
 Tensor = torch.Tensor
 
 _SPOTS = 4
@@ -72,7 +74,9 @@ class Look:
         spots = [(one.look, one.spots) for one in held if one.look is not None]
         on_cpu = [look for look, _ in spots if isinstance(look, _Memory)]
         self._memory = [(look.memory, place) for look in on_cpu for place in look.places]
-        self._numbers = [look.memory[place] for look in on_cpu for place in look.places]
+        self._numbers = [
+            number for look, then in spots if isinstance(look, _Memory) for number in then or ()
+        ]
         self._others = [pair for pair in spots if not isinstance(pair[0], _Memory)]
 
     def is_same(self) -> bool:
@@ -115,7 +119,7 @@ class Weights:
         """Compares versions, addresses and a few numbers of tensors with those at the last look."""
         for tensor in tensors:
             held = self._of(tensor)
-            if held.digest and not _is_same(held, tensor):
+            if held.digest and not Look([held]).is_same():
                 self._doubt(held)
 
     def take_look(self, tensors: Iterable[Tensor]) -> Look:
@@ -155,28 +159,17 @@ class Weights:
         return held
 
     def _hash(self, held: _Held, tensor: Tensor) -> None:
-        held.pointer, held.version = _address(tensor), _version(tensor)
+        held.pointer, held.version = tensor.data_ptr(), _version(tensor)
         held.look = _looker(tensor)
         held.spots = held.look() if held.look is not None else None
-        plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
         about = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.stride()}".encode()
         bits = xxhash.xxh3_128(about)
-        bits.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        bits.update(bits_of(tensor).cpu().numpy().data)
         held.digest = bits.digest()
-
-
-def _is_same(held: _Held, tensor: Tensor) -> bool:
-    if held.version != _version(tensor) or held.pointer != _address(tensor):
-        return False
-    return held.look is None or held.look() == held.spots
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
 
 
 def _looker(tensor: Tensor) -> _Looker | None:
