@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import cachefreeze
 from cachefreeze import lineage
+from cachefreeze.cache.selection import cheapest_cut
 
 Batch = tuple[dict[str, Any], torch.Tensor]
 Step = Callable[[nn.Module, Batch], torch.Tensor]
@@ -145,15 +146,13 @@ class Limit(Loop):
         super().__init__(case, cached=False)
         inputs, _ = next(case.batches(0))
         _, trace = lineage.trace(self.model, **inputs)
-        self.plan = lineage.Plan(trace, lineage.minimum_cut(trace, reading_rate=2e9, each=2e-5))
+        self.plan = lineage.Plan(trace, cheapest_cut(trace))
         _, kept, _ = lineage.capture(self.plan, self.model, **inputs)
         assert kept is not None
         self.kept = kept
 
     def step(self, inputs: dict[str, Any], labels: torch.Tensor) -> None:
-        shapes = [tuple(tensor.shape) for tensor in inputs.values()]
-        kept = dict(self.kept) if shapes else {}
-        output, report = lineage.replay(self.plan, kept, self.model, **inputs)
+        output, report = lineage.replay(self.plan, self.kept, self.model, **inputs)
         assert not report.left, report.left
         F.cross_entropy(logits(output), labels).backward()
         self.optimizer.step()

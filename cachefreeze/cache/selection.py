@@ -91,9 +91,7 @@ class Selection:
         self._mask = mask_of(inputs, self._with_rows)
         self._like = like
         self._padding: dict[int, float] = like._padding if like is not None else {}
-        cut: Cut = like.plan.cut if like is not None else lineage.minimum_cut(
-            trace, reading_rate=_READING_RATE, each=_EACH, each_of_inputs=_EACH_OF_INPUTS
-        )  # fmt: skip
+        cut: Cut = like.plan.cut if like is not None else cheapest_cut(trace)
         self.plan: Plan = Plan(trace, cut)
         self.share = cut.seconds_saved / max(trace.kernel_seconds, 1e-12)
         self.kept = [
@@ -435,6 +433,13 @@ class Selection:
             elif not same_bits(tensor, example[number]):
                 return False
         return True
+
+
+def cheapest_cut(trace: Trace) -> Cut:
+    """Chooses what is kept of a pass in memory."""
+    return lineage.minimum_cut(
+        trace, reading_rate=_READING_RATE, each=_EACH, each_of_inputs=_EACH_OF_INPUTS
+    )
 
 
 def _is_a_row(operation: Operation) -> bool:

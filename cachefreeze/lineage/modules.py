@@ -42,8 +42,13 @@ def modules_of(call: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
             look(value.__func__, name, depth + 1)
         elif inspect.isfunction(value):
             seen.add(id(value))
-            for key, item in _names_of(value):
+            for key, item in _closed_over(value):
                 look(item, key, depth + 1)
+            for key, item in _globals_of(value):
+                if isinstance(item, nn.Module):
+                    look(item, key, depth + 1)
+            for item in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+                look(item, "", depth + 1)
         elif _opens(value, depth):
             _look_inside(value, name, depth)
 
@@ -66,18 +71,19 @@ def _opens(value: Any, depth: int) -> bool:
     return depth <= 1 or not callable(value)
 
 
-def _names_of(function: Any) -> Iterator[tuple[str, Any]]:
+def _closed_over(function: Any) -> Iterator[tuple[str, Any]]:
     code = function.__code__
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
         try:
             yield name, cell.cell_contents
         except ValueError:  # not filled yet
             continue
-    for name in code.co_names:
-        if isinstance(function.__globals__.get(name), nn.Module):
+
+
+def _globals_of(function: Any) -> Iterator[tuple[str, Any]]:
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
             yield name, function.__globals__[name]
-    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-        yield "", value
 
 
 def compiled_functions(module: nn.Module) -> list[str]:
@@ -94,9 +100,7 @@ def compiled_functions(module: nn.Module) -> list[str]:
         if not inspect.isfunction(function) or id(function) in seen:
             return
         seen.add(id(function))
-        closed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
-        named = [(name, function.__globals__.get(name)) for name in function.__code__.co_names]
-        for name, value in (*named, *((name, cell.cell_contents) for name, cell in closed)):
+        for name, value in (*_globals_of(function), *_closed_over(function)):
             if _is_compiled(value):
                 found[name] = None
             elif depth and getattr(value, "__module__", "torch").split(".")[0] != "torch":
