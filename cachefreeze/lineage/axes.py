@@ -377,7 +377,7 @@ def _near(one: Tensor, other: Tensor, whole: Tensor) -> bool:
     if not (one.is_floating_point() or one.is_complex()):
         return False
     far = (torch.nan_to_num(one) - torch.nan_to_num(other)).abs()
-    scale = float(torch.nan_to_num(whole).abs().max())
+    scale = float(torch.nan_to_num(whole.detach()).abs().max())
     return bool((far <= _TOLERANCE.get(one.dtype, 1e-4) * scale).all())
 
 

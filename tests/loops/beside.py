@@ -1,7 +1,6 @@
 """A frozen network beside the one that trains: teachers, references, perceptual losses, VAEs."""
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +42,6 @@ class Distillation(Loop):
 
     def caches(self, model: Any) -> tuple[nn.Module, ...]:
         return model["student"], model["teacher"]
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
@@ -102,9 +98,6 @@ class Preferences(Loop):
     def caches(self, model: Any) -> tuple[nn.Module, ...]:
         return model["policy"], model["reference"]
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     @staticmethod
     def _log_probability(model: nn.Module, ids: Tensor) -> Tensor:
         words = model(ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
@@ -152,9 +145,6 @@ class PerceptualGan(Loop):
             Adam(model["generator"].parameters(), lr=2e-3, betas=(0.5, 0.99)),
             Adam(model["discriminator"].parameters(), lr=1e-3, betas=(0.5, 0.99)),
         )
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def train_batch(self, model: Any, batch: Any, optimizer: Any) -> Tensor:
         of_generator, of_discriminator = optimizer
@@ -206,9 +196,6 @@ class SwitchedGradients(Loop):
             Adam(model["generator"].parameters(), lr=1e-3, fused=True),
             Adam(model["discriminator"].parameters(), lr=1e-3, fused=True),
         )
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def train_batch(self, model: Any, batch: Any, optimizer: Any) -> Tensor:
         of_generator, of_discriminator = optimizer
@@ -281,9 +268,6 @@ class LatentDiffusion(Loop):
     def optimizer(self, model: Any) -> Optimizers:
         return AdamW(model["denoiser"].parameters(), lr=2e-3, weight_decay=1e-2)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         x, _ = batch
         with torch.no_grad():
@@ -329,9 +313,6 @@ class PromptTuning(Loop):
 
     def optimizer(self, model: Any) -> Optimizers:
         return AdamW([model.prompt], lr=3e-2, fused=True)
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         (ids,) = batch

@@ -62,9 +62,6 @@ class HeadOnResNet(Head):
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         return SGD(model.fc.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def validate(self, model: Any) -> Tensor:
         with torch.no_grad():
             return torch.stack([correct(model(x), y) for x, y in self.held_back])
@@ -99,9 +96,6 @@ class RandomCrops(Head):
 
     def __init__(self) -> None:
         self.loader = loader(self.Augmented(), 16)
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
 
 class FixedViews(Head):
@@ -151,9 +145,6 @@ class Mixup(Head):
         self.loader = loader(digits(96), 16, drop_last=True)
         self.mean = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
         x = (x - self.mean) / 0.8
@@ -176,9 +167,6 @@ class NormalisedInTheLoop(Head):
         images = digits(96)
         x = (images.tensors[0] * 127 + 128).clamp(0, 255).to(torch.uint8)
         self.loader = loader(TensorDataset(x, images.tensors[1]), 16)
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
@@ -237,9 +225,6 @@ class MultiCrop(Loop):
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         return AdamW(trained(model), lr=3e-3, fused=True)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         crops, y = batch
         return F.cross_entropy(model(crops), y.repeat(6))
@@ -278,9 +263,6 @@ class InPlaceNormalisation(Loop):
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         return Adam(model.decoder.parameters(), lr=3e-3)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         x, _ = batch
         small = model(x)
@@ -300,9 +282,6 @@ class AdversarialBatch(Head):
 
     def __init__(self) -> None:
         self.loader = loader(digits(96), 16)
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
@@ -359,9 +338,6 @@ class TwoLabelSets(Loop):
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         return SGD(model["heads"].parameters(), lr=0.1)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y, task = batch
         features = model["backbone"](x)
@@ -390,9 +366,6 @@ class WeightedSampling(Head):
             weight.tolist(), 96, generator=generator(4)
         )
         self.loader = DataLoader(images, 16, sampler=sampler)
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
 
 LOOPS: tuple[type[Loop], ...] = (

@@ -1,6 +1,5 @@
 """Pictures in, pictures or boxes out: segmentation and detection."""
 
-from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -67,9 +66,6 @@ class Segmentation(Loop):
     def on_epoch(self, model: Any, epoch: int) -> None:
         model.train()
         model.encoder.eval()
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         x, mask = batch
@@ -184,9 +180,6 @@ class Detection(Loop):
     def on_epoch(self, model: Any, epoch: int) -> None:
         model.train()
         model.backbone.eval()
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         losses = model(*batch)

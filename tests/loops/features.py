@@ -30,9 +30,6 @@ class Features(Loop):
     def optimizer(self, model: Any) -> Optimizers:
         return AdamW(trained(model), lr=1e-2, fused=True)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
 
 class ChangedInPlace(Features):
     """The loop centres and scales the features in place.

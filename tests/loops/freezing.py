@@ -22,9 +22,6 @@ class Images(Loop):
         self.loader: DataLoader[Any] = loader(digits(96), 16)
         self.held_back = DataLoader(digits(48, first=100), 24)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
         return F.cross_entropy(model(x), y)
@@ -240,9 +237,6 @@ class DropoutLeftTraining(Loop):
 
     def on_epoch(self, model: Any, epoch: int) -> None:
         model.train()
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         ids, topics = batch

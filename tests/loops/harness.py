@@ -51,6 +51,8 @@ class Loop:
     LEARNS: ClassVar[bool] = True
     """Whether the mean loss of the last epoch lies below that of the first."""
 
+    loader: Iterable[Any]
+
     def build(self) -> Any:
         """Makes the model. A loop of several networks puts them into one `nn.ModuleDict`."""
         raise NotImplementedError
@@ -59,7 +61,8 @@ class Loop:
         raise NotImplementedError
 
     def batches(self, epoch: int) -> Iterable[Any]:
-        raise NotImplementedError
+        """The batches of an epoch. Loops that draw their rows themselves have their own."""
+        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         """The forward pass, up to the loss."""

@@ -1,6 +1,5 @@
 """Loops with the libraries of Hugging Face: transformers, peft, diffusers."""
 
-from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -25,12 +24,32 @@ class Texts(Loop):
     def optimizer(self, model: Any) -> Optimizers:
         return AdamW(trained(model), lr=2e-3, fused=True)  # as `TrainingArguments` has it
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         loss: Tensor = model(**batch).loss
         return loss
+
+
+def classifier(family: str, **options: int) -> Any:
+    """Makes a small classifier of texts, all of whose encoder is frozen."""
+    transformers = import_module("transformers")
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=60,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=40,
+        **options,
+    )
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+    model.base_model.requires_grad_(False)
+    return model
+
+
+def train_the_head(model: Any) -> None:
+    """Puts all but the frozen encoder in training mode."""
+    model.train()
+    model.base_model.eval()
 
 
 class HeadOnRoberta(Texts):
@@ -54,26 +73,10 @@ class HeadOnRoberta(Texts):
         )
 
     def build(self) -> Any:
-        transformers = import_module("transformers")
-        model = transformers.RobertaForSequenceClassification(
-            transformers.RobertaConfig(
-                vocab_size=60,
-                hidden_size=64,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                intermediate_size=128,
-                max_position_embeddings=40,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        )
-        model.roberta.requires_grad_(False)
-        return model
+        return classifier("Roberta", pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
     def on_epoch(self, model: Any, epoch: int) -> None:
-        model.train()
-        model.roberta.eval()
+        train_the_head(model)
 
 
 class DynamicPadding(Texts):
@@ -102,23 +105,10 @@ class DynamicPadding(Texts):
         self.loader = loader(data, 8, collate=transformers.DataCollatorWithPadding(tokenizer))
 
     def build(self) -> Any:
-        transformers = import_module("transformers")
-        model = transformers.BertForSequenceClassification(
-            transformers.BertConfig(
-                vocab_size=60,
-                hidden_size=64,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                intermediate_size=128,
-                max_position_embeddings=40,
-            )
-        )
-        model.bert.requires_grad_(False)
-        return model
+        return classifier("Bert")
 
     def on_epoch(self, model: Any, epoch: int) -> None:
-        model.train()
-        model.bert.eval()
+        train_the_head(model)
 
 
 class Lora(Texts):
@@ -327,9 +317,6 @@ class StableDiffusion(Loop):
 
     def caches(self, model: Any) -> tuple[nn.Module, ...]:
         return model["vae"], model["unet"]
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         x, _ = batch

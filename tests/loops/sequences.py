@@ -1,6 +1,5 @@
 """Recurrent networks and transformers: axes, methods, precision."""
 
-from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -49,9 +48,6 @@ class FrozenLstm(Loop):
     def optimizer(self, model: Any) -> Optimizers:
         return Adam(model.head.parameters(), lr=1e-2)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         x, pitch = batch
         return F.cross_entropy(model(x), pitch)
@@ -96,9 +92,6 @@ class PackedGru(Loop):
     def optimizer(self, model: Any) -> Optimizers:
         return SGD(model.head.parameters(), lr=0.2, momentum=0.9)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         ids, lengths, topics = batch
         return F.cross_entropy(model(ids, lengths), topics)
@@ -126,9 +119,6 @@ class HalfPrecision(Loop):
 
     def optimizer(self, model: Any) -> Optimizers:
         return AdamW(trained(model), lr=1e-2, fused=True)
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
@@ -177,9 +167,6 @@ class Methods(Loop):
     def optimizer(self, model: Any) -> Optimizers:
         return AdamW(trained(model), lr=1e-3)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
         x = model.encode(x)
@@ -219,9 +206,6 @@ class ChannelsLast(Loop):
 
     def optimizer(self, model: Any) -> Optimizers:
         return SGD(trained(model), lr=0.05, momentum=0.9, nesterov=True, weight_decay=2e-5)
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch

@@ -113,9 +113,6 @@ class HardTriplets(Loop):
         self.negatives = alike.argmax(1)
         model.projection.train()
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         (anchors,) = batch
         positives = torch.tensor(
@@ -159,9 +156,6 @@ class Episodes(Loop):
     def optimizer(self, model: Any) -> Optimizers:
         return AdamW(trained(model), lr=2e-3, fused=True)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         x, _ = batch
         features = model(x).view(6, 5, -1)
@@ -195,9 +189,6 @@ class Accumulation(Loop):
     def on_epoch(self, model: Any, epoch: int) -> None:
         model.train()
         model.backbone.eval()
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
@@ -243,9 +234,6 @@ class ProbesWithHooks(Loop):
     def optimizer(self, model: Any) -> Optimizers:
         return Adam(model["heads"].parameters(), lr=1e-2)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
-
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
         self.caught.clear()
@@ -277,9 +265,6 @@ class ManyHeads(Loop):
             for number, head in enumerate(model["heads"])
         ]
         return SGD(groups, momentum=0.9)
-
-    def batches(self, epoch: int) -> Iterable[Any]:
-        return self.loader
 
     def step(self, model: Any, batch: Any) -> Tensor:
         x, y = batch
