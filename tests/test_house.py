@@ -49,7 +49,7 @@ INSIDE = {
     "keys": [["bits", "environment", "surroundings"], ["inputs", "operations", "weights"]],
     "cache": [
         ["index", "layout", "lengths", "moving"],
-        ["entries"],
+        ["entries", "family"],
         ["shared"],
         ["selection", "words"],
         ["route"],

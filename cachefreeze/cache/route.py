@@ -1,7 +1,7 @@
 """One traced way through a model: when its kept values are trusted, and when they are served."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from time import perf_counter
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cachefreeze import lineage
-from cachefreeze.cache.index import Index
+from cachefreeze.cache.family import Family
 from cachefreeze.cache.selection import Keys, Selection
 from cachefreeze.cache.shared import Shared
 from cachefreeze.keys import Surroundings, same_bits
@@ -23,7 +23,6 @@ Tensor = torch.Tensor
 
 # Share of a forward pass that must be frozen work for a cache to be worth its while.
 _LEAST_SHARE = 0.1
-_LEAST_PROBATION, _MOST_PROBATION = 2, 8
 # Share of a forward pass for whose sake the user is told of modules in training mode.
 _WORTH_TELLING = 0.05
 # Number of served batches after which one is compared, and then at twice that number, and so on.
@@ -36,8 +35,6 @@ _REST = 4
 _FIRST_NOTE = 8
 # Largest number of smaller batches whose inputs wait to be computed in whole ones.
 _MOST_SMALLER = 16
-# Wholly known batches must be more than one in so many, among at least so many.
-_RARE, _FEW = 50, 16
 # Largest difference from a computed value, as a share of the largest number, that exact=False
 # takes for rounding.
 _CLOSE = 1e-4
@@ -86,35 +83,6 @@ def _is_power_of_two(number: int) -> bool:
 
 def _unknown(places: Mapping[int, np.ndarray]) -> bool:
     return any((place < 0).any() for place in places.values())
-
-
-@dataclass(eq=False)
-class Family:
-    """What routes have in common that differ in nothing but the length that rows are padded to.
-
-    Attributes:
-        seen: Rows that came, until rows come again.
-        again: Whether rows have come again.
-        batches: Number of batches.
-        after: Number of batches since rows have come again.
-        known: Number of those all of whose rows were known.
-        passed: Number of batches that were compared.
-        wanted: Number of batches that are compared before any is served.
-        epoch: Number of batches before rows came again.
-        routes: Number of routes.
-        broken: Whether padding was found to change rows by more than rounding.
-    """
-
-    seen: dict[bytes, Index] = field(default_factory=dict)
-    again: bool = False
-    batches: int = 0
-    after: int = 0
-    known: int = 0
-    passed: int = 0
-    wanted: int = 0
-    epoch: int = 0
-    routes: int = 0
-    broken: bool = False
 
 
 class Route:
@@ -306,21 +274,9 @@ class Route:
     # Before a row has come again.
 
     def _note(self, keys: Keys) -> bool:
-        """Notes the rows of a batch. Says whether half of them were there before.
-
-        A stray one proves nothing: in mixup, some rows are mixed with themselves.
-        """
-        again = False
-        new: list[tuple[Index, np.ndarray]] = []
-        for group, wanted in keys.items():
-            index = self.family.seen.setdefault(self.selection.alike(group), Index())
-            unknown = np.flatnonzero(index.find(wanted) < 0)
-            again |= 2 * len(unknown) <= len(wanted)
-            new.append((index, wanted[unknown]))
-        for index, wanted in new:
-            wanted = np.unique(wanted, axis=0)
-            index.add(wanted[index.find(wanted) < 0])
-        return again
+        """Notes the rows of a batch. Says whether half of them were there before."""
+        alike = self.selection.alike
+        return self.family.note([(alike(group), wanted) for group, wanted in keys.items()])
 
     def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any], keys: Keys) -> Any:
         output, kept = self._capture(module, args, kwargs)
@@ -361,12 +317,7 @@ class Route:
         """
         self._shared.messages.pop(f"{self._name}: rows", None)
         self.state = State.PROBATION
-        family = self.family
-        if not family.again:
-            family.again, family.epoch, family.seen = True, family.batches - 1, {}
-            asked = self._shared.probation
-            few = min(max(family.epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
-            family.wanted = few if asked is None else asked
+        self.family.begin(self._shared.probation)
         selection = self.selection
         selection.write(selection.keys(inputs), selection.settle(inputs))
         # What is left of the traced batch are the inputs that all rows share.
@@ -490,7 +441,7 @@ class Route:
         if kept is not None:
             self.selection.write(keys, kept)
         family = self.family
-        if family.after >= max(_FEW, family.epoch) and family.known * _RARE < family.after:
+        if family.hardly_known:
             self.selection.forget()
             self.rest(
                 f"{family.known} of {family.after} batches had only rows that came before, so "

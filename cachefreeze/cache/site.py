@@ -91,6 +91,18 @@ class Site:
                 self._fitting += 1
                 routes.insert(0, routes.pop(place))
                 return route.call(module, args, kwargs)
+        return self._call_anew(key, given, module, args, kwargs, inner)
+
+    def _call_anew(
+        self,
+        key: _Key,
+        given: list[torch.Tensor],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inner: bool,
+    ) -> Any:
+        """Runs a call that no route fits: it is traced if that may pay."""
         trained = self._trained()
         if inner and any(trained):
             return self._call_by_parts(module, args, kwargs)
@@ -103,6 +115,7 @@ class Site:
             return self._give_up(module, args, kwargs)
         like = self._of_another_length(key, flags)
         again = like is not None and like.family.again
+        routes = self._kinds.get(key, [])
         if not routes and len(self._kinds) >= (_MOST_LENGTHS if like is not None else _MOST):
             self._shared.tell(
                 f"{self._name}: signatures",

@@ -1,0 +1,75 @@
+"""What is known of the rows of a kind of call: whether they come again, and what was compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cachefreeze.cache.index import Index
+
+_LEAST_PROBATION, _MOST_PROBATION = 2, 8
+# Wholly known batches must be more than one in so many, among at least so many.
+_RARE, _FEW = 50, 16
+
+
+@dataclass(eq=False)
+class Family:
+    """What routes have in common that differ in nothing but the length that rows are padded to.
+
+    Attributes:
+        seen: Rows that came, until rows come again, by what is made from them.
+        again: Whether rows have come again.
+        batches: Number of batches.
+        after: Number of batches since rows have come again.
+        known: Number of those all of whose rows were known.
+        passed: Number of batches that were compared.
+        wanted: Number of batches that are compared before any is served.
+        epoch: Number of batches before rows came again.
+        routes: Number of routes.
+        broken: Whether padding was found to change rows by more than rounding.
+    """
+
+    seen: dict[bytes, Index] = field(default_factory=dict)
+    again: bool = False
+    batches: int = 0
+    after: int = 0
+    known: int = 0
+    passed: int = 0
+    wanted: int = 0
+    epoch: int = 0
+    routes: int = 0
+    broken: bool = False
+
+    def note(self, keys: Sequence[tuple[bytes, np.ndarray]]) -> bool:
+        """Notes the rows of a batch. Says whether half of those of one input were there before.
+
+        A stray one proves nothing: in mixup, some rows are mixed with themselves.
+
+        Args:
+            keys: Keys of the rows, each with a name of what is made from them.
+        """
+        found = []
+        for kind, wanted in keys:
+            index = self.seen.setdefault(kind, Index())
+            found.append((index, wanted, wanted[index.find(wanted) < 0]))
+        for index, _, new in found:
+            new = np.unique(new, axis=0)
+            # Left and right of a pair may be one row.
+            index.add(new[index.find(new) < 0])
+        return any(2 * len(new) <= len(wanted) for _, wanted, new in found)
+
+    def begin(self, probation: int | None) -> None:
+        """Notes that rows have come again.
+
+        Args:
+            probation: Number of batches to compare. None for a quarter of those before.
+        """
+        if not self.again:
+            self.again, self.epoch, self.seen = True, self.batches - 1, {}
+            few = min(max(self.epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
+            self.wanted = few if probation is None else probation
+
+    @property
+    def hardly_known(self) -> bool:
+        """Whether hardly a batch had only rows that came before, an epoch after the first one."""
+        return self.after >= max(_FEW, self.epoch) and self.known * _RARE < self.after
