@@ -18,7 +18,7 @@ FLOORS = [
     for floor in (
         "errors files freezing hashing rows schedule planner timing totals randomness",
         "account streams",
-        "record figures terminal outlook lineage",
+        "record figures terminal outlook lineage segments",
         "device models data store report run_folder checkpoint fingerprint interrupts",
         "moments progress keys",
         "encoding scratch identity markup metrics cache",
@@ -48,7 +48,7 @@ INSIDE = {
     ],
     "keys": [["bits", "environment", "surroundings"], ["inputs", "operations", "weights"]],
     "cache": [
-        ["index", "layout", "lengths", "moving"],
+        ["layout", "lengths", "moving"],
         ["entries", "family"],
         ["shared"],
         ["selection", "words"],
@@ -56,6 +56,7 @@ INSIDE = {
         ["site"],
         ["activation_cache"],
     ],
+    "segments": [["index"]],
     "adapters": [["lightning"]],
     "models": [["units", "layers"], ["wrn", "densenet", "vgg", "partition", "ready_made"]],
     "data": [["images"], ["inputs", "sets"]],
@@ -124,7 +125,7 @@ def test_the_schedule_knows_no_torch() -> None:
 
 
 def test_the_store_takes_arrays_and_bytes_and_names_no_tensor() -> None:
-    for path in (PACKAGE / "store").glob("*.py"):
+    for path in [*(PACKAGE / "store").glob("*.py"), *(PACKAGE / "segments").glob("*.py")]:
         assert "torch" not in {name.split(".")[0] for name in _all_imports(path)}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cachefreeze.cache.index import Index
+from cachefreeze.segments import Index
 
 Tensor = torch.Tensor
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cachefreeze.cache.index import Index
+from cachefreeze.segments import Index
 
 _LEAST_PROBATION, _MOST_PROBATION = 2, 8
 # Wholly known batches must be more than one in so many, among at least so many.

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachefreeze.cache.entries import Entries
-from cachefreeze.cache.index import Index
+from cachefreeze.segments import Index
 from cachefreeze.cache.layout import Layout
 from cachefreeze.keys import batch_key, row_keys
 from cachefreeze.lineage import Axis
