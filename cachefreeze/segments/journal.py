@@ -1,0 +1,89 @@
+"""The journal of a segment: one line for each chunk that is complete."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+
+from cachefreeze.files import open_regular
+from cachefreeze.segments.format import SegmentError
+
+# Number of the chunk, rows in it, CRC32C of the rows and of the keys, CRC32C of the line.
+_LINE = re.compile(rb"(\d{8} (\d{4}) ([0-9a-f]{8}) ([0-9a-f]{8})) ([0-9a-f]{8})\n")
+# All lines are equally long: the size of the file says how many there are.
+LINE_BYTES = 41
+MOST_CHUNKS = 10**8
+_PIECE = 1024 * LINE_BYTES
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk that is complete.
+
+    Args:
+        number: Number of the chunk in its segment.
+        rows: Number of rows in it.
+        values: CRC32C of the rows.
+        keys: CRC32C of the keys.
+    """
+
+    number: int
+    rows: int
+    values: int
+    keys: int
+
+    def line(self, segment: str) -> bytes:
+        """Returns the line of this chunk in the journal of a segment."""
+        text = f"{self.number:08} {self.rows:04} {self.values:08x} {self.keys:08x}"
+        return f"{text} {_checksum(text.encode(), segment):08x}\n".encode()
+
+
+def _checksum(text: bytes, segment: str) -> int:
+    # With the name: the journal of another segment is none.
+    return google_crc32c.value(text + segment.encode())
+
+
+def read_lines(path: Path, segment: str, start: int, most_rows: int) -> list[Chunk]:
+    """Returns the complete chunks that a journal names from some line on.
+
+    A line that is half written is left for the next time.
+
+    Args:
+        path: Path of the journal.
+        segment: Name of the segment.
+        start: Number of lines that were read before.
+        most_rows: Number of rows in a full chunk.
+
+    Raises:
+        SegmentError: a line is not what is written there. It holds the chunks before it.
+        OSError: the journal cannot be read.
+    """
+    chunks: list[Chunk] = []
+    file = open_regular(path, os.O_RDONLY)
+    try:
+        while True:
+            offset = (start + len(chunks)) * LINE_BYTES
+            piece = os.pread(file, _PIECE, offset)
+            whole = len(piece) // LINE_BYTES
+            for number in range(whole):
+                line = piece[number * LINE_BYTES : (number + 1) * LINE_BYTES]
+                chunk = _parse(line, segment, start + len(chunks), most_rows)
+                if chunk is None:
+                    where = start + len(chunks)
+                    sentence = f"{path} is damaged in line {where + 1}: its rows end there"
+                    raise SegmentError(sentence, chunks)
+                chunks.append(chunk)
+            if whole < _PIECE // LINE_BYTES:
+                return chunks
+    finally:
+        os.close(file)
+
+
+def _parse(line: bytes, segment: str, number: int, most_rows: int) -> Chunk | None:
+    found = _LINE.fullmatch(line)
+    if found is None or _checksum(found[1], segment) != int(found[5], 16):
+        return None
+    chunk = Chunk(int(line[:8]), int(found[2]), int(found[3], 16), int(found[4], 16))
+    return chunk if chunk.number == number and 1 <= chunk.rows <= most_rows else None

@@ -1,0 +1,207 @@
+"""Who uses a segment, since when, and how it is removed when nobody does."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from pathlib import Path
+
+from cachefreeze.files import (
+    lock_file,
+    open_regular,
+    remove_tree,
+    unlock_file,
+    write_atomically,
+)
+from cachefreeze.segments.format import LOCK, REFUSED, TRASH, USED, is_folder
+
+# Each is an open file. What was read longest ago loses its lock, and may be removed by others.
+MOST_HELD = 128
+TOUCH_SECONDS = 60.0
+
+
+class Gone(Exception):  # noqa: N818
+    """A segment was removed, or is being removed."""
+
+
+class Held:
+    """Shared locks on the segments that this process reads: nobody removes them."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Path, tuple[int | None, float]] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def hold(self, folder: Path) -> None:
+        """Locks a segment if it is not locked yet, and notes once a minute that it is used.
+
+        A segment that cannot be locked (a file system without locks, no permission) is read all
+        the same.
+
+        Args:
+            folder: Folder of the segment.
+
+        Raises:
+            Gone: it was removed.
+        """
+        now = time.monotonic()
+        with self._guard:
+            held = self._files.pop(folder, None)
+            file, touched = (share(folder), float("-inf")) if held is None else held
+            if now - touched > TOUCH_SECONDS:
+                touch(folder)
+                touched = now
+            self._files[folder] = file, touched
+            while len(self._files) > MOST_HELD:
+                self._unlock(next(iter(self._files)))
+
+    def release(self, folder: Path) -> None:
+        """Gives back the lock on a segment, if there is one."""
+        with self._guard:
+            self._unlock(folder)
+
+    def close(self) -> None:
+        """Gives back all locks."""
+        with self._guard:
+            for folder in list(self._files):
+                self._unlock(folder)
+
+    def leave_to_the_parent(self) -> None:
+        """Forgets all locks, in a forked process that does not have them."""
+        self._files.clear()
+        self._guard = threading.Lock()
+
+    def _unlock(self, folder: Path) -> None:
+        file, _ = self._files.pop(folder, (None, 0.0))
+        if file is not None:
+            unlock_file(file)
+
+
+def share(folder: Path) -> int | None:
+    """Returns an open file that holds a shared lock on a segment, or None if it has no locks.
+
+    A forked process does not have the lock: see `cachefreeze.files`.
+
+    Args:
+        folder: Folder of the segment.
+
+    Raises:
+        Gone: it was removed.
+    """
+    try:
+        file = open_regular(folder / LOCK, os.O_RDONLY)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise Gone from error
+        return None
+    try:
+        lock_file(file, exclusive=False)
+        here = os.stat(folder / LOCK, follow_symlinks=False)
+        if here.st_ino != os.fstat(file).st_ino:
+            raise Gone
+    except (BlockingIOError, FileNotFoundError) as error:
+        unlock_file(file)
+        raise Gone from error
+    except Gone:
+        unlock_file(file)
+        raise
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
+def touch(folder: Path) -> None:
+    """Notes that a segment is used now, where that is allowed."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / USED, follow_symlinks=False)
+
+
+def last_use(folder: Path) -> float:
+    """Returns when a segment was last used, in seconds since 1970, or 0 if nothing says so."""
+    try:
+        return os.lstat(folder / USED).st_mtime
+    except OSError:
+        return 0.0
+
+
+def in_use(folder: Path) -> bool:
+    """Returns whether a process reads or writes a segment.
+
+    Args:
+        folder: Folder of the segment.
+    """
+    if not is_folder(folder / "keys"):
+        return False
+    try:
+        file = open_regular(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    if not _lock_now(file):
+        return True
+    unlock_file(file)
+    return False
+
+
+def remove(folder: Path) -> bool:
+    """Removes a segment unless a process reads or writes it. Returns whether it went.
+
+    Args:
+        folder: Folder of the segment.
+    """
+    # Where there is no place for a lock, nobody reads.
+    lockable = is_folder(folder / "keys")
+    file = _exclusive(folder) if lockable else None
+    if lockable and file is None:
+        return False
+    # Renamed first: a removal that is cut short leaves rubbish, never half a segment.
+    trash = folder.with_name(f"{TRASH}{uuid.uuid4().hex}")
+    try:
+        folder.rename(trash)
+    except OSError:
+        return False
+    finally:
+        if file is not None:
+            unlock_file(file)
+    remove_tree(trash)
+    return True
+
+
+def _exclusive(folder: Path) -> int | None:
+    try:
+        file = open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    except OSError:
+        return None
+    return file if _lock_now(file) else None
+
+
+def _lock_now(file: int) -> bool:
+    try:
+        # Not `lock_file`, which waits: this is asked of one segment after another.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return False
+    return True
+
+
+def refuse(folder: Path, sentence: str) -> bool:
+    """Marks a segment so that nobody serves it. Returns whether that could be written.
+
+    Args:
+        folder: Folder of the segment.
+        sentence: Reason, for people.
+    """
+    try:
+        write_atomically(folder / REFUSED, sentence.encode())
+    except OSError:
+        return False
+    return True
+
+
+def is_refused(folder: Path) -> bool:
+    """Returns whether somebody found the rows of a segment to be wrong."""
+    return os.path.lexists(folder / REFUSED)
