@@ -1,0 +1,196 @@
+"""Reading the chunk files of segments."""
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from cachefreeze.files import open_regular
+from cachefreeze.segments.format import CHECKSUM_BYTES, KEY_BYTES, Layout
+from cachefreeze.segments.journal import Chunk
+
+# Opening a file for a single row costs as much as the row.
+OPEN_FILES = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8, 256), 16)
+# Of one read while a chunk is checked: it stays in the processor's cache.
+_PIECE_BYTES = 2**18
+# Most buffers that one call may fill.
+_MOST_BUFFERS = 1024
+
+
+class Damaged(Exception):  # noqa: N818
+    """A chunk file that is not what was written. One sentence, with the path."""
+
+
+@dataclass(eq=False, slots=True)
+class Source:
+    """A chunk of values that rows are read from.
+
+    Args:
+        folder: Folder of the segment.
+        layout: How the rows lie.
+        chunk: What the journal says about it.
+
+    Attributes:
+        checked: Identity of the file whose bytes were found to be right, or None.
+    """
+
+    folder: Path
+    layout: Layout
+    chunk: Chunk
+    checked: tuple[int, int, int] | None = field(default=None, init=False)
+
+    @property
+    def path(self) -> str:
+        """Path of the chunk file."""
+        return f"{self.folder}/{self.layout.values_name(self.chunk.number)}"
+
+
+class Files:
+    """Chunk files that are open. Several threads may read with one, one after another.
+
+    `pread` in the place of maps: a disk that fails is then an OSError, and no end of the process.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Source, int] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def read(self, source: Source, slots: list[int], positions: list[int], out: memoryview) -> None:
+        """Copies rows of one chunk.
+
+        Args:
+            source: Chunk that holds the rows.
+            slots: Numbers of the rows in the chunk, ascending.
+            positions: Number of the row in `out` that each is copied to.
+            out: Memory of all rows, one after another.
+
+        Raises:
+            Damaged: the file is not what was written, or the disk fails.
+        """
+        with self._guard:
+            try:
+                file = self._file(source)
+                _read_rows(file, source.layout.row.nbytes, slots, positions, out)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise Damaged(f"{source.path} cannot be read ({reason})") from error
+
+    def close(self) -> None:
+        """Closes all files."""
+        with self._guard:
+            for file in self._open.values():
+                os.close(file)
+            self._open.clear()
+
+    def leave_to_the_parent(self) -> None:
+        """Takes a new lock, in a forked process: the old one may be held by another thread."""
+        self._guard = threading.Lock()
+
+    def drop(self, source: Source) -> None:
+        """Closes the file of a chunk that is not read any more."""
+        with self._guard:
+            file = self._open.pop(source, None)
+            if file is not None:
+                os.close(file)
+
+    def _file(self, source: Source) -> int:
+        file = self._open.get(source)
+        if file is not None:
+            self._open.move_to_end(source)
+            return file
+        if len(self._open) >= OPEN_FILES:
+            _, oldest = self._open.popitem(last=False)
+            os.close(oldest)
+        file = open_regular(source.path, os.O_RDONLY)
+        try:
+            found = os.fstat(file)
+            identity = found.st_ino, found.st_size, found.st_mtime_ns
+            # Checked again if it was exchanged since.
+            if source.checked != identity:
+                check_file(file, source.path, source.layout.values_bytes, source.chunk.values)
+                source.checked = identity
+        except BaseException:
+            os.close(file)
+            raise
+        self._open[source] = file
+        return file
+
+
+def _read_rows(
+    file: int, row_bytes: int, slots: list[int], positions: list[int], out: memoryview
+) -> None:
+    start = 0
+    while start < len(slots):
+        end = start + 1
+        # Neighbours are read in one call.
+        while end < len(slots) and slots[end] == slots[end - 1] + 1 and end - start < _MOST_BUFFERS:
+            end += 1
+        buffers = [
+            out[position * row_bytes : (position + 1) * row_bytes]
+            for position in positions[start:end]
+        ]
+        if os.preadv(file, buffers, slots[start] * row_bytes) != (end - start) * row_bytes:
+            raise OSError("it is cut short")
+        start = end
+
+
+def check_file(file: int, path: str | Path, size: int, checksum: int) -> None:
+    """Compares an open chunk file with what the journal says about it.
+
+    Args:
+        file: Descriptor of the file.
+        path: Path of the file, for the message.
+        size: Size that it must have.
+        checksum: CRC32C of its content, which also stands at its end.
+
+    Raises:
+        Damaged: it is something else.
+        OSError: the disk fails.
+    """
+    found = os.fstat(file).st_size
+    if found != size:
+        raise Damaged(f"{path} has {found} bytes instead of {size}")
+    content, offset, crc = size - CHECKSUM_BYTES, 0, 0
+    buffer = memoryview(bytearray(min(content, _PIECE_BYTES)))
+    while offset < content:
+        count = os.preadv(file, [buffer[: content - offset]], offset)
+        if not count:
+            raise Damaged(f"{path} is cut short")
+        crc = google_crc32c.extend(crc, np.frombuffer(buffer[:count], np.uint8))
+        offset += count
+    if not crc == checksum == int.from_bytes(os.pread(file, CHECKSUM_BYTES, content), "little"):
+        raise Damaged(f"{path} has a wrong checksum")
+
+
+def read_keys(path: Path, layout: Layout, chunk: Chunk) -> np.ndarray:
+    """Returns the keys of a chunk, of shape (rows, 2).
+
+    Args:
+        path: Path of the chunk file of keys.
+        layout: How the rows lie.
+        chunk: What the journal says about it.
+
+    Raises:
+        Damaged: the file is not what was written, or the disk fails.
+    """
+    try:
+        file = open_regular(path, os.O_RDONLY)
+        try:
+            found = os.fstat(file).st_size
+            # Compared before it is read: at most 4096 keys.
+            content = os.pread(file, layout.keys_bytes, 0) if found == layout.keys_bytes else b""
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from error
+    if len(content) != layout.keys_bytes:
+        raise Damaged(f"{path} has {found} bytes instead of {layout.keys_bytes}")
+    keys, tail = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
+    if not google_crc32c.value(keys) == chunk.keys == int.from_bytes(tail, "little"):
+        raise Damaged(f"{path} has a wrong checksum")
+    return np.frombuffer(keys[: chunk.rows * KEY_BYTES], dtype=np.uint64).reshape(-1, 2)

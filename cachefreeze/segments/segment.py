@@ -1,0 +1,208 @@
+"""Writing one segment."""
+
+import errno
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from cachefreeze.files import PARTIAL, remove_tree, sync_folder, unlock_file
+from cachefreeze.segments.format import (
+    CHECKSUM_BYTES,
+    JOURNAL,
+    KEY_BYTES,
+    LOCK,
+    NEW,
+    SLOT_DIGITS,
+    USED,
+    Layout,
+    metadata,
+    slots_offset,
+)
+from cachefreeze.segments.journal import MOST_CHUNKS, Chunk
+from cachefreeze.segments.locks import Gone, share
+
+# Of one write call: larger pieces are slower in a virtual machine, for each takes fresh pages.
+_WRITE_BYTES = 2**20
+_ATTEMPTS = 5
+
+
+class Buffer:
+    """Rows and keys that become a chunk.
+
+    Args:
+        layout: How the rows lie.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.values = np.zeros((layout.chunk_rows, layout.row.nbytes), dtype=np.uint8)
+        self.keys = np.zeros((layout.chunk_rows, 2), dtype=np.uint64)
+        self.count = 0
+
+    def take(self, keys: np.ndarray, rows: np.ndarray) -> int:
+        """Copies rows, as many as there is room for. Returns their number."""
+        count = min(len(rows), len(self.values) - self.count)
+        part = slice(self.count, self.count + count)
+        self.values[part] = rows[:count]
+        self.keys[part] = keys[:count]
+        self.count += count
+        return count
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is room for no further row."""
+        return self.count == len(self.values)
+
+    def clear_rest(self) -> None:
+        """Sets the rows that are not filled to zero."""
+        self.values[self.count :] = 0
+        self.keys[self.count :] = 0
+
+
+class SegmentWriter:
+    """Makes a segment and writes its chunks, one after another. Nobody else ever writes there.
+
+    Args:
+        folder: Folder of the set.
+        layout: How the rows lie.
+        about: What to say about the value, as plain JSON.
+
+    Attributes:
+        folder: Folder of the segment.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, about: Mapping[str, Any]) -> None:
+        self._layout = layout
+        self._chunks = 0
+        self._slots = 0
+        self._files: list[int] = []
+        self._lock: int | None = None
+        for attempt in range(_ATTEMPTS):
+            new = folder / f"{NEW}{uuid.uuid4().hex}"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.folder = self._make(new, about)
+                return
+            except FileNotFoundError:  # somebody tidied the empty folder away
+                self._close_files()
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            except BaseException:
+                self._close_files()
+                remove_tree(new)
+                raise
+
+    def _make(self, new: Path, about: Mapping[str, Any]) -> Path:
+        for part in ("", "values", "keys"):
+            (new / part).mkdir()
+        contents = metadata(new.parent.name, self._layout, about, 0)
+        for name, content in contents.items():
+            _write_file(new / name, [(0, memoryview(content.encode()))])
+        for name in (JOURNAL, LOCK, USED):
+            _write_file(new / name, [])
+        try:
+            self._lock = share(new)
+        except Gone as error:
+            raise FileNotFoundError(errno.ENOENT, f"{new} was removed") from error
+        self._journal = os.open(new / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        self._files.append(self._journal)
+        self._metadata = []
+        for part in ("values/zarr.json", "keys/zarr.json"):
+            file = os.open(new / part, os.O_WRONLY | os.O_NOFOLLOW)
+            self._files.append(file)
+            self._metadata.append((file, slots_offset(contents[part])))
+        # A rename takes no place that is taken, but that of an empty folder.
+        folder = new.with_name(uuid.uuid4().hex)
+        new.rename(folder)
+        sync_folder(folder.parent)
+        return folder
+
+    @property
+    def next_bytes(self) -> int:
+        """Bytes that the next chunk takes at most."""
+        return self._layout.values_bytes + self._layout.keys_bytes
+
+    def write(self, buffer: Buffer) -> None:
+        """Writes a chunk. It counts from the moment on at which its line is in the journal.
+
+        Args:
+            buffer: Rows of the chunk. Only the last one of a segment may not be full.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        layout, number = self._layout, self._chunks
+        if number == MOST_CHUNKS:
+            raise OSError(errno.EFBIG, "the segment has all the chunks that its journal can name")
+        if not buffer.is_full:
+            buffer.clear_rest()
+        checksums = [
+            self._write_chunk(self.folder / name, content, buffer.count * row_bytes)
+            for name, content, row_bytes in (
+                (layout.values_name(number), buffer.values, layout.row.nbytes),
+                (layout.keys_name(number), buffer.keys, KEY_BYTES),
+            )
+        ]
+        line = Chunk(number, buffer.count, checksums[0], checksums[1]).line(self.folder.name)
+        _write_all(self._journal, memoryview(line))
+        os.fsync(self._journal)
+        self._chunks += 1
+        self._slots += buffer.count
+        # In place, in one call, in one sector: no crash leaves half of the number.
+        for file, offset in self._metadata:
+            os.pwrite(file, f"{self._slots:>{SLOT_DIGITS}}".encode(), offset)
+
+    def _write_chunk(self, path: Path, content: np.ndarray, used: int) -> int:
+        flat = content.reshape(-1).view(np.uint8)
+        checksum = google_crc32c.value(flat)
+        tail = memoryview(checksum.to_bytes(CHECKSUM_BYTES, "little"))
+        # A chunk that is not full has a hole between its rows and its checksum.
+        parts = [(0, flat[:used].data), (len(flat), tail)]
+        partial = path.with_name(f"{path.name}{PARTIAL}")
+        try:
+            _write_file(partial, parts)
+            partial.rename(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return checksum
+
+    def close(self) -> None:
+        """Ends the segment: what is written stays, and others may remove it."""
+        try:
+            for file, _ in self._metadata:
+                os.fsync(file)
+        finally:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        for file in self._files:
+            os.close(file)
+        self._files = []
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            unlock_file(lock)
+
+
+def _write_file(path: Path, parts: Sequence[tuple[int, memoryview]]) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        for offset, content in parts:
+            os.lseek(file, offset, os.SEEK_SET)
+            _write_all(file, content)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _write_all(file: int, content: memoryview) -> None:
+    # A nearly full disk takes a part first, and says why at the next attempt.
+    while content:
+        content = content[os.write(file, content[:_WRITE_BYTES]) :]
