@@ -1,0 +1,137 @@
+"""How many bytes all sets of a directory take, and what goes when they are too many."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cachefreeze.files import entries_below, remove_tree
+from cachefreeze.segments.format import JOURNAL, NAME, TRASH, is_folder
+from cachefreeze.segments.journal import LINE_BYTES
+from cachefreeze.segments.locks import is_refused, last_use, remove
+
+
+def segment_folders(directory: Path) -> Iterator[Path]:
+    """Yields the folders of all segments in a directory.
+
+    Args:
+        directory: Folder that holds the sets.
+    """
+    for folder in named_folders(directory):
+        yield from named_folders(folder)
+
+
+def named_folders(folder: Path) -> list[Path]:
+    """Returns the sets in a directory, or the segments in a set, in the order of their names.
+
+    Links are not followed.
+
+    Args:
+        folder: Directory or set.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [
+                entry.name
+                for entry in entries
+                if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError:
+        return []
+    return [folder / name for name in sorted(found)]
+
+
+def disk_bytes(folder: Path) -> int:
+    """Returns the bytes that the files below a folder take. Holes in them take none."""
+    total = 0
+    for entry in entries_below(folder):
+        try:
+            if not entry.is_dir(follow_symlinks=False):
+                total += _file_bytes(entry.stat(follow_symlinks=False))
+        except OSError:
+            continue
+    return total
+
+
+def _file_bytes(found: os.stat_result) -> int:
+    # Some file systems tell no blocks.
+    return min(found.st_size, found.st_blocks * 512) or found.st_size
+
+
+class Budget:
+    """Keeps a directory below a limit, over all runs that write there.
+
+    Args:
+        directory: Folder that holds the sets.
+        max_bytes: Largest number of bytes. If None, there is no limit.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int | None) -> None:
+        self._directory = directory
+        self.max_bytes = max_bytes
+        # Of each segment: lines of the journal, bytes at that time, bytes of a full chunk.
+        self._known: dict[Path, tuple[int, int, int]] = {}
+
+    def make_room(self, nbytes: int) -> bool:
+        """Removes segments that nobody uses until a chunk has room. Returns whether it has.
+
+        Args:
+            nbytes: Bytes of the chunk.
+        """
+        if self.max_bytes is None:
+            return True
+        if nbytes > self.max_bytes:
+            return False
+        kept: set[Path] = set()
+        # Counted again after each removal, for others may remove at the same time.
+        while self.total() + nbytes > self.max_bytes:
+            if not kept:
+                remove_trash(self._directory)
+            left = [folder for folder in self._known if folder not in kept]
+            if not left:
+                return False
+            # What is refused serves nobody.
+            oldest = min(left, key=lambda folder: (not is_refused(folder), last_use(folder)))
+            remove(oldest)
+            kept.add(oldest)
+        return True
+
+    def total(self) -> int:
+        """Returns the bytes of all segments now."""
+        known, self._known = self._known, {}
+        for folder in segment_folders(self._directory):
+            try:
+                lines = os.lstat(folder / JOURNAL).st_size // LINE_BYTES
+            except OSError:
+                lines = 0
+            before = known.get(folder)
+            # All chunks are equally large, so that files are counted one by one only once.
+            if before is None or not before[2]:
+                before = lines, disk_bytes(folder), _chunk_bytes(folder)
+            self._known[folder] = before
+            grown = max(lines - before[0], 0) * before[2]
+            self._known[folder] = lines, before[1] + grown, before[2]
+        return sum(nbytes for _, nbytes, _ in self._known.values())
+
+
+def _chunk_bytes(folder: Path) -> int:
+    total = 0
+    for part in ("values", "keys"):
+        most = 0
+        if is_folder(folder / part):
+            with os.scandir(folder / part) as entries:
+                for entry in entries:
+                    if entry.name.startswith("c."):
+                        most = max(most, _file_bytes(entry.stat(follow_symlinks=False)))
+        total += most
+    return total
+
+
+def remove_trash(directory: Path) -> None:
+    """Removes what others began to remove and did not end.
+
+    Args:
+        directory: Folder that holds the sets.
+    """
+    for folder in named_folders(directory):
+        for entry in folder.glob(f"{TRASH}*"):
+            remove_tree(entry)
