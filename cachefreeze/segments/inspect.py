@@ -1,0 +1,216 @@
+"""What lies in a directory: for people, and for those who tidy up."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cachefreeze.errors import UserError
+from cachefreeze.files import PARTIAL, open_regular
+from cachefreeze.segments.budget import disk_bytes, named_folders, remove_trash, segment_folders
+from cachefreeze.segments.directory import is_directory
+from cachefreeze.segments.format import (
+    JOURNAL,
+    NEW,
+    Head,
+    Row,
+    SegmentError,
+    is_folder,
+    read_head,
+)
+from cachefreeze.segments.journal import Chunk, read_lines
+from cachefreeze.segments.locks import in_use, is_refused, last_use, remove
+from cachefreeze.segments.reading import Damaged, check_file
+
+# What is being made is younger, unless its process was killed.
+_OLD_SECONDS = 3600.0
+
+
+@dataclass
+class SetReport:
+    """What one set holds.
+
+    Attributes:
+        name: Hash of how the value is made, as hexadecimal digits.
+        row: How a row lies in memory. None if nothing readable is there.
+        about: What the last writer said about the value.
+        rows: Number of rows, those in several segments counted several times.
+        nbytes: Bytes on the disk.
+        segments: Number of segments. Each had a writer of its own.
+        in_use: Whether a process reads or writes there now.
+        first_use: When the oldest segment was made, in seconds since 1970.
+        last_use: When a row was last read or written, in seconds since 1970.
+        problems: Sentences about segments that are not read.
+    """
+
+    name: str
+    row: Row | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    rows: int = 0
+    nbytes: int = 0
+    segments: int = 0
+    in_use: bool = False
+    first_use: float = 0.0
+    last_use: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect(directory: Path) -> list[SetReport]:
+    """Returns what each set in a directory holds. Writes nothing.
+
+    Args:
+        directory: Folder that holds the sets.
+
+    Raises:
+        UserError: it is no such folder.
+    """
+    _check(directory)
+    return [_inspect_set(folder) for folder in named_folders(directory)]
+
+
+def _inspect_set(set_folder: Path) -> SetReport:
+    report = SetReport(set_folder.name)
+    for folder in named_folders(set_folder):
+        report.nbytes += disk_bytes(folder)
+        report.segments += 1
+        report.in_use |= in_use(folder)
+        try:
+            used, made = last_use(folder), os.lstat(folder / "zarr.json").st_mtime
+            head, chunks, problem = _read(folder)
+        except (SegmentError, OSError) as error:
+            report.problems.append(str(error))
+            continue
+        if problem is not None:
+            report.problems.append(problem)
+        if used >= report.last_use:
+            report.row, report.about = head.layout.row, head.about
+        report.rows += sum(chunk.rows for chunk in chunks)
+        report.last_use = max(report.last_use, used)
+        report.first_use = min(report.first_use or made, made)
+    return report
+
+
+def verify(directory: Path) -> Iterator[str]:
+    """Reads everything, and yields a sentence for each segment or chunk that is not as written.
+
+    Args:
+        directory: Folder that holds the sets.
+
+    Raises:
+        UserError: it is no such folder.
+    """
+    _check(directory)
+    for folder in segment_folders(directory):
+        try:
+            head, chunks, problem = _read(folder)
+        except (SegmentError, OSError) as error:
+            if is_folder(folder):
+                yield str(error)
+            continue
+        if problem is not None:
+            yield problem
+        for chunk in chunks:
+            layout = head.layout
+            for name, size, checksum in (
+                (layout.values_name(chunk.number), layout.values_bytes, chunk.values),
+                (layout.keys_name(chunk.number), layout.keys_bytes, chunk.keys),
+            ):
+                sentence = _damage(folder / name, size, checksum)
+                if sentence is not None and is_folder(folder):
+                    yield sentence
+
+
+def _damage(path: Path, size: int, checksum: int) -> str | None:
+    try:
+        file = open_regular(path, os.O_RDONLY)
+        try:
+            check_file(file, path, size, checksum)
+        finally:
+            os.close(file)
+    except Damaged as error:
+        return str(error)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None
+
+
+def _read(folder: Path) -> tuple[Head, list[Chunk], str | None]:
+    """Returns what a segment says, and a sentence if it is not read as a whole."""
+    head = read_head(folder, folder.parent.name)
+    if is_refused(folder):
+        return head, [], f"{folder} was found to hold wrong rows: it is not read"
+    try:
+        return head, read_lines(folder / JOURNAL, folder.name, 0, head.layout.chunk_rows), None
+    except SegmentError as error:
+        sentence, chunks = error.args
+        return head, chunks, sentence
+
+
+@dataclass
+class Pruned:
+    """What was removed.
+
+    Attributes:
+        segments: Number of segments.
+        nbytes: Bytes on the disk, with what killed runs had left.
+    """
+
+    segments: int = 0
+    nbytes: int = 0
+
+
+def prune(directory: Path, older_than: float) -> Pruned:
+    """Removes segments that were not used for some time, and what killed runs left.
+
+    What a process reads or writes now stays.
+
+    Args:
+        directory: Folder that holds the sets.
+        older_than: Seconds since the last use. With 0, all segments go.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        UserError: it is no such folder.
+    """
+    _check(directory)
+    pruned = Pruned()
+    before = sum(disk_bytes(folder) for folder in named_folders(directory))
+    now = time.time()
+    for folder in segment_folders(directory):
+        if (is_refused(folder) or now - last_use(folder) >= older_than) and remove(folder):
+            pruned.segments += 1
+    remove_trash(directory)
+    for set_folder in named_folders(directory):
+        for path in _left(set_folder, now):
+            if path.name.startswith(NEW):
+                remove(path)
+            else:
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            set_folder.rmdir()  # if nothing is in it
+    left = sum(disk_bytes(folder) for folder in named_folders(directory))
+    pruned.nbytes = max(before - left, 0)
+    return pruned
+
+
+def _left(set_folder: Path, now: float) -> Iterator[Path]:
+    """Yields what killed runs left in a set: segments that were not made to their end, and chunks
+    that were not written to theirs."""
+    for path in set_folder.glob(f"{NEW}*"):
+        if now - path.lstat().st_mtime > _OLD_SECONDS:
+            yield path
+    for folder in named_folders(set_folder):
+        if not in_use(folder):
+            for part in ("values", "keys"):
+                if is_folder(folder / part):
+                    yield from (folder / part).glob(f"c.*{PARTIAL}")
+
+
+def _check(directory: Path) -> None:
+    if not is_directory(directory):
+        raise UserError(f"{directory} holds no activations of cachefreeze: give another folder")
