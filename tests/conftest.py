@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cachefreeze.cache import pace
 from cachefreeze.rows import Indices
 from cachefreeze.train import main
 
@@ -173,3 +174,9 @@ def interrupt() -> "Iterator[Interrupter]":
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         yield Interrupter(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def no_haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets caches of small models take whatever time following takes."""
+    monkeypatch.setattr(pace, "_FREE_SECONDS", float("inf"))

@@ -48,7 +48,7 @@ INSIDE = {
     ],
     "keys": [["bits", "environment", "surroundings"], ["inputs", "operations", "weights"]],
     "cache": [
-        ["layout", "lengths", "moving"],
+        ["layout", "lengths", "moving", "pace"],
         ["entries", "family"],
         ["shared"],
         ["selection", "words"],

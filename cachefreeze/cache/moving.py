@@ -34,6 +34,10 @@ class Moving:
         self._digests: dict[int, tuple[weakref.ref[Tensor], bytes]] = {}
         self._calls, self._wait = 0, _CALLS
 
+    def __bool__(self) -> bool:
+        """Says whether any tensor moves."""
+        return bool(self._digests)
+
     @property
     def tensors(self) -> list[Tensor]:
         """Returns the tensors that move."""

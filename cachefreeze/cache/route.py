@@ -12,6 +12,7 @@ from torch import nn
 
 from cachefreeze import lineage
 from cachefreeze.cache.family import Family
+from cachefreeze.cache.pace import Kind, Meter
 from cachefreeze.cache.selection import Keys, Selection
 from cachefreeze.cache.shared import Shared
 from cachefreeze.keys import Surroundings, same_bits
@@ -103,6 +104,7 @@ class Route:
     Attributes:
         state: What becomes of a batch.
         selection: What is kept of the pass.
+        meter: Seconds of its calls.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Route:
         self.family.routes += 1
         self._next_sample = _FIRST_SAMPLE
         self._moved_at, self._moving = -_REST, shared.moving.version
+        self._began = 0.0
         self._reports: list[lineage.Report] = []
         self._before, self._last = before, last
         self._guards = [
@@ -141,6 +144,8 @@ class Route:
             if one.escapes and all(trace.values[n].kind in (INPUT, CONSTANT) for n in one.reads)
         ]
         self._select(self._example)
+        plan = self.selection.plan
+        self.meter = Meter(shared.pace, plan.followed, plan.cut.seconds_saved)
 
     def _select(self, inputs: Mapping[int, Tensor]) -> None:
         """Chooses what is kept, and rests if that saves too little."""
@@ -234,14 +239,49 @@ class Route:
             for guard in self._guards
         )
 
-    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a call of the module, or replays it with kept values."""
-        began = perf_counter()
+    @property
+    def pauses(self) -> bool:
+        """Whether calls are left alone for now, since nothing has come of keeping them."""
+        return self.state is State.KEEPING and not self.family.again and self.meter.pauses
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the next calls are left alone whatever they are given."""
+        return self.state is State.RESTING or (self.pauses and not self.meter.may_note)
+
+    def pass_by(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Leaves a call alone, but for noting its rows where that costs next to nothing."""
+        if self.meter.may_note:
+            began = perf_counter()
+            inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
+            self.family.batches += 1
+            if self._note(self.selection.keys(inputs)):
+                self._look_at_weights()
+                if self.state is State.KEEPING:
+                    self._settle(self._example)
+            seconds = perf_counter() - began
+            self.meter.note(Kind.NOTED, seconds, seconds)
+        return module(*args, **kwargs)
+
+    def call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], began: float
+    ) -> Any:
+        """Runs a call of the module, or replays it with kept values.
+
+        Args:
+            module: Module that is called.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            began: Time at which the call began, in seconds.
+        """
+        self._began = began
         inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
         self._look_at_late_values(inputs)
         self._look_at_weights()
         if self.state in (State.RESTING, State.STALE):
             return module(*args, **kwargs)
+        if self.meter.wants_plain:
+            return self._plainly(module, args, kwargs, inputs)
         family = self.family
         family.batches += 1
         self._shared.entries.now += 1
@@ -270,6 +310,23 @@ class Route:
         if self.state is State.PROBATION or self._sample_is_due():
             return self._compare(module, args, kwargs, places)
         return self._serve(module, args, kwargs, places, began)
+
+    def _plainly(
+        self, module: nn.Module, args: Any, kwargs: Any, inputs: Mapping[int, Tensor]
+    ) -> Any:
+        """Runs a call as if there were no cache, to see how long it takes."""
+        if self.state is State.KEEPING:
+            self._put_aside(inputs)
+            self._shared.note(
+                f"{self._name}: pace",
+                f"Calls of {self._name} are short, so that following all of them takes more than "
+                "1 % of the time: some are left alone until rows come again.",
+            )
+        began = perf_counter()
+        output = module(*args, **kwargs)
+        self.meter.note_plain(perf_counter() - began)
+        self._shared.stats.rows_computed += self.selection.rows
+        return output
 
     # Before a row has come again.
 
@@ -370,13 +427,15 @@ class Route:
         batch = dict(zip(self._trace.inputs, inputs, strict=True))
         if not self.selection.takes(batch, self._example):
             return
-        if sum(map(len, self._smaller)) < _MOST_SMALLER:
-            self._smaller.append(
-                {number: tensor.detach().clone() for number, tensor in batch.items()}
-            )
+        self._put_aside(batch)
         if self.selection.settled:
             self._look_at_weights()
             self._fill_up()
+
+    def _put_aside(self, inputs: Mapping[int, Tensor]) -> None:
+        """Copies the inputs of a batch, to compute its rows once rows come again."""
+        if sum(map(len, self._smaller)) < _MOST_SMALLER:
+            self._smaller.append({number: one.detach().clone() for number, one in inputs.items()})
 
     def _fill_up(self) -> None:
         """Computes the rows of smaller batches in whole ones, by recorded operations."""
@@ -422,9 +481,11 @@ class Route:
     def _capture(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[int, Tensor] | None]:
+        before = perf_counter()
         output, kept, report = lineage.capture(
             self.selection.plan, module, *args, known_to_fit=True, **kwargs
         )
+        self.meter.note(Kind.KEPT, perf_counter() - self._began, before - self._began)
         self._shared.stats.rows_computed += self.selection.rows
         self._count_lost(report.left if kept is None else "")
         return output, kept
@@ -529,7 +590,9 @@ class Route:
         output, report = lineage.replay(
             self.selection.plan, kept, module, *args, known_to_fit=True, **kwargs
         )
-        self._shared.served_seconds += perf_counter() - began
+        seconds = perf_counter() - began
+        self._shared.served_seconds += seconds
+        self.meter.note(Kind.SERVED, seconds, cost)
         self._count_lost(report.left)
         stats = self._shared.stats
         if report.left:
@@ -538,6 +601,12 @@ class Route:
             stats.rows_served += self.selection.rows
             stats.seconds_saved += self.selection.plan.cut.seconds_saved - cost
             self._reports.append(report)
+        if self.meter.loses:
+            self.selection.forget()
+            self.rest(
+                f"serving its frozen work takes {1e3 * self.meter.seconds(Kind.SERVED):.1f} ms, as "
+                f"long as doing it ({1e3 * self.meter.plain_seconds:.1f} ms in all)"
+            )
         return output
 
     # What may have changed between two calls.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.moving import Moving
+from cachefreeze.cache.pace import Pace
 from cachefreeze.keys import Weights
 
 _log = logging.getLogger("cachefreeze")
@@ -47,6 +48,7 @@ class Shared:
         weights: Hashes of frozen parameters and buffers.
         stats: Counters.
         moving: Parameters and buffers that move although they take no gradient.
+        pace: Seconds that following has cost.
         messages: Sentences that were told, by what they are about.
         held: Bytes of batches that are not taken apart into rows yet.
         served_seconds: Seconds of all calls that were served.
@@ -58,6 +60,7 @@ class Shared:
     probation: int | None
     weights: Weights = field(default_factory=Weights)
     stats: Stats = field(default_factory=Stats)
+    pace: Pace = field(default_factory=Pace)
     messages: dict[str, str] = field(default_factory=dict)
     held: int = 0
     served_seconds: float = 0.0

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ _MANY_LENGTHS = 8
 # Number of calls that are traced. Beyond them, one of 16 may be.
 _FEW_TRACES = 4
 
+# Number of calls after which a module whose routes all rest is left alone, and after which it is
+# looked at again.
+_LOOK_AGAIN = 16
+
 # Switches of torch, numbers and strings among the arguments, and shapes of the tensors.
 _Key = tuple[Any, Any, tuple[Any, ...]]
 # Which parameters take gradient, and which modules are in training mode.
@@ -49,6 +54,7 @@ class Site:
         self._name = name
         self._module = weakref.ref(module)
         self._modules = list(module.modules())
+        self._parameters: list[torch.Tensor] = []
         # Ways through the module for each signature, the latest one first.
         self._kinds: dict[_Key, list[Route]] = {}
         self._flags: weakref.WeakKeyDictionary[Route, _Flags] = weakref.WeakKeyDictionary()
@@ -56,6 +62,10 @@ class Site:
         self._fitting = self._again = 0
         self._by_parts = self._gives_up = False
         self._tried: dict[_Key, int] = {}
+        # Flags of when all routes have come to rest, number of calls that found them so, and of those
+        # that were left alone.
+        self._asleep: _Flags | None = None
+        self._rested = self._slept = 0
 
     def routes(self) -> list[Route]:
         """Returns all routes."""
@@ -74,8 +84,33 @@ class Site:
         """
         if self._by_parts:
             return self._call_by_parts(module, args, kwargs)
-        if self._gives_up:
+        if self._gives_up or self._sleeps():
             return module(*args, **kwargs)
+        before = self._traced
+        output = self._call(module, args, kwargs, inner)
+        # Other calls in a step may be of another kind.
+        at_rest = before == self._traced and all(one.at_rest for one in self.routes())
+        self._rested = self._rested + 1 if at_rest else 0
+        self._asleep = self._flags_of_now() if self._rested >= _LOOK_AGAIN else None
+        return output
+
+    def _sleeps(self) -> bool:
+        """Says whether a call is left alone without a look at what it is given."""
+        if self._asleep is None or self._shared.moving:
+            return False
+        self._slept += 1
+        return bool(self._slept % _LOOK_AGAIN) and self._flags_of_now() == self._asleep
+
+    def _flags_of_now(self) -> _Flags:
+        return (
+            tuple([one.requires_grad for one in self._parameters]),
+            tuple([part.training for part in self._modules]),
+        )
+
+    def _call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inner: bool
+    ) -> Any:
+        began = perf_counter()
         given = list(tensors((args, kwargs)))
         shapes = tuple(
             [(one.shape, one.stride() if one.layout == torch.strided else (), one.dtype, one.device,
@@ -86,11 +121,13 @@ class Site:
         self._calls += 1
         self._shared.moving.look()
         routes = self._kinds.get(key, [])
+        if routes and routes[0].pauses:
+            return routes[0].pass_by(module, args, kwargs)
         for place, route in enumerate(routes):
             if not route.stale and route.fits((args, kwargs)):
                 self._fitting += 1
                 routes.insert(0, routes.pop(place))
-                return route.call(module, args, kwargs)
+                return route.call(module, args, kwargs, began)
         return self._call_anew(key, given, module, args, kwargs, inner)
 
     def _call_anew(
@@ -116,6 +153,8 @@ class Site:
         like = self._of_another_length(key, flags)
         again = like is not None and like.family.again
         routes = self._kinds.get(key, [])
+        if self._traced and self._shared.pace.is_over:
+            return module(*args, **kwargs)
         if not routes and len(self._kinds) >= (_MOST_LENGTHS if like is not None else _MOST):
             self._shared.tell(
                 f"{self._name}: signatures",
@@ -171,12 +210,13 @@ class Site:
         module = self._module()
         if module is not None:
             self._modules = list(module.modules())
-        return [
-            one.requires_grad
+        self._parameters = [
+            one
             for part in self._modules
             for one in (vars(part).get("_parameters") or {}).values()
             if one is not None
         ]
+        return [one.requires_grad for one in self._parameters]
 
     def _trace(
         self,

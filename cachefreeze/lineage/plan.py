@@ -1,6 +1,6 @@
 """What each event of a trace becomes when the pass is replayed, or when it is captured."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -85,6 +85,7 @@ class Plan:
         captured: What becomes of each event while kept values are taken from a plain pass.
         last_skipped: Last event at which a replayed pass has something to leave out.
         states: Numbers of the parameters and buffers, by the identity of the tensor.
+        followed: Largest number of events that a pass is followed at, one after another.
     """
 
     def __init__(self, trace: Trace, cut: Cut) -> None:
@@ -104,6 +105,7 @@ class Plan:
             ),
             default=-1,
         )
+        self.followed = max(_steps(self.replayed), _steps(self.captured))
         self.states: dict[int, int] = {}
         for state in trace.states:
             tensor = state.tensor()
@@ -260,3 +262,15 @@ class Plan:
 
     def _gives_kept(self, call: Call, inside: list[Operation], kept: frozenset[int]) -> bool:
         return self._is_whole(inside) and kept <= set(numbers(call.results))
+
+
+def _steps(events: Sequence[Planned | None]) -> int:
+    """Counts the events that are not inside a call that is taken as a whole, or run unfollowed."""
+    at = steps = 0
+    while at < len(events):
+        planned = events[at]
+        call = planned.call if planned is not None else None
+        inside = call is None or planned is None or planned.action is Action.FOLLOW
+        at = at + 1 if inside or call is None else call.leave + 1
+        steps += 1
+    return steps
