@@ -122,30 +122,26 @@ class Found:
         good[positions] = True
         memory = out.reshape(-1).data
         bounds = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(order)]
+        held: Path | None = None
         for start, end in itertools.pairwise(bounds):
             source = self._sources[chunks[start]]
-            if not self._read(source, numbers[start:end], positions[start:end], memory):
+            try:
+                if source.folder is not held:
+                    self._held.hold(source.folder)
+                    held = source.folder
+                self._files.read(source, numbers[start:end], positions[start:end], memory)
+            except (Gone, Damaged) as error:
+                self._lost(source, error)
                 good[positions[start:end]] = False
         return good
 
-    def _read(
-        self, source: Source, slots: list[int], positions: list[int], out: memoryview
-    ) -> bool:
-        try:
-            self._held.hold(source.folder)
-            self._files.read(source, slots, positions, out)
-        except Gone:
+    def _lost(self, source: Source, error: Exception) -> None:
+        if isinstance(error, Gone) or not is_folder(source.folder):
             self.drop(source.folder)
-        except Damaged as error:
-            if not is_folder(source.folder):
-                self.drop(source.folder)
-                return False
-            self._tell(f"{error}: the rows in it are computed again")
-            with self._guard:
-                self._forget([self._sources.index(source)])
-        else:
-            return True
-        return False
+            return
+        self._tell(f"{error}: the rows in it are computed again")
+        with self._guard:
+            self._forget([self._sources.index(source)])
 
     def refresh(self) -> None:
         """Takes in the chunks that were completed since the last time."""

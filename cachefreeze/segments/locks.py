@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import threading
 import time
 import uuid
@@ -152,8 +153,7 @@ def remove(folder: Path) -> bool:
     Args:
         folder: Folder of the segment.
     """
-    # Where there is no place for a lock, nobody reads.
-    lockable = is_folder(folder / "keys")
+    lockable = _can_be_locked(folder)
     file = _exclusive(folder) if lockable else None
     if lockable and file is None:
         return False
@@ -168,6 +168,16 @@ def remove(folder: Path) -> bool:
             unlock_file(file)
     remove_tree(trash)
     return True
+
+
+def _can_be_locked(folder: Path) -> bool:
+    # Else it was forged.
+    try:
+        return is_folder(folder / "keys") and stat.S_ISREG(os.lstat(folder / LOCK).st_mode)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def _exclusive(folder: Path) -> int | None:

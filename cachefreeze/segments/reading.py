@@ -124,17 +124,21 @@ class Files:
 def _read_rows(
     file: int, row_bytes: int, slots: list[int], positions: list[int], out: memoryview
 ) -> None:
+    # Most batches have no neighbours: to look for them costs as much as a call.
+    if slots[-1] - slots[0] >= 2 * len(slots):
+        for slot, position in zip(slots, positions, strict=True):
+            start = position * row_bytes
+            part = out[start : start + row_bytes]
+            if os.preadv(file, (part,), slot * row_bytes) != row_bytes:
+                raise OSError("it is cut short")
+        return
     start = 0
     while start < len(slots):
         end = start + 1
-        # Neighbours are read in one call.
         while end < len(slots) and slots[end] == slots[end - 1] + 1 and end - start < _MOST_BUFFERS:
             end += 1
-        buffers = [
-            out[position * row_bytes : (position + 1) * row_bytes]
-            for position in positions[start:end]
-        ]
-        if os.preadv(file, buffers, slots[start] * row_bytes) != (end - start) * row_bytes:
+        parts = [out[one * row_bytes : (one + 1) * row_bytes] for one in positions[start:end]]
+        if os.preadv(file, parts, slots[start] * row_bytes) != (end - start) * row_bytes:
             raise OSError("it is cut short")
         start = end
 

@@ -20,6 +20,7 @@ from cachefreeze.segments.format import (
     SLOT_DIGITS,
     USED,
     Layout,
+    is_folder,
     metadata,
     slots_offset,
 )
@@ -88,6 +89,8 @@ class SegmentWriter:
             new = folder / f"{NEW}{uuid.uuid4().hex}"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                if not is_folder(folder):
+                    raise OSError(errno.ENOTDIR, f"{folder} is a link")
                 self.folder = self._make(new, about)
                 return
             except FileNotFoundError:  # somebody tidied the empty folder away
