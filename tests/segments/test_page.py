@@ -33,7 +33,7 @@ def test_the_files_of_the_page_are_those_that_are_written(path: Path) -> None:
     write(path, np.arange(3), row=Row((2, 3), "float32"))
     written = {file.name for file in path.rglob("*") if file.is_file()}
     (tree,) = re.findall(r"## Files\n\n```\n(.*?)```", PAGE, re.DOTALL)
-    named = set(re.findall(r"^ *([A-Za-z][\w.]*) ", tree, re.MULTILINE))
+    named = set(re.findall(r"^ *([A-Za-z][\w.]*)(?: |$)", tree, re.MULTILINE))
     assert written == named - {"refused"}
 
 
