@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cachefreeze.segments import Directory, Row
 from cachefreeze.segments.inspect import inspect, verify
+from cachefreeze.segments.journal import Chunk
 
 from .harness import (
     ABOUT,
@@ -190,6 +191,29 @@ def test_the_rows_of_a_damaged_journal_end_where_it_is_damaged(copy: Path, line:
     (sentence,) = messages
     assert f"damaged in line {line + 1}" in sentence
     assert list(verify(copy)) == messages
+
+
+@pytest.mark.parametrize(
+    "lines", [[0, 2, 1, 3], [0, 0, 2, 3], [0, 1, 1]], ids=["swapped", "twice", "again"]
+)
+def test_lines_of_the_journal_stand_in_their_order(copy: Path, lines: list[int]) -> None:
+    folder = first(copy)
+    before = (folder / "keys" / "journal").read_bytes()
+    content = b"".join(before[41 * line : 41 * (line + 1)] for line in lines)
+    (folder / "keys" / "journal").write_bytes(content)
+    found, messages = read_again(copy, 2 * COUNT)
+    right = next(at for at, line in enumerate(lines) if at != line)
+    assert found == COUNT + right * CHUNK_ROWS
+    assert len(messages) == 1
+
+
+def test_a_line_with_more_rows_than_a_chunk_has_is_none(copy: Path) -> None:
+    folder = first(copy)
+    line = Chunk(0, CHUNK_ROWS + 1, 1, 2).line(folder.name)
+    (folder / "keys" / "journal").write_bytes(line)
+    found, messages = read_again(copy, 2 * COUNT)
+    assert found == COUNT
+    assert "damaged in line 1" in messages[0]
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))

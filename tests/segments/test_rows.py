@@ -150,6 +150,39 @@ def test_rows_are_found_while_the_writer_goes_on(path: Path) -> None:
     reading.close()
 
 
+def test_looking_again_reads_nothing_that_was_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, np.arange(30))
+    directory = Directory(path, None)
+    rows = directory.rows(NAME, ROW, ABOUT)
+
+    def no_read(*args: object) -> bytes:
+        raise AssertionError("read once more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", no_read)
+        rows.refresh()
+    assert len(rows) == 30
+    directory.close()
+
+
+def test_the_rest_of_a_chunk_that_is_not_full_is_zero(path: Path) -> None:
+    directory = Directory(path, None)
+    rows = directory.rows(NAME, ROW, ABOUT)
+    rows.append(keys_of(np.arange(CHUNK_ROWS)), rows_of(np.arange(CHUNK_ROWS)))
+    while not len(rows):
+        time.sleep(0.01)
+        rows.refresh()
+    time.sleep(0.05)  # the memory of the first chunk is taken again
+    rows.append(keys_of(np.arange(50, 51)), rows_of(np.arange(50, 51)))
+    directory.close()
+    (folder,) = segments(path)
+    for name, used in (("values/c.1.0.0", ROW.nbytes), ("keys/c.1.0", 16)):
+        assert not any((folder / name).read_bytes()[used:-4])
+    assert read_again(path, CHUNK_ROWS) == (CHUNK_ROWS, [])
+
+
 def test_two_processes_write_at_once_and_a_third_reads(path: Path) -> None:
     def write_from(start: int) -> None:
         directory = Directory(path, None)
