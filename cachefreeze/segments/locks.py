@@ -100,18 +100,16 @@ def share(folder: Path) -> int | None:
         return None
     try:
         lock_file(file, exclusive=False)
-        here = os.stat(folder / LOCK, follow_symlinks=False)
-        if here.st_ino != os.fstat(file).st_ino:
-            raise Gone
-    except (BlockingIOError, FileNotFoundError) as error:
-        unlock_file(file)
+    except BlockingIOError as error:  # it is being removed
+        os.close(file)
         raise Gone from error
-    except Gone:
-        unlock_file(file)
-        raise
     except OSError:
         os.close(file)
         return None
+    # Whoever removed it in between left a lock on a file without a name.
+    if not os.path.lexists(folder / LOCK):
+        unlock_file(file)
+        raise Gone
     return file
 
 

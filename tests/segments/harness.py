@@ -1,6 +1,7 @@
 """Rows that tell by themselves whether they are right, and processes that write them."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -78,6 +79,7 @@ def fork(function: Callable[[], object]) -> int:
     if pid:
         return pid
     code = 1
+    signal.alarm(60)  # when the test that waits for it has failed
     try:
         function()
         code = 0

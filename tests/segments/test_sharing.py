@@ -1,7 +1,9 @@
 """Forked processes, rows that turned out to be wrong, and what is listed and tidied up."""
 
+import fcntl
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from cachefreeze.errors import UserError
 from cachefreeze.segments import Directory
-from cachefreeze.segments.format import NEW, TRASH, USED
+from cachefreeze.segments.format import LOCK, NEW, TRASH, USED
 from cachefreeze.segments.inspect import inspect, prune, verify
 from cachefreeze.segments.locks import in_use
 
@@ -185,6 +187,28 @@ def test_what_was_not_used_for_long_and_what_killed_runs_left_is_removed(path: P
     assert not list(path.rglob("*.partial"))
     assert list(verify(path)) == []
     assert read_again(path, 40) == (20, [])
+
+
+def test_a_segment_that_is_removed_while_its_lock_is_waited_for_is_gone(path: Path) -> None:
+    write(path, np.arange(20))
+    directory = Directory(path, None)
+    rows = directory.rows(NAME, ROW, ABOUT)
+    (folder,) = segments(path)
+    file = os.open(folder / LOCK, os.O_RDWR)
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+    def remove_slowly() -> None:
+        time.sleep(0.05)
+        folder.rename(folder.with_name(f"{TRASH}1"))
+        os.close(file)
+
+    remover = threading.Thread(target=remove_slowly)
+    remover.start()
+    assert not read(rows, np.arange(20)).any()
+    remover.join()
+    assert len(rows) == 0
+    assert directory.messages == []
+    directory.close()
 
 
 def test_what_is_in_use_is_not_removed(path: Path) -> None:
