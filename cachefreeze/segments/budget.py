@@ -1,5 +1,6 @@
 """How many bytes all sets of a directory take, and what goes when they are too many."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,18 +42,21 @@ def named_folders(folder: Path) -> list[Path]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Returns the bytes that the files below a folder take. Holes in them take none."""
-    total = 0
-    for entry in entries_below(folder):
-        try:
-            if not entry.is_dir(follow_symlinks=False):
-                total += _file_bytes(entry.stat(follow_symlinks=False))
-        except OSError:
-            continue
-    return total
+    """Returns the bytes that the files below a folder take. Holes in them take none.
+
+    Args:
+        folder: Folder of a set or a segment.
+    """
+    return sum(map(_file_bytes, entries_below(folder)))
 
 
-def _file_bytes(found: os.stat_result) -> int:
+def _file_bytes(entry: os.DirEntry[str]) -> int:
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            return 0
+        found = entry.stat(follow_symlinks=False)
+    except OSError:  # others rename and remove while this counts
+        return 0
     # Some file systems tell no blocks.
     return min(found.st_size, found.st_blocks * 512) or found.st_size
 
@@ -116,13 +120,10 @@ class Budget:
 def _chunk_bytes(folder: Path) -> int:
     total = 0
     for part in ("values", "keys"):
-        most = 0
         if is_folder(folder / part):
-            with os.scandir(folder / part) as entries:
-                for entry in entries:
-                    if entry.name.startswith("c."):
-                        most = max(most, _file_bytes(entry.stat(follow_symlinks=False)))
-        total += most
+            with contextlib.suppress(OSError), os.scandir(folder / part) as entries:
+                chunks = (entry for entry in entries if entry.name.startswith("c."))
+                total += max(map(_file_bytes, chunks), default=0)
     return total
 
 
@@ -133,5 +134,6 @@ def remove_trash(directory: Path) -> None:
         directory: Folder that holds the sets.
     """
     for folder in named_folders(directory):
-        for entry in folder.glob(f"{TRASH}*"):
-            remove_tree(entry)
+        with contextlib.suppress(OSError):
+            for entry in folder.glob(f"{TRASH}*"):
+                remove_tree(entry)

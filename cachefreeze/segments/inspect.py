@@ -186,11 +186,12 @@ def prune(directory: Path, older_than: float) -> Pruned:
             pruned.segments += 1
     remove_trash(directory)
     for set_folder in named_folders(directory):
-        for path in _left(set_folder, now):
-            if path.name.startswith(NEW):
-                remove(path)
-            else:
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others may tidy up at the same time
+            for path in _left(set_folder, now):
+                if path.name.startswith(NEW):
+                    remove(path)
+                else:
+                    path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             set_folder.rmdir()  # if nothing is in it
     left = sum(disk_bytes(folder) for folder in named_folders(directory))

@@ -11,6 +11,7 @@ import pytest
 from cachefreeze.segments import Directory
 from cachefreeze.segments.budget import Budget, disk_bytes, segment_folders
 from cachefreeze.segments.format import USED, Layout, Row
+from cachefreeze.segments.inspect import prune
 
 from .harness import ABOUT, NAME, fork, forked, keys_of, read, rows_of, segments, wait
 
@@ -148,6 +149,18 @@ def test_what_lies_there_is_counted_without_looking_at_each_file(path: Path) -> 
     directory.close()
     # One that was written while it counted may count twice.
     assert total(path) <= budget.total() + 4096 <= total(path) + chunk_bytes() + 8192
+
+
+def test_what_others_write_and_remove_meanwhile_does_not_disturb_the_count(path: Path) -> None:
+    def write_and_remove() -> None:
+        for number in range(30):
+            write(path, 100 * number, 5 * ROWS, None)
+            prune(path, 0)
+
+    pid = fork(write_and_remove)
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        assert Budget(path, 1).total() >= 0
+    assert ended == (pid, 0)
 
 
 def test_a_budget_below_one_chunk_writes_nothing(path: Path) -> None:
