@@ -209,10 +209,9 @@ class Appender:
         """
         with self._guard:
             self._buffer = None
-            self._ended = True
+            self._ended = self._taken_back = True
         with self._writing:
             segment, self._segment = self._segment, None
-            self._taken_back = True
         if segment is None:
             return None
         refuse(segment.folder, sentence)

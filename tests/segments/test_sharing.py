@@ -12,6 +12,7 @@ import pytest
 
 from cachefreeze.errors import UserError
 from cachefreeze.segments import Directory
+from cachefreeze.segments.budget import Budget
 from cachefreeze.segments.format import LOCK, NEW, TRASH, USED
 from cachefreeze.segments.inspect import inspect, prune, verify
 from cachefreeze.segments.locks import in_use
@@ -135,6 +136,37 @@ def test_rows_that_turned_out_to_be_wrong_are_served_to_nobody(path: Path) -> No
     assert "wrong rows" in messages[0]
     assert inspect(path)[0].problems
     assert prune(path, 10**6).segments == 1
+
+
+def test_wrong_rows_that_another_run_reads_just_now_are_marked(path: Path) -> None:
+    directory, other_run = Directory(path, None), Directory(path, None)
+    rows, theirs = (one.rows(NAME, ROW, ABOUT) for one in (directory, other_run))
+    numbers = np.arange(2 * CHUNK_ROWS)
+    rows.append(keys_of(numbers), rows_of(numbers))
+    while len(theirs) < len(numbers):
+        time.sleep(0.01)
+        theirs.refresh()
+    assert read(theirs, numbers).all()
+    rows.forget()
+    theirs.refresh()
+    assert not read(theirs, numbers).any()
+    other_run.close()
+    directory.close()
+    assert read_again(path, len(numbers))[0] == 0
+
+
+def test_wrong_rows_that_wait_for_the_disk_are_not_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Budget, "make_room", lambda budget, nbytes: time.sleep(0.1) or True)
+    directory = Directory(path, None)
+    rows = directory.rows(NAME, ROW, ABOUT)
+    numbers = np.arange(3 * CHUNK_ROWS)
+    rows.append(keys_of(numbers), rows_of(numbers))
+    time.sleep(0.15)  # the first one is written, and two are not
+    rows.forget()
+    directory.close()
+    assert segments(path) == []
 
 
 def test_rows_of_which_nothing_was_written_can_be_forgotten(path: Path) -> None:
