@@ -62,10 +62,12 @@ def test_writers_exceed_the_budget_by_at_most_a_chunk_each(path: Path, writers: 
     # One of earlier runs, that nobody uses.
     write(path, 10**6, 5 * ROWS, None)
     (old,) = segments(path)
-    with forked(*(lambda number=number: run(number) for number in range(writers))):
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-    done.set()
+    watcher = threading.Thread(target=watch, daemon=True)
+    try:
+        with forked(*(lambda number=number: run(number) for number in range(writers))):
+            watcher.start()
+    finally:
+        done.set()
     watcher.join()
     assert max(most, total(path)) <= max_bytes + writers * chunk_bytes()
     assert total(path) >= max_bytes - chunk_bytes()
