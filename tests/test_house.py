@@ -37,7 +37,7 @@ FLOORS = [
 INSIDE = {
     "lineage": [
         ["structure", "calls"],
-        ["soundness"],
+        ["soundness", "contents"],
         ["operations"],
         ["known", "modes", "modules", "signature"],
         ["recording", "program"],

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cachefreeze.segments import Index
+from cachefreeze.segments.index import Index, first_ones
 
 Tensor = torch.Tensor
 
@@ -76,8 +76,7 @@ class Table:
             Number of rows that were written. Rows that have no room are left out.
         """
         new = np.flatnonzero(self.find(keys) < 0)
-        _, first = np.unique(keys[new], axis=0, return_index=True)
-        new = new[np.sort(first)][: self.room - len(self)]
+        new = new[first_ones(keys[new])][: self.room - len(self)]
         if not new.size:
             return 0
         self._grow(len(self) + len(new))

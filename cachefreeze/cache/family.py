@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cachefreeze.segments import Index
+from cachefreeze.segments.index import Index, distinct
 
 _LEAST_PROBATION, _MOST_PROBATION = 2, 8
 # Wholly known batches must be more than one in so many, among at least so many.
@@ -53,9 +53,8 @@ class Family:
             index = self.seen.setdefault(kind, Index())
             found.append((index, wanted, wanted[index.find(wanted) < 0]))
         for index, _, new in found:
-            new = np.unique(new, axis=0)
             # Left and right of a pair may be one row.
-            index.add(new[index.find(new) < 0])
+            index.add(distinct(new if len(found) == 1 else new[index.find(new) < 0]))
         return any(2 * len(new) <= len(wanted) for _, wanted, new in found)
 
     def begin(self, probation: int | None) -> None:

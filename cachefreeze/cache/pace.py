@@ -69,10 +69,15 @@ class Meter:
         self._counts = dict.fromkeys(Kind, 0)
         self._lost = 0.0
 
-    @property
-    def wants_plain(self) -> bool:
-        """Whether a call must run plainly, to be timed."""
-        return len(self._plain) < _PLAIN and self._pace.is_over
+    def wants_plain(self, kind: Kind) -> bool:
+        """Says whether a call must run plainly, to be timed beside those of a kind.
+
+        Args:
+            kind: What would be done with the call.
+        """
+        if len(self._plain) == _PLAIN or not self._pace.is_over:
+            return False
+        return self._counts[kind] > 0 and self._cost(kind) > 0
 
     @property
     def pauses(self) -> bool:
@@ -121,6 +126,10 @@ class Meter:
         self._counts[kind] += 1
         self._beside[kind] += beside
         self._count()
+
+    def note_once(self, seconds: float) -> None:
+        """Notes seconds that something has cost that is not done at every call."""
+        self._pace.lost += seconds
 
     def _count(self) -> None:
         lost = sum(self._counts[kind] * self._cost(kind) for kind in Kind if self._counts[kind])

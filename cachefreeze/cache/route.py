@@ -280,7 +280,8 @@ class Route:
         self._look_at_weights()
         if self.state in (State.RESTING, State.STALE):
             return module(*args, **kwargs)
-        if self.meter.wants_plain:
+        kind = Kind.KEPT if self.state is State.KEEPING else Kind.SERVED
+        if self.meter.wants_plain(kind):
             return self._plainly(module, args, kwargs, inputs)
         family = self.family
         family.batches += 1
@@ -372,7 +373,9 @@ class Route:
         Args:
             inputs: Inputs of some batch, by which the place of the rows is found.
         """
+        began = perf_counter()
         self._shared.messages.pop(f"{self._name}: rows", None)
+        self._shared.messages.pop(f"{self._name}: pace", None)
         self.state = State.PROBATION
         self.family.begin(self._shared.probation)
         selection = self.selection
@@ -385,6 +388,9 @@ class Route:
             batch.kept = {}
         self._pending = []
         self._fill_up()
+        seconds = perf_counter() - began
+        self._began += seconds
+        self.meter.note_once(seconds)
 
     def call_of_another_length(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

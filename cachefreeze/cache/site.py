@@ -62,8 +62,8 @@ class Site:
         self._fitting = self._again = 0
         self._by_parts = self._gives_up = False
         self._tried: dict[_Key, int] = {}
-        # Flags of when all routes have come to rest, number of calls that found them so, and of those
-        # that were left alone.
+        # Flags of when all routes have come to rest, number of calls that found them so, and number
+        # of calls that were left alone.
         self._asleep: _Flags | None = None
         self._rested = self._slept = 0
 

@@ -45,12 +45,14 @@ class Surroundings:
         modules = list(modules)
         for name, read in _attributes(modules, seen):
             # The signature of a trace compares what plain lists and dictionaries hold.
-            self._add(name, read, (tuple, list, dict))
+            self._add(name, read, _CONTAINERS)
         for name, read in _code(modules, given, seen):
             self._add(name, read, (tuple,))
 
     def _add(self, name: str, read: _Read, known: tuple[type, ...]) -> None:
         value = read()
+        if any(name == other[0] and read() is other[1]() for other in self._opened):
+            return
         if type(value) in PLAIN_KINDS or (isinstance(value, known) and _is_plain(value, 0)):
             self._fixed.append((name, read, value))
         elif isinstance(value, (*_CONTAINERS, np.ndarray)):
@@ -89,7 +91,7 @@ def _is_fixed(one: tuple[str, _Read, Any]) -> bool:
     return type(now) is type(value) and type(value) in _COMPARED and repr(now) == repr(value)
 
 
-_COMPARED = PLAIN_KINDS | {tuple, list, dict}
+_COMPARED = PLAIN_KINDS | {tuple, list, dict, set, frozenset}
 
 
 def _is_held(one: tuple[str, _Read, "weakref.ref[Any]"]) -> bool:

@@ -1,14 +1,15 @@
 """What two passes must have in common for the trace of one to say something of the other."""
 
 import weakref
-from collections.abc import Sequence
-from operator import is_, itemgetter
-from types import ModuleType
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import attrgetter, call, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
+from cachefreeze.lineage.contents import Glance, content
 from cachefreeze.lineage.soundness import PARTS as _PARTS
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 
@@ -50,6 +51,7 @@ class Signature:
         self._shared_hooks = _shared_hooks()
         parts = [part for _, module in modules for part in module.modules()]
         self._settings = _settings(parts)
+        self._glance: _Glance | None = None
 
     def watch(self, name: str, module: nn.Module) -> None:
         """Adds a module that the pass has called and that was not known before.
@@ -62,12 +64,14 @@ class Signature:
             _Part(f"{name}.{path}".strip("."), part) for path, part in module.named_modules()
         ]
         self._settings += _settings(list(module.modules()))
+        self._glance = None
 
     def settle(self) -> None:
         """Forgets what the pass itself has changed, such as a counter or a list that grows."""
-        self._settings = [one for one in self._settings if _content(one[1], 0) == one[2]]
+        self._settings = [one for one in self._settings if content(one[1]) == one[2]]
         for part in self._parts:
             part.settle()
+        self._glance = None
 
     def difference(self, given: Any) -> str:
         """Says in a few words how another pass differs, or returns an empty string.
@@ -81,20 +85,92 @@ class Signature:
             return "gradients, inference mode or autocast are switched otherwise"
         if _shared_hooks() != self._shared_hooks:
             return "hooks for all modules were added or removed"
-        for part in self._parts:
-            if not part.is_same():
-                return part.difference()
-        for name, value, content in self._settings:
-            if _content(value, 0) != content:
-                return f"`{name}` of a module has changed"
+        if self._glance is None:
+            self._glance = _Glance(self._parts, [value for _, value, _ in self._settings])
+        if not self._glance.parts_are_same():
+            for part in self._parts:
+                if not part.is_same():
+                    return part.difference()
+        if not self._glance.settings.is_same():
+            for name, value, before in self._settings:
+                if content(value) != before:
+                    return f"`{name}` of a module has changed"
         return ""
 
 
+class _Glance:
+    """A look at all modules at once, in a few passes over flat lists: the fewer steps, the better.
+
+    Where it sees something exchanged, modules may still be the same in all that counts.
+
+    Args:
+        parts: States of the modules.
+        settings: Settings of the modules.
+    """
+
+    def __init__(self, parts: Sequence["_Part"], settings: Iterable[Any]) -> None:
+        self.settings = Glance(settings)
+        self._modules = [part.module for part in parts]
+        self._takes = [part.take for part in parts]
+        self._plain = [value for part in parts for value in part.plain]
+        self._sizes = [max(part.attributes) for part in parts]
+        self._empty = [part.take_empty for part in parts]
+        self._hooks = [(n, part.hooks) for n, part in enumerate(parts) if part.hooks]
+        self._with_parts = [n for n, part in enumerate(parts) if part.parts]
+        self._parts = [number for part in parts for number in part.parts]
+        held = [part.parameters for part in parts]
+        held += [part.buffers if part.watches_buffers else None for part in parts]
+        places = [("_parameters", n) for n in range(len(parts))]
+        places += [("_buffers", n) for n in range(len(parts))]
+        self._holders = [place for place, one in zip(places, held, strict=True) if one]
+        self._names = [name for one in held for name, _ in one or ()]
+        self._frozen = [number for one in held for _, number in one or ()]
+        self._numbers: list[int] = []
+        self._trained: list[bool] = []
+        self._real: Callable[[list[Any]], tuple[Any, ...]] = _nothing
+
+    def parts_are_same(self) -> bool:
+        """Says whether nothing was exchanged, added or removed."""
+        try:
+            held: list[dict[str, Any]] = [*map(_held_by, map(call, self._modules))]
+            if any(map(any, map(call, self._empty, held))):
+                return False
+            now = chain.from_iterable(map(call, self._takes, held))
+            if not all(map(is_, now, self._plain)):
+                return False
+            tensors = [held[n][kind] for kind, n in self._holders]
+        except (AttributeError, KeyError):  # a module, or an attribute of it, is gone
+            return False
+        parts = chain.from_iterable([held[n]["_modules"].values() for n in self._with_parts])
+        return (
+            [*map(len, held)] == self._sizes
+            and [*chain.from_iterable([one.keys() for one in tensors])] == self._names
+            and self._are_same([*chain.from_iterable([one.values() for one in tensors])])
+            and [*map(id, parts)] == self._parts
+            and all(_hooks(held[n]) == hooks for n, hooks in self._hooks)
+        )
+
+    def _are_same(self, tensors: list[Any]) -> bool:
+        """Compares tensors by identity, and asks whether the same of them take gradient."""
+        numbers = [*map(id, tensors)]
+        if numbers == self._numbers:
+            return [*map(_takes_gradient, self._real(tensors))] == self._trained
+        if [0 if t is not None and t.requires_grad else id(t) for t in tensors] != self._frozen:
+            return False
+        # Of those that take gradient others will do. These may be the ones of the next pass, too.
+        self._numbers = numbers
+        real = [n for n, tensor in enumerate(tensors) if tensor is not None]
+        self._real = itemgetter(*real, *real[:1]) if real else _nothing
+        self._trained = [*map(_takes_gradient, self._real(tensors))]
+        return True
+
+
+_held_by, _takes_gradient = attrgetter("__dict__"), attrgetter("requires_grad")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HELD = ("_parameters", "_buffers", "_modules")
 
 
-def _nothing(held: dict[str, Any]) -> tuple[()]:
+def _nothing(held: Any) -> tuple[()]:
     return ()
 
 
@@ -214,10 +290,7 @@ def _hooks(held: dict[str, Any]) -> int:
 
 
 def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
-    """Finds lists, dictionaries and plain objects among attributes, each once, with its content.
-
-    Such are the configurations of Hugging Face's models, which all parts of a model share.
-    """
+    """Finds lists, dictionaries and plain objects among attributes, each once, with its content."""
     found: list[tuple[str, Any, Any]] = []
     seen: set[int] = set()
     for module in modules:
@@ -225,33 +298,10 @@ def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
             if name in _PARTS or type(value) in PLAIN_KINDS or id(value) in seen:
                 continue
             seen.add(id(value))
-            content = _content(value, 0)
-            if content is not None:
-                found.append((name, value, content))
+            held = content(value)
+            if held is not None:
+                found.append((name, value, held))
     return found
-
-
-def _content(value: Any, depth: int) -> Any:
-    """Describes what a setting holds, or returns None for what is no setting."""
-    if type(value) in PLAIN_KINDS:
-        return type(value), value
-    if depth > 3:
-        return None
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = list(value) if isinstance(value, (list, tuple)) else sorted(value, key=repr)
-        return type(value), [_content(item, depth + 1) for item in items[:_MANY]]
-    if isinstance(value, dict):
-        items = list(value.items())[:_MANY]
-        return type(value), [(repr(key), _content(item, depth + 1)) for key, item in items]
-    if isinstance(value, (torch.Tensor, nn.Module, type)) or callable(value):
-        return None
-    held = getattr(value, "__dict__", None)
-    if isinstance(held, dict) and not isinstance(value, ModuleType):
-        return type(value), _content(held, depth + 1)
-    return None
-
-
-_MANY = 500
 
 
 def _shared_hooks() -> int:

@@ -1,0 +1,107 @@
+"""What lists, dictionaries and plain objects among the attributes of modules hold.
+
+Such are the configurations of Hugging Face's models, which all parts of a model share.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from operator import is_
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from cachefreeze.lineage.structure import PLAIN_KINDS
+
+# Number of entries of a container, and depth, that are looked at.
+_MANY, _DEEP = 500, 3
+_SEQUENCES, _SETS = (list, tuple), (set, frozenset)
+
+
+def content(value: Any, depth: int = 0) -> Any:
+    """Describes what a setting holds, or returns None for what is no setting.
+
+    Args:
+        value: Value of an attribute.
+        depth: Depth of the value in others.
+    """
+    if type(value) in PLAIN_KINDS:
+        return type(value), value
+    if depth > _DEEP:
+        return None
+    if isinstance(value, (*_SEQUENCES, *_SETS)):
+        items = list(value) if isinstance(value, _SEQUENCES) else sorted(value, key=repr)
+        return type(value), [content(item, depth + 1) for item in items[:_MANY]]
+    if isinstance(value, dict):
+        pairs = list(value.items())[:_MANY]
+        return type(value), [(repr(key), content(item, depth + 1)) for key, item in pairs]
+    held = _attributes(value)
+    return (type(value), content(held, depth + 1)) if held is not None else None
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """Returns the attributes of a plain object, and None of anything else."""
+    if isinstance(value, (torch.Tensor, nn.Module, type, ModuleType)) or callable(value):
+        return None
+    held = getattr(value, "__dict__", None)
+    return held if isinstance(held, dict) else None
+
+
+class Glance:
+    """A quick look at the same: whether all that settings hold are the very objects of before.
+
+    It is one pass in C over all of them. Where objects were exchanged, contents may still be equal.
+
+    Args:
+        values: Settings.
+    """
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self._views: list[Iterable[Any]] = []
+        self._owners: list[tuple[Any, dict[str, Any]]] = []
+        # The identity of a number says something as long as the number lives.
+        self._alive: list[Any] = []
+        self._sees_all = True
+        for value in values:
+            self._open(value, 0)
+        self._dicts = [held for _, held in self._owners]
+        self._objects = [owner for owner, _ in self._owners]
+        self._ids = [*map(id, chain.from_iterable(self._views))]
+
+    def _open(self, value: Any, depth: int) -> None:
+        if type(value) in PLAIN_KINDS:
+            self._alive.append(value)
+            return
+        if depth > _DEEP:
+            return
+        if isinstance(value, dict):
+            self._sees_all &= len(value) <= _MANY and all(type(key) in PLAIN_KINDS for key in value)
+            self._alive += list(value)[:_MANY]
+            self._views += [value, value.values()]
+            items = list(value.values())
+        elif isinstance(value, (*_SEQUENCES, *_SETS)):
+            self._sees_all &= len(value) <= _MANY
+            self._views.append(value)
+            items = list(value)
+        else:
+            held = _attributes(value)
+            if held is not None:
+                self._owners.append((value, held))
+                self._open(held, depth + 1)
+            return
+        for item in items[:_MANY]:
+            self._open(item, depth + 1)
+
+    def is_same(self) -> bool:
+        """Says whether nothing was exchanged, as far as this look can tell."""
+        return (
+            self._sees_all
+            and [*map(id, chain.from_iterable(self._views))] == self._ids
+            and all(map(is_, map(_dict_of, self._objects), self._dicts))
+        )
+
+
+def _dict_of(value: Any) -> Any:
+    # Past what a class makes of reading its attributes, which costs more than the rest.
+    return object.__getattribute__(value, "__dict__")
