@@ -93,7 +93,9 @@ class Writer:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._jobs.put(None)
-            thread.join()
+            # The garbage collector may close a directory in any thread.
+            if thread is not threading.current_thread():
+                thread.join()
         self.stopped = True
 
     def leave_to_the_parent(self) -> None:

@@ -96,7 +96,6 @@ class Directory:
         for rows in self._rows.values():
             rows.close()
         self._files.close()
-        self._held.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_closed"):

@@ -64,12 +64,6 @@ class Held:
         with self._guard:
             self._unlock(folder)
 
-    def close(self) -> None:
-        """Gives back all locks."""
-        with self._guard:
-            for folder in list(self._files):
-                self._unlock(folder)
-
     def leave_to_the_parent(self) -> None:
         """Forgets all locks, in a forked process that does not have them."""
         self._files.clear()

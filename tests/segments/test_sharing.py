@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import threading
 import time
@@ -120,8 +121,11 @@ def test_rows_that_turned_out_to_be_wrong_are_served_to_nobody(path: Path) -> No
     assert len(rows) == 0
     assert not read(rows, np.arange(45)).any()
     rows.append(keys_of(new), rows_of(new))
+    write(path, np.arange(50, 60))  # another run goes on
+    (later,) = (folder for folder in segments(path) if folder != before)
     rows.refresh()
     assert len(rows) == 0
+    shutil.rmtree(later)
     (sentence,) = directory.messages
     assert "turned out to be wrong" in sentence
     directory.close()
