@@ -1,9 +1,11 @@
 """The public face: a cache that any loop uses by one line."""
 
+import os
 import random
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from cachefreeze.cache.words import in_words
 from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls
+from cachefreeze.segments import Directory
 
 
 class ActivationCache:
@@ -34,8 +37,11 @@ class ActivationCache:
     Args:
         *models: Modules whose calls are cached, such as a model, or a student and its teacher.
             Calls of their parts by the loop itself are cached as well.
-        max_bytes: Largest number of bytes that are kept. The rows that were not used for longest go
-            first. If None, a quarter of the memory that is free now.
+        directory: Folder that rows are kept in as well, to be found by later runs and by others at
+            the same time. It is made if it is not there. If None, rows are kept in memory only.
+        max_bytes: Largest number of bytes that are kept: in memory, or with a directory in it, over
+            all runs. What was not used for longest goes first. If None, a quarter of the memory
+            that is free now, and half of the disk.
         exact: Whether only values are served that are equal to computed ones to the last bit. If
             False, values that differ by rounding are served too, and the difference is told.
         probation: Number of batches that are computed and compared before any is served. If None,
@@ -43,7 +49,7 @@ class ActivationCache:
 
     Raises:
         UserError: Something else than a module is given, a module has no parameter, or has a cache
-            already.
+            already, or the directory cannot be used.
     """
 
     # Without a `__dict__`, a cache that is an attribute of a model is no setting of the model.
@@ -55,13 +61,15 @@ class ActivationCache:
     def __init__(
         self,
         *models: nn.Module,
+        directory: str | os.PathLike[str] | None = None,
         max_bytes: int | None = None,
         exact: bool = True,
         probation: int | None = None,
     ) -> None:
         _check(models, max_bytes, probation)
-        limit = free_memory() // 4 if max_bytes is None else max_bytes
-        self._shared = Shared(Entries(limit), exact, probation)
+        folder = None if directory is None else Directory(Path(directory), max_bytes)
+        memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
+        self._shared = Shared(Entries(memory, folder), exact, probation)
         self._models = models
         self._sites: dict[int, Site] = {}
         self._parts: dict[int, nn.Module] = {}
@@ -91,7 +99,9 @@ class ActivationCache:
         hook = register_optimizer_step_post_hook(
             lambda optimizer, args, kwargs: _after_step(optimizer, weights)
         )
-        self._close = weakref.finalize(self, _close, list(self._parts), catching, hook)
+        self._close = weakref.finalize(
+            self, _close, list(self._parts), catching, hook, self._sites, self._shared.entries
+        )
 
     # What the user asks.
 
@@ -110,7 +120,7 @@ class ActivationCache:
     @property
     def messages(self) -> tuple[str, ...]:
         """Sentences that say what limits the cache. They are logged under "cachefreeze", too."""
-        return tuple(self._shared.messages.values())
+        return (*self._shared.messages.values(), *self._shared.entries.messages)
 
     def fill(self, loader: Iterable[Any], call: Callable[[Any], Any] | None = None) -> None:
         """Keeps the rows of a data set before training, by one forward pass over it.
@@ -140,7 +150,10 @@ class ActivationCache:
                         buffer.copy_(before)
 
     def close(self) -> None:
-        """Ends caching and frees what was kept. Modules, torch and the loop are as before."""
+        """Ends caching and frees memory; a directory has all rows afterwards.
+
+        Modules, torch and the loop are as before.
+        """
         if not self._close.alive:
             return
         if not self._called:
@@ -158,7 +171,6 @@ class ActivationCache:
             )
         self._close()
         self._models, self._sites, self._parts, self._names = (), {}, {}, {}
-        self._shared.entries = Entries(0)
         self._shared.held = 0
 
     def __enter__(self) -> "ActivationCache":
@@ -270,10 +282,19 @@ def _check(models: Iterable[Any], max_bytes: int | None, probation: int | None) 
         raise UserError("probation must be at least 1: nothing is served before it is compared.")
 
 
-def _close(numbers: list[int], catching: Any, hook: Any) -> None:
+def _close(
+    numbers: list[int], catching: Any, hook: Any, sites: dict[int, Site], entries: Entries
+) -> None:
     calls.unwatch(numbers)
     catching.__exit__(None, None, None)
     hook.remove()
+    try:
+        if entries.directory is not None:
+            for site in sites.values():
+                for route in site.routes():
+                    route.write_all()
+    finally:
+        entries.close()
 
 
 class _Nothing(nn.Module):

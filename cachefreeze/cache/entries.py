@@ -1,13 +1,23 @@
-"""Kept rows in memory: a table for every kind of value, and a limit for all of them together."""
+"""Kept rows: a table for every kind of value, in memory and on the disk below it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from time import monotonic
+from typing import Any
 
 import numpy as np
 import torch
 
+from cachefreeze.segments import Directory, Row, Rows
 from cachefreeze.segments.index import Index, first_ones
 
 Tensor = torch.Tensor
+
+
+# Places from here on are those of rows on the disk.
+_BELOW = 1 << 40
+# Seconds after which rows that others have written are looked for again.
+_LOOK_AGAIN = 2.0
 
 
 class Table:
@@ -21,13 +31,24 @@ class Table:
         dtype: Type of the elements.
         device: Device that the rows are kept on.
         room: Largest number of rows.
+        below: The same rows on the disk, if they are kept there.
 
     Attributes:
         room: Largest number of rows.
         row_bytes: Bytes of a row.
+        below: The same rows on the disk, if they are kept there.
     """
 
-    def __init__(self, row_numel: int, dtype: torch.dtype, device: torch.device, room: int) -> None:
+    def __init__(
+        self,
+        row_numel: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        room: int,
+        below: Rows | None = None,
+    ) -> None:
+        self.below = below
+        self._looked = monotonic()
         self._index = Index()
         self.room = room
         self._rows = _reserve(room, row_numel, dtype, device)
@@ -35,13 +56,19 @@ class Table:
         self.row_bytes = max(row_numel * dtype.itemsize, 1)
 
     def __len__(self) -> int:
-        """Returns the number of rows."""
+        """Returns the number of rows in memory."""
         return len(self._index)
 
     @property
+    def rows_kept(self) -> int:
+        """Number of rows that are kept, in memory or on the disk. Most of them lie in both."""
+        return max(len(self), len(self.below) if self.below is not None else 0)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the rows and of what they are found by."""
-        return len(self) * self.row_bytes + self._index.nbytes + self._used.nbytes
+        """Bytes of memory of the rows and of what they are found by."""
+        beside = self._index.nbytes + self._used.nbytes
+        return len(self) * self.row_bytes + beside + (self.below.nbytes if self.below else 0)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Returns the place of each row, or -1.
@@ -49,20 +76,45 @@ class Table:
         Args:
             keys: Keys of the rows, of shape (n, 2).
         """
-        return self._index.find(keys)
+        places = self._index.find(keys)
+        if self.below is not None and (missing := np.flatnonzero(places < 0)).size:
+            lower = self.below.find(keys[missing])
+            if (lower < 0).any() and monotonic() - self._looked > _LOOK_AGAIN:
+                self.below.refresh()
+                self._looked = monotonic()
+                lower = self.below.find(keys[missing])
+            places[missing] = np.where(lower < 0, -1, lower + _BELOW)
+        return places
 
-    def read(self, places: np.ndarray, now: int) -> Tensor:
+    def read(self, places: np.ndarray, now: int) -> Tensor | None:
         """Copies rows out of the table.
 
         Args:
             places: Places of the rows.
             now: Time at which they are used, as a number that grows.
+
+        Returns:
+            Rows, of shape (n, elements of a row), or None if one on the disk is damaged or gone.
         """
-        self._used[places] = now
-        chosen = torch.from_numpy(places)
-        if self._rows.device.type != "cpu":
-            chosen = chosen.to(self._rows.device)
-        return self._rows.index_select(0, chosen)
+        lower = places >= _BELOW
+        if not lower.any():
+            self._used[places] = now
+            chosen = torch.from_numpy(places)
+            return self._rows.index_select(0, chosen.to(self._rows.device))
+        found = torch.empty((len(places), self._rows.shape[1]), dtype=self._rows.dtype)
+        memory = found.view(torch.uint8).numpy()
+        assert self.below is not None
+        # Places of rows in memory are none on the disk.
+        good = self.below.read(np.where(lower, places - _BELOW, -1), memory)
+        if not good[lower].all():
+            return None
+        found = found.to(self._rows.device)
+        if not lower.all():
+            upper = np.flatnonzero(~lower)
+            self._used[places[upper]] = now
+            rows = self._rows[torch.from_numpy(places[upper]).to(self._rows.device)]
+            found[torch.from_numpy(upper).to(found.device)] = rows
+        return found
 
     def write(self, keys: np.ndarray, rows: Tensor, now: int) -> int:
         """Copies those rows into the table that are not there yet.
@@ -73,12 +125,34 @@ class Table:
             now: Time of the writing, as a number that grows.
 
         Returns:
-            Number of rows that were written. Rows that have no room are left out.
+            Number of rows that were not there. Those that have no room in memory are left out of
+            it.
         """
-        new = np.flatnonzero(self.find(keys) < 0)
-        new = new[first_ones(keys[new])][: self.room - len(self)]
+        places = self.find(keys)
+        missing = np.flatnonzero(places < 0)
+        missing = missing[first_ones(keys[missing])]
+        if self.below is not None and missing.size:
+            taken = rows[torch.from_numpy(missing).to(rows.device)].cpu()
+            self.below.append(keys[missing], taken.view(torch.uint8).numpy())
+        self._put(keys, rows, missing, now)
+        return len(missing)
+
+    def raise_up(self, keys: np.ndarray, rows: Tensor, places: np.ndarray, now: int) -> None:
+        """Copies rows into memory that were read from the disk.
+
+        Args:
+            keys: Keys of the rows, of shape (n, 2).
+            rows: Rows, of shape (n, elements of a row).
+            places: Their places, as they were found.
+            now: Time of the writing, as a number that grows.
+        """
+        lower = np.flatnonzero(places >= _BELOW)
+        self._put(keys, rows, lower[first_ones(keys[lower])], now)
+
+    def _put(self, keys: np.ndarray, rows: Tensor, new: np.ndarray, now: int) -> None:
+        new = new[: self.room - len(self)]
         if not new.size:
-            return 0
+            return
         self._grow(len(self) + len(new))
         places = self._index.add(keys[new])
         if places[-1] >= len(self._used):
@@ -90,7 +164,6 @@ class Table:
             self._rows[places[0] : places[-1] + 1] = rows
         else:
             self._rows[places[0] : places[-1] + 1] = rows[torch.from_numpy(new).to(rows.device)]
-        return int(new.size)
 
     def _grow(self, count: int) -> None:
         if count > len(self._rows):
@@ -142,11 +215,15 @@ class Entries:
     """All kept rows, under one limit. The rows that were not used for longest go first.
 
     Args:
-        max_bytes: Largest number of bytes, with what rows are found by.
+        max_bytes: Largest number of bytes of memory, with what rows are found by.
+        directory: Folder that rows are kept in as well, if they are.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, directory: Directory | None = None) -> None:
         self.max_bytes = max_bytes
+        self.directory = directory
+        # Sentences of the directory, also once it is closed.
+        self.messages = directory.messages if directory is not None else []
         self.now = 0
         self.dropped = 0
         self._tables: dict[bytes, Table] = {}
@@ -159,6 +236,65 @@ class Entries:
     def table(self, name: bytes) -> Table | None:
         """Returns the table of one kind of value, if there is one."""
         return self._tables.get(name)
+
+    def open(
+        self,
+        name: bytes,
+        dims: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        about: Mapping[str, Any],
+    ) -> Table | None:
+        """Returns the table of one kind of value, with its rows on the disk below it.
+
+        Args:
+            name: Hash of how the value is made.
+            dims: Sizes of a row in the order of memory.
+            dtype: Type of the elements.
+            device: Device that the rows are kept on.
+            about: What to say about the value, as plain JSON.
+
+        Returns:
+            The table, or None if nothing is kept on the disk.
+        """
+        if self.directory is None or name in self._tables:
+            return self._tables.get(name)
+        try:
+            below = self.directory.rows(name, Row(dims, str(dtype).removeprefix("torch.")), about)
+        except ValueError:  # zarr has no such type
+            return None
+        return self._make(name, math.prod(dims), dtype, device, below)
+
+    def _make(
+        self,
+        name: bytes,
+        numel: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        below: Rows | None = None,
+    ) -> Table:
+        room = self.max_bytes // (max(numel * dtype.itemsize, 1) + _BESIDE)
+        table = self._tables[name] = Table(numel, dtype, device, room, below)
+        return table
+
+    def read(self, name: bytes, keys: np.ndarray, places: np.ndarray) -> Tensor | None:
+        """Copies rows of one kind of value, those on the disk into memory, too, if they have room.
+
+        Args:
+            name: Hash of how the value is made.
+            keys: Keys of the rows, of shape (n, 2).
+            places: Their places.
+
+        Returns:
+            Rows, of shape (n, elements of a row), or None if one is damaged or gone.
+        """
+        table = self._tables[name]
+        rows = table.read(places, self.now)
+        if rows is not None and table.below is not None and (places >= _BELOW).any():
+            size = len(places) * (table.row_bytes + _BESIDE)
+            if self.nbytes + size <= self.max_bytes:
+                table.raise_up(keys, rows, places, self.now)
+        return rows
 
     def write(self, name: bytes, keys: np.ndarray, rows: Tensor) -> int:
         """Keeps rows of one kind of value.
@@ -173,11 +309,7 @@ class Entries:
         """
         table = self._tables.get(name)
         if table is None:
-            numel = rows.shape[1]
-            size = max(numel * rows.element_size(), 1)
-            room = self.max_bytes // (size + _BESIDE)
-            table = Table(numel, rows.dtype, rows.device, room)
-            self._tables[name] = table
+            table = self._make(name, rows.shape[1], rows.dtype, rows.device)
         self.make_room(len(rows) * (table.row_bytes + _BESIDE))
         return table.write(keys, rows, self.now)
 
@@ -191,19 +323,33 @@ class Entries:
         while self._tables and self.nbytes + held + nbytes > self.max_bytes:
             used = np.concatenate([table.used() for table in self._tables.values()])
             if not used.size:
-                self._tables.clear()
                 return
             # An eighth at a time, for dropping costs a walk over all rows.
             oldest = np.partition(used, len(used) // 8)[len(used) // 8]
             for name, table in list(self._tables.items()):
                 self.dropped += table.forget(int(oldest) + 1)
-                if not len(table):
+                if not len(table) and table.below is None:
                     del self._tables[name]
 
-    def forget(self, names: Sequence[bytes]) -> None:
-        """Drops all rows of some kinds of values."""
+    def forget(self, names: Sequence[bytes], wrong: bool = False) -> None:
+        """Drops all rows of some kinds of values from memory.
+
+        Args:
+            names: Hashes of how the values are made.
+            wrong: Whether they are not what the model computes. Then those on the disk go, too.
+        """
         for name in names:
-            self._tables.pop(name, None)
+            table = self._tables.pop(name, None)
+            if wrong and table is not None and table.below is not None:
+                table.below.forget()
+
+    def close(self) -> None:
+        """Frees all memory, and writes to the disk what is not there yet."""
+        self._tables = {}
+        self.max_bytes = 0
+        if self.directory is not None:
+            self.directory.close()
+            self.directory = None
 
 
 # Bytes of a row's key, its place in the index, and its time.

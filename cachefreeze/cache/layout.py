@@ -28,6 +28,17 @@ class Layout:
     axis: Axis | None
     rows: int
 
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Sizes of a row in the order of memory."""
+        if not self.shape:
+            return (1,)
+        order, place, outer, inner = self._order()
+        sizes = [self.shape[dim] for dim in order]
+        if self.axis is None:
+            return tuple(sizes)
+        return (*sizes[:place], outer * inner, *sizes[place + 1 :])
+
     def split(self, value: Tensor) -> Tensor:
         """Returns the rows of a value, of shape (rows, elements of a row)."""
         if not self.shape:

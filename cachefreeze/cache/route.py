@@ -136,6 +136,7 @@ class Route:
         self._next_sample = _FIRST_SAMPLE
         self._moved_at, self._moving = -_REST, shared.moving.version
         self._began = 0.0
+        self._stored = False
         self._reports: list[lineage.Report] = []
         self._before, self._last = before, last
         self._guards = [
@@ -149,13 +150,14 @@ class Route:
 
     def _select(self, inputs: Mapping[int, Tensor]) -> None:
         """Chooses what is kept, and rests if that saves too little."""
-        self.selection = Selection(self._shared, self._trace, inputs, self._like)
+        self.selection = Selection(self._shared, self._trace, inputs, self._name, self._like)
         share, states = self.selection.share, self._trace.states
         if self.selection.kept and share >= _LEAST_SHARE:
             if self.selection.joins():
                 self.state = State.BY_PARTS
                 return
             self.selection.name()
+            self._stored = self.selection.is_stored
             self._note(self.selection.keys(inputs))
             if lineage.more_in_eval_mode(self._trace) > _WORTH_TELLING:
                 limits = lineage.limits_of(self._trace, share)
@@ -290,7 +292,8 @@ class Route:
         earlier = None
         if self.state is State.KEEPING:
             earlier = self._from_before(args, kwargs, inputs)
-            if not family.again and not self._note(keys) and earlier is None:
+            again = family.again or self._note(keys) or self._lie_on_disk(keys)
+            if not again and earlier is None:
                 return self._keep(module, args, kwargs, keys)
             self._settle(self._example)
         family.after += 1
@@ -309,8 +312,11 @@ class Route:
         if self.state is State.PROBATION and self._is_proven:
             self.state = State.SERVING
         if self.state is State.PROBATION or self._sample_is_due():
-            return self._compare(module, args, kwargs, places)
-        return self._serve(module, args, kwargs, places, began)
+            return self._compare(module, args, kwargs, keys, places)
+        kept = self.selection.read(keys, places)
+        if kept is None:  # on the disk, and damaged
+            return self._add(module, args, kwargs, keys)
+        return self._serve(module, args, kwargs, kept, began)
 
     def _plainly(
         self, module: nn.Module, args: Any, kwargs: Any, inputs: Mapping[int, Tensor]
@@ -336,18 +342,32 @@ class Route:
         alike = self.selection.alike
         return self.family.note([(alike(group), wanted) for group, wanted in keys.items()])
 
+    def _lie_on_disk(self, keys: Keys) -> bool:
+        """Says whether half of the rows of a batch are there from other runs."""
+        if not self._stored:
+            return False
+        if not self.selection.settled:
+            self._split(self._example)
+        places = self.selection.find(keys)
+        return all(2 * (place >= 0).sum() >= len(place) for place in places.values())
+
     def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any], keys: Keys) -> Any:
         output, kept = self._capture(module, args, kwargs)
-        if kept is not None:
+        if kept is not None and self.state is State.KEEPING:
             self._pend(_Batch(keys, kept))
         return output
 
     def _pend(self, batch: _Batch) -> None:
-        """Keeps a batch as it is until rows come again."""
+        """Keeps a batch as it is until rows come again, or in rows if it is known how."""
+        if self.selection.settled:
+            self.selection.write(batch.keys, batch.kept)
+            return
         self._pending.append(batch)
         self._shared.held += batch.nbytes
         limit = self._shared.entries.max_bytes
-        if self._shared.held > limit:
+        if self._shared.held > limit and self._shared.entries.directory is not None:
+            self._split(self._example)
+        elif self._shared.held > limit:
             self._shared.entries.make_room(0, self._shared.held)
         if self._shared.held > limit:
             self.rest(
@@ -378,7 +398,25 @@ class Route:
         self._shared.messages.pop(f"{self._name}: pace", None)
         self.state = State.PROBATION
         self.family.begin(self._shared.probation)
+        if not self.selection.settled:
+            self._split(inputs)
+        self._fill_up()
+        seconds = perf_counter() - began
+        self._began += seconds
+        self.meter.note_once(seconds)
+
+    def _split(self, inputs: Mapping[int, Tensor]) -> None:
+        """Finds where the rows are in kept values, and takes apart what was kept in batches.
+
+        Args:
+            inputs: Inputs of some batch.
+        """
         selection = self.selection
+        if self._shared.entries.directory is not None:
+            # What gets to the disk stays: all bits are looked at before.
+            self._shared.weights.suspect(selection.frozen)
+            if selection.name():
+                self._drop_batches()
         selection.write(selection.keys(inputs), selection.settle(inputs))
         # What is left of the traced batch are the inputs that all rows share.
         self._example = selection.shared_of(self._example)
@@ -387,10 +425,14 @@ class Route:
             self._shared.held -= batch.nbytes
             batch.kept = {}
         self._pending = []
-        self._fill_up()
-        seconds = perf_counter() - began
-        self._began += seconds
-        self.meter.note_once(seconds)
+
+    def write_all(self) -> None:
+        """Takes apart what is kept in batches still, so that it gets to the disk."""
+        if self.state is not State.KEEPING or not self._pending:
+            return
+        self._look_at_weights()
+        if self._pending and not self.selection.gone:
+            self._split(self._example)
 
     def call_of_another_length(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -480,7 +522,7 @@ class Route:
             return None
         keys = self.selection.keys(dict(zip(self._trace.inputs, given, strict=True)))
         places = self.selection.find(keys)
-        return None if _unknown(places) else self.selection.read(places)
+        return None if _unknown(places) else self.selection.read(keys, places)
 
     # Once rows come again.
 
@@ -525,7 +567,12 @@ class Route:
         return output
 
     def _compare(
-        self, module: nn.Module, args: Any, kwargs: dict[str, Any], places: dict[int, np.ndarray]
+        self,
+        module: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
+        keys: Keys,
+        places: dict[int, np.ndarray],
     ) -> Any:
         """Computes a batch that could be served, and compares what is kept with it."""
         began = perf_counter()
@@ -533,7 +580,9 @@ class Route:
         self._shared.checked_seconds += perf_counter() - began
         if kept is None or self.state is State.RESTING:
             return output
-        stored = self.selection.read(places)
+        stored = self.selection.read(keys, places)
+        if stored is None:
+            return output
         for one in self.selection.kept:
             if not same_bits(kept[one.number], stored[one.number]):
                 self._differs(one.number, kept[one.number], stored[one.number])
@@ -553,7 +602,7 @@ class Route:
                 "they are served all the same, for exact=False.",
             )
             return
-        self.selection.forget()
+        self.selection.forget(wrong=True)
         if self.family.routes > 1:
             self.family.broken = True
             self._shared.tell(
@@ -587,10 +636,9 @@ class Route:
         module: nn.Module,
         args: Any,
         kwargs: dict[str, Any],
-        places: dict[int, np.ndarray],
+        kept: dict[int, Tensor],
         began: float,
     ) -> Any:
-        kept = self.selection.read(places)
         self._served += 1
         cost = perf_counter() - began
         output, report = lineage.replay(

@@ -10,6 +10,7 @@ import xxhash
 from torch import nn
 
 from cachefreeze import lineage
+from cachefreeze.cache.entries import Table
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.lengths import mask_of, own_lengths
 from cachefreeze.cache.shared import Shared
@@ -19,6 +20,7 @@ from cachefreeze.keys import (
     batch_key,
     environment,
     lineage_of,
+    processor,
     row_keys,
     same_bits,
 )
@@ -64,6 +66,7 @@ class Selection:
         shared: What all routes of the cache have in common.
         trace: Trace of a pass.
         inputs: Tensors that the pass was given, by the numbers of their values.
+        model: Name of the model, for people.
         like: What is kept of a pass on rows of another length, if it is the same. The same tables
             are used then.
 
@@ -82,9 +85,11 @@ class Selection:
         shared: Shared,
         trace: Trace,
         inputs: Mapping[int, Tensor],
+        model: str,
         like: "Selection | None" = None,
     ) -> None:
         self._shared = shared
+        self._model = model
         self.trace = trace
         self.mixes = ""
         self.rows, self._with_rows = lineage.rows_of(inputs)
@@ -233,11 +238,13 @@ class Selection:
         self._look = weights.take_look(self.frozen)
 
     def _name_of(self, one: Kept) -> bytes:
-        around = environment(self.trace.values[one.number].device)
-        name = xxhash.xxh3_128(one.lineage.digest + repr(around).encode())
+        name = xxhash.xxh3_128(one.lineage.digest + repr(self._around(one)).encode())
         for number in one.lineage.states:
             name.update(self._digests[number])
         return name.digest()
+
+    def _around(self, one: Kept) -> tuple[Any, ...]:
+        return *environment(self.trace.values[one.number].device), processor()
 
     def rows_kept(self) -> dict[tuple[bytes, ...], int]:
         """Returns the number of rows that are kept now, by the names of the tables they are in."""
@@ -245,7 +252,7 @@ class Selection:
         for group in {one.group for one in self.kept}:
             names = tuple(sorted(one.name for one in self.kept if one.group == group))
             tables = [self._shared.entries.table(name) for name in names]
-            counts[names] = max(len(table) if table is not None else 0 for table in tables)
+            counts[names] = max(table.rows_kept if table is not None else 0 for table in tables)
         return counts
 
     def alike(self, group: tuple[int, ...]) -> bytes:
@@ -254,9 +261,13 @@ class Selection:
             return self._like.alike(group)
         return b"".join(sorted(one.lineage.digest for one in self.kept if one.group == group))
 
-    def forget(self) -> None:
-        """Drops the rows of the kept values."""
-        self._shared.entries.forget([one.name for one in self.kept])
+    def forget(self, wrong: bool = False) -> None:
+        """Drops the rows of the kept values from memory.
+
+        Args:
+            wrong: Whether they are not what the model computes. Then those on the disk go, too.
+        """
+        self._shared.entries.forget([one.name for one in self.kept], wrong)
 
     def keys(self, inputs: Mapping[int, Tensor]) -> Keys:
         """Hashes the rows of a batch, for each set of inputs that a kept value depends on.
@@ -339,27 +350,64 @@ class Selection:
         count = 1 if axis is None else self.rows
         return Layout(value.shape, value.stride, axis, count)
 
+    def _table(self, one: Kept) -> Table | None:
+        entries = self._shared.entries
+        table = entries.table(one.name)
+        if table is None and one.layout is not None and one.lineage.portable:
+            value = self.trace.values[one.number]
+            table = entries.open(
+                one.name, one.layout.dims, value.dtype, value.device, self._about(one, one.layout)
+            )
+        return table
+
+    def _about(self, one: Kept, layout: Layout) -> dict[str, Any]:
+        """Says what a kept value is, for who looks into the directory."""
+        value, axis = self.trace.values[one.number], layout.axis
+        return {
+            "value": self.trace.describe(one.number),
+            "model": self._model,
+            "shape": list(value.shape),
+            "stride": list(value.stride),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "rows": None if axis is None else [axis.dim, axis.outer, axis.inner],
+            "parameters": len(one.lineage.states),
+            "environment": [str(part) for part in self._around(one)],
+        }
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether rows of every kept value may lie on the disk, from other runs."""
+        directory = self._shared.entries.directory
+        return directory is not None and all(
+            one.lineage.portable and directory.has(one.name) for one in self.kept
+        )
+
     def find(self, keys: Keys) -> dict[int, np.ndarray]:
         """Returns the place of each row in the table of each kept value, -1 for unknown ones."""
         places = {}
         for one in self.kept:
-            table = self._shared.entries.table(one.name)
+            table = self._table(one)
             wanted = self._keys_of(one, keys)
             places[one.number] = np.full(len(wanted), -1) if table is None else table.find(wanted)
         return places
 
-    def read(self, places: Mapping[int, np.ndarray]) -> dict[int, Tensor]:
+    def read(self, keys: Keys, places: Mapping[int, np.ndarray]) -> dict[int, Tensor] | None:
         """Reads the kept values of a batch, by number.
 
         Args:
+            keys: Keys of the rows.
             places: What `find` has returned, without a row that is unknown.
+
+        Returns:
+            Kept values, or None if a row on the disk is damaged or gone.
         """
         found = {}
         for one in self.kept:
-            table = self._shared.entries.table(one.name)
-            assert table is not None
             assert one.layout is not None
-            rows = table.read(places[one.number], self._shared.entries.now)
+            place = places[one.number]
+            rows = self._shared.entries.read(one.name, self._keys_of(one, keys), place)
+            if rows is None:
+                return None
             found[one.number] = one.layout.join(rows)
         return found
 
@@ -379,6 +427,7 @@ class Selection:
         written = 0
         for one in self.kept:
             assert one.layout is not None
+            self._table(one)  # opened, if it is kept on the disk
             wanted, rows = self._keys_of(one, keys), one.layout.split(kept[one.number])
             if chosen is not None and one.layout.axis is not None:
                 wanted, rows = wanted[chosen], rows[torch.from_numpy(chosen)]

@@ -1,5 +1,8 @@
 """What the bits of a result may depend on beside what it is computed from."""
 
+import functools
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,3 +24,14 @@ def environment(device: torch.device) -> tuple[Any, ...]:
         torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_cudnn_sdp_enabled(),
     )
+
+
+@functools.cache
+def processor() -> str:
+    """Returns the name of the processor: libraries choose by it how they compute."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import nn
 
-from cachefreeze.keys.surroundings import read_by_code
+from cachefreeze.keys.surroundings import FOREIGN, code_digest, functions_of, read_by_code
 from cachefreeze.lineage.module_calls import CallOf
 from cachefreeze.lineage.operations import Modes, Operation, Trace
 from cachefreeze.lineage.program import Program
@@ -30,11 +30,14 @@ class Lineage:
         digest: Hash of the operations, their constants, and the shapes and types of the inputs.
         inputs: Places of the inputs that the value depends on, in the order of their first use.
         states: Numbers of the parameters and buffers that it depends on, in the same order.
+        portable: Whether the digest means the same in another process. It does not where something
+            has no name, such as a function made in another one.
     """
 
     digest: bytes
     inputs: tuple[int, ...]
     states: tuple[int, ...]
+    portable: bool
 
 
 def lineage_of(trace: Trace, number: int, program: Program) -> Lineage:
@@ -53,6 +56,7 @@ def lineage_of(trace: Trace, number: int, program: Program) -> Lineage:
         xxhash.xxh3_128_digest(text.encode()),
         tuple(writer.inputs),
         tuple(writer.states),
+        writer.portable,
     )
 
 
@@ -62,6 +66,8 @@ class _Writer:
     def __init__(self, trace: Trace) -> None:
         self.inputs: list[int] = []
         self.states: list[int] = []
+        self.portable = True
+        self._open: frozenset[int] = frozenset()
         self._trace = trace
         self._names: dict[int, str] = {}
         self._lines: list[str] = []
@@ -102,7 +108,7 @@ class _Writer:
     def _function(self, func: Callable[..., Any]) -> str:
         if isinstance(func, CallOf):
             module = func.module()
-            return "gone" if module is None else self._module(module)
+            return self._unnamed(func) if module is None else self._module(module)
         return self._named(func)
 
     def _named(self, value: Any) -> str:
@@ -113,7 +119,7 @@ class _Writer:
             # `Tensor.shape.__get__` and the like: a property of tensors.
             return f"{name} of {getattr(owner, '__qualname__', None) or self._unnamed(value)}"
         if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return f"torch.ops.{value}"
+            return f"torch.ops.{value} {_version(str(value).partition('.')[0])}"
         where = getattr(value, "__module__", None) or ""
         if isinstance(owner, type):
             return f"{self._named(owner)}.{name}"
@@ -121,14 +127,29 @@ class _Writer:
             _found(where, name) is value
             or getattr(torch.Tensor, name.split(".")[-1], _NONE) is value
         ):
-            return f"{where}.{name}"
+            return f"{where}.{name} {self._code(value)}"
         short = name.split(".")[-1]  # the full one of `torch.zeros` has a hidden class in it
         for space in (torch, torch._C._nn, torch.nn.functional):
             if short and getattr(space, short, _NONE) is value:
                 return f"{space.__name__}.{short}"
         return self._unnamed(value)
 
+    def _code(self, value: Any) -> str:
+        """Tells what a function or a class of somebody else's does: its code may be edited."""
+        where = getattr(value, "__module__", None) or ""
+        if where.startswith(FOREIGN):
+            return ""
+        told = [_version(where.partition(".")[0])]
+        # A default of one of its functions may be the class itself.
+        before, self._open = self._open, self._open | {id(value)}
+        for function in functions_of(value) if id(value) not in before else ():
+            told.append(code_digest(function.__code__))
+            told.append(self._told((function.__defaults__, function.__kwdefaults__)))
+        self._open = before
+        return " ".join(told)
+
     def _unnamed(self, value: Any) -> str:
+        self.portable = False
         return f"unnamed {_serial(value)}"
 
     def _module(self, module: nn.Module) -> str:
@@ -179,6 +200,11 @@ class _Writer:
             digest = xxhash.xxh3_128_hexdigest(value.tobytes())
             return f"array {value.dtype.str}{value.shape}{digest}"
         return self._unnamed(value)
+
+
+def _version(package: str) -> str:
+    """Returns the version of a package, if it is loaded and says one."""
+    return str(getattr(sys.modules.get(package), "__version__", ""))
 
 
 _NONE = object()

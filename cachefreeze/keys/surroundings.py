@@ -25,7 +25,7 @@ _DEEP, _MANY_FUNCTIONS = 3, 200
 # Bytes of an array, and number of entries of a container, that are compared.
 _LARGE, _MANY = 1 << 16, 500
 _CONTAINERS = (list, tuple, dict, set, frozenset)
-_FOREIGN = ("torch", "numpy", "builtins")
+FOREIGN = ("torch", "numpy", "builtins")
 
 
 class Surroundings:
@@ -172,6 +172,37 @@ def read_by_code(kind: type[nn.Module]) -> list[tuple[str, Any]]:
     return [(name, read()) for name, read in found]
 
 
+def functions_of(value: Any) -> list[types.FunctionType]:
+    """Returns the functions that a class of somebody else's defines, or the function itself."""
+    if isinstance(value, types.FunctionType):
+        return [value]
+    found = []
+    for kind in value.__mro__ if isinstance(value, type) else ():
+        if not kind.__module__.startswith(FOREIGN):
+            for _, member in sorted(vars(kind).items()):
+                parts = getattr(member, "fget", None), getattr(member, "__func__", member)
+                found += [one for one in parts if isinstance(one, types.FunctionType)]
+    return found
+
+
+@functools.cache
+def code_digest(code: types.CodeType) -> str:
+    """Hashes what a piece of code does, wherever it stands.
+
+    Args:
+        code: Compiled code of a function.
+    """
+    told: list[str] = [code.co_code.hex(), repr((code.co_names, code.co_varnames))]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            told.append(code_digest(constant))
+        elif isinstance(constant, frozenset):  # its order is another one in each process
+            told.append(repr(sorted(map(repr, constant))))
+        else:
+            told.append(repr(constant))
+    return xxhash.xxh3_128_hexdigest("\n".join(told).encode())
+
+
 def _functions_in(value: Any, depth: int) -> Iterator[Any]:
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
         yield value
@@ -197,7 +228,7 @@ def _in_function(
     code = getattr(function, "__code__", None)
     if code is None or id(function) in seen or depth > _DEEP or len(seen) > _MANY_FUNCTIONS:
         return
-    if (function.__module__ or "").startswith(_FOREIGN):
+    if (function.__module__ or "").startswith(FOREIGN):
         return
     seen.add(id(function))
     found: list[tuple[str, _Read]] = [
@@ -227,7 +258,7 @@ def _in_function(
 
 
 def _in_module(module: types.ModuleType, code: types.CodeType) -> list[tuple[str, _Read]]:
-    if module.__name__.startswith(_FOREIGN):
+    if module.__name__.startswith(FOREIGN):
         return []
     space = vars(module)
     return [

@@ -69,8 +69,11 @@ class Writer:
             if self._budget.make_room(appender.chunk_bytes):
                 appender.write(buffer)
                 return
-            most = human_bytes(self._budget.max_bytes or 0)
-            reason = f"it may take {most}, and what lies there is in use"
+            most = self._budget.max_bytes
+            reason = "it may take half of the disk" if most is None else (
+                f"it may take {human_bytes(most)}"
+            )  # fmt: skip
+            reason += ", and what lies there is in use"
         except OSError as error:
             reason = error.strerror or str(error)
         except Exception as error:

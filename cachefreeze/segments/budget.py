@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +67,8 @@ class Budget:
 
     Args:
         directory: Folder that holds the sets.
-        max_bytes: Largest number of bytes. If None, there is no limit.
+        max_bytes: Largest number of bytes. If None, half of what it and the free space of its disk
+            are together.
     """
 
     def __init__(self, directory: Path, max_bytes: int | None) -> None:
@@ -81,13 +83,11 @@ class Budget:
         Args:
             nbytes: Bytes of the chunk.
         """
-        if self.max_bytes is None:
-            return True
-        if nbytes > self.max_bytes:
+        if self.max_bytes is not None and nbytes > self.max_bytes:
             return False
         kept: set[Path] = set()
         # Counted again after each removal, for others may remove at the same time.
-        while self.total() + nbytes > self.max_bytes:
+        while (total := self.total()) + nbytes > self._limit(total):
             if not kept:
                 remove_trash(self._directory)
             left = [folder for folder in self._known if folder not in kept]
@@ -98,6 +98,11 @@ class Budget:
             remove(oldest)
             kept.add(oldest)
         return True
+
+    def _limit(self, total: int) -> int:
+        if self.max_bytes is not None:
+            return self.max_bytes
+        return (total + shutil.disk_usage(self._directory).free) // 2
 
     def total(self) -> int:
         """Returns the bytes of all segments now."""

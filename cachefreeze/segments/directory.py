@@ -31,8 +31,8 @@ class Directory:
 
     Args:
         path: Folder that holds the sets. It is made if it is not there.
-        max_bytes: Largest number of bytes that all sets may take, over all runs. If None, there
-            is no limit.
+        max_bytes: Largest number of bytes that all sets may take, over all runs. If None, half of
+            what they and the free space of the disk are together.
 
     Attributes:
         messages: Sentences for the user, so far.
@@ -83,6 +83,14 @@ class Directory:
         if found.row != row:
             raise ValueError(f"{name.hex()} holds {found.row}, and not {row}")
         return found
+
+    def has(self, name: bytes) -> bool:
+        """Returns whether there may be rows of one kind of value.
+
+        Args:
+            name: Hash of how the value is made, 16 bytes.
+        """
+        return (self._path / name.hex()).is_dir()
 
     def close(self) -> None:
         """Writes what is left, and gives back locks and files."""

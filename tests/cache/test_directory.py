@@ -1,0 +1,233 @@
+"""Rows on the disk: what later runs find, and what they must not."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cachefreeze import ActivationCache
+from cachefreeze.cache import activation_cache, entries
+from cachefreeze.errors import UserError
+from cachefreeze.segments.inspect import inspect
+
+from .harness import BATCH, Net, assert_same, batches, images, net, plainly, served
+
+PROGRAMS = Path(__file__).parent / "programs"
+ROOT = Path(__file__).parents[2]
+
+
+def run(program: Path, *arguments: str, seed: int = 0) -> dict[str, list[str]]:
+    """Runs a program in a process of its own, and returns what it has printed, by first words."""
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)
+    }  # fmt: skip
+    command = [sys.executable, str(program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        word, _, rest = line.partition(" ")
+        found.setdefault(word, []).append(rest)
+    return found
+
+
+def rows_in(folder: Path) -> int:
+    return sum(one.rows for one in inspect(folder))
+
+
+def epoch(model: nn.Module, x: torch.Tensor, number: int) -> None:
+    for batch in batches(x, number):
+        assert_same(model(batch), plainly(model, batch))
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A copy of the program and of the function that it uses."""
+    for name in ("again.py", "doubled.py"):
+        shutil.copy(PROGRAMS / name, tmp_path / name)
+    return tmp_path / "again.py"
+
+
+def test_a_later_run_is_served_from_its_first_epoch_on(program: Path) -> None:
+    folder = str(program.parent / "cache")
+    plain = run(program, "none")
+    first = run(program, folder, seed=1)
+    again = run(program, folder, seed=2)
+    assert first["weights"] == again["weights"] == plain["weights"]
+    assert int(first["served"][0]) == 0
+    # The first batch is traced, and two are compared.
+    assert int(again["served"][0]) == 80 - 3 * 8
+    assert rows_in(Path(folder)) == 80
+    assert again["told"] == [""] or again["told"] == []
+
+
+def test_a_changed_image_is_one_more_row(program: Path) -> None:
+    folder = str(program.parent / "cache")
+    run(program, folder)
+    changed = run(program, folder, "5")
+    assert changed["weights"] == run(program, "none", "5")["weights"]
+    assert int(changed["served"][0]) >= 80 - 5 * 8
+    assert rows_in(Path(folder)) == 81
+
+
+@pytest.mark.parametrize("edit", [("x * FACTOR", "x * FACTOR + 1"), ("FACTOR = 2", "FACTOR = 3")])
+def test_rows_of_before_a_function_was_edited_are_not_served(
+    program: Path, edit: tuple[str, str]
+) -> None:
+    folder = str(program.parent / "cache")
+    run(program, folder)
+    path = program.parent / "doubled.py"
+    path.write_text(path.read_text().replace(*edit))
+    plain, cached = run(program, "none"), run(program, folder)
+    assert cached["weights"] == plain["weights"]
+    assert int(cached["served"][0]) == 0
+    assert rows_in(Path(folder)) == 160
+
+
+def test_other_weights_find_nothing_and_both_stay(tmp_path: Path) -> None:
+    x = images(48)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = Net()
+        with ActivationCache(model, directory=tmp_path / "cache") as cache:
+            epoch(model, x, 0)
+            assert cache.stats.rows_served == 0
+    sets = inspect(tmp_path / "cache")
+    assert sorted(one.rows for one in sets) == [48, 48]
+
+
+def test_rows_are_served_from_the_disk_where_memory_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = net(), images(80)
+    with ActivationCache(model, directory=tmp_path) as cache:
+        epoch(model, x, 0)
+    # Room for some five rows of 128 bytes.
+    monkeypatch.setattr(activation_cache, "free_memory", lambda: 4 * 5 * 168)
+    with ActivationCache(model, directory=tmp_path) as cache:
+        epoch(model, x, 1)
+        assert served(cache, lambda: epoch(model, x, 2)) >= 80 - BATCH
+        assert cache._shared.entries.nbytes < 20_000
+
+
+def test_two_caches_at_once_share_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "_LOOK_AGAIN", 0.0)
+    x, other = images(48), images(48, seed=7)
+    one, two = net(), net()
+    with ActivationCache(two, directory=tmp_path) as cache:
+        epoch(two, other, 0)
+        epoch(two, other, 1)
+        with ActivationCache(one, directory=tmp_path):
+            epoch(one, x, 0)
+        assert served(cache, lambda: epoch(two, x, 5)) >= 48 - BATCH
+
+
+@pytest.mark.parametrize("place", [0, 100, -5])
+def test_a_damaged_chunk_is_computed_again(tmp_path: Path, place: int) -> None:
+    model, x = net(), images(48)
+    with ActivationCache(model, directory=tmp_path):
+        epoch(model, x, 0)
+    (chunk,) = [path for path in tmp_path.glob("*/*/values/c*") if path.is_file()]
+    content = bytearray(chunk.read_bytes())
+    content[place] ^= 4
+    chunk.write_bytes(content)
+    with ActivationCache(model, directory=tmp_path) as cache:
+        for number in range(3):
+            epoch(model, x, number)
+        assert any("computed again" in sentence for sentence in cache.messages)
+        assert cache.stats.rows_served > 0
+
+
+def test_wrong_rows_under_a_right_name_are_never_served(tmp_path: Path) -> None:
+    model, x = net(), images(48)
+    with ActivationCache(model, directory=tmp_path / "cache") as cache:
+        epoch(model, x, 0)
+        epoch(model, x, 1)
+        (table,) = cache._shared.entries._tables.values()
+        # Somebody's broken tool: sound chunks of numbers that are not the model's.
+        table.below._appender.append = _spoiled(table.below._appender.append)  # type: ignore
+        table.write(np.zeros((0, 2), np.uint64), torch.zeros(0, 32), 0)
+        epoch(model, images(48, seed=3), 2)
+    with ActivationCache(model, directory=tmp_path / "cache") as cache:
+        for number in range(3):
+            epoch(model, images(48, seed=3), number)
+        assert cache.stats.rows_served == 0
+        assert any("differ from computed ones" in sentence for sentence in cache.messages)
+    with ActivationCache(model, directory=tmp_path / "cache") as cache:
+        epoch(model, x, 0)
+        assert cache.stats.rows_served == 0
+
+
+def _spoiled(append: Any) -> Any:
+    return lambda keys, rows: append(keys, rows ^ 1)
+
+
+class _Taken(nn.Module):
+    """Is taken as one operation, with a function that has no name in other processes."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if torch.overrides.has_torch_function((x,)) else self.function(x)
+
+
+def test_what_has_no_name_is_kept_in_memory_only(tmp_path: Path) -> None:
+    x, factor = torch.randn(48, 8), 2.0
+    body = nn.Sequential(nn.Linear(8, 8), _Taken(lambda x: x * factor), nn.Linear(8, 4))
+    model = nn.Sequential(body.requires_grad_(False), nn.Linear(4, 2))
+    with ActivationCache(model, directory=tmp_path / "cache") as cache:
+        epoch(model, x, 0)
+        epoch(model, x, 1)
+        assert served(cache, lambda: epoch(model, x, 2)) >= 48 - BATCH
+    assert rows_in(tmp_path / "cache") == 0
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "channels_last", "second axis"])
+def test_rows_come_back_from_the_disk_as_they_were(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "second axis":
+        body: nn.Module = _States()
+        x = torch.randn(48, 6, 8)
+    else:
+        body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        x = images(48)
+        if kind == "bfloat16":
+            body, x = body.bfloat16(), x.bfloat16()
+        else:
+            x = x.contiguous(memory_format=torch.channels_last)
+    head = nn.Conv2d(8, 2, 3) if kind != "second axis" else nn.Linear(8, 2)
+    model = nn.Sequential(body.requires_grad_(False), head.to(x.dtype))
+    with ActivationCache(model, directory=tmp_path):
+        epoch(model, x, 0)
+    with ActivationCache(model, directory=tmp_path) as cache:
+        epoch(model, x, 1)
+        assert cache.stats.rows_served >= 48 - 3 * BATCH
+
+
+class _States(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.transpose(0, 1)).tanh()
+
+
+def test_a_directory_that_cannot_be_used_is_said_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        ActivationCache(net(), directory=path)
