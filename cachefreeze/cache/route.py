@@ -282,9 +282,6 @@ class Route:
         self._look_at_weights()
         if self.state in (State.RESTING, State.STALE):
             return module(*args, **kwargs)
-        kind = Kind.KEPT if self.state is State.KEEPING else Kind.SERVED
-        if self.meter.wants_plain(kind):
-            return self._plainly(module, args, kwargs, inputs)
         family = self.family
         family.batches += 1
         self._shared.entries.now += 1
@@ -294,6 +291,9 @@ class Route:
             earlier = self._from_before(args, kwargs, inputs)
             again = family.again or self._note(keys) or self._lie_on_disk(keys)
             if not again and earlier is None:
+                if self.meter.wants_plain(Kind.KEPT):
+                    self._put_aside(inputs)
+                    return self._plainly(module, args, kwargs)
                 return self._keep(module, args, kwargs, keys)
             self._settle(self._example)
         family.after += 1
@@ -313,17 +313,16 @@ class Route:
             self.state = State.SERVING
         if self.state is State.PROBATION or self._sample_is_due():
             return self._compare(module, args, kwargs, keys, places)
+        if self.meter.wants_plain(Kind.SERVED):
+            return self._plainly(module, args, kwargs)
         kept = self.selection.read(keys, places)
         if kept is None:  # on the disk, and damaged
             return self._add(module, args, kwargs, keys)
         return self._serve(module, args, kwargs, kept, began)
 
-    def _plainly(
-        self, module: nn.Module, args: Any, kwargs: Any, inputs: Mapping[int, Tensor]
-    ) -> Any:
+    def _plainly(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs a call as if there were no cache, to see how long it takes."""
         if self.state is State.KEEPING:
-            self._put_aside(inputs)
             self._shared.note(
                 f"{self._name}: pace",
                 f"Calls of {self._name} are short, so that following all of them takes more than "

@@ -180,11 +180,7 @@ class SegmentWriter:
 
     def close(self) -> None:
         """Ends the segment: what is written stays, and others may remove it."""
-        try:
-            for file, _ in self._metadata:
-                os.fsync(file)
-        finally:
-            self._close_files()
+        self._close_files()
 
     def _close_files(self) -> None:
         for file in self._files:
