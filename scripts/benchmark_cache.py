@@ -7,11 +7,14 @@ several turns. Ratios are of the seconds of whole epochs.
 
 import argparse
 import importlib
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,6 +191,36 @@ def measure(case: Case, turns: int, epochs: int) -> None:
         print(f"    {word}")
 
 
+def peak(case: Case, cached: bool) -> float:
+    """Returns the bytes that the first epoch adds at most, kept rows apart, in this process."""
+    loop = Loop(case, cached)
+    before = resident()
+    loop.epoch(0)
+    kept = loop.cache.stats.bytes if loop.cache is not None else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - kept
+
+
+def resident() -> int:
+    """Returns the bytes of memory that the process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def measure_memory(case: Case, turns: int, rows: int) -> None:
+    """Compares the peaks of first epochs, each in a process of its own."""
+    ratios = []
+    for _ in range(turns):
+        peaks = []
+        for how in ("plain", "cached"):
+            command = [
+                sys.executable, __file__, "--only", case.name, "--rows", str(rows), "--peak", how
+            ]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks.append(float(done.stdout.split()[-1]))
+        ratios.append(peaks[1] / peaks[0])
+    print(f"{case.name}\n  memory of the first epoch, kept rows apart: {told(ratios)} of plain")
+
+
 def told(ratios: list[float]) -> str:
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
     return f"{statistics.median(ratios):.3f} ({spread})"
@@ -199,11 +232,19 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4, help="Epochs of a run. Default: 4.")
     parser.add_argument("--rows", type=int, default=640, help="Rows of the data. Default: 640.")
     parser.add_argument("--only", default="", help="Part of the name of the cases to run.")
+    parser.add_argument("--memory", action="store_true", help="Compare memory in place of time.")
+    parser.add_argument("--peak", choices=["plain", "cached"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    chosen = [case for case in cases(options.rows) if options.only in case.name]
+    if options.peak:
+        print(peak(chosen[0], options.peak == "cached"))
+        return 0
     print(f"torch {torch.__version__}, one thread, n = {options.turns}")
-    for case in cases(options.rows):
-        if options.only in case.name:
+    for case in chosen:
+        if options.memory:
+            measure_memory(case, options.turns, options.rows)
+        else:
             measure(case, options.turns, options.epochs)
     return 0
 
