@@ -1,16 +1,20 @@
 """Show what is in a cache folder: `python scripts/cache_stats.py [CACHE_DIR]`.
 
-It may be used while runs use the cache; nothing is changed but by `--prune`. Exit code 0: all is
-well; 1: something is damaged; 2: the folder is no cache.
+The folder is the directory of an `ActivationCache`, or the `--cache-dir` of `cachefreeze.train`. It
+may be used while runs use the cache; nothing is changed but by `--prune`. Exit code 0: all is well;
+1: something is damaged; 2: the folder is no cache, or an option does not fit.
 """
 
 import argparse
 import dataclasses
+import io
 import json
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
 from cachefreeze.report import duration, format_table
 from cachefreeze.samples import Encoded, Values, encodings, sample
+from cachefreeze.segments.budget import named_folders
+from cachefreeze.segments.directory import is_directory
 from cachefreeze.store import (
     CacheReport,
     StoreError,
@@ -26,6 +32,7 @@ from cachefreeze.store import (
     inspect_cache,
     remove_rubbish,
 )
+from cachefreeze.store.folder import is_store, rubbish
 
 # Of a line; a folder's name is as long as it is.
 COLUMNS = 100
@@ -64,20 +71,36 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--verify", action="store_true", help="check every chunk's checksum")
-    parser.add_argument("--prune", action="store_true", help="remove what killed runs left")
     parser.add_argument(
-        "--values", action="store_true", help="range and histogram of a sample of each store's rows"
+        "--prune",
+        nargs="?",
+        const="",
+        metavar="DAYS",
+        help="remove what killed runs left; with DAYS, also rows that were not used for so long "
+        "(only in the directory of an ActivationCache)",
     )
     parser.add_argument(
-        "--codecs", action="store_true", help="what each store would take otherwise, by a sample"
+        "--values",
+        action="store_true",
+        help="range and histogram of a sample of each store's rows (only of cachefreeze.train)",
+    )
+    parser.add_argument(
+        "--codecs",
+        action="store_true",
+        help="what each store would take otherwise, by a sample (only of cachefreeze.train)",
     )
     parser.add_argument(
         "--max-gb",
         type=float,
-        help="what the folder may take, as in --cache-max-gb (default: 80%% of the free disk)",
+        help="what the folder may take, in GB (default: what a run would let it take)",
     )
     args = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may not know every letter of a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        check(args)
+        if holds_rows(args.cache_dir):
+            return show_directory(args)
         found = look(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -86,19 +109,93 @@ def main() -> int:
     return 1 if found.cache.damaged else 0
 
 
+def check(args: argparse.Namespace) -> None:
+    """Compares the options with each other and with the folder.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    folder = args.cache_dir
+    if args.max_gb is not None and not 0 <= args.max_gb < inf:
+        raise UserError(f"--max-gb {args.max_gb} does not make sense: it must be 0 or more")
+    if args.prune:
+        try:
+            days = float(args.prune)
+        except ValueError:
+            days = -1.0
+        if not 0 <= days < inf:
+            raise UserError(
+                f"--prune {args.prune} is no number of days: give one, and the folder before it"
+            )
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: name the one that the cache was given")
+    if not is_directory(folder):
+        raise UserError(f"{folder} is not a cache folder of cachefreeze: name another one")
+    if holds_rows(folder):
+        if args.values or args.codecs:
+            option = "--values" if args.values else "--codecs"
+            raise UserError(f"{folder} is of an ActivationCache: it is shown without {option}")
+    elif args.prune:
+        raise UserError(f"{folder} is of cachefreeze.train: give --prune without a number of days")
+
+
+def holds_rows(folder: Path) -> bool:
+    """Whether a cache folder is the directory of an `ActivationCache`. Both have the same tag."""
+    folders = named_folders(folder)
+    has_sets = any(named_folders(each) for each in folders if not is_store(each))
+    return has_sets or not (any(map(is_store, folders)) or any(rubbish(folder)))
+
+
+def show_directory(args: argparse.Namespace) -> int:
+    """Prints what lies in the directory of an `ActivationCache`. Returns the exit code."""
+    # `runpy`, other than `python`, does not find what lies beside this file.
+    if (here := str(Path(__file__).parent)) not in sys.path:
+        sys.path.append(here)
+    import directory_stats
+
+    days = None if args.prune is None else float(args.prune or inf)
+    found = directory_stats.look(args.cache_dir, check=args.verify, prune_days=days)
+    free, chosen = shutil.disk_usage(args.cache_dir).free, args.max_gb is not None
+    budget = args.max_gb * 1e9 if chosen else (found.nbytes + free) // 2
+    if args.json:
+        totals = {
+            "cache_dir": str(args.cache_dir),
+            "bytes": found.nbytes,
+            "free_bytes": free,
+            "budget_bytes": budget,
+            "budget_given": chosen,
+            "over_budget": found.nbytes > budget,
+        }
+        print(json.dumps(totals | directory_stats.as_json(found), indent=2))
+    else:
+        which = "--max-gb" if chosen else "half of the free disk, a run's default"
+        lines = directory_stats.as_text(found, args.cache_dir)
+        stores = sum(map(is_store, named_folders(args.cache_dir)))
+        others = [f"stores of cachefreeze.train, not shown: {stores}"] if stores else []
+        totals_lines = budget_lines(found.nbytes, budget, which, free)
+        print("\n".join([*lines, *others, *totals_lines]))
+    return 1 if found.problems else 0
+
+
+def budget_lines(used: float, budget: float, which: str, free: float) -> list[str]:
+    """What a folder takes of what it may take, and of the disk."""
+    share = used / budget if budget else float(used > 0)
+    line = f"{bar(share)}  {human_bytes(used)} of {human_bytes(budget)} ({which})"
+    over = [f"over budget by {human_bytes(used - budget)}"] if used > budget else []
+    return [line, *over, f"{human_bytes(free)} free on this disk"]
+
+
 def look(args: argparse.Namespace) -> Look:
     """Whatever the options ask for.
 
     Raises:
-        UserError: the folder is no cache, or the budget no size.
+        UserError: the folder is no cache.
     """
     cache, pruned = inspect_cache(args.cache_dir, verify=args.verify), 0
-    if args.prune and cache.orphans:
+    if args.prune is not None and cache.orphans:
         pruned = remove_rubbish(args.cache_dir)
         cache = inspect_cache(args.cache_dir, verify=args.verify)
     chosen = args.max_gb is not None
-    if chosen and not args.max_gb >= 0:
-        raise UserError(f"--max-gb {args.max_gb} does not make sense: it must be 0 or more")
     budget = args.max_gb * 1e9 if chosen else default_budget(args.cache_dir)
     found = Look(cache, budget, chosen, pruned, args.verify)
     if args.values or args.codecs:
@@ -203,11 +300,7 @@ def as_text(found: Look) -> list[str]:
     stores = f"{count} store{'' if count == 1 else 's'}" if count else "no stores"
     lines.append(f"{stores} in {cache.folder}")
     which = "--max-gb" if found.chosen else "80 % of the free disk, a run's default"
-    share = cache.bytes / found.budget if found.budget else float(cache.bytes > 0)
-    lines.append(
-        f"{bar(share)}  {human_bytes(cache.bytes)} of {human_bytes(found.budget)} ({which})"
-    )
-    lines.append(f"{human_bytes(cache.free_bytes)} free on this disk")
+    lines += budget_lines(cache.bytes, found.budget, which, cache.free_bytes)
     if found.pruned:
         lines.append(f"pruned: {found.pruned} orphans of killed runs")
     if cache.orphans:

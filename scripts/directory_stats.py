@@ -1,0 +1,339 @@
+"""What `cache_stats.py` says of a directory of `ActivationCache`."""
+
+import re
+import textwrap
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from cachefreeze.files import human_bytes
+from cachefreeze.report import format_table
+from cachefreeze.segments.inspect import Pruned, SetReport, inspect, prune, verify
+
+COLUMNS = 100
+MOST_DIMS, MOST_SIZE = 64, 2**40
+MOST_NAME, MOST_SETTING, MOST_SETTINGS = 60, 40, 8
+# What decides the last bits of a result, in the order of `about["environment"]`.
+_SWITCHES = [
+    "deterministic algorithms",
+    "math attention",
+    "flash attention",
+    "memory-efficient attention",
+    "cuDNN attention",
+    "processor",
+]
+SETTINGS = {
+    "cpu": [
+        "torch",
+        "device",
+        "instructions",
+        "matmul precision",
+        "oneDNN",
+        "threads",
+        *_SWITCHES,
+    ],
+    "cuda": [
+        "torch",
+        "device",
+        "GPU",
+        "cuDNN",
+        "cuDNN enabled",
+        "cuDNN deterministic",
+        "cuDNN benchmark",
+        "only deterministic algorithms",
+        "matmul precision",
+        "TF32 convolutions",
+        "sums in 16 bits",
+        *_SWITCHES,
+    ],
+}
+
+
+@dataclass
+class Group:
+    """Sets that hold the same value of the same model.
+
+    Attributes:
+        model: Name of the model.
+        value: Operation and module that made the value.
+        rows: Shape and type of a row, and its bytes.
+        sets: What is known of each set, the oldest first.
+        differences: What tells each set apart from the others, by its name. Nothing if it is alone.
+    """
+
+    model: str
+    value: str
+    rows: str
+    sets: list[SetReport] = field(default_factory=list)
+    differences: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+@dataclass
+class Contents:
+    """What was found in a directory, and what was done there.
+
+    Attributes:
+        groups: Sets, by value.
+        problems: A sentence for each part that is damaged.
+        verified: Whether all chunks were read.
+        pruned: What was removed. None if nothing was to be.
+        names: Value of each set, also of those that were removed.
+    """
+
+    groups: list[Group]
+    problems: list[str]
+    verified: bool
+    pruned: Pruned | None
+    names: dict[str, str]
+
+    @property
+    def sets(self) -> list[SetReport]:
+        """Sets of all groups."""
+        return [one for group in self.groups for one in group.sets]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the disk."""
+        return sum(one.nbytes for one in self.sets)
+
+
+def look(directory: Path, *, check: bool, prune_days: float | None) -> Contents:
+    """Finds out what lies in a directory.
+
+    Args:
+        directory: Folder of an `ActivationCache`.
+        check: Whether to read all chunks and compare their checksums.
+        prune_days: Days since the last use after which rows are removed first. If infinite, only
+            what killed runs left goes. If None, nothing does.
+
+    Raises:
+        UserError: the folder is none of an `ActivationCache`.
+    """
+    names: dict[str, str] = {}
+    pruned = None
+    if prune_days is not None:
+        names = _names(_groups(inspect(directory)))
+        pruned = prune(directory, prune_days * 86400)
+    sets = [one for one in inspect(directory) if one.segments]
+    groups = _groups(sets)
+    problems = list(verify(directory)) if check else [each for one in sets for each in one.problems]
+    return Contents(groups, problems, check, pruned, names | _names(groups))
+
+
+def _names(groups: Iterable[Group]) -> dict[str, str]:
+    return {one.name: f"{group.value} of {group.model}" for group in groups for one in group.sets}
+
+
+def _groups(sets: Iterable[SetReport]) -> list[Group]:
+    found: dict[tuple[str, str, str], Group] = {}
+    for one in sorted(sets, key=lambda one: (one.first_use, one.name)):
+        key = safe(_call(one)[0]), _value(one), _rows(one)
+        found.setdefault(key, Group(*key)).sets.append(one)
+    groups = [found[key] for key in sorted(found)]
+    for group in groups:
+        if group.sets[0].row is not None:
+            group.differences = _differences(group.sets)
+    return groups
+
+
+def _differences(sets: list[SetReport]) -> dict[str, dict[str, str]]:
+    settings = {one.name: _settings(one) for one in sets}
+    names = dict.fromkeys(name for each in settings.values() for name in each)
+    differing = [name for name in names if len({each.get(name) for each in settings.values()}) > 1]
+    found = {
+        one.name: {name: settings[one.name].get(name, "unknown") for name in differing}
+        for one in sets
+    }
+    versions: dict[tuple[str, ...], list[str]] = {}
+    for name, each in found.items():
+        versions.setdefault(tuple(each.values()), []).append(name)
+    for alike in versions.values():
+        if len(alike) > 1:
+            for number, name in enumerate(alike, 1):
+                found[name]["version"] = f"{number} of {len(alike)}"
+    return found
+
+
+def _settings(one: SetReport) -> dict[str, str]:
+    """Returns what the rows of a set depend on, as far as its writer has said it."""
+    _, mode, shape, gradients = _call(one)
+    found = {"mode": mode, "input": shape, "gradients": gradients}
+    if isinstance(count := one.about.get("parameters"), int):
+        found["parameters"] = str(count)
+    values = one.about.get("environment")
+    values = [str(each) for each in values] if isinstance(values, list) else []
+    names = SETTINGS.get(values[1] if len(values) > 1 else "", [])
+    if len(names) != len(values):  # written by another version
+        names = [f"setting {number}" for number in range(1, len(values) + 1)]
+    found |= dict(zip(names, values, strict=True))
+    return {name: safe(value, MOST_SETTING) for name, value in found.items()}
+
+
+def _call(one: SetReport) -> tuple[str, str, str, str]:
+    """Returns the name of the model, its mode, the shape of its input, and if it had gradients."""
+    text = _text(one, "model")
+    parts = re.fullmatch(r"(.*) \((\w+) mode, ([\dx]*)(, without gradients)?\)", text)
+    if parts is None:
+        return text or "unknown model", "", "", ""
+    return parts[1], parts[2], parts[3], "no" if parts[4] else "yes"
+
+
+def _value(one: SetReport) -> str:
+    text = _text(one, "value")
+    if parts := re.fullmatch(r"(.*): (\S+) \([\w]*\)", text):
+        where = parts[1] if parts[1] == "the model itself" else f"module {safe(parts[1])}"
+        return f"{safe(parts[2])} in {where}"
+    return safe(re.sub(r" \([\dx]*\)$", "", text)) or "unknown value"
+
+
+def _text(one: SetReport, name: str) -> str:
+    text = one.about.get(name)
+    # No name comes near. Patterns take long for much longer ones.
+    return text[:1000] if isinstance(text, str) else ""
+
+
+def row_shape(one: SetReport) -> tuple[int, ...]:
+    """Returns the shape of a row as its user knows it, or else as it lies in memory."""
+    assert one.row is not None
+    dims, rows = _numbers(one, "shape"), _numbers(one, "rows")
+    if dims is None:
+        return one.row.dims
+    if rows is not None and len(rows) == 3 and rows[0] < len(dims):
+        axis, outer, inner = rows
+        dims = [*dims[:axis], *([outer * inner] if outer * inner > 1 else []), *dims[axis + 1 :]]
+    return tuple(dims) if prod(dims) == prod(one.row.dims) else one.row.dims
+
+
+def _numbers(one: SetReport, name: str) -> list[int] | None:
+    found = one.about.get(name)
+    if not isinstance(found, list) or len(found) > MOST_DIMS:
+        return None
+    return found if all(type(n) is int and 0 <= n < MOST_SIZE for n in found) else None
+
+
+def _rows(one: SetReport) -> str:
+    if one.row is None:
+        return "nothing readable"
+    dims = "x".join(map(str, row_shape(one))) or "one number,"
+    what = "whole batches" if "rows" in one.about and one.about["rows"] is None else "rows"
+    return f"{what} of {dims} {one.row.dtype}, {human_bytes(one.row.nbytes)} each"
+
+
+def as_json(found: Contents) -> dict[str, Any]:
+    """Returns all that is known, in plain values. Times are seconds since 1970."""
+    pruned = found.pruned
+    return {
+        "damaged": bool(found.problems),
+        "problems": found.problems,
+        "verified": found.verified,
+        "pruned": pruned and {"bytes": pruned.nbytes, "rows": pruned.rows},
+        "sets": [_set_as_json(one, group) for group in found.groups for one in group.sets],
+    }
+
+
+def _set_as_json(one: SetReport, group: Group) -> dict[str, Any]:
+    return {
+        "set": one.name,
+        "model": group.model,
+        "value": group.value,
+        "row_shape": None if one.row is None else list(row_shape(one)),
+        "row_bytes": None if one.row is None else one.row.nbytes,
+        "dtype": None if one.row is None else one.row.dtype,
+        "rows": one.rows,
+        "bytes": one.nbytes,
+        "runs": one.segments,
+        "in_use": one.in_use,
+        "first_use": one.first_use or None,
+        "last_use": one.last_use or None,
+        "differences": group.differences.get(one.name, {}),
+        "problems": one.problems,
+        "about": one.about,
+    }
+
+
+def as_text(found: Contents, directory: Path) -> Iterator[str]:
+    """Yields a table for each value, what is damaged, and what was removed."""
+    now, model = time.time(), None
+    for group in found.groups:
+        if group.model != model:
+            yield group.model
+            model = group.model
+        yield cut(f"  output of {group.value}", COLUMNS)
+        yield cut(f"  {group.rows}", COLUMNS)
+        yield from _table(group, now)
+        yield ""
+    yield from (f"damaged: {sentence}" for sentence in found.problems)
+    if found.problems:
+        yield "Runs do not use what is damaged. They compute it again."
+    elif found.verified and found.groups:
+        yield "verified: every chunk is as it was written"
+    if found.pruned is not None:
+        for name, rows in found.pruned.rows.items():
+            what = found.names.get(name, "unknown value")
+            what_rows = _count(rows, "row") if rows else "unreadable rows"
+            yield cut(f"removed: {what_rows} of {name[:12]}, {what}", COLUMNS)
+        yield f"removed: {human_bytes(found.pruned.nbytes)} in all"
+    rows = sum(one.rows for one in found.sets)
+    sets = f"{_count(len(found.sets), 'set')} of {_count(rows, 'row')}" if found.sets else "no rows"
+    yield f"{sets} in {directory}"
+
+
+def _table(group: Group, now: float) -> Iterator[str]:
+    table = [["    set", "rows", "size", "written by", "first used", "last used"]]
+    table += [
+        [
+            f"    {one.name[:12]}",
+            f"{one.rows:,}",
+            human_bytes(one.nbytes),
+            _count(one.segments, "run"),
+            _ago(now, one.first_use),
+            "in use now" if one.in_use else _ago(now, one.last_use),
+        ]
+        for one in group.sets
+    ]
+    header, *lines = format_table(table, right=(1, 2, 3))
+    yield header
+    for one, line in zip(group.sets, lines, strict=True):
+        yield line
+        yield from _difference_lines(group.differences.get(one.name, {}))
+    if any("version" in each for each in group.differences.values()):
+        yield "    Versions differ in the weights or the code that made the rows."
+
+
+def _difference_lines(different: dict[str, str]) -> list[str]:
+    words = [f"{name} {value}" for name, value in different.items()]
+    if not words:
+        return []
+    if len(words) > MOST_SETTINGS:
+        words = [*words[:MOST_SETTINGS], f"and {len(words) - MOST_SETTINGS:,} others"]
+    indent = " " * 6
+    line = f"made with {', '.join(words)}"
+    return textwrap.wrap(line, COLUMNS, initial_indent=indent, subsequent_indent=f"{indent}  ")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _ago(now: float, then: float) -> str:
+    if not then:
+        return "unknown"
+    seconds = max(now - then, 0.0)
+    for unit, length, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        if seconds < most * length:
+            return f"{seconds // length:.0f} {unit} ago"
+    return f"{seconds // 86400:,.0f} days ago"
+
+
+def cut(text: str, most: int) -> str:
+    """Cuts a text that is too long, and shows that."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def safe(text: str, most: int = MOST_NAME) -> str:
+    """Returns a text that somebody else wrote as it may go to a terminal."""
+    shown = "".join(each if each.isprintable() else "?" for each in text[: most + 1])
+    return cut(shown, most)
