@@ -67,7 +67,11 @@ class Look:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Show what is in a cache folder.")
     parser.add_argument(
-        "cache_dir", nargs="?", type=Path, default=Path("data/cache"), help="default: data/cache"
+        "cache_dir",
+        nargs="?",
+        type=Path,
+        default=Path("data/cache"),
+        help="folder of the cache (default: data/cache)",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--verify", action="store_true", help="check every chunk's checksum")

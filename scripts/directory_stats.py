@@ -299,6 +299,8 @@ def _table(group: Group, now: float) -> Iterator[str]:
     for one, line in zip(group.sets, lines, strict=True):
         yield line
         yield from _difference_lines(group.differences.get(one.name, {}))
+    if len(group.sets) > 1 and group.sets[0].row is not None:
+        yield "    A set serves only runs that are like those that made it."
     if any("version" in each for each in group.differences.values()):
         yield "    Versions differ in the weights or the code that made the rows."
 

@@ -74,23 +74,33 @@ def inspect(directory: Path) -> list[SetReport]:
 def _inspect_set(set_folder: Path) -> SetReport:
     report = SetReport(set_folder.name)
     for folder in named_folders(set_folder):
-        report.nbytes += disk_bytes(folder)
+        nbytes, used, made = disk_bytes(folder), last_use(folder), _made(folder)
+        try:
+            head, chunks, problem = _read(folder)
+        except SegmentError as error:
+            head, chunks, problem = None, [], str(error)
+        if not is_folder(folder):  # it was removed meanwhile
+            continue
+        report.nbytes += nbytes
         report.segments += 1
         report.in_use |= in_use(folder)
-        try:
-            used, made = last_use(folder), os.lstat(folder / "zarr.json").st_mtime
-            head, chunks, problem = _read(folder)
-        except (SegmentError, OSError) as error:
-            report.problems.append(str(error))
-            continue
         if problem is not None:
             report.problems.append(problem)
+        if head is None:
+            continue
         if used >= report.last_use:
             report.row, report.about = head.layout.row, head.about
         report.rows += sum(chunk.rows for chunk in chunks)
         report.last_use = max(report.last_use, used)
         report.first_use = min(report.first_use or made, made)
     return report
+
+
+def _made(folder: Path) -> float:
+    try:
+        return os.lstat(folder / "zarr.json").st_mtime
+    except OSError:
+        return 0.0
 
 
 def verify(directory: Path) -> Iterator[str]:
@@ -106,7 +116,7 @@ def verify(directory: Path) -> Iterator[str]:
     for folder in segment_folders(directory):
         try:
             head, chunks, problem = _read(folder)
-        except (SegmentError, OSError) as error:
+        except SegmentError as error:
             if is_folder(folder):
                 yield str(error)
             continue
@@ -138,7 +148,11 @@ def _damage(path: Path, size: int, checksum: int) -> str | None:
 
 
 def _read(folder: Path) -> tuple[Head, list[Chunk], str | None]:
-    """Returns what a segment says, and a sentence if it is not read as a whole."""
+    """Returns what a segment says, and a sentence if it is not read as a whole.
+
+    Raises:
+        SegmentError: nothing of it can be read.
+    """
     head = read_head(folder, folder.parent.name)
     if is_refused(folder):
         return head, [], f"{folder} was found to hold wrong rows: it is not read"
@@ -147,6 +161,8 @@ def _read(folder: Path) -> tuple[Head, list[Chunk], str | None]:
     except SegmentError as error:
         sentence, chunks = error.args
         return head, chunks, sentence
+    except OSError as error:
+        raise SegmentError(f"{folder / JOURNAL} cannot be read ({error.strerror})") from error
 
 
 @dataclass
@@ -156,10 +172,12 @@ class Pruned:
     Attributes:
         segments: Number of segments.
         nbytes: Bytes on the disk, with what killed runs had left.
+        rows: Number of readable rows in the segments, by the name of their set.
     """
 
     segments: int = 0
     nbytes: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 def prune(directory: Path, older_than: float) -> Pruned:
@@ -169,7 +187,8 @@ def prune(directory: Path, older_than: float) -> Pruned:
 
     Args:
         directory: Folder that holds the sets.
-        older_than: Seconds since the last use. With 0, all segments go.
+        older_than: Seconds since the last use. With 0, all segments go, and with infinity only
+            those that were found to hold wrong rows.
 
     Returns:
         What was removed.
@@ -182,8 +201,13 @@ def prune(directory: Path, older_than: float) -> Pruned:
     before = sum(disk_bytes(folder) for folder in named_folders(directory))
     now = time.time()
     for folder in segment_folders(directory):
-        if (is_refused(folder) or now - last_use(folder) >= older_than) and remove(folder):
+        if not is_refused(folder) and now - last_use(folder) < older_than:
+            continue
+        rows = _rows(folder)
+        if remove(folder):
+            name = folder.parent.name
             pruned.segments += 1
+            pruned.rows[name] = pruned.rows.get(name, 0) + rows
     remove_trash(directory)
     for set_folder in named_folders(directory):
         with contextlib.suppress(OSError):  # others may tidy up at the same time
@@ -197,6 +221,13 @@ def prune(directory: Path, older_than: float) -> Pruned:
     left = sum(disk_bytes(folder) for folder in named_folders(directory))
     pruned.nbytes = max(before - left, 0)
     return pruned
+
+
+def _rows(folder: Path) -> int:
+    try:
+        return sum(chunk.rows for chunk in _read(folder)[1])
+    except SegmentError:
+        return 0
 
 
 def _left(set_folder: Path, now: float) -> Iterator[Path]:
