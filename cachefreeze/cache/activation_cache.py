@@ -1,5 +1,6 @@
 """The public face: a cache that any loop uses by one line."""
 
+import logging
 import os
 import random
 import threading
@@ -22,6 +23,8 @@ from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls
 from cachefreeze.segments import Directory
+
+_log = logging.getLogger("cachefreeze")
 
 
 class ActivationCache:
@@ -295,6 +298,8 @@ def _close(
                     route.write_all()
     finally:
         entries.close()
+        for sentence in entries.messages:
+            _log.warning("%s", sentence)
 
 
 class _Nothing(nn.Module):

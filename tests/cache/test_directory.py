@@ -134,7 +134,9 @@ def test_two_caches_at_once_share_what_is_written(
 
 
 @pytest.mark.parametrize("place", [0, 100, -5])
-def test_a_damaged_chunk_is_computed_again(tmp_path: Path, place: int) -> None:
+def test_a_damaged_chunk_is_computed_again(
+    tmp_path: Path, place: int, caplog: pytest.LogCaptureFixture
+) -> None:
     model, x = net(), images(48)
     with ActivationCache(model, directory=tmp_path):
         epoch(model, x, 0)
@@ -147,6 +149,7 @@ def test_a_damaged_chunk_is_computed_again(tmp_path: Path, place: int) -> None:
             epoch(model, x, number)
         assert any("computed again" in sentence for sentence in cache.messages)
         assert cache.stats.rows_served > 0
+    assert "computed again" in caplog.text
 
 
 def test_wrong_rows_under_a_right_name_are_never_served(tmp_path: Path) -> None:
