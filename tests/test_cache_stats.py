@@ -746,9 +746,9 @@ def test_every_fact_that_differs_is_named(
             "rows of 3x4x5 bfloat16, 120 B each",
         ),
         (
-            {"shape": [16, 5], "rows": [0, 2, 1]},
-            Row((2, 5), "float32"),
-            "rows of 2x5 float32, 40 B each",
+            {"shape": [16, 3, 5], "rows": [0, 2, 1]},
+            Row((2, 5, 3), "float32"),
+            "rows of 2x3x5 float32, 120 B each",
         ),
         ({"shape": [8]}, Row((1,), "int64"), "rows of one number, int64, 8 B each"),
         (
@@ -919,7 +919,7 @@ def test_stores_are_not_pruned_by_days(cache_dir: Path, stats: Stats) -> None:
         {"environment": ["z"] * 100_000},
         {"environment": [[["a"]], None, 1e300, True]},
         {"shape": [10**4000, 8], "rows": [0, 10**4000, 1], "parameters": 10**4000},
-        {"shape": [-1, -16], "rows": [-1, 1, 1]},
+        {"shape": [-1, -16], "rows": [9, 1, 1]},
         {"shape": [0] * 9999, "rows": [0, 0, 0], "parameters": True},
         {"shape": [16.0], "rows": [0, 1]},
     ],
@@ -928,7 +928,9 @@ def test_what_a_stranger_wrote_about_rows_is_shown_safely(
     tmp_path: Path, stats: Stats, said: dict[str, Any]
 ) -> None:
     for name in (0, 1):
-        keep(tmp_path, {**said, "environment": [*said.get("environment", []), str(name)]}, name)
+        settings = [*said.get("environment", []), *[str(name)] * 1000]
+        keep(tmp_path, {**said, "environment": settings}, name)
+    assert "\n  rows of 1x16 float32, 64 B each\n" in stats(tmp_path).stdout, "as they lie"
     for options in ((), ("--json",), ("--prune", 0)):
         result = stats(tmp_path, *options)
         assert (result.returncode, result.stderr) == (0, "")
