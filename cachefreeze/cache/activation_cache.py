@@ -1,5 +1,6 @@
 """The public face: a cache that any loop uses by one line."""
 
+import atexit
 import logging
 import os
 import random
@@ -25,6 +26,17 @@ from cachefreeze.lineage import calls
 from cachefreeze.segments import Directory
 
 _log = logging.getLogger("cachefreeze")
+_open: "weakref.WeakSet[ActivationCache]" = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    # Rows that wait in memory would be lost with a program that ends without `close`.
+    for cache in list(_open):
+        cache._close()
+
+
+# After the one that closes directories, and so before it at the end.
+atexit.register(_close_all)
 
 
 class ActivationCache:
@@ -105,6 +117,8 @@ class ActivationCache:
         self._close = weakref.finalize(
             self, _close, list(self._parts), catching, hook, self._sites, self._shared.entries
         )
+        self._close.atexit = False  # `_close_all` does it, before directories close themselves
+        _open.add(self)
 
     # What the user asks.
 

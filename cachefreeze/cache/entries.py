@@ -79,7 +79,7 @@ class Table:
         places = self._index.find(keys)
         if self.below is not None and (missing := np.flatnonzero(places < 0)).size:
             lower = self.below.find(keys[missing])
-            if (lower < 0).any() and monotonic() - self._looked > _LOOK_AGAIN:
+            if monotonic() - self._looked > _LOOK_AGAIN:
                 self.below.refresh()
                 self._looked = monotonic()
                 lower = self.below.find(keys[missing])

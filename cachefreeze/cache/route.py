@@ -34,6 +34,8 @@ _MOST_LOST = 3
 _REST = 4
 # Number of batches after which it is noted that no row has come again.
 _FIRST_NOTE = 8
+# Number of batches that wait in memory where there is a directory for their rows.
+_FEW_WAITING = 8
 # Largest number of smaller batches whose inputs wait to be computed in whole ones.
 _MOST_SMALLER = 16
 # Largest difference from a computed value, as a share of the largest number, that exact=False
@@ -364,8 +366,9 @@ class Route:
         self._pending.append(batch)
         self._shared.held += batch.nbytes
         limit = self._shared.entries.max_bytes
-        if self._shared.held > limit and self._shared.entries.directory is not None:
-            self._split(self._example)
+        if self._shared.entries.directory is not None:
+            if len(self._pending) == _FEW_WAITING or self._shared.held > limit:
+                self._split(self._example)
         elif self._shared.held > limit:
             self._shared.entries.make_room(0, self._shared.held)
         if self._shared.held > limit:
@@ -400,9 +403,8 @@ class Route:
         if not self.selection.settled:
             self._split(inputs)
         self._fill_up()
-        seconds = perf_counter() - began
-        self._began += seconds
-        self.meter.note_once(seconds)
+        # It is counted by itself, and not as a part of this call.
+        self._began += perf_counter() - began
 
     def _split(self, inputs: Mapping[int, Tensor]) -> None:
         """Finds where the rows are in kept values, and takes apart what was kept in batches.
@@ -410,7 +412,7 @@ class Route:
         Args:
             inputs: Inputs of some batch.
         """
-        selection = self.selection
+        selection, began = self.selection, perf_counter()
         if self._shared.entries.directory is not None:
             # What gets to the disk stays: all bits are looked at before.
             self._shared.weights.suspect(selection.frozen)
@@ -424,14 +426,27 @@ class Route:
             self._shared.held -= batch.nbytes
             batch.kept = {}
         self._pending = []
+        self.meter.note_once(perf_counter() - began)
 
     def write_all(self) -> None:
         """Takes apart what is kept in batches still, so that it gets to the disk."""
         if self.state is not State.KEEPING or not self._pending:
             return
         self._look_at_weights()
-        if self._pending and not self.selection.gone:
+        if self._pending and self._is_as_traced():
             self._split(self._example)
+
+    def _is_as_traced(self) -> bool:
+        """Whether recorded operations make now what they made in the traced pass.
+
+        Some of them are calls of modules, which read their attributes and modes of now.
+        """
+        return (
+            not self._trace.signature.difference_of_modules()
+            and not self._around.difference()
+            and self.selection.is_under_same_switches
+            and not self.selection.gone
+        )
 
     def call_of_another_length(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -488,7 +503,7 @@ class Route:
         """Computes the rows of smaller batches in whole ones, by recorded operations."""
         selection = self.selection
         batches, self._smaller = self._smaller, []
-        if not batches or not selection.by_rows:
+        if not batches or not selection.by_rows or not self._is_as_traced():
             return
         for whole, real in selection.merge(batches):
             keys = selection.keys(whole)

@@ -20,7 +20,7 @@ from cachefreeze.keys import (
     batch_key,
     environment,
     lineage_of,
-    processor,
+    machine,
     row_keys,
     same_bits,
 )
@@ -52,6 +52,12 @@ class Kept:
     lineage: Lineage
     layout: Layout | None = None
     name: bytes = b""
+
+    @property
+    def table(self) -> bytes:
+        """Name of its table. Rows and whole batches of one value have tables of their own."""
+        whole = self.layout is not None and self.layout.axis is None
+        return xxhash.xxh3_128_digest(self.name + b"whole batches") if whole else self.name
 
     @property
     def group(self) -> tuple[int, ...]:
@@ -90,6 +96,11 @@ class Selection:
     ) -> None:
         self._shared = shared
         self._model = model
+        # Of the traced pass: rows that waited may be written under other switches.
+        self._environments = {
+            device: (*environment(device), *machine())
+            for device in {value.device for value in trace.values}
+        }
         self.trace = trace
         self.mixes = ""
         self.rows, self._with_rows = lineage.rows_of(inputs)
@@ -244,13 +255,13 @@ class Selection:
         return name.digest()
 
     def _around(self, one: Kept) -> tuple[Any, ...]:
-        return *environment(self.trace.values[one.number].device), processor()
+        return self._environments[self.trace.values[one.number].device]
 
     def rows_kept(self) -> dict[tuple[bytes, ...], int]:
         """Returns the number of rows that are kept now, by the names of the tables they are in."""
         counts: dict[tuple[bytes, ...], int] = {}
         for group in {one.group for one in self.kept}:
-            names = tuple(sorted(one.name for one in self.kept if one.group == group))
+            names = tuple(sorted(one.table for one in self.kept if one.group == group))
             tables = [self._shared.entries.table(name) for name in names]
             counts[names] = max(table.rows_kept if table is not None else 0 for table in tables)
         return counts
@@ -267,7 +278,7 @@ class Selection:
         Args:
             wrong: Whether they are not what the model computes. Then those on the disk go, too.
         """
-        self._shared.entries.forget([one.name for one in self.kept], wrong)
+        self._shared.entries.forget([one.table for one in self.kept], wrong)
 
     def keys(self, inputs: Mapping[int, Tensor]) -> Keys:
         """Hashes the rows of a batch, for each set of inputs that a kept value depends on.
@@ -352,11 +363,11 @@ class Selection:
 
     def _table(self, one: Kept) -> Table | None:
         entries = self._shared.entries
-        table = entries.table(one.name)
+        table = entries.table(one.table)
         if table is None and one.layout is not None and one.lineage.portable:
             value = self.trace.values[one.number]
             table = entries.open(
-                one.name, one.layout.dims, value.dtype, value.device, self._about(one, one.layout)
+                one.table, one.layout.dims, value.dtype, value.device, self._about(one, one.layout)
             )
         return table
 
@@ -373,6 +384,14 @@ class Selection:
             "parameters": len(one.lineage.states),
             "environment": [str(part) for part in self._around(one)],
         }
+
+    @property
+    def is_under_same_switches(self) -> bool:
+        """Whether torch's switches are those of the traced pass."""
+        return all(
+            (*environment(device), *machine()) == around
+            for device, around in self._environments.items()
+        )
 
     @property
     def is_stored(self) -> bool:
@@ -405,7 +424,7 @@ class Selection:
         for one in self.kept:
             assert one.layout is not None
             place = places[one.number]
-            rows = self._shared.entries.read(one.name, self._keys_of(one, keys), place)
+            rows = self._shared.entries.read(one.table, self._keys_of(one, keys), place)
             if rows is None:
                 return None
             found[one.number] = one.layout.join(rows)
@@ -431,7 +450,7 @@ class Selection:
             wanted, rows = self._keys_of(one, keys), one.layout.split(kept[one.number])
             if chosen is not None and one.layout.axis is not None:
                 wanted, rows = wanted[chosen], rows[torch.from_numpy(chosen)]
-            written = max(written, self._shared.entries.write(one.name, wanted, rows))
+            written = max(written, self._shared.entries.write(one.table, wanted, rows))
         return written
 
     def _keys_of(self, one: Kept, keys: Keys) -> np.ndarray:

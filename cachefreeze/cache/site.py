@@ -361,8 +361,10 @@ def _plain_in(value: Any) -> Any:
     """Returns the numbers and strings among arguments, with the places that they are in."""
     if isinstance(value, torch.Tensor):
         return None
+    if isinstance(value, float):
+        return repr(value)  # -0.0 is equal to 0.0
     if type(value) in PLAIN_KINDS:
-        return value
+        return type(value), value
     if isinstance(value, (tuple, list)):
         return tuple([_plain_in(item) for item in value])
     if isinstance(value, dict):

@@ -6,7 +6,7 @@ the content of the row: the bytes of just those inputs that the value depends on
 """
 
 from cachefreeze.keys.bits import same_bits
-from cachefreeze.keys.environment import environment, processor
+from cachefreeze.keys.environment import environment, machine
 from cachefreeze.keys.inputs import batch_key, row_keys
 from cachefreeze.keys.operations import Lineage, lineage_of
 from cachefreeze.keys.surroundings import Surroundings
@@ -20,7 +20,7 @@ __all__ = [
     "batch_key",
     "environment",
     "lineage_of",
-    "processor",
+    "machine",
     "row_keys",
     "same_bits",
 ]

@@ -2,6 +2,7 @@
 
 import functools
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ def environment(device: torch.device) -> tuple[Any, ...]:
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_cudnn_sdp_enabled(),
+        torch.backends.mha.get_fastpath_enabled(),
     )
 
 
 @functools.cache
-def processor() -> str:
-    """Returns the name of the processor: libraries choose by it how they compute."""
+def machine() -> tuple[str, str]:
+    """Returns the name of the processor, by which libraries choose how they compute.
+
+    torchvision's version stands beside it: some of its operators are kept as they are named.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    return next(names, platform.processor()), version("torchvision")

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import nn
 
-from cachefreeze.keys.surroundings import FOREIGN, code_digest, functions_of, read_by_code
+from cachefreeze.keys.surroundings import read_by_code
 from cachefreeze.lineage.module_calls import CallOf
 from cachefreeze.lineage.operations import Modes, Operation, Trace
 from cachefreeze.lineage.program import Program
@@ -31,7 +31,8 @@ class Lineage:
         inputs: Places of the inputs that the value depends on, in the order of their first use.
         states: Numbers of the parameters and buffers that it depends on, in the same order.
         portable: Whether the digest means the same in another process. It does not where something
-            has no name, such as a function made in another one.
+            has no name, such as a function made in another one, or where code that is not torch's
+            is one operation: it may be edited.
     """
 
     digest: bytes
@@ -67,7 +68,6 @@ class _Writer:
         self.inputs: list[int] = []
         self.states: list[int] = []
         self.portable = True
-        self._open: frozenset[int] = frozenset()
         self._trace = trace
         self._names: dict[int, str] = {}
         self._lines: list[str] = []
@@ -119,7 +119,9 @@ class _Writer:
             # `Tensor.shape.__get__` and the like: a property of tensors.
             return f"{name} of {getattr(owner, '__qualname__', None) or self._unnamed(value)}"
         if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return f"torch.ops.{value} {_version(str(value).partition('.')[0])}"
+            if str(value).partition(".")[0] not in _OWN_OPERATORS:
+                self.portable = False
+            return f"torch.ops.{value}"
         where = getattr(value, "__module__", None) or ""
         if isinstance(owner, type):
             return f"{self._named(owner)}.{name}"
@@ -127,26 +129,18 @@ class _Writer:
             _found(where, name) is value
             or getattr(torch.Tensor, name.split(".")[-1], _NONE) is value
         ):
-            return f"{where}.{name} {self._code(value)}"
+            self._somebodys(where)
+            return f"{where}.{name}"
         short = name.split(".")[-1]  # the full one of `torch.zeros` has a hidden class in it
         for space in (torch, torch._C._nn, torch.nn.functional):
             if short and getattr(space, short, _NONE) is value:
                 return f"{space.__name__}.{short}"
         return self._unnamed(value)
 
-    def _code(self, value: Any) -> str:
-        """Tells what a function or a class of somebody else's does: its code may be edited."""
-        where = getattr(value, "__module__", None) or ""
-        if where.startswith(FOREIGN):
-            return ""
-        told = [_version(where.partition(".")[0])]
-        # A default of one of its functions may be the class itself.
-        before, self._open = self._open, self._open | {id(value)}
-        for function in functions_of(value) if id(value) not in before else ():
-            told.append(code_digest(function.__code__))
-            told.append(self._told((function.__defaults__, function.__kwdefaults__)))
-        self._open = before
-        return " ".join(told)
+    def _somebodys(self, where: str) -> None:
+        """Notes that something is not torch's: other processes may have other code for it."""
+        if where and where.partition(".")[0] not in _SAME_EVERYWHERE:
+            self.portable = False
 
     def _unnamed(self, value: Any) -> str:
         self.portable = False
@@ -202,9 +196,17 @@ class _Writer:
         return self._unnamed(value)
 
 
-def _version(package: str) -> str:
-    """Returns the version of a package, if it is loaded and says one."""
-    return str(getattr(sys.modules.get(package), "__version__", ""))
+# Packages whose versions are in the environment, or that have none of their own.
+_SAME_EVERYWHERE = (
+    "torch",
+    "torchvision",
+    "builtins",
+    "math",
+    "operator",
+    "collections",
+    "_operator",
+)
+_OWN_OPERATORS = ("aten", "prims", "torchvision")
 
 
 _NONE = object()

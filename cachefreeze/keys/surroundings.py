@@ -5,7 +5,9 @@ put in the place of others, global variables, closures, and attributes of classe
 pass says holds for a later one only if all these are the same.
 """
 
+import enum
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +17,7 @@ import numpy as np
 import xxhash
 from torch import nn
 
+from cachefreeze.lineage.contents import Glance, content
 from cachefreeze.lineage.soundness import PARTS
 from cachefreeze.lineage.structure import PLAIN_KINDS, is_tensor
 
@@ -24,8 +27,9 @@ _NONE = object()
 _DEEP, _MANY_FUNCTIONS = 3, 200
 # Bytes of an array, and number of entries of a container, that are compared.
 _LARGE, _MANY = 1 << 16, 500
+_READ_BY_CODE = (tuple,)
 _CONTAINERS = (list, tuple, dict, set, frozenset)
-FOREIGN = ("torch", "numpy", "builtins")
+_FOREIGN = ("torch", "numpy", "builtins")
 
 
 class Surroundings:
@@ -41,13 +45,15 @@ class Surroundings:
         self._fixed: list[tuple[str, _Read, Any]] = []
         self._held: list[tuple[str, _Read, weakref.ref[Any]]] = []
         self._opened: list[tuple[str, _Read, Any, list[weakref.ref[Any]]]] = []
+        self._objects: list[tuple[str, _Read, Any, Any]] = []
+        self._glance: Glance | None = None
         seen: set[int] = set()
         modules = list(modules)
         for name, read in _attributes(modules, seen):
-            # The signature of a trace compares what plain lists and dictionaries hold.
+            # The signature of a trace compares what containers and plain objects hold.
             self._add(name, read, _CONTAINERS)
         for name, read in _code(modules, given, seen):
-            self._add(name, read, (tuple,))
+            self._add(name, read, _READ_BY_CODE)
 
     def _add(self, name: str, read: _Read, known: tuple[type, ...]) -> None:
         value = read()
@@ -55,6 +61,9 @@ class Surroundings:
             return
         if type(value) in PLAIN_KINDS or (isinstance(value, known) and _is_plain(value, 0)):
             self._fixed.append((name, read, value))
+        elif known is _READ_BY_CODE and _is_namespace(value):
+            if not any(other is value and name == named for named, _, other, _ in self._objects):
+                self._objects.append((name, read, value, content(value)))
         elif isinstance(value, (*_CONTAINERS, np.ndarray)):
             alive: list[weakref.ref[Any]] = []
             self._opened.append((name, read, _told(value, alive), alive))
@@ -69,6 +78,8 @@ class Surroundings:
         self._fixed = [one for one in self._fixed if _is_fixed(one)]
         self._held = [one for one in self._held if _is_held(one)]
         self._opened = [one for one in self._opened if _is_opened(one)]
+        self._objects = [one for one in self._objects if _is_object(one)]
+        self._glance = None
 
     def difference(self) -> str:
         """Names something that has changed, or returns an empty string."""
@@ -81,6 +92,13 @@ class Surroundings:
         for opened in self._opened:
             if not _is_opened(opened):
                 return opened[0]
+        if self._glance is None:
+            self._glance = Glance([value for _, _, value, _ in self._objects])
+        same = all(read() is value for _, read, value, _ in self._objects)
+        if not same or not self._glance.is_same():
+            for one_object in self._objects:
+                if not _is_object(one_object):
+                    return one_object[0]
         return ""
 
 
@@ -92,6 +110,10 @@ def _is_fixed(one: tuple[str, _Read, Any]) -> bool:
 
 
 _COMPARED = PLAIN_KINDS | {tuple, list, dict, set, frozenset}
+
+
+def _is_object(one: tuple[str, _Read, Any, Any]) -> bool:
+    return content(one[1]()) == one[3]
 
 
 def _is_held(one: tuple[str, _Read, "weakref.ref[Any]"]) -> bool:
@@ -172,37 +194,6 @@ def read_by_code(kind: type[nn.Module]) -> list[tuple[str, Any]]:
     return [(name, read()) for name, read in found]
 
 
-def functions_of(value: Any) -> list[types.FunctionType]:
-    """Returns the functions that a class of somebody else's defines, or the function itself."""
-    if isinstance(value, types.FunctionType):
-        return [value]
-    found = []
-    for kind in value.__mro__ if isinstance(value, type) else ():
-        if not kind.__module__.startswith(FOREIGN):
-            for _, member in sorted(vars(kind).items()):
-                parts = getattr(member, "fget", None), getattr(member, "__func__", member)
-                found += [one for one in parts if isinstance(one, types.FunctionType)]
-    return found
-
-
-@functools.cache
-def code_digest(code: types.CodeType) -> str:
-    """Hashes what a piece of code does, wherever it stands.
-
-    Args:
-        code: Compiled code of a function.
-    """
-    told: list[str] = [code.co_code.hex(), repr((code.co_names, code.co_varnames))]
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            told.append(code_digest(constant))
-        elif isinstance(constant, frozenset):  # its order is another one in each process
-            told.append(repr(sorted(map(repr, constant))))
-        else:
-            told.append(repr(constant))
-    return xxhash.xxh3_128_hexdigest("\n".join(told).encode())
-
-
 def _functions_in(value: Any, depth: int) -> Iterator[Any]:
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
         yield value
@@ -228,7 +219,7 @@ def _in_function(
     code = getattr(function, "__code__", None)
     if code is None or id(function) in seen or depth > _DEEP or len(seen) > _MANY_FUNCTIONS:
         return
-    if (function.__module__ or "").startswith(FOREIGN):
+    if (function.__module__ or "").startswith(_FOREIGN):
         return
     seen.add(id(function))
     found: list[tuple[str, _Read]] = [
@@ -244,6 +235,13 @@ def _in_function(
             if isinstance(space[name], types.ModuleType):
                 found.pop()
                 found += _in_module(space[name], code)
+            elif isinstance(space[name], type) and not _is_foreign(space[name]):
+                found.pop()
+                found += [
+                    (f"`{key}` of {name}", functools.partial(getattr, space[name], key, _NONE))
+                    for key in _names(code)
+                    if key in vars(space[name])
+                ]
         elif owner is not None and hasattr(owner, name):
             found.append(
                 (f"`{name}` of {owner.__name__}", functools.partial(getattr, owner, name, _NONE))
@@ -258,7 +256,7 @@ def _in_function(
 
 
 def _in_module(module: types.ModuleType, code: types.CodeType) -> list[tuple[str, _Read]]:
-    if module.__name__.startswith(FOREIGN):
+    if module.__name__.startswith(_FOREIGN):
         return []
     space = vars(module)
     return [
@@ -286,5 +284,21 @@ def _is_setting(value: Any) -> bool:
     return (
         type(value) in PLAIN_KINDS
         or isinstance(value, (*_CONTAINERS, np.ndarray))
+        or _is_namespace(value)
         or (is_tensor(value) and not value.requires_grad)
     )
+
+
+def _is_foreign(kind: type) -> bool:
+    return (kind.__module__ or "").startswith(_FOREIGN)
+
+
+def _is_namespace(value: Any) -> bool:
+    """Says whether a value is a plain object of somebody's own, such as a configuration."""
+    kind = type(value)
+    closed = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, enum.Enum)
+    if isinstance(value, closed) or is_tensor(value) or _is_foreign(kind):
+        return False
+    if (kind.__module__ or "").partition(".")[0] in sys.stdlib_module_names:  # such as a logger
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict) and Glance([value]).size <= _MANY

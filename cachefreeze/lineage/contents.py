@@ -3,20 +3,26 @@
 Such are the configurations of Hugging Face's models, which all parts of a model share.
 """
 
+import types
+from array import array
+from collections import deque
 from collections.abc import Iterable
 from itertools import chain
 from operator import is_
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from cachefreeze.lineage.structure import PLAIN_KINDS
 
 # Number of entries of a container, and depth, that are looked at.
-_MANY, _DEEP = 500, 3
-_SEQUENCES, _SETS = (list, tuple), (set, frozenset)
+_MANY, _DEEP = 10_000, 4
+_SEQUENCES, _SETS = (list, tuple, deque), (set, frozenset)
+# What may be written to in place, with no object exchanged.
+_ARRAYS = (np.ndarray, bytearray, array)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def content(value: Any, depth: int = 0) -> Any:
@@ -26,10 +32,15 @@ def content(value: Any, depth: int = 0) -> Any:
         value: Value of an attribute.
         depth: Depth of the value in others.
     """
+    if isinstance(value, (float, complex)):
+        return type(value), repr(value)  # -0.0 is equal to 0.0
     if type(value) in PLAIN_KINDS:
         return type(value), value
     if depth > _DEEP:
         return None
+    if isinstance(value, _ARRAYS):
+        plain = np.asarray(value)
+        return type(value), plain.shape, str(plain.dtype), hash(plain.tobytes())
     if isinstance(value, (*_SEQUENCES, *_SETS)):
         items = list(value) if isinstance(value, _SEQUENCES) else sorted(value, key=repr)
         return type(value), [content(item, depth + 1) for item in items[:_MANY]]
@@ -37,12 +48,12 @@ def content(value: Any, depth: int = 0) -> Any:
         pairs = list(value.items())[:_MANY]
         return type(value), [(repr(key), content(item, depth + 1)) for key, item in pairs]
     held = _attributes(value)
-    return (type(value), content(held, depth + 1)) if held is not None else None
+    return (type(value), content(held, depth)) if held is not None else None
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
     """Returns the attributes of a plain object, and None of anything else."""
-    if isinstance(value, (torch.Tensor, nn.Module, type, ModuleType)) or callable(value):
+    if isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType, *_FUNCTIONS)):
         return None
     held = getattr(value, "__dict__", None)
     return held if isinstance(held, dict) else None
@@ -75,6 +86,9 @@ class Glance:
             return
         if depth > _DEEP:
             return
+        if isinstance(value, _ARRAYS):
+            self._sees_all = False
+            return
         if isinstance(value, dict):
             self._sees_all &= len(value) <= _MANY and all(type(key) in PLAIN_KINDS for key in value)
             self._alive += list(value)[:_MANY]
@@ -88,10 +102,15 @@ class Glance:
             held = _attributes(value)
             if held is not None:
                 self._owners.append((value, held))
-                self._open(held, depth + 1)
+                self._open(held, depth)
             return
         for item in items[:_MANY]:
             self._open(item, depth + 1)
+
+    @property
+    def size(self) -> int:
+        """Number of objects that are looked at."""
+        return len(self._ids)
 
     def is_same(self) -> bool:
         """Says whether nothing was exchanged, as far as this look can tell."""

@@ -85,6 +85,10 @@ class Signature:
             return "gradients, inference mode or autocast are switched otherwise"
         if _shared_hooks() != self._shared_hooks:
             return "hooks for all modules were added or removed"
+        return self.difference_of_modules()
+
+    def difference_of_modules(self) -> str:
+        """Says in a few words how the modules differ, whatever they are given."""
         if self._glance is None:
             self._glance = _Glance(self._parts, [value for _, value, _ in self._settings])
         if not self._glance.parts_are_same():
@@ -117,7 +121,9 @@ class _Glance:
         self._empty = [part.take_empty for part in parts]
         self._hooks = [(n, part.hooks) for n, part in enumerate(parts) if part.hooks]
         self._with_parts = [n for n, part in enumerate(parts) if part.parts]
-        self._parts = [number for part in parts for number in part.parts]
+        self._parts = [number for part in parts for _, number in part.parts]
+        self._paths = [name for part in parts for name, _ in part.parts]
+        self._kinds = [part.kind for part in parts]
         held = [part.parameters for part in parts]
         held += [part.buffers if part.watches_buffers else None for part in parts]
         places = [("_parameters", n) for n in range(len(parts))]
@@ -132,7 +138,8 @@ class _Glance:
     def parts_are_same(self) -> bool:
         """Says whether nothing was exchanged, added or removed."""
         try:
-            held: list[dict[str, Any]] = [*map(_held_by, map(call, self._modules))]
+            modules = [*map(call, self._modules)]
+            held: list[dict[str, Any]] = [*map(_held_by, modules)]
             if any(map(any, map(call, self._empty, held))):
                 return False
             now = chain.from_iterable(map(call, self._takes, held))
@@ -141,12 +148,14 @@ class _Glance:
             tensors = [held[n][kind] for kind, n in self._holders]
         except (AttributeError, KeyError):  # a module, or an attribute of it, is gone
             return False
-        parts = chain.from_iterable([held[n]["_modules"].values() for n in self._with_parts])
+        parts = [held[n]["_modules"] for n in self._with_parts]
         return (
-            [*map(len, held)] == self._sizes
+            [*map(type, modules)] == self._kinds
+            and [*map(len, held)] == self._sizes
             and [*chain.from_iterable([one.keys() for one in tensors])] == self._names
             and self._are_same([*chain.from_iterable([one.values() for one in tensors])])
-            and [*map(id, parts)] == self._parts
+            and [*map(id, chain.from_iterable([one.values() for one in parts]))] == self._parts
+            and [*chain.from_iterable([one.keys() for one in parts])] == self._paths
             and all(_hooks(held[n]) == hooks for n, hooks in self._hooks)
         )
 
@@ -178,7 +187,8 @@ class _Part:
     """State of one module, compared at every pass: the fewer steps, the better."""
 
     __slots__ = (
-        "attributes", "buffers", "empty", "hooks", "keys", "module", "name", "parameters", "parts",
+        "attributes", "buffers", "empty", "hooks", "keys", "kind", "module", "name", "parameters",
+        "parts",
         "plain", "take", "take_empty", "training", "watches_buffers",
     )  # fmt: skip
 
@@ -197,7 +207,8 @@ class _Part:
         self.hooks = _hooks(held)
         self.parameters = _tensors(_held(module, "_parameters"))
         self.buffers = _tensors(_held(module, "_buffers"))
-        self.parts = [id(part) for part in held.get("_modules", {}).values()]
+        self.kind = type(module)
+        self.parts = [(key, id(part)) for key, part in held.get("_modules", {}).items()]
         # Most modules have no hooks and no buffers, and many no parameters or no parts.
         self._stay_empty([key for key in (*_HOOKS, *_HELD) if key in held and not held[key]])
 
@@ -222,7 +233,7 @@ class _Part:
 
     def is_same(self) -> bool:
         module = self.module()
-        if module is None:
+        if type(module) is not self.kind:  # also if it is gone
             return False
         held = module.__dict__
         try:
@@ -241,7 +252,7 @@ class _Part:
                 or not self.watches_buffers
                 or _tensors(held["_buffers"]) == self.buffers
             )
-            and (not self.parts or [*map(id, held["_modules"].values())] == self.parts)
+            and (not self.parts or [(k, id(v)) for k, v in held["_modules"].items()] == self.parts)
         )
 
     def difference(self) -> str:
@@ -249,6 +260,8 @@ class _Part:
         module = self.module()
         if module is None:
             return f"`{self.name}` is gone"
+        if type(module) is not self.kind:
+            return f"`{self.name}` is of another class"
         other = _Part(self.name, module)
         if module.training != self.training:
             return f"`{self.name}` is in {'training' if module.training else 'eval'} mode now"
@@ -282,7 +295,9 @@ def _tensors(held: dict[str, torch.Tensor | None]) -> list[tuple[str, int]] | No
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and (one == other or (one != one and other != other))
+    if isinstance(one, (float, complex)):
+        return type(one) is type(other) and repr(one) == repr(other)  # -0.0 is equal to 0.0
+    return type(one) is type(other) and one == other
 
 
 def _hooks(held: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -325,13 +325,19 @@ class _Describing:
         return Built(kind, items, held)
 
 
+# Classes that inherit from these have content beside their `__dict__`.
+_HOLDING_MORE = (
+    list, set, tuple, frozenset, int, float, complex, str, bytes, bytearray, deque, np.ndarray
+)  # fmt: skip
+
+
 def _is_plain_object(value: Any) -> bool:
     """Says whether an object is what its `__dict__` holds, with its entries for a dictionary."""
     kind = type(value)
     is_dict = isinstance(value, dict)
     if not is_dict and kind.__reduce_ex__ is not object.__reduce_ex__:  # type: ignore[comparison-overlap]
         return False
-    if isinstance(value, (list, set, tuple, frozenset)) or not hasattr(value, "__dict__"):
+    if isinstance(value, _HOLDING_MORE) or not hasattr(value, "__dict__"):
         return False
     return not any(getattr(base, "__slots__", ()) for base in kind.__mro__)
 
@@ -393,8 +399,14 @@ def _entries(
                 yield Change(path, attribute, key, new)
         elif isinstance(new, (Built, dict, list, tuple)) and type(old) is type(new):
             yield from changes(old, new, same, (*path, (attribute, key)))
-        elif old is not new and (type(old) is not type(new) or not bool(old == new)):
+        elif old is not new and (type(old) is not type(new) or not _are_equal(old, new)):
             yield Change(path, attribute, key, new)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    return bool(one == other)
 
 
 def update(target: Any, made: Iterable[Change], tensor: Callable[[int], Any]) -> None:

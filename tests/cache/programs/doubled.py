@@ -1,4 +1,4 @@
-"""A module of somebody's own that the pass takes as one operation, since it asks who follows."""
+"""A module of somebody's own, with a function beside it."""
 
 import torch
 from torch import nn
@@ -6,8 +6,6 @@ from torch import nn
 
 class Doubled(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.overrides.has_torch_function((x,)):
-            return x
         return times(x)
 
 
