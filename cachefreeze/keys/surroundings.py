@@ -49,7 +49,7 @@ class Surroundings:
         self._glance: Glance | None = None
         seen: set[int] = set()
         modules = list(modules)
-        for name, read in _attributes(modules, seen):
+        for name, read in _attributes(modules):
             # The signature of a trace compares what containers and plain objects hold.
             self._add(name, read, _CONTAINERS)
         for name, read in _code(modules, given, seen):
@@ -161,19 +161,22 @@ def _is_plain(value: Any, depth: int) -> bool:
     return all(_is_plain(one, depth + 1) for one in (value.values() if kind is dict else value))
 
 
-def _attributes(modules: list[nn.Module], seen: set[int]) -> Iterator[tuple[str, _Read]]:
+def _attributes(modules: list[nn.Module]) -> Iterator[tuple[str, _Read]]:
     """Yields attributes, with a name for people and a function that reads each again."""
     for module in modules:
         held = vars(module)
         for key, value in held.items():
             if key not in PARTS and type(value) not in PLAIN_KINDS:
                 yield f"`{key}` of {type(module).__name__}", functools.partial(held.get, key, _NONE)
-                if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-                    yield from _in_function(value, type(module), seen, 0)
 
 
 def _code(modules: list[nn.Module], given: Any, seen: set[int]) -> Iterator[tuple[str, _Read]]:
     """Yields what code reads beside attributes, in the same way."""
+    for module in modules:
+        for key, value in list(vars(module).items()):
+            functions = (types.FunctionType, types.MethodType, functools.partial)
+            if key not in PARTS and isinstance(value, functions):
+                yield from _in_function(value, type(module), seen, 0)
     for kind in dict.fromkeys(map(type, modules)):
         yield (
             f"`forward` of {kind.__name__}",
