@@ -27,8 +27,6 @@ _SWITCHES = [
     "processor",
     "torchvision",
 ]
-# Not among them at first.
-_LATER = {"fast path of attention", "torchvision"}
 SETTINGS = {
     "cpu": [
         "torch",
@@ -170,8 +168,6 @@ def _settings(one: SetReport) -> dict[str, str]:
     values = one.about.get("environment")
     values = [str(each) for each in values] if isinstance(values, list) else []
     names = SETTINGS.get(values[1] if len(values) > 1 else "", [])
-    if len(names) - len(values) == len(_LATER):
-        names = [name for name in names if name not in _LATER]
     if len(names) != len(values):  # written by another version
         names = [f"setting {number}" for number in range(1, len(values) + 1)]
     found |= dict(zip(names, values, strict=True))

@@ -78,11 +78,10 @@ class Table:
         """
         places = self._index.find(keys)
         if self.below is not None and (missing := np.flatnonzero(places < 0)).size:
-            lower = self.below.find(keys[missing])
             if monotonic() - self._looked > _LOOK_AGAIN:
                 self.below.refresh()
                 self._looked = monotonic()
-                lower = self.below.find(keys[missing])
+            lower = self.below.find(keys[missing])
             places[missing] = np.where(lower < 0, -1, lower + _BELOW)
         return places
 

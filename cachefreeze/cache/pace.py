@@ -45,9 +45,7 @@ class Pace:
     @property
     def is_over(self) -> bool:
         """Whether more was lost than a loop may lose."""
-        return self.lost > _FREE_SECONDS and self.lost > _FREE_SECONDS + _SHARE * (
-            perf_counter() - self._began
-        )
+        return self.lost > _FREE_SECONDS + _SHARE * (perf_counter() - self._began)
 
 
 class Meter:

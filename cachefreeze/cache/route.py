@@ -320,7 +320,7 @@ class Route:
         kept = self.selection.read(keys, places)
         if kept is None:  # on the disk, and damaged
             return self._add(module, args, kwargs, keys)
-        return self._serve(module, args, kwargs, kept, began)
+        return self._serve(module, args, kwargs, kept)
 
     def _plainly(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs a call as if there were no cache, to see how long it takes."""
@@ -651,14 +651,13 @@ class Route:
         args: Any,
         kwargs: dict[str, Any],
         kept: dict[int, Tensor],
-        began: float,
     ) -> Any:
         self._served += 1
-        cost = perf_counter() - began
+        cost = perf_counter() - self._began
         output, report = lineage.replay(
             self.selection.plan, kept, module, *args, known_to_fit=True, **kwargs
         )
-        seconds = perf_counter() - began
+        seconds = perf_counter() - self._began
         self._shared.served_seconds += seconds
         self.meter.note(Kind.SERVED, seconds, cost)
         self._count_lost(report.left)

@@ -98,8 +98,7 @@ class Selection:
         self._model = model
         # Of the traced pass: rows that waited may be written under other switches.
         self._environments = {
-            device: (*environment(device), *machine())
-            for device in {value.device for value in trace.values}
+            device: _around_device(device) for device in {value.device for value in trace.values}
         }
         self.trace = trace
         self.mixes = ""
@@ -388,10 +387,7 @@ class Selection:
     @property
     def is_under_same_switches(self) -> bool:
         """Whether torch's switches are those of the traced pass."""
-        return all(
-            (*environment(device), *machine()) == around
-            for device, around in self._environments.items()
-        )
+        return all(_around_device(device) == then for device, then in self._environments.items())
 
     @property
     def is_stored(self) -> bool:
@@ -432,26 +428,21 @@ class Selection:
 
     def write(
         self, keys: Keys, kept: Mapping[int, Tensor], chosen: np.ndarray | None = None
-    ) -> int:
+    ) -> None:
         """Keeps the rows of a batch.
 
         Args:
             keys: Keys of the rows.
             kept: Kept values of the batch, by number.
             chosen: Numbers of the rows to keep. None for all.
-
-        Returns:
-            Number of rows that were not there before.
         """
-        written = 0
         for one in self.kept:
             assert one.layout is not None
             self._table(one)  # opened, if it is kept on the disk
             wanted, rows = self._keys_of(one, keys), one.layout.split(kept[one.number])
             if chosen is not None and one.layout.axis is not None:
                 wanted, rows = wanted[chosen], rows[torch.from_numpy(chosen)]
-            written = max(written, self._shared.entries.write(one.table, wanted, rows))
-        return written
+            self._shared.entries.write(one.table, wanted, rows)
 
     def _keys_of(self, one: Kept, keys: Keys) -> np.ndarray:
         assert one.layout is not None
@@ -501,6 +492,10 @@ class Selection:
             elif not same_bits(tensor, example[number]):
                 return False
         return True
+
+
+def _around_device(device: torch.device) -> tuple[Any, ...]:
+    return (*environment(device), *machine())
 
 
 def cheapest_cut(trace: Trace) -> Cut:

@@ -145,7 +145,7 @@ class Site:
             return self._call_by_parts(module, args, kwargs)
         if all(trained) or not _has_rows(given) or not all(map(_is_plain, given)):
             return module(*args, **kwargs)
-        flags = tuple(trained), tuple([part.training for part in self._modules])
+        flags = self._flags_of_now()
         if self._is_smaller_than_others(key, flags, given):
             return module(*args, **kwargs)
         if any(route.family.broken for route in self.routes()):

@@ -28,6 +28,7 @@ _DEEP, _MANY_FUNCTIONS = 3, 200
 # Bytes of an array, and number of entries of a container, that are compared.
 _LARGE, _MANY = 1 << 16, 500
 _READ_BY_CODE = (tuple,)
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _CONTAINERS = (list, tuple, dict, set, frozenset)
 _FOREIGN = ("torch", "numpy", "builtins")
 
@@ -174,8 +175,7 @@ def _code(modules: list[nn.Module], given: Any, seen: set[int]) -> Iterator[tupl
     """Yields what code reads beside attributes, in the same way."""
     for module in modules:
         for key, value in list(vars(module).items()):
-            functions = (types.FunctionType, types.MethodType, functools.partial)
-            if key not in PARTS and isinstance(value, functions):
+            if key not in PARTS and isinstance(value, _FUNCTIONS):
                 yield from _in_function(value, type(module), seen, 0)
     for kind in dict.fromkeys(map(type, modules)):
         yield (
@@ -198,7 +198,7 @@ def read_by_code(kind: type[nn.Module]) -> list[tuple[str, Any]]:
 
 
 def _functions_in(value: Any, depth: int) -> Iterator[Any]:
-    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+    if isinstance(value, _FUNCTIONS):
         yield value
     elif isinstance(value, (tuple, list, dict)) and depth <= _DEEP:
         for one in value.values() if isinstance(value, dict) else value:

@@ -70,14 +70,13 @@ class Glance:
 
     def __init__(self, values: Iterable[Any]) -> None:
         self._views: list[Iterable[Any]] = []
-        self._owners: list[tuple[Any, dict[str, Any]]] = []
+        self._objects: list[Any] = []
+        self._dicts: list[dict[str, Any]] = []
         # The identity of a number says something as long as the number lives.
         self._alive: list[Any] = []
         self._sees_all = True
         for value in values:
             self._open(value, 0)
-        self._dicts = [held for _, held in self._owners]
-        self._objects = [owner for owner, _ in self._owners]
         self._ids = [*map(id, chain.from_iterable(self._views))]
 
     def _open(self, value: Any, depth: int) -> None:
@@ -101,7 +100,8 @@ class Glance:
         else:
             held = _attributes(value)
             if held is not None:
-                self._owners.append((value, held))
+                self._objects.append(value)
+                self._dicts.append(held)
                 self._open(held, depth)
             return
         for item in items[:_MANY]:

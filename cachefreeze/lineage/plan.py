@@ -269,8 +269,8 @@ def _steps(events: Sequence[Planned | None]) -> int:
     at = steps = 0
     while at < len(events):
         planned = events[at]
-        call = planned.call if planned is not None else None
-        inside = call is None or planned is None or planned.action is Action.FOLLOW
-        at = at + 1 if inside or call is None else call.leave + 1
+        if planned is not None and planned.call is not None and planned.action is not Action.FOLLOW:
+            at = planned.call.leave
+        at += 1
         steps += 1
     return steps

@@ -184,7 +184,7 @@ def _nothing(held: Any) -> tuple[()]:
 
 
 class _Part:
-    """State of one module, compared at every pass: the fewer steps, the better."""
+    """State of one module, compared where a look at all of them has seen something exchanged."""
 
     __slots__ = (
         "attributes", "buffers", "empty", "hooks", "keys", "kind", "module", "name", "parameters",
