@@ -160,6 +160,13 @@ class Route:
                 return
             self.selection.name()
             self._stored = self.selection.is_stored
+            if hidden := self.selection.in_memory_only:
+                self._shared.tell(
+                    f"{self._name}: directory",
+                    f"Rows of {hidden} in {self._name} are kept in memory only: code that is not "
+                    "torch's made them in one operation, and might be edited without being "
+                    "noticed.",
+                )
             self._note(self.selection.keys(inputs))
             if lineage.more_in_eval_mode(self._trace) > _WORTH_TELLING:
                 limits = lineage.limits_of(self._trace, share)

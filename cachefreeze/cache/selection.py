@@ -390,6 +390,13 @@ class Selection:
         return all(_around_device(device) == then for device, then in self._environments.items())
 
     @property
+    def in_memory_only(self) -> str:
+        """Name of a kept value that may not go to the directory, for people. Empty if none."""
+        hidden = [one.number for one in self.kept if not one.lineage.portable]
+        there = self._shared.entries.directory is not None
+        return self.trace.describe(hidden[0]) if hidden and there else ""
+
+    @property
     def is_stored(self) -> bool:
         """Whether rows of every kept value may lie on the disk, from other runs."""
         directory = self._shared.entries.directory

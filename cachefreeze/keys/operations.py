@@ -131,10 +131,12 @@ class _Writer:
         ):
             self._somebodys(where)
             return f"{where}.{name}"
-        short = name.split(".")[-1]  # the full one of `torch.zeros` has a hidden class in it
-        for space in (torch, torch._C._nn, torch.nn.functional):
-            if short and getattr(space, short, _NONE) is value:
-                return f"{space.__name__}.{short}"
+        # The full name of `torch.zeros` has a hidden class in it, that of `max_pool2d` the function
+        # that made it.
+        for short in (name.split(".")[-1], getattr(value, "__name__", "")):
+            for space in (torch, torch._C._nn, torch.nn.functional):
+                if short and getattr(space, short, _NONE) is value:
+                    return f"{space.__name__}.{short}"
         return self._unnamed(value)
 
     def _somebodys(self, where: str) -> None:

@@ -194,6 +194,7 @@ def test_code_that_may_be_edited_is_kept_in_memory_only(tmp_path: Path) -> None:
         epoch(model, x, 0)
         epoch(model, x, 1)
         assert served(cache, lambda: epoch(model, x, 2)) >= 48 - BATCH
+    assert any("kept in memory only" in sentence for sentence in cache.messages)
     assert rows_in(tmp_path / "cache") == 0
 
 

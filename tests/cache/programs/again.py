@@ -15,7 +15,13 @@ torch.manual_seed(0)
 
 
 body = nn.Sequential(
-    nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 16), doubled.Doubled(), nn.Tanh()
+    nn.Conv2d(3, 8, 3),
+    nn.ReLU(),
+    nn.MaxPool2d(2),
+    nn.Flatten(),
+    nn.Linear(72, 16),
+    doubled.Doubled(),
+    nn.Tanh(),
 )
 model = nn.Sequential(body, nn.Linear(16, 4))
 model[0].requires_grad_(False)
