@@ -7,12 +7,12 @@ from cachefreeze.cache import ActivationCache
 from cachefreeze.datasets import IndexedDataset
 from cachefreeze.errors import UserError
 from cachefreeze.freezeout import FreezeOutLR, param_groups
-from cachefreeze.freezing import freeze, unfreeze
+from cachefreeze.freezeout.freezing import freeze, unfreeze
 from cachefreeze.lineage import explain
 from cachefreeze.models import Units, partition
 from cachefreeze.prefix_cache import Materialization, PrefixCache
 from cachefreeze.rows import Rows, batches_of, epoch_order
-from cachefreeze.schedule import Schedule
+from cachefreeze.freezeout.schedule import Schedule
 
 __all__ = [
     "ActivationCache",

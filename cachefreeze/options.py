@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from cachefreeze.device import DEVICES, PRECISIONS
 from cachefreeze.errors import UserError
-from cachefreeze.schedule import SHAPES
+from cachefreeze.freezeout.schedule import SHAPES
 from cachefreeze.tiers import TIERS
 
 ARCHITECTURES = ("wrn", "densenet", "vgg")

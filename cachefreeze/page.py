@@ -28,7 +28,7 @@ from cachefreeze.markup import (
 )
 from cachefreeze.record import Record
 from cachefreeze.report import opening_words
-from cachefreeze.schedule import Schedule
+from cachefreeze.freezeout.schedule import Schedule
 
 REPORT = "report.html"
 # Points that a curve is drawn through.

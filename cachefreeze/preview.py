@@ -14,7 +14,7 @@ from cachefreeze.network import check_network, find_weights, make_network
 from cachefreeze.planner import Run
 from cachefreeze.profiler import MAX_PASSES, Residence, measure, profile
 from cachefreeze.report import opening_words, plan_table, room_words
-from cachefreeze.schedule import Schedule
+from cachefreeze.freezeout.schedule import Schedule
 from cachefreeze.staging import default_threads
 from cachefreeze.store import check_cache_dir
 from cachefreeze.terminal import say

@@ -9,7 +9,7 @@ from cachefreeze.forecast import Filled, Forecast, correction, pays_at_best
 from cachefreeze.planner import Drop, Move, Run
 from cachefreeze.prefix_cache import Materialization
 from cachefreeze.profiler import Boundary, CodecCost, Profile, Residence
-from cachefreeze.schedule import Schedule
+from cachefreeze.freezeout.schedule import Schedule
 
 SPLITS = {"train": 5000, "val": 1000}
 UNITS = 6

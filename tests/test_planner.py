@@ -19,7 +19,7 @@ from cachefreeze.planner import (
     cheapest_plan,
     eager_plan,
 )
-from cachefreeze.schedule import Schedule
+from cachefreeze.freezeout.schedule import Schedule
 
 SECONDS = st.floats(0, 10, allow_nan=False)
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from cachefreeze.errors import UserError
-from cachefreeze.freezing import freeze
+from cachefreeze.freezeout.freezing import freeze
 
 
 def is_channels_last(x: Tensor) -> bool:
