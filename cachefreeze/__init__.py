@@ -6,13 +6,18 @@
 from cachefreeze.cache import ActivationCache
 from cachefreeze.datasets import IndexedDataset
 from cachefreeze.errors import UserError
-from cachefreeze.freezeout import FreezeOutLR, param_groups
-from cachefreeze.freezeout.freezing import freeze, unfreeze
+from cachefreeze.freezeout import (
+    FreezeOutLR,
+    Schedule,
+    freeze,
+    param_groups,
+    unfreeze,
+    units_of,
+)
 from cachefreeze.lineage import explain
 from cachefreeze.models import Units, partition
 from cachefreeze.prefix_cache import Materialization, PrefixCache
 from cachefreeze.rows import Rows, batches_of, epoch_order
-from cachefreeze.freezeout.schedule import Schedule
 
 __all__ = [
     "ActivationCache",
@@ -31,4 +36,5 @@ __all__ = [
     "param_groups",
     "partition",
     "unfreeze",
+    "units_of",
 ]

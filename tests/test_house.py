@@ -16,13 +16,14 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 FLOORS = [
     floor.split()
     for floor in (
-        "errors files freezing hashing rows schedule planner timing totals randomness",
+        "errors files hashing rows planner timing totals randomness",
         "account streams",
         "record figures terminal outlook lineage segments",
+        "freezeout",
         "device models data store report run_folder checkpoint fingerprint interrupts",
         "moments progress keys",
         "encoding scratch identity markup metrics cache",
-        "freezeout stored_rows tiers staging",
+        "stored_rows tiers staging",
         "background profiler datasets options page compare",
         "serving sinks provenance config",
         "stores holdings",
@@ -65,6 +66,7 @@ INSIDE = {
         ["directory"],
         ["inspect"],
     ],
+    "freezeout": [["schedule", "freezing"], ["units"], ["scheduler"]],
     "adapters": [["lightning"]],
     "models": [["units", "layers"], ["wrn", "densenet", "vgg", "partition", "ready_made"]],
     "data": [["images"], ["inputs", "sets"]],
@@ -121,9 +123,10 @@ def test_a_room_imports_only_from_floors_below(path: Path) -> None:
 
 
 def test_the_schedule_knows_no_torch() -> None:
+    path = str(PACKAGE / "freezeout" / "schedule.py")
     code = (
         "import sys, importlib.util as util\n"
-        f"spec = util.spec_from_file_location('schedule', {str(PACKAGE / 'schedule.py')!r})\n"
+        f"spec = util.spec_from_file_location('schedule', {path!r})\n"
         "module = sys.modules['schedule'] = util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         "assert module.Schedule(3, 10).freeze_steps[0] == 6\n"
@@ -152,7 +155,10 @@ def test_what_is_exported_is_there_and_documented() -> None:
         assert getattr(cachefreeze, name).__doc__, f"{name} has no docstring"
 
 
-EXAMPLES = ("prefix_cache", "freezing", "datasets", "freezeout", "models.partition", "models.units")
+EXAMPLES = (
+    *("freezeout.freezing", "freezeout.scheduler"),
+    *("prefix_cache", "datasets", "models.partition", "models.units"),
+)
 
 
 @pytest.mark.parametrize("room", EXAMPLES)
