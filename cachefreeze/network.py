@@ -44,7 +44,7 @@ def find_weights(settings: Settings) -> Weights | None:
     if named is None:
         return None
     path = Path(named)
-    if not path.exists():
+    if not path.exists() or (settings.library == "hf" and path.is_dir()):
         if settings.library is None:
             raise UserError(
                 f"--weights {named} is not there: {settings.arch} has no weights of its own, give "

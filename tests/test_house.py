@@ -68,7 +68,10 @@ INSIDE = {
     ],
     "freezeout": [["schedule", "freezing"], ["units"], ["scheduler"]],
     "adapters": [["lightning"]],
-    "models": [["units", "layers"], ["wrn", "densenet", "vgg", "partition", "ready_made"]],
+    "models": [
+        ["units", "layers", "hugging_face"],
+        ["wrn", "densenet", "vgg", "partition", "ready_made"],
+    ],
     "data": [["images"], ["inputs", "sets"]],
     "store": [["codecs"], ["folder", "format"], ["read", "usage"], ["write", "inspect"]],
 }
