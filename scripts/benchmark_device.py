@@ -54,7 +54,7 @@ from cachefreeze.models import build
 from cachefreeze.moments import Moments
 from cachefreeze.network import make_network
 from cachefreeze.planner import efficiency
-from cachefreeze.report import markdown_table
+from cachefreeze.report.summary_text import markdown_table
 from cachefreeze.rows import batches_of
 from cachefreeze.run_folder import RunFolder
 from cachefreeze.terminal import track

@@ -20,7 +20,7 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
-from cachefreeze.report import duration, format_table
+from cachefreeze.report.summary_text import duration, format_table
 from cachefreeze.samples import Encoded, Values, encodings, sample
 from cachefreeze.segments.budget import named_folders
 from cachefreeze.segments.directory import is_directory

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.files import human_bytes
-from cachefreeze.report import format_table
+from cachefreeze.report.summary_text import format_table
 from cachefreeze.segments.inspect import Pruned, SetReport, inspect, prune, verify
 
 COLUMNS = 100

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from cachefreeze.options import FREEZEOUT, meaning, options
-from cachefreeze.report import markdown_table
+from cachefreeze.report.summary_text import markdown_table
 
 INTRODUCTION = """\
 # Options

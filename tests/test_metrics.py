@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cachefreeze.metrics import Metrics
+from cachefreeze.report.metrics import Metrics
 from cachefreeze.run_folder import RunFolder
 from cachefreeze.train import main
 

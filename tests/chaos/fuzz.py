@@ -34,7 +34,7 @@ from cachefreeze import PrefixCache, batches_of, partition
 from cachefreeze.data import ArrayImages, InputRows
 from cachefreeze.errors import Interrupted
 from cachefreeze.models import build
-from cachefreeze.report import format_table
+from cachefreeze.report.summary_text import format_table
 from cachefreeze.store import Description, codec_for, store_folders
 from cachefreeze.store import format as store_format
 

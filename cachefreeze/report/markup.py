@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 from cachefreeze.files import human_bytes
-from cachefreeze.record import Record
-from cachefreeze.report import duration
+from cachefreeze.report.run_results import RunResults
+from cachefreeze.report.summary_text import duration
 
 # How numbers are written, everywhere in a page.
 FORMATS: Mapping[str, Callable[[float], str]] = {
@@ -64,12 +64,14 @@ summary{cursor:pointer;padding:.3rem 0}
 """
 
 
-def number(record: Record, place: str, how: str, by: tuple[Record, str] | None = None) -> str:
+def number(
+    record: RunResults, place: str, how: str, by: tuple[RunResults, str] | None = None
+) -> str:
     """A number of a run's files, in words, with its value and its place.
 
     Args:
         record: of the run.
-        place: or places, see `Record.at`.
+        place: or places, see `RunResults.at`.
         how: one of `FORMATS`.
         by: the place, in a run, of another number that it is divided by.
     """
@@ -81,7 +83,7 @@ def number(record: Record, place: str, how: str, by: tuple[Record, str] | None =
     return f'<data value="{value!r}" {named} data-as="{how}">{FORMATS[how](value)}</data>'
 
 
-def frozen_units(record: Record, place: str) -> str:
+def frozen_units(record: RunResults, place: str) -> str:
     """How many units are, of how many: `4/5`."""
     return f"{number(record, place, 'count')}/{len(record.summary['units'])}"
 

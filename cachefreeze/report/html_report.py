@@ -8,11 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cachefreeze import figures
-from cachefreeze.account import COST, SAVED, WHOLE, Time, reached, spent, timed, ways
 from cachefreeze.errors import UserError
 from cachefreeze.files import write_atomically
-from cachefreeze.markup import (
+from cachefreeze.report import figures
+from cachefreeze.report.markup import (
     code,
     document,
     figure,
@@ -26,15 +25,16 @@ from cachefreeze.markup import (
     terms,
     tiles,
 )
-from cachefreeze.record import Record
-from cachefreeze.report import opening_words
+from cachefreeze.report.run_results import RunResults
+from cachefreeze.report.summary_text import opening_words
+from cachefreeze.report.time_breakdown import COST, SAVED, WHOLE, Time, reached, spent, timed, ways
 from cachefreeze.schedule import Schedule
 
 REPORT = "report.html"
 # Points that a curve is drawn through.
 CURVE = 48
 # Whole runs that were measured, by what they are called.
-Measured = dict[str, Record]
+Measured = dict[str, RunResults]
 # The first of each in the page leads here.
 WORDS = {
     "unit": "the smallest part of a network that freezes: its first layers, a block, the "
@@ -71,8 +71,8 @@ def write_report(folder: Path, measured: dict[str, Path] | None = None) -> Path:
         UserError: there is no such run, its files are damaged, another run is not the same but for
             cache and freezing, or the page cannot be written.
     """
-    record = Record.load(folder)
-    others = {name: Record.load(path) for name, path in (measured or {}).items()}
+    record = RunResults.load(folder)
+    others = {name: RunResults.load(path) for name, path in (measured or {}).items()}
     for name, other in others.items():
         _refuse_another(record, name, other)
     path = folder / REPORT
@@ -83,7 +83,7 @@ def write_report(folder: Path, measured: dict[str, Path] | None = None) -> Path:
     return path
 
 
-def _refuse_another(record: Record, name: str, other: Record) -> None:
+def _refuse_another(record: RunResults, name: str, other: RunResults) -> None:
     """Raises UserError if the other run is not what its name says."""
     same = ("network", "dataset", "epochs", "batch_size", "precision", "weights", "freeze_first")
     for setting in same:
@@ -97,7 +97,7 @@ def _refuse_another(record: Record, name: str, other: Record) -> None:
         raise UserError(f"{other.folder} is no run with {name}: that is one with {options}")
 
 
-def report(record: Record, measured: Measured) -> bytes:
+def report(record: RunResults, measured: Measured) -> bytes:
     """The page, as bytes of UTF-8."""
     args = record.args
     title = f"{args['network']} on {args['dataset']}"
@@ -130,7 +130,7 @@ and what the frozen ones compute is kept instead of computed again.</p></header>
     return document(title, body, figures.COLOURS)
 
 
-def _result(record: Record, measured: Measured) -> list[tuple[str, str]]:
+def _result(record: RunResults, measured: Measured) -> list[tuple[str, str]]:
     shown = [
         (number(record, "summary.val_accuracy", "percent"), "of the validation images are right"),
         (number(record, "summary.best_val_accuracy", "percent"), "in the best epoch"),
@@ -144,7 +144,7 @@ def _result(record: Record, measured: Measured) -> list[tuple[str, str]]:
     return [*shown, (frozen_units(record, "summary.frozen_units"), "units are frozen in the end")]
 
 
-def _what_was_run(record: Record) -> list[tuple[str, str]]:
+def _what_was_run(record: RunResults) -> list[tuple[str, str]]:
     args, summary = record.args, record.summary
     pairs = []
     if "about" in summary:
@@ -165,7 +165,7 @@ def _what_was_run(record: Record) -> list[tuple[str, str]]:
     return pairs
 
 
-def _ways(record: Record, measured: Measured) -> list[tuple[Time, Record]]:
+def _ways(record: RunResults, measured: Measured) -> list[tuple[Time, RunResults]]:
     """This run first, then others of whose times something is known, each with the run that took
     it: a measured time takes the place of an estimate."""
     found = []
@@ -177,7 +177,7 @@ def _ways(record: Record, measured: Measured) -> list[tuple[Time, Record]]:
     return found
 
 
-def _speed_up(record: Record, way: Time, run: Record) -> str:
+def _speed_up(record: RunResults, way: Time, run: RunResults) -> str:
     """The time of another way by this run's. What was only predicted is set against what was
     predicted of this run: a machine that is slower than it was is so for both."""
     own = WHOLE
@@ -186,7 +186,7 @@ def _speed_up(record: Record, way: Time, run: Record) -> str:
     return number(run, way.best, "times", by=(record, own))
 
 
-def _times(record: Record, measured: Measured) -> str:
+def _times(record: RunResults, measured: Measured) -> str:
     """What it took, and beside it what it would have taken otherwise."""
     parts = spent(record.summary).items()
     rows = [[name, number(record, at, "seconds")] for name, at in parts]
@@ -202,7 +202,7 @@ def _times(record: Record, measured: Measured) -> str:
     )
 
 
-def _beside(record: Record, measured: Measured) -> str:
+def _beside(record: RunResults, measured: Measured) -> str:
     found = _ways(record, measured)
     if len(found) == 1 and found[0][0].predicted is None:
         return (
@@ -234,7 +234,7 @@ def _beside(record: Record, measured: Measured) -> str:
     )
 
 
-def _saving(record: Record) -> str:
+def _saving(record: RunResults) -> str:
     """What the cache brought or cost, by this run's own clocks."""
     summary = record.summary
     if not (summary["cache"]["enabled"] and timed(summary)):
@@ -252,7 +252,7 @@ def _saving(record: Record) -> str:
     return f"<p>{saved}; {served} {linked('row', 'rows')} came from it.</p>"
 
 
-def _rates(record: Record) -> str:
+def _rates(record: RunResults) -> str:
     title = "Rate of every unit"
     summary = record.summary
     names = summary["units"]
@@ -279,7 +279,7 @@ def _rates(record: Record) -> str:
     )
 
 
-def _curves(record: Record) -> list[list[tuple[float, float]]]:
+def _curves(record: RunResults) -> list[list[tuple[float, float]]]:
     """Epochs and rates of every unit, up to its freeze."""
     args, summary = record.args, record.summary
     units, steps = range(len(summary["units"])), summary["steps"]
@@ -299,7 +299,7 @@ def _curves(record: Record) -> list[list[tuple[float, float]]]:
     ]
 
 
-def _seconds(record: Record) -> str:
+def _seconds(record: RunResults) -> str:
     lines = record.metrics
     rest = {
         "materialising": [line["materialize_seconds"] for line in lines],
@@ -337,7 +337,7 @@ def _seconds(record: Record) -> str:
     )
 
 
-def _frontier(record: Record) -> str:
+def _frontier(record: RunResults) -> str:
     title, summary = "Frozen units, and where rows come from", record.summary
     if not summary["frozen_units"]:
         return left_out(title, "no unit was frozen in this run")
@@ -357,7 +357,7 @@ def _frontier(record: Record) -> str:
     )
 
 
-def _learning(record: Record) -> str:
+def _learning(record: RunResults) -> str:
     lines = record.metrics
     train, val, accuracy = (
         [line[name] for line in lines] for name in ("train_loss", "val_loss", "val_accuracy")
@@ -372,7 +372,7 @@ def _learning(record: Record) -> str:
     )
 
 
-def _store(record: Record) -> str:
+def _store(record: RunResults) -> str:
     title, summary = "Size of the store", record.summary
     if not summary["cache"]["boundaries"]:
         why = (
@@ -399,7 +399,7 @@ def _store(record: Record) -> str:
     )
 
 
-def _predicted_beside_actual(record: Record, measured: Measured) -> str:
+def _predicted_beside_actual(record: RunResults, measured: Measured) -> str:
     title, found = "Predicted beside actual", _ways(record, measured)
     totals = [
         (
@@ -439,7 +439,7 @@ def _place(filling: dict[str, Any]) -> str:
     return f"after {filling['unit']}" if filling["boundary"] else "pixels"
 
 
-def _freeze_steps(record: Record) -> list[int | None]:
+def _freeze_steps(record: RunResults) -> list[int | None]:
     """The step before which each unit is frozen; None if it trains to the end."""
     summary = record.summary
     if "freeze_steps" in summary:
@@ -451,7 +451,7 @@ def _freeze_steps(record: Record) -> list[int | None]:
     ]
 
 
-def _over_time(record: Record, of_filling: str, of_epoch: str) -> list[tuple[float, float]]:
+def _over_time(record: RunResults, of_filling: str, of_epoch: str) -> list[tuple[float, float]]:
     """A value that moves when a store is filled, and is noted at the end of every epoch too."""
     fillings = record.summary["cache"]["boundaries"]
     moved = [(_epochs_at(record, each["step"]), float(each[of_filling])) for each in fillings]
@@ -459,11 +459,11 @@ def _over_time(record: Record, of_filling: str, of_epoch: str) -> list[tuple[flo
     return moved + [(_epochs_at(record, line["step"]), float(line[of_epoch])) for line in lines]
 
 
-def _epochs_at(record: Record, step: float) -> float:
+def _epochs_at(record: RunResults, step: float) -> float:
     return step * record.summary["epochs"] / record.summary["steps"]
 
 
-def _end(record: Record) -> float:
+def _end(record: RunResults) -> float:
     return float(record.summary["epochs"])
 
 
@@ -471,7 +471,7 @@ def _count(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _epochs(record: Record) -> str:
+def _epochs(record: RunResults) -> str:
     columns = [
         ("epoch", "epoch", "count"),
         ("step", "step", "count"),
@@ -494,7 +494,7 @@ def _epochs(record: Record) -> str:
     return table([title for title, _, _ in columns], rows, right=range(len(columns)))
 
 
-def _units(record: Record) -> str:
+def _units(record: RunResults) -> str:
     summary = record.summary
     rows = []
     for unit, (name, step) in enumerate(zip(summary["units"], _freeze_steps(record), strict=True)):
@@ -507,7 +507,7 @@ def _units(record: Record) -> str:
     return table(("unit", "initial rate", "frozen from step"), rows, right=[1, 2])
 
 
-def _settings(record: Record) -> str:
+def _settings(record: RunResults) -> str:
     rows = [
         [code(name), code(json.dumps(value))]
         for name, value in record.args.items()

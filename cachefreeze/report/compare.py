@@ -6,16 +6,16 @@ from itertools import accumulate
 from pathlib import Path
 
 from cachefreeze.errors import UserError
-from cachefreeze.markup import code, document, figure, frozen_units, number, table
-from cachefreeze.record import Record
-from cachefreeze.report import duration, format_table
+from cachefreeze.report.markup import code, document, figure, frozen_units, number, table
+from cachefreeze.report.run_results import RunResults
+from cachefreeze.report.summary_text import duration, format_table
 
 # Settings that say where a run lies, and not what it does.
 PLACES = ("output_dir", "command", "report")
 HEADER = ("run", "accuracy", "best", "time", "speed-up", "frozen", "weights")
 
 
-def load_runs(folders: Sequence[Path]) -> list[Record]:
+def load_runs(folders: Sequence[Path]) -> list[RunResults]:
     """
     Raises:
         UserError: one holds no run that has come to its end, or is named twice.
@@ -25,10 +25,10 @@ def load_runs(folders: Sequence[Path]) -> list[Record]:
         if folder.resolve() in seen:
             raise UserError(f"{folder} is named twice: name each run once")
         seen.add(folder.resolve())
-    return [Record.load(folder) for folder in folders]
+    return [RunResults.load(folder) for folder in folders]
 
 
-def comparison_lines(runs: Sequence[Record]) -> list[str]:
+def comparison_lines(runs: Sequence[RunResults]) -> list[str]:
     """A table of results, and one of the settings that are not the same in all runs.
 
     Speed-up is the time of the first run by that of another.
@@ -56,13 +56,13 @@ def comparison_lines(runs: Sequence[Record]) -> list[str]:
     return [*lines, "", *format_table([header, *([name, *each] for name, each in settings)])]
 
 
-def comparison_page(runs: Sequence[Record]) -> bytes:
+def comparison_page(runs: Sequence[RunResults]) -> bytes:
     """The same as a page of UTF-8, with accuracy against time.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    from cachefreeze import figures  # an extra, which the lines above do without
+    from cachefreeze.report import figures  # an extra, which the lines above do without
 
     names, wall = names_of(runs), "summary.wall_seconds"
     rows = [
@@ -114,7 +114,7 @@ same letter are the same to the last bit.</p>
     return document("Runs beside each other", body, figures.COLOURS)
 
 
-def names_of(runs: Sequence[Record]) -> list[str]:
+def names_of(runs: Sequence[RunResults]) -> list[str]:
     """The runs' folders, by as many of their last parts as tell them apart."""
     paths = [run.folder.resolve().parts for run in runs]
     deepest = max(len(path) for path in paths)
@@ -125,7 +125,7 @@ def names_of(runs: Sequence[Record]) -> list[str]:
     return names
 
 
-def weights_of(runs: Sequence[Record]) -> list[str]:
+def weights_of(runs: Sequence[RunResults]) -> list[str]:
     """A letter and a hash for each run's weights: equal ones have the same letter."""
     hashes = [run.summary["weights_sha256"] for run in runs]
     order = list(dict.fromkeys(hashes))
@@ -138,7 +138,7 @@ def _letters(number: int) -> str:
     return before + chr(ord("A") + number % 26)
 
 
-def differing_settings(runs: Sequence[Record]) -> list[tuple[str, list[str]]]:
+def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]]:
     """Settings that are not the same in all runs, with each run's value as JSON has it; `-` where
     a run of another version has none."""
     settings = dict.fromkeys(name for run in runs for name in run.args if name not in PLACES)
