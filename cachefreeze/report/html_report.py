@@ -10,6 +10,7 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import write_atomically
+from cachefreeze.freezeout.schedule import Schedule
 from cachefreeze.report import figures
 from cachefreeze.report.markup import (
     code,
@@ -28,7 +29,6 @@ from cachefreeze.report.markup import (
 from cachefreeze.report.run_results import RunResults
 from cachefreeze.report.summary_text import opening_words
 from cachefreeze.report.time_breakdown import COST, SAVED, WHOLE, Time, reached, spent, timed, ways
-from cachefreeze.schedule import Schedule
 
 REPORT = "report.html"
 # Points that a curve is drawn through.
