@@ -40,7 +40,7 @@ INSIDE = {
         ["soundness", "contents"],
         ["operations"],
         ["known", "modes", "modules", "signature"],
-        ["recording", "program"],
+        ["recording", "program", "rowwise"],
         ["module_calls", "cut"],
         ["tracer", "plan", "late"],
         ["replayer", "axes", "extension", "module_outputs"],

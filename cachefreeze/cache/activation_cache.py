@@ -1,6 +1,7 @@
 """The public face: a cache that any loop uses by one line."""
 
 import atexit
+import contextlib
 import logging
 import os
 import random
@@ -17,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 
 from cachefreeze.cache.entries import Entries
-from cachefreeze.cache.shared import Shared, Stats
+from cachefreeze.cache.shared import Filled, Shared, Stats
 from cachefreeze.cache.site import Site
 from cachefreeze.cache.words import in_words
 from cachefreeze.device import free_memory
@@ -140,25 +141,31 @@ class ActivationCache:
         return (*self._shared.messages.values(), *self._shared.entries.messages)
 
     def fill(self, loader: Iterable[Any], call: Callable[[Any], Any] | None = None) -> None:
-        """Keeps the rows of a data set before training, by one forward pass over it.
+        """Keeps the rows of a data set before training goes on, by one pass over it.
 
-        Without it, rows are kept as the first epoch passes. Random state and buffers are put back
-        afterwards. Modes are those of now: call `model.train()` before, if the loop does.
+        Without it, rows are kept as the next epoch passes. Where the first model is called in a
+        way that is known already, nothing but its frozen work runs, from what was kept when less
+        was frozen if that is there. Random state and buffers are put back afterwards. Modes are
+        those of now: call `model.train()` before, if the loop does.
 
         Args:
-            loader: Batches.
-            call: Function that runs the forward pass on a batch, as the loop does. If None, the
-                first model is called: with a mapping's entries by name, or else with the tensor, or
-                with the first entry of a tuple or list.
+            loader: Batches, of the size that the loop has.
+            call: Function that runs the forward pass on a batch, as the loop does. It may be left
+                in the middle, once rows are kept. If None, the first model is called: with a
+                mapping's entries by name, or else with the tensor, or with the first entry of a
+                tuple or list.
         """
         buffers = [(one, one.clone()) for model in self._models for one in model.buffers()]
         python, numbers = random.getstate(), np.random.get_state()
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        self._shared.filling = self._models[0] if len(self._models) == 1 else None
         try:
             with torch.random.fork_rng(devices=devices):
                 for batch in loader:
-                    call(batch) if call is not None else _call_with(self._models[0], batch)
+                    with contextlib.suppress(Filled):
+                        call(batch) if call is not None else _call_with(self._models[0], batch)
         finally:
+            self._shared.filling = None
             random.setstate(python)
             np.random.set_state(numbers)
             with torch.no_grad():

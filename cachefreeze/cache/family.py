@@ -57,16 +57,23 @@ class Family:
             index.add(distinct(new if len(found) == 1 else new[index.find(new) < 0]))
         return any(2 * len(new) <= len(wanted) for _, wanted, new in found)
 
-    def begin(self, probation: int | None) -> None:
+    def begin(self, probation: int | None, is_known: bool = False) -> None:
         """Notes that rows have come again.
 
         Args:
             probation: Number of batches to compare. None for a quarter of those before.
+            is_known: Whether what rows are made from was compared before, when less was frozen.
         """
         if not self.again:
             self.again, self.epoch, self.seen = True, self.batches - 1, {}
             few = min(max(self.epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
+            few = _LEAST_PROBATION if is_known else few
             self.wanted = few if probation is None else probation
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether as many batches were compared as had to be."""
+        return self.again and self.passed >= self.wanted
 
     @property
     def hardly_known(self) -> bool:

@@ -140,7 +140,7 @@ class Route:
         self._began = 0.0
         self._stored = False
         self._reports: list[lineage.Report] = []
-        self._before, self._last = before, last
+        self._last = last
         self._guards = [
             one
             for one in trace.operations
@@ -148,6 +148,11 @@ class Route:
         ]
         self._select(self._example)
         plan = self.selection.plan
+        self._before, self._extension = before, None
+        if before is not None:
+            self._extension = lineage.Extension(before.selection.plan, plan)
+            if not self._extension.is_complete:
+                self._before = None
         self.meter = Meter(shared.pace, plan.followed, plan.cut.seconds_saved)
 
     def _select(self, inputs: Mapping[int, Tensor]) -> None:
@@ -216,9 +221,10 @@ class Route:
         self._pending = []
 
     @property
-    def serves(self) -> bool:
-        """Whether rows are kept that could be served."""
-        return self.state in (State.PROBATION, State.SERVING) and not self.stale
+    def has_rows(self) -> bool:
+        """Whether rows are kept, by which those of a route with more frozen work may be made."""
+        follows = self.state in (State.KEEPING, State.PROBATION, State.SERVING)
+        return follows and not self.stale and (self.selection.settled or bool(self._pending))
 
     @property
     def stale(self) -> bool:
@@ -297,7 +303,7 @@ class Route:
         keys = self.selection.keys(inputs)
         earlier = None
         if self.state is State.KEEPING:
-            earlier = self._from_before(args, kwargs, inputs)
+            earlier = self._from_before(inputs)
             again = family.again or self._note(keys) or self._lie_on_disk(keys)
             if not again and earlier is None:
                 if self.meter.wants_plain(Kind.KEPT):
@@ -309,10 +315,10 @@ class Route:
         self._shared.stats.batches += 1
         places = self.selection.find(keys)
         if _unknown(places):
-            earlier = earlier or self._from_before(args, kwargs, inputs)
+            earlier = earlier or self._from_before(inputs)
             if earlier is None:
                 return self._add(module, args, kwargs, keys)
-            self.selection.write(keys, earlier)
+            self.selection.write(keys, self.selection.compute(inputs, earlier))
             places = self.selection.find(keys)
             if _unknown(places):  # there was no room for all rows
                 return self._add(module, args, kwargs, keys)
@@ -406,7 +412,8 @@ class Route:
         self._shared.messages.pop(f"{self._name}: rows", None)
         self._shared.messages.pop(f"{self._name}: pace", None)
         self.state = State.PROBATION
-        self.family.begin(self._shared.probation)
+        is_known = self._before is not None and self._before.family.is_proven
+        self.family.begin(self._shared.probation, is_known)
         if not self.selection.settled:
             self._split(inputs)
         self._fill_up()
@@ -425,7 +432,12 @@ class Route:
             self._shared.weights.suspect(selection.frozen)
             if selection.name():
                 self._drop_batches()
-        selection.write(selection.keys(inputs), selection.settle(inputs))
+        known: dict[int, tuple[Tensor, lineage.Axis]] = {}
+        if self._before is not None and self._extension is not None:
+            axes = self._extension.values(self._before.selection.axes)
+            found = self._from_before(inputs) or {}
+            known = {number: (found[number], axes[number]) for number in axes.keys() & found}
+        selection.write(selection.keys(inputs), selection.settle(inputs, known))
         # What is left of the traced batch are the inputs that all rows share.
         self._example = selection.shared_of(self._example)
         for batch in self._pending:
@@ -518,32 +530,60 @@ class Route:
             if any((place[:real] < 0).any() for place in places.values()):
                 selection.write(keys, selection.compute(whole), np.arange(real))
 
-    def _from_before(
-        self, args: Any, kwargs: dict[str, Any], inputs: Mapping[int, Tensor]
-    ) -> dict[int, Tensor] | None:
-        """Computes what is kept from the rows of when less was frozen, if they are all there."""
-        before = self._before
-        if before is None:
+    def _from_before(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
+        """Reads the rows of when less was frozen, if they are all there.
+
+        Returns:
+            Values of this trace, by number. Those that are kept can be computed from them.
+        """
+        kept = self._before.known(inputs.values()) if self._before is not None else None
+        if kept is None or self._extension is None:
             return None
-        kept = before.known(inputs.values())
-        if kept is None:
-            return None
-        old, new = before.selection.plan, self.selection.plan
-        found = lineage.extend(old, kept, new, *args, **kwargs)
-        if found is None:
-            self._before = None
-        return found
+        return self._extension.values(kept)
 
     def known(self, given: Iterable[Tensor]) -> dict[int, Tensor] | None:
-        """Returns the kept values of a batch, or None if some of its rows are not known."""
-        if not self.serves:
+        """Returns the kept values of a batch, or None if some of its rows are not known.
+
+        Rows that are known only from when still less was frozen are computed from those.
+        """
+        if not self.has_rows:
             return None
         self._look_at_weights()
-        if not self.serves:
+        if not self.has_rows:
             return None
-        keys = self.selection.keys(dict(zip(self._trace.inputs, given, strict=True)))
+        if not self.selection.settled:
+            self._split(self._example)
+        inputs = dict(zip(self._trace.inputs, given, strict=True))
+        keys = self.selection.keys(inputs)
         places = self.selection.find(keys)
-        return None if _unknown(places) else self.selection.read(keys, places)
+        if not _unknown(places):
+            return self.selection.read(keys, places)
+        earlier = self._from_before(inputs)
+        return None if earlier is None else self.selection.compute(inputs, earlier)
+
+    def fill(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Keeps the rows of a batch without a forward pass.
+
+        Returns:
+            Whether nothing else is to be done with the call.
+        """
+        self._look_at_weights()
+        if self.state is State.RESTING:
+            return True
+        if self.state is State.STALE or not self._is_as_traced():
+            return False
+        inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
+        self._shared.entries.now += 1
+        self.family.batches += 1
+        keys = self.selection.keys(inputs)
+        if not self.family.again:
+            self._note(keys)
+        if not self.selection.settled:
+            self._split(self._example)
+        if _unknown(self.selection.find(keys)):
+            self.selection.write(keys, self.selection.compute(inputs, self._from_before(inputs)))
+            self._shared.stats.rows_computed += self.selection.rows
+        return True
 
     # Once rows come again.
 

@@ -24,7 +24,7 @@ from cachefreeze.keys import (
     row_keys,
     same_bits,
 )
-from cachefreeze.lineage import Axes, Cut, Plan, Trace
+from cachefreeze.lineage import Axes, Axis, Cut, Plan, Trace
 from cachefreeze.lineage.operations import Operation
 
 Tensor = torch.Tensor
@@ -190,6 +190,12 @@ class Selection:
         return all(one.layout is not None for one in self.kept)
 
     @property
+    def axes(self) -> dict[int, Axis]:
+        """Axes of the rows in those kept values that can be taken apart into rows, by number."""
+        layouts = {one.number: one.layout for one in self.kept}
+        return {n: one.axis for n, one in layouts.items() if one is not None and one.axis}
+
+    @property
     def by_rows(self) -> bool:
         """Whether every kept value can be taken apart into rows."""
         return all(one.layout is not None and one.layout.axis is not None for one in self.kept)
@@ -301,27 +307,47 @@ class Selection:
         lengths = own_lengths(mask, padded, self._padding)
         return row_keys(list(rows.values()), shared, self.rows, lengths, mask.shape[1])
 
-    def settle(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def settle(
+        self,
+        inputs: Mapping[int, Tensor],
+        known: Mapping[int, tuple[Tensor, Axis]] | None = None,
+    ) -> dict[int, Tensor]:
         """Finds where the rows are in the kept values, by recorded operations on a batch.
 
         Args:
             inputs: Inputs of a batch, by the numbers of their values.
+            known: Values of that batch that need not be computed, by number, each with the axis of
+                its rows.
 
         Returns:
             Kept values of that batch, by number.
         """
-        found = self.compute(inputs)
+        known = known or {}
+        found = self.compute(inputs, {number: tensor for number, (tensor, _) in known.items()})
         if self._like is not None and self._like.settled:
             for one, other in zip(self.kept, self._like.kept, strict=True):
                 one.layout = other.layout
             return found
-        axes, mixed = self._axes(found, inputs)
-        for one in self.kept:
-            one.layout = self._layout(one, axes, one.number in mixed)
+        layouts = self._shared.layouts
+        names = [self._layout_name(one) for one in self.kept]
+        if not all(name in layouts for name in names):
+            axes, mixed = self._axes(found, inputs, known)
+            for one, name in zip(self.kept, names, strict=True):
+                layouts[name] = self._layout(one, axes, one.number in mixed)
+        for one, name in zip(self.kept, names, strict=True):
+            one.layout = layouts[name]
         return found
 
+    def _layout_name(self, one: Kept) -> tuple[Any, ...]:
+        """Says what the layout of a value depends on: how it is made, and of how many rows."""
+        value = self.trace.values[one.number]
+        return one.lineage.digest, value.shape, value.stride, self.rows, len(self._with_rows)
+
     def _axes(
-        self, kept: Mapping[int, Tensor], inputs: Mapping[int, Tensor]
+        self,
+        kept: Mapping[int, Tensor],
+        inputs: Mapping[int, Tensor],
+        known: Mapping[int, tuple[Tensor, Axis]],
     ) -> tuple[Axes, set[int]]:
         """Finds the axes of the rows in kept values, and those made by looking across rows.
 
@@ -331,13 +357,13 @@ class Selection:
         program = self.plan.program
         if self.rows < 2:
             return lineage.axes_of(program, kept, inputs), set()
-        axes = lineage.batch_axes(self.trace, *inputs.values())
+        axes = lineage.batch_axes(self.trace, *inputs.values(), known=known, wanted=list(kept))
         # A model may go through its rows one by one.
         mixing = {n for n in axes.mixing if not _is_a_row(self.trace.operations[n])}
         mixed = {
             number
             for number in kept
-            if not mixing.isdisjoint(one.number for one in program.needed([number], ()))
+            if not mixing.isdisjoint(one.number for one in program.needed([number], known))
         }
         rest = {n: tensor for n, tensor in kept.items() if axes.axis(n) is None and n not in mixed}
         if rest:
@@ -348,10 +374,18 @@ class Selection:
                 self.mixes = self.mixes or self.trace.describe(operation.makes[0])
         return axes, mixed
 
-    def compute(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Computes the kept values of a batch by recorded operations, without a forward pass."""
+    def compute(
+        self, inputs: Mapping[int, Tensor], known: Mapping[int, Tensor] | None = None
+    ) -> dict[int, Tensor]:
+        """Computes the kept values of a batch by recorded operations, without a forward pass.
+
+        Args:
+            inputs: Inputs of the batch, by the numbers of their values.
+            known: Values of the batch that need not be computed, by number.
+        """
         numbers = [one.number for one in self.kept]
-        return {n: tensor.detach() for n, tensor in self.plan.program.run(numbers, inputs).items()}
+        found = self.plan.program.run(numbers, {**(known or {}), **inputs})
+        return {number: tensor.detach() for number, tensor in found.items()}
 
     def _layout(self, one: Kept, axes: Axes, is_mixed: bool) -> Layout:
         value = self.trace.values[one.number]

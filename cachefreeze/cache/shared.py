@@ -2,8 +2,12 @@
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 from cachefreeze.cache.entries import Entries
+from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.moving import Moving
 from cachefreeze.cache.pace import Pace
 from cachefreeze.keys import Weights
@@ -11,6 +15,13 @@ from cachefreeze.keys import Weights
 _log = logging.getLogger("cachefreeze")
 # Share of the time of served calls that goes into checks beyond what must be.
 _SHARE = 0.01
+
+
+class Filled(BaseException):
+    """Ends a call that was made for the sake of its rows only, once they are kept.
+
+    The caller of `fill` gives the function that it leaves: no `except Exception` may take it.
+    """
 
 
 @dataclass
@@ -50,6 +61,8 @@ class Shared:
         moving: Parameters and buffers that move although they take no gradient.
         pace: Seconds that following has cost.
         messages: Sentences that were told, by what they are about.
+        layouts: Where the rows are in kept values, by what that depends on.
+        filling: Module that is called for the sake of its rows only, if one is.
         held: Bytes of batches that are not taken apart into rows yet.
         served_seconds: Seconds of all calls that were served.
         checked_seconds: Seconds of them that went into checks beyond what must be.
@@ -62,6 +75,8 @@ class Shared:
     stats: Stats = field(default_factory=Stats)
     pace: Pace = field(default_factory=Pace)
     messages: dict[str, str] = field(default_factory=dict)
+    layouts: dict[tuple[Any, ...], Layout] = field(default_factory=dict)
+    filling: nn.Module | None = None
     held: int = 0
     served_seconds: float = 0.0
     checked_seconds: float = 0.0

@@ -12,7 +12,7 @@ from torch.utils import _device as device_contexts
 from cachefreeze import lineage
 from cachefreeze.cache.lengths import differ_in_length
 from cachefreeze.cache.route import Route, State
-from cachefreeze.cache.shared import Shared
+from cachefreeze.cache.shared import Filled, Shared
 from cachefreeze.keys import Surroundings, environment
 from cachefreeze.lineage import calls
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
@@ -127,6 +127,9 @@ class Site:
             if not route.stale and route.fits((args, kwargs)):
                 self._fitting += 1
                 routes.insert(0, routes.pop(place))
+                filling = self._shared.filling
+                if filling is not None and filling is self._module() and route.fill(args, kwargs):
+                    raise Filled
                 return route.call(module, args, kwargs, began)
         return self._call_anew(key, given, module, args, kwargs, inner)
 
@@ -148,6 +151,8 @@ class Site:
         flags = self._flags_of_now()
         if self._is_smaller_than_others(key, flags, given):
             return module(*args, **kwargs)
+        if self._before(key, flags) is not None:  # more is frozen: as often as there are parameters
+            return self._trace(key, flags, module, args, kwargs, None)
         if any(route.family.broken for route in self.routes()):
             return self._give_up(module, args, kwargs)
         like = self._of_another_length(key, flags)
@@ -282,7 +287,7 @@ class Site:
         for route in self._kinds.get(key, []):
             trained = self._flags[route][0]
             less = all(one or not now for one, now in zip(trained, flags[0], strict=False))
-            if less and trained != flags[0] and route.serves:
+            if less and trained != flags[0] and route.has_rows:
                 return route
         return None
 

@@ -10,7 +10,7 @@ loop.
 from cachefreeze.lineage.axes import Axes, Axis, axes_of, batch_axes, leave_mixing, rows_of
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
 from cachefreeze.lineage.explanation import Explanation, explain, limits_of, more_in_eval_mode
-from cachefreeze.lineage.extension import computable, extend
+from cachefreeze.lineage.extension import Extension, computable, extend
 from cachefreeze.lineage.module_outputs import capture_outputs, module_outputs
 from cachefreeze.lineage.modules import compiled_functions
 from cachefreeze.lineage.operations import Trace
@@ -23,6 +23,7 @@ __all__ = [
     "Axis",
     "Cut",
     "Explanation",
+    "Extension",
     "Plan",
     "Report",
     "Trace",

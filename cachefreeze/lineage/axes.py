@@ -6,7 +6,7 @@ result has the same choice along an axis, and along no other, that is the batch 
 has it along none depends on other rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from cachefreeze.errors import UserError
 from cachefreeze.lineage.operations import FROZEN, Operation, Trace, mark
 from cachefreeze.lineage.program import Program, with_strides
+from cachefreeze.lineage.rowwise import row_dimension
 from cachefreeze.lineage.structure import tensors
 
 Tensor = torch.Tensor
@@ -111,6 +112,8 @@ def batch_axes(
     *args: Any,
     dims: Mapping[int, int | None] | None = None,
     earlier: Axes | None = None,
+    known: Mapping[int, tuple[Tensor, Axis]] | None = None,
+    wanted: Collection[int] | None = None,
     **kwargs: Any,
 ) -> Axes:
     """Finds the batch axis of every value that can be left out.
@@ -124,6 +127,9 @@ def batch_axes(
             None for an input that all rows share. Without it, an input has its rows first if its
             first dimension is as long as that of the first input that has one.
         earlier: What another batch of the same trace has shown, to be made more precise.
+        known: Values of that batch whose batch axis is known, by number. What only leads to them is
+            not run.
+        wanted: Numbers of the values whose axis is sought. None for all.
         **kwargs: Keyword arguments of the pass.
 
     Raises:
@@ -134,8 +140,10 @@ def batch_axes(
     rows, axes = _of_inputs(inputs, dims)
     if rows < 2:
         raise UserError("An example batch of at least two rows is needed to find the batch axes.")
+    known = known or {}
+    axes.update({number: {axis} for number, (_, axis) in known.items()})
     search = _Search(trace, rows, axes)
-    search.run(inputs)
+    search.run({**inputs, **{number: tensor for number, (tensor, _) in known.items()}}, wanted)
     fitting = {number: frozenset(fits) for number, fits in search.fitting.items()}
     mixing = set(search.mixing)
     if earlier is not None and earlier.rows == rows:
@@ -282,11 +290,12 @@ class _Search:
         self._program = Program(trace)
         self._choices = _choices(rows)
 
-    def run(self, inputs: Mapping[int, Tensor]) -> None:
+    def run(self, given: Mapping[int, Tensor], wanted: Collection[int] | None) -> None:
         trace = self._trace
-        chosen = [one for one in trace.operations if one.skippable]
+        chosen = trace.operations if wanted is None else self._program.needed(wanted, given)
+        chosen = [one for one in chosen if one.skippable]
         last = {number: one.number for one in chosen for number in one.reads}
-        found: dict[int, Tensor] = dict(inputs)
+        found: dict[int, Tensor] = dict(given)
         for operation in chosen:
             if not all(n in found or trace.values[n].operation < 0 for n in operation.reads):
                 continue  # it takes what live work has made
@@ -294,12 +303,21 @@ class _Search:
             follows = any(number in self.fitting for number in operation.reads)
             if follows and operation.writes:
                 before = {number: with_strides(t, t.stride()) for number, t in before.items()}
-            self._program.run_one(operation, found, inputs)
-            if follows:
+            self._program.run_one(operation, found, given)
+            if follows and not self._knows(operation):
                 self._decide(operation, before, found)
             for number in operation.reads:
                 if last[number] == operation.number:
                     found.pop(number, None)
+
+    def _knows(self, operation: Operation) -> bool:
+        """Notes the batch axis of a result that needs no trial."""
+        dims = {n: _plain_dim(self.fitting[n]) for n in operation.reads if n in self.fitting}
+        dim = row_dimension(operation, self._trace.values, dims)
+        if dim is None:
+            return False
+        self.fitting[operation.makes[0]] = {Axis(dim)}
+        return True
 
     def _decide(
         self, operation: Operation, before: dict[int, Tensor], after: Mapping[int, Tensor]
@@ -333,6 +351,12 @@ class _Search:
             return with_strides(tensor, tensor.stride())
         axis = min(fitting, key=lambda one: (one.inner * one.outer, one.dim, one.inner))
         return axis.take(tensor, rows, self._rows)
+
+
+def _plain_dim(fits: set[Axis]) -> int | None:
+    """Returns the dimension of the rows if there is only one, and nothing is merged with it."""
+    axis = next(iter(fits)) if len(fits) == 1 else None
+    return axis.dim if axis is not None and axis.inner * axis.outer == 1 else None
 
 
 def _candidates(shape: Sequence[int], rows: int) -> Iterator[Axis]:

@@ -1,7 +1,7 @@
 """Computes the values of a new cut from those of an old one, when more of a model is frozen."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -9,6 +9,8 @@ from cachefreeze.lineage.operations import FROZEN, Trace
 from cachefreeze.lineage.plan import Plan
 from cachefreeze.lineage.program import Program
 from cachefreeze.lineage.structure import Ref, tensors
+
+_Any = TypeVar("_Any")
 
 
 def extend(
@@ -28,13 +30,40 @@ def extend(
     Returns:
         Kept values under the new plan, or None if they cannot be computed from the old ones.
     """
-    same = same_values(old.trace, new.trace)
-    given = {same[number]: tensor for number, tensor in kept.items() if number in same}
-    if not set(new.cut.kept) <= computable(new.trace, given):
+    extension = Extension(old, new)
+    if not extension.is_complete:
         return None
     inputs = dict(zip(new.trace.inputs, tensors((args, kwargs)), strict=True))
-    found = new.program.run(new.cut.kept, {**given, **inputs})
+    found = new.program.run(new.cut.kept, {**extension.values(kept), **inputs})
     return {number: tensor.detach() for number, tensor in found.items()}
+
+
+class Extension:
+    """What an old plan has kept, as values of a new plan of the same model.
+
+    Args:
+        old: Plan from when less was frozen.
+        new: Plan of the same model, now that more is frozen.
+
+    Attributes:
+        is_complete: Whether the kept values of the new plan can be computed from the old ones.
+    """
+
+    def __init__(self, old: Plan, new: Plan) -> None:
+        same = same_values(old.trace, new.trace)
+        self._numbers = {number: same[number] for number in old.cut.kept if number in same}
+        found = computable(new.trace, self._numbers.values())
+        self.is_complete = found.issuperset(new.cut.kept)
+
+    def values(self, kept: Mapping[int, _Any]) -> dict[int, _Any]:
+        """Returns something of each kept value of the old plan, by numbers of the new one.
+
+        Args:
+            kept: Something of each kept value, by numbers of the old plan.
+        """
+        return {
+            self._numbers[number]: each for number, each in kept.items() if number in self._numbers
+        }
 
 
 def same_values(old: Trace, new: Trace) -> dict[int, int]:
