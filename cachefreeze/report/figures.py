@@ -1,10 +1,10 @@
 """The pictures of a run: numbers in, SVG text out. Knows no HTML and no files.
 
-Needs matplotlib: without it this cannot be imported, which is a UserError.
+Needs matplotlib: without it, importing this raises a UserError.
 
-Widths are made for a phone: 360 units with text of 10. Colours are CSS variables, so that a page
-can be light or dark, each with its light value to fall back on. What means the same has the same
-colour in every picture. They are Okabe and Ito's, which colour-blind people tell apart.
+A picture is 360 units wide, with text of size 10, so that it can be read on a phone. Colours are
+CSS variables, so that a page can be light or dark. One thing has one colour in every picture. The
+colours are Okabe and Ito's, which colour-blind people can tell apart.
 """
 
 import io
@@ -34,30 +34,22 @@ COLOURS = {
     "muted": ("#5b6773", "#a3adb8"),
     "grid": ("#dde2e7", "#333c46"),
     "paper": ("#ffffff", "#161b21"),
-    "suffix": ("#0072b2", "#3d9fdb"),
-    "prefix": ("#e69f00", "#f0b030"),
-    "reading": ("#009e73", "#1fbf92"),
-    "materialising": ("#d55e00", "#ee7a22"),
+    "training": ("#0072b2", "#3d9fdb"),
+    "frozen": ("#e69f00", "#f0b030"),
+    "cache": ("#009e73", "#1fbf92"),
+    "filling": ("#d55e00", "#ee7a22"),
     "validation": ("#9aa5b1", "#6b7784"),
     "other": ("#b0578d", "#dd8fbc"),
 }
-# By which runs are told apart: colour, and for whom colours are the same, dashes and markers.
-SERIES = ("suffix", "materialising", "reading", "other", "prefix", "muted")
+# Looks by which runs are told apart: colours, and where they repeat, dashes and markers.
+SERIES = ("training", "filling", "cache", "other", "frozen", "muted")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "os^Dv*"
-# What seconds are spent on, from the bottom of a bar to its top, and their colours. Where the parts
-# of training are not known, there is `training` instead of the first three.
-PARTS = {
-    "suffix": "suffix",
-    "training": "suffix",
-    "prefix": "prefix",
-    "reading": "reading",
-    "materialising": "materialising",
-    "validation": "validation",
-}
+# What seconds are spent on, from the bottom of a bar to its top; each has a colour of its name.
+PARTS = ("training", "filling", "validation")
 
 WIDTH, TEXT, POINTS = 360, 10, 72
-# Losses that are so many times each other would all lie at the bottom of a plain axis.
+# Losses that differ by more than this factor would all lie at the bottom of a plain axis.
 LOG_FROM = 20
 # Rows of names that stand below each other without touching.
 MOST_NAMES = 24
@@ -66,52 +58,39 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: smaller, and it can be read out and searched
     "svg.hashsalt": "cachefreeze",  # the same file from the same numbers
     "text.parse_math": False,  # names are no formulas
-    "font.size": TEXT,
-    "axes.labelsize": TEXT,
-    "axes.titlesize": TEXT,
-    "axes.titlelocation": "left",
-    "xtick.labelsize": TEXT,
-    "ytick.labelsize": TEXT,
-    "legend.fontsize": TEXT,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": COLOURS["muted"][0],
-    "axes.labelcolor": COLOURS["ink"][0],
-    "axes.titlecolor": COLOURS["ink"][0],
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
+    **dict.fromkeys(
+        ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"),
+        TEXT,
+    ),
+    **dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), COLOURS["muted"][0]),
+    **dict.fromkeys(
+        ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor", "text.color"),
+        COLOURS["ink"][0],
+    ),
     "grid.color": COLOURS["grid"][0],
-    "xtick.color": COLOURS["muted"][0],
-    "ytick.color": COLOURS["muted"][0],
-    "xtick.labelcolor": COLOURS["ink"][0],
-    "ytick.labelcolor": COLOURS["ink"][0],
-    "text.color": COLOURS["ink"][0],
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
 }
 
-Steps = Sequence[tuple[float, float]]
-# A name, the seconds predicted and actual (None: not known), and whether those are estimated.
-Pair = tuple[str, float | None, float | None, bool]
-
 
 def rates(
-    curves: Sequence[Steps],
+    curves: Sequence[Sequence[tuple[float, float]]],
     names: Sequence[str],
     freezes: Sequence[float | None],
     end: float,
 ) -> str:
-    """Rate of every unit over time, a row a unit, as high as its highest rate, which stands at its
-    end; a dot where it freezes.
+    """Draws the rate of every unit over time: a row a unit, with a dot where it freezes.
+
+    Each row is as high as its highest rate, which stands at its end.
 
     Args:
-        curves: of each unit: times in epochs, in order, and rates.
-        names: of the units.
-        freezes: when each is frozen, in epochs; None: never.
-        end: of the run, in epochs.
+        curves: Times in epochs, in order, and rates of every unit.
+        names: Names of the units.
+        freezes: Time in epochs at which each unit freezes. None: it never does.
+        end: Length of the run, in epochs.
     """
     units = len(names)
     row = 20 if units <= MOST_NAMES else 10
@@ -125,10 +104,10 @@ def rates(
             if highest[number] > 0:
                 x = [time for time, _ in curve]
                 heights = [base - 0.75 * rate / highest[number] for _, rate in curve]
-                (area,) = axes.fill([x[0], *x, x[-1]], [base, *heights, base], color=_c("suffix"))
+                (area,) = axes.fill([x[0], *x, x[-1]], [base, *heights, base], color=_c("training"))
                 area.set_gid(f"rate-{number}")
             if freeze is not None:
-                (dot,) = axes.plot(freeze, base, "o", color=_c("materialising"), clip_on=False)
+                (dot,) = axes.plot(freeze, base, "o", color=_c("filling"), clip_on=False)
                 dot.set_gid(f"freeze-{number}")
         shown = range(0, units, _every(units))
         places = [number + 0.6 for number in shown]
@@ -141,85 +120,79 @@ def rates(
             each.set_ylim(units, 0)
         right.grid(visible=False)
         _epochs(axes, end)
-        _legend(figure, [("rate", "suffix", "area"), ("frozen from here on", "materialising", "o")])
+        _legend(figure, [("rate", "training", "area"), ("frozen from here on", "filling", "o")])
         return _svg(figure, "rates")
 
 
 def seconds(parts: Mapping[str, Sequence[float]]) -> str:
-    """Seconds of every epoch, in a bar of parts that stand on each other.
+    """Draws the seconds of every epoch as a bar of parts that stand on each other.
 
     Args:
-        parts: some of `PARTS`, each with its seconds in every epoch.
+        parts: Seconds in every epoch, for each of `PARTS`.
     """
-    names = [name for name in PARTS if any(parts.get(name, ()))]
-    epochs = len(next(iter(parts.values())))
-    edges = [number + 0.5 for number in range(epochs + 1)]
+    names = [name for name in PARTS if any(parts[name])]
     with _drawing(230) as figure:
         axes = figure.subplots()
-        below = [0.0] * epochs
+        below = [0.0] * len(parts[PARTS[0]])
         for name in names:
             top = [low + high for low, high in zip(below, parts[name], strict=True)]
-            bars = axes.stairs(top, edges, baseline=below, fill=True, color=_c(PARTS[name]))
-            bars.set_gid(name)
+            _bars(axes, top, name, name, below)
             below = top
         axes.set_ylabel("seconds")
         axes.set_ylim(0, max(below) * 1.03 or 1)
-        _epoch_numbers(axes, epochs)
-        axes.grid(visible=False, axis="x")
-        _legend(figure, [(name, PARTS[name], "area") for name in names])
+        _legend(figure, [(name, name, "area") for name in names])
         return _svg(figure, "seconds")
 
 
-def frontier(frozen: Steps, boundary: Steps, units: int, end: float) -> str:
-    """How many units are frozen, and how many of them a store stands for.
+def frontier(freezes: Sequence[float], units: int, served: Sequence[float]) -> str:
+    """Draws how many units are frozen, and below it the share of rows that come from the cache.
 
     Args:
-        frozen, boundary: from when on (in epochs) how many units.
-        units: of the network.
-        end: of the run, in epochs.
+        freezes: Times in epochs at which one more unit freezes, in order.
+        units: Number of units of the network.
+        served: Share of rows that came from the cache in every epoch, from 0 to 1.
     """
-    with _drawing(220) as figure:
-        axes = figure.subplots()
-        lines = [_as_steps(each, end) for each in (boundary, frozen)]
-        times = sorted({time for line in lines for time, _ in line})
-        served, still = ([_value_at(line, time) for time in times] for line in lines)
-        legend = []
-        for low, high, colour, name in (
-            (still, [float(units)] * len(times), "suffix", "trained"),
-            (served, still, "prefix", "frozen, run"),
-            ([0.0] * len(times), served, "reading", "from the cache"),
-        ):
-            if any(h > lo for lo, h in zip(low, high, strict=True)):
-                area = axes.fill_between(times, low, high, step="post", color=_c(colour), lw=0)
-                area.set_gid(colour)
-                legend.append((name, colour, "area"))
-        axes.set_ylim(0, units)
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set_ylabel("units, first ones below")
-        axes.grid(visible=False)
-        _epochs(axes, end)
-        _legend(figure, legend)
+    end = len(served)
+    times = [0.0, *freezes, float(end)]
+    frozen = [*range(len(freezes) + 1), len(freezes)]
+    with _drawing(300) as figure:
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+        for low, high, name in (([0] * len(times), frozen, "frozen"), (frozen, units, "training")):
+            area = upper.fill_between(times, low, high, step="post", color=_c(name), lw=0)
+            area.set_gid(name)
+        upper.set_ylim(0, units)
+        upper.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        upper.set_ylabel("units")
+        edges = list(range(end + 1))
+        lower.stairs(served, edges, fill=True, color=_c("cache")).set_gid("served")
+        lower.set_ylim(0, 1)
+        lower.yaxis.set_major_formatter(PercentFormatter(1.0))
+        lower.set_ylabel("rows")
+        upper.grid(visible=False)
+        _epochs(lower, end)
+        legend = [("trained", "training"), ("frozen", "frozen"), ("from the cache", "cache")]
+        _legend(figure, [(name, colour, "area") for name, colour in legend])
         return _svg(figure, "frontier")
 
 
 def learning(
     train_loss: Sequence[float], val_loss: Sequence[float], accuracy: Sequence[float]
 ) -> str:
-    """Accuracy above, losses below, at the end of every epoch."""
+    """Draws the accuracy, and below it the losses, at the end of every epoch."""
     epochs = range(1, len(accuracy) + 1)
     few = len(accuracy) <= 30
     with _drawing(330) as figure:
         upper, lower = figure.subplots(2, sharex=True)
         best = max(range(len(accuracy)), key=accuracy.__getitem__)
-        (line,) = upper.plot(epochs, accuracy, "-o" if few else "-", color=_c("suffix"))
+        (line,) = upper.plot(epochs, accuracy, "-o" if few else "-", color=_c("training"))
         line.set_gid("accuracy")
-        star = {"color": _c("materialising"), "markersize": 11, "clip_on": False}
+        star = {"color": _c("filling"), "markersize": 11, "clip_on": False}
         upper.plot(epochs[best], accuracy[best], "*", zorder=3, **star)
         upper.yaxis.set_major_formatter(PercentFormatter(1.0))
         upper.set_ylabel("accuracy")
         for name, values, colour, how in (
             ("training", train_loss, "ink", "--s"),
-            ("validation", val_loss, "suffix", "-o"),
+            ("validation", val_loss, "training", "-o"),
         ):
             (line,) = lower.plot(epochs, values, how if few else how[:-1], color=_c(colour))
             line.set_gid(f"loss-{name}")
@@ -232,92 +205,66 @@ def learning(
             lower.set_ylim(bottom=0)
         lower.set_ylabel("loss")
         _epoch_numbers(lower, len(accuracy))
-        _legend(
-            figure,
-            [
-                ("validation", "suffix", "-o"),
-                ("training", "ink", "--s"),
-                ("best epoch", "materialising", "*"),
-            ],
-        )
+        legend = [("validation", "training", "-o"), ("training", "ink", "--s")]
+        _legend(figure, [*legend, ("best epoch", "filling", "*")])
         return _svg(figure, "learning")
 
 
-def store(sizes: Steps, budget: float, end: float) -> str:
-    """Bytes of the store over time, and what the cache may take.
-
-    Args:
-        sizes: from when on (in epochs) how many bytes.
-        budget: in bytes; it is drawn if the store comes near it.
-        end: of the run, in epochs.
-    """
-    with _drawing(200) as figure:
+def kept(sizes: Sequence[float]) -> str:
+    """Draws the bytes that the cache keeps at the end of every epoch."""
+    with _drawing(180) as figure:
         axes = figure.subplots()
-        line = _as_steps(sizes, end)
-        times, values = [time for time, _ in line], [value for _, value in line]
-        area = axes.fill_between(times, values, step="post", color=_c("reading"), lw=0)
-        area.set_gid("bytes")
-        legend = [("store", "reading", "area")]
-        largest = max(values)
-        if budget <= 10 * largest:
-            axes.axhline(budget, color=_c("materialising"), linestyle="--").set_gid("budget")
-            legend.append(("budget", "materialising", "--"))
-        axes.set_ylim(0, 1.1 * max(largest, budget if budget <= 10 * largest else 0) or 1)
+        _bars(axes, sizes, "cache", "bytes")
+        axes.set_ylim(0, 1.1 * max(sizes))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
-        _epochs(axes, end)
-        _legend(figure, legend)
-        return _svg(figure, "store")
+        return _svg(figure, "kept")
 
 
-def predicted(totals: Sequence[Pair], fillings: Sequence[Pair]) -> str:
-    """Pairs of bars: times of the run, and of every filling; what is estimated is hollow."""
-    drawn = [
-        panel
-        for panel in (
-            ("whole", "time of the run, seconds", totals),
-            ("filling", "filling a store, seconds", fillings),
-        )
-        if panel[-1]
-    ]
-    rows = [len(pairs) * 30 // _every(len(pairs)) for *_, pairs in drawn]
-    with _drawing(75 + sum(rows) + 45 * (len(rows) - 1)) as figure:
-        panels = figure.subplots(len(rows), height_ratios=rows, squeeze=False)[:, 0]
-        for axes, (key, title, pairs) in zip(panels, drawn, strict=True):
-            for number, (_, expected, actual, estimated) in enumerate(pairs):
-                for which, value, place, look in (
-                    ("predicted", expected, number, _patch("muted")),
-                    ("actual", actual, number + 0.38, _patch("suffix", hollow=estimated)),
-                ):
-                    if value is not None:
-                        (bar,) = axes.barh(place, value, height=0.36, **look)
-                        bar.set_gid(f"{key}-{number}-{which}")
-            shown = range(0, len(pairs), _every(len(pairs)))
-            axes.set_yticks([n + 0.19 for n in shown], [pairs[n][0] for n in shown])
-            axes.set_ylim(len(pairs) - 0.3, -0.3)
-            axes.tick_params(axis="y", length=0)
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-            axes.grid(visible=False, axis="y")
-            axes.set_xlabel(title)
-        legend = [("predicted", "muted", "area"), ("actual", "suffix", "area")]
-        if any(estimated for *_, estimated in totals):
-            legend.append(("estimated", "suffix", "hollow"))
+def predicted(ways: Sequence[tuple[str, float | None, float | None, bool]]) -> str:
+    """Draws pairs of bars, a pair for each way to train. An estimated time is hollow.
+
+    Args:
+        ways: Name, predicted and actual seconds (None if not known), and whether the actual ones
+            are estimated.
+    """
+    with _drawing(75 + 30 * len(ways)) as figure:
+        axes = figure.subplots()
+        for number, (_, expected, actual, estimated) in enumerate(ways):
+            for which, value, place, look in (
+                ("predicted", expected, number, _patch("muted")),
+                ("actual", actual, number + 0.38, _patch("training", hollow=estimated)),
+            ):
+                if value is not None:
+                    (bar,) = axes.barh(place, value, height=0.36, **look)
+                    bar.set_gid(f"{number}-{which}")
+        axes.set_yticks([n + 0.19 for n in range(len(ways))], [name for name, *_ in ways])
+        axes.set_ylim(len(ways) - 0.3, -0.3)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("time of the run, seconds")
+        legend = [("predicted", "muted", "area"), ("measured", "training", "area")]
+        if any(estimated for *_, estimated in ways):
+            legend.append(("estimated", "training", "hollow"))
         _legend(figure, legend)
         return _svg(figure, "predicted")
 
 
 def accuracy_against_time(runs: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> str:
-    """A line a run.
+    """Draws a line a run.
 
     Args:
-        runs: a name, seconds since its start at the end of every epoch, and the accuracy there.
+        runs: Name, seconds from the start to the end of every epoch, and the accuracy there.
     """
     with _drawing(240 + 14 * len(runs)) as figure:
         axes = figure.subplots()
         legend = []
         for number, (name, times, values) in enumerate(runs):
-            colour, how = SERIES[number % len(SERIES)], _look(number)
-            (line,) = axes.plot(times, values, how, color=_c(colour), markevery=_marks(values))
+            colour = SERIES[number % len(SERIES)]
+            how = DASHES[number // 2 % len(DASHES)] + MARKERS[number % len(MARKERS)]
+            marked = max(len(values) // 12, 1)
+            (line,) = axes.plot(times, values, how, color=_c(colour), markevery=marked)
             line.set_gid(f"run-{number}")
             legend.append((name, colour, how))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -328,27 +275,20 @@ def accuracy_against_time(runs: Sequence[tuple[str, Sequence[float], Sequence[fl
         return _svg(figure, "accuracy")
 
 
-def _look(number: int) -> str:
-    return DASHES[number // 2 % len(DASHES)] + MARKERS[number % len(MARKERS)]
-
-
-def _marks(values: Sequence[float]) -> int:
-    """Every how many points there is a marker."""
-    return max(len(values) // 12, 1)
-
-
-def _as_steps(changes: Steps, end: float) -> Steps:
-    """Values that hold from their times on: from 0 to `end`, in order, the last of a time only."""
-    values = dict(sorted([(0.0, 0.0), *changes], key=lambda change: change[0]))
-    return [*values.items(), (end, list(values.values())[-1])]
-
-
-def _value_at(changes: Steps, time: float) -> float:
-    return next(value for since, value in reversed(changes) if since <= time)
+def _bars(
+    axes: Axes, tops: Sequence[float], colour: str, name: str, below: Sequence[float] | None = None
+) -> None:
+    """Draws a bar an epoch, each from `below` (the axis if None) to its top."""
+    edges = [number + 0.5 for number in range(len(tops) + 1)]
+    baseline = [0.0] * len(tops) if below is None else below
+    bars = axes.stairs(tops, edges, baseline=baseline, fill=True, color=_c(colour))
+    bars.set_gid(name)
+    axes.grid(visible=False, axis="x")
+    _epoch_numbers(axes, len(tops))
 
 
 def _line(look: str) -> dict[str, Any]:
-    """A line's look as matplotlib's names for its parts: dashes, then a marker."""
+    """Splits a look such as `--s` into matplotlib's dashes and marker."""
     marker = look.lstrip("-.:")
     return {"linestyle": look.removesuffix(marker) or "none", "marker": marker or None}
 
@@ -363,7 +303,7 @@ def _c(name: str) -> str:
 
 @contextmanager
 def _drawing(height: float) -> Iterator[Figure]:
-    """A figure of this height, in our own style whatever the user's matplotlib is told to do."""
+    """Makes a figure of this height in our own style, whatever the user's matplotlib is told."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -371,27 +311,32 @@ def _drawing(height: float) -> Iterator[Figure]:
 
 
 def _epochs(axes: Axes, end: float) -> None:
-    """Time from left to right."""
+    """Sets the axis for time, from left to right."""
     axes.set_xlim(0, end)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=end >= 2))
     axes.set_xlabel("epochs")
 
 
 def _epoch_numbers(axes: Axes, epochs: int) -> None:
-    """Whole epochs from left to right."""
+    """Sets the axis for whole epochs, from left to right."""
     axes.set_xlim(0.5, epochs + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
 
 
 def _every(names: int) -> int:
-    """Every how many of so many rows there is room for a name."""
+    """Returns every how many of so many rows there is room for a name."""
     return -(-names // MOST_NAMES)
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[str, str, str]], columns: int = 3) -> None:
-    """Above all axes, where no line can run into it: name, colour, and a line's look, or `area`,
-    or `hollow`."""
+    """Puts a legend above all axes, where no line can run into it.
+
+    Args:
+        figure: Figure without a legend.
+        entries: Name, colour, and a line's look, or `area`, or `hollow`.
+        columns: Number of columns.
+    """
     handles = [
         Patch(label=name, **_patch(colour, hollow=look == "hollow"))
         if look in ("area", "hollow")
@@ -402,8 +347,8 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, str, str]], columns: in
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as an `svg` element: ids begin with its name, so that it can stand beside others;
-    colours are CSS variables; text is in the page's own type."""
+    """Returns the figure as an `svg` element. Ids begin with its name, so that it can stand beside
+    others; colours are CSS variables; text is in the page's own type."""
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     text = file.getvalue()

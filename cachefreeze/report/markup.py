@@ -1,26 +1,7 @@
-"""HTML from plain values: pages in one file, numbers that say where they are from.
+"""HTML of a page in one file. It runs no script and asks for nothing: its policy forbids both."""
 
-A page runs no script and asks for nothing: its policy forbids both.
-"""
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-
-from cachefreeze.files import human_bytes
-from cachefreeze.report.run_results import RunResults
-from cachefreeze.report.summary_text import duration
-
-# How numbers are written, everywhere in a page.
-FORMATS: Mapping[str, Callable[[float], str]] = {
-    "percent": lambda value: f"{value:.2%}",
-    "seconds": duration,
-    "bytes": human_bytes,
-    "count": lambda value: f"{value:,.0f}",
-    "loss": lambda value: f"{value:.4f}",
-    "rate": lambda value: f"{value:.3g}",
-    "times": lambda value: f"{value:.2f}x",
-    "share": lambda value: f"{value:.2f}",
-}
 
 STYLE = """
 *{box-sizing:border-box}
@@ -50,7 +31,7 @@ th{font-weight:600}
 td.n,th.n{text-align:right}
 td.n{white-space:nowrap}
 a{color:inherit;text-decoration:underline dotted}
-:target{outline:2px solid var(--suffix);outline-offset:2px}
+:target{outline:2px solid var(--training);outline-offset:2px}
 @media(max-width:600px){
 th,td{padding-right:.5rem;font-size:.9rem}
 .stack table,.stack tbody{display:block}
@@ -64,32 +45,8 @@ summary{cursor:pointer;padding:.3rem 0}
 """
 
 
-def number(
-    record: RunResults, place: str, how: str, by: tuple[RunResults, str] | None = None
-) -> str:
-    """A number of a run's files, in words, with its value and its place.
-
-    Args:
-        record: of the run.
-        place: or places, see `RunResults.at`.
-        how: one of `FORMATS`.
-        by: the place, in a run, of another number that it is divided by.
-    """
-    value = record.at(place)
-    named = f'data-run="{escape(str(record.folder))}" data-from="{place}"'
-    if by is not None:
-        value /= by[0].at(by[1])
-        named += f' data-by-run="{escape(str(by[0].folder))}" data-by="{by[1]}"'
-    return f'<data value="{value!r}" {named} data-as="{how}">{FORMATS[how](value)}</data>'
-
-
-def frozen_units(record: RunResults, place: str) -> str:
-    """How many units are, of how many: `4/5`."""
-    return f"{number(record, place, 'count')}/{len(record.summary['units'])}"
-
-
 def code(text: object) -> str:
-    """A name or a value as it is written in commands and files."""
+    """Returns a name or a value as it is written in commands and files."""
     return f"<code>{escape(str(text))}</code>"
 
 
@@ -100,8 +57,15 @@ def table(
     *,
     wide: str = "scroll",
 ) -> str:
-    """Cells are HTML, the header's are text. Columns in `right` are numbers. What is wider than a
-    phone can `scroll`, or `stack`: each row is a list there, of its cells with their headers."""
+    """Returns a table.
+
+    Args:
+        header: Texts of the header.
+        rows: Cells of every row, as HTML.
+        right: Columns that hold numbers.
+        wide: What is done on a phone: "scroll", or "stack" for a list of cells with their headers
+            in the place of each row.
+    """
     kinds = [' class="n"' if column in set(right) else "" for column in range(len(header))]
     head = "".join(f"<th{k}>{escape(c)}</th>" for k, c in zip(kinds, header, strict=True))
     # CSS can show a header beside each cell only if it is an attribute of it.
@@ -117,25 +81,23 @@ def table(
     )
 
 
-def terms(pairs: Iterable[tuple[str, str]]) -> str:
-    """Terms (text) and what is to be said of them (HTML)."""
-    return "<dl>" + "\n".join(f"<dt>{escape(t)}</dt><dd>{d}</dd>" for t, d in pairs) + "</dl>"
+def terms(pairs: Iterable[tuple[str, str]], *, linkable: bool = False) -> str:
+    """Returns terms (text), each with what is said of it (HTML).
 
-
-def glossary(words: Mapping[str, str]) -> str:
-    """Words and what they mean (text), where `linked` leads to."""
-    return (
-        "<dl>"
-        + "\n".join(
-            f'<dt id="{_anchor(word)}">{escape(word)}</dt><dd>{escape(meaning)}</dd>'
-            for word, meaning in words.items()
-        )
-        + "</dl>"
+    Args:
+        pairs: Terms and their HTML.
+        linkable: Whether these are the meanings of words, which `linked` leads to.
+    """
+    anchor = ' id="{}"' if linkable else ""
+    lines = (
+        f"<dt{anchor.format(_anchor(term))}>{escape(term)}</dt><dd>{said}</dd>"
+        for term, said in pairs
     )
+    return "<dl>" + "\n".join(lines) + "</dl>"
 
 
 def linked(word: str, text: str | None = None) -> str:
-    """A word of the glossary, or another form of it (text)."""
+    """Returns a word that leads to its meaning, or another form of it (text)."""
     return f'<a href="#{_anchor(word)}">{escape(text or word)}</a>'
 
 
@@ -144,7 +106,7 @@ def _anchor(word: str) -> str:
 
 
 def tiles(pairs: Iterable[tuple[str, str]]) -> str:
-    """What matters most: large, with words below (both HTML)."""
+    """Returns what matters most: large, with words below (both HTML)."""
     each = "\n".join(
         f'<div class="tile"><b>{large}</b><span>{words}</span></div>' for large, words in pairs
     )
@@ -152,8 +114,14 @@ def tiles(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def figure(title: str, svg: str, alternative: str, caption: str) -> str:
-    """A picture (an `svg` element), what it shows for who cannot see it (text), and a caption
-    (HTML)."""
+    """Returns a picture with its title.
+
+    Args:
+        title: Text above it.
+        svg: Picture, as an `svg` element.
+        alternative: Text for those who cannot see it.
+        caption: HTML below it.
+    """
     label = f'<svg role="img" aria-label="{escape(alternative)}" '
     return (
         f"<figure><h3>{escape(title)}</h3>{svg.replace('<svg ', label, 1)}"
@@ -162,20 +130,20 @@ def figure(title: str, svg: str, alternative: str, caption: str) -> str:
 
 
 def left_out(title: str, why: str) -> str:
-    """Instead of a picture that would say nothing."""
+    """Returns a sentence in the place of a picture that would say nothing."""
     return (
-        f'<figure class="left-out"><h3>{escape(title)}</h3>'
+        f"<figure><h3>{escape(title)}</h3>"
         f"<figcaption>Left out: {escape(why)}.</figcaption></figure>"
     )
 
 
 def folded(title: str, content: str) -> str:
-    """What only some want to see."""
+    """Returns HTML that only some want to see, folded below its title."""
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def variables(colours: Mapping[str, tuple[str, str]]) -> str:
-    """CSS variables, by name: their values on a light page, and on a dark one."""
+    """Returns CSS variables by name, with their values on a light page and on a dark one."""
     light, dark = (
         ";".join(f"--{name}:{pair[which]}" for name, pair in colours.items()) for which in (0, 1)
     )
@@ -183,12 +151,12 @@ def variables(colours: Mapping[str, tuple[str, str]]) -> str:
 
 
 def document(title: str, body: str, colours: Mapping[str, tuple[str, str]]) -> bytes:
-    """A whole page.
+    """Returns a whole page, as bytes of UTF-8.
 
     Args:
-        title: text.
-        body: HTML.
-        colours: see `variables`.
+        title: Text of the title.
+        body: HTML of the body.
+        colours: Colours by name; see `variables`.
     """
     return f"""<!DOCTYPE html>
 <html lang="en">

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.report.time_breakdown import amount
 
 SCHEMA = 2
 # What the files must hold, by example: a number, a text, a list of such.
@@ -109,10 +108,6 @@ class RunResults:
         if not metrics or any(len(each) != units for each in lists):
             raise UserError(f"{folder / 'metrics.jsonl'} is not of the run in summary.json")
         return cls(folder, args, metrics, summary)
-
-    def at(self, sum_of: str) -> float:
-        """Returns a number of the files, or a sum of several; see `time_breakdown.amount`."""
-        return amount(vars(self), sum_of)
 
 
 def _json_lines(content: bytes) -> list[Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.files import human_bytes
-from cachefreeze.report.time_breakdown import SAVED, amount, efficiency, spent, ways
+from cachefreeze.report.time_breakdown import efficiency, saved, spent, ways
 
 _INDENT = " " * 10
 # How the lines begin that are wanted even of a quiet run: all of `closing_words` but its hints.
@@ -181,28 +181,23 @@ def closing_words(
 
 
 def _time_words(summary: Mapping[str, Any]) -> list[str]:
-    files, (own, *others) = {"summary": summary}, ways(summary)
-    parts = [f"{name} {duration(amount(files, at))}" for name, at in spent(summary).items()]
-    lines = [f"time      {duration(summary['wall_seconds'])}: {', '.join(parts)}"]
-    beside = [
-        f"{way.name} {duration(amount(files, way.best))} ({way.known})"
-        for way in others
-        if way.known
-    ]
-    if beside:
+    own, *others = ways(summary)
+    parts = [f"{name} {duration(seconds)}" for name, seconds in spent(summary).items()]
+    lines = [f"time      {duration(own.seconds)}: {', '.join(parts)}"]
+    if others:
+        beside = (f"{way.name} {duration(way.seconds)} ({way.known})" for way in others)
         lines.append(f"{_INDENT}{', '.join(beside)}")
     if own.predicted is not None:
-        predicted, taken = amount(files, own.predicted), summary["wall_seconds"]
         lines.append(
-            f"plan      {duration(predicted)} predicted, {duration(taken)} taken "
-            f"({taken / predicted - 1:+.0%})"
+            f"plan      {duration(own.predicted)} predicted, {duration(own.seconds)} taken "
+            f"({own.seconds / own.predicted - 1:+.0%})"
         )
     return lines
 
 
 def _cache_words(summary: Mapping[str, Any]) -> list[str]:
     """Says what the cache brought, and what it keeps."""
-    cache, saved = summary["cache"], amount({"summary": summary}, SAVED)
+    cache, seconds = summary["cache"], saved(summary)
     if not (cache["enabled"] and summary["frozen_units"]):
         return []
     total = cache["rows_served"] + cache["rows_computed"]
@@ -214,9 +209,9 @@ def _cache_words(summary: Mapping[str, Any]) -> list[str]:
         )
         lines = [f"cache     no row came from it: {why}"]
     else:
-        verdict = "saved" if saved >= 0 else "cost more than it saved:"
+        verdict = "saved" if seconds >= 0 else "cost more than it saved:"
         lines = [
-            f"cache     {verdict} {duration(abs(saved))} (estimated), filling included; "
+            f"cache     {verdict} {duration(abs(seconds))} (estimated), filling included; "
             f"{cache['rows_served']:,} of {total:,} rows came from it"
         ]
     if cache["rows_kept"]:
@@ -234,7 +229,7 @@ def _hints(
     train = f"{python} -m cachefreeze.train"
     if cache["rows_served"]:
         same = "the same weights" if exact else "nearly the same weights"
-        slower = ", in more time" if amount({"summary": summary}, SAVED) > 0 else ""
+        slower = ", in more time" if saved(summary) > 0 else ""
         hints = [
             f"  {train} {shlex.join([*settings['command'], '--no-cache'])}",
             f"      {same}{slower}",

@@ -2,25 +2,18 @@
 
 The time of a run is what its user waited: from the command to the end of the last epoch. Starting
 Python and drawing the report are not in it, nor is the time between an interruption and `--resume`.
-
-Every time here is a sum of numbers in summary.json and is written as such, so that a page can show
-where it comes from: `summary.wall_seconds - summary.fill_seconds`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-WHOLE = "summary.wall_seconds"
-# What the cache saved, less what filling it cost; and the other way round.
-SAVED = "summary.cache.seconds_saved - summary.fill_seconds"
-COST = "summary.fill_seconds - summary.cache.seconds_saved"
-# Ways to train the same, and where the forecast has their times.
+# Ways to train the same, and what the forecast calls them.
 _FORECAST = {
-    "no freezing": "summary.forecast.without_freezing",
-    "freezing only": "summary.forecast.freezing_only",
-    "with the cache": "summary.forecast.cached",
-    "limit": "summary.forecast.limit",
+    "no freezing": "without_freezing",
+    "freezing only": "freezing_only",
+    "with the cache": "cached",
+    "limit": "limit",
 }
 
 
@@ -29,76 +22,73 @@ class Way:
     """One way to train, and its time.
 
     Args:
-        name: "this run", or one of "no freezing", "freezing only", "with the cache" and "limit".
-        actual: Sum for the time that it took, or would have taken by this run's own clocks. None if
-            it is not known.
-        predicted: Sum for the time that the forecast of this run gave it. None if there was none.
+        name: "this run", "no freezing", "freezing only", "with the cache", or "limit".
+        seconds: Time that is known best.
+        known: How that time is known: "measured", "estimated", or "predicted".
+        predicted: Seconds that were predicted from the first steps of this run. None if there was
+            no forecast.
     """
 
     name: str
-    actual: str | None
-    predicted: str | None
+    seconds: float
+    known: str
+    predicted: float | None
 
-    @property
-    def known(self) -> str:
-        """How the best known time is known; empty if none is."""
-        if self.actual is not None:
-            return "measured" if self.actual == WHOLE else "estimated"
-        return "" if self.predicted is None else "predicted"
+    def by(self, run: "Way") -> float:
+        """Returns this time divided by that of a run.
 
-    @property
-    def best(self) -> str:
-        """Sum for the time that is known best."""
-        best = self.actual or self.predicted
-        assert best is not None
-        return best
+        What was only predicted is set against what was predicted of the run: a machine that has
+        become slower is so for both.
+        """
+        if self.known == "predicted" and run.predicted is not None:
+            return self.seconds / run.predicted
+        return self.seconds / run.seconds
 
 
-def amount(files: Mapping[str, Any], sum_of: str) -> float:
-    """Adds up numbers that are named by their places.
-
-    Args:
-        files: Contents of a run's files by name, such as "summary".
-        sum_of: A place such as `metrics.0.lr.3`, or several: `a + b - c`.
-
-    Raises:
-        KeyError, IndexError: There is no such place.
-    """
-    total, sign = 0.0, 1
-    for word in sum_of.split():
-        if word in ("+", "-"):
-            sign = 1 if word == "+" else -1
-        else:
-            value: Any = files
-            for key in word.split("."):
-                value = value[int(key) if isinstance(value, list) else key]
-            total += sign * value
-    return total
+def saved(summary: Mapping[str, Any]) -> float:
+    """Returns the estimated seconds that the cache saved, less those that filling it took."""
+    return float(summary["cache"]["seconds_saved"] - summary["fill_seconds"])
 
 
-def spent(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the parts of a run's time by name, each as a sum. Together they are the whole."""
+def spent(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the parts of a run's time by name, in seconds. Together they are the whole."""
     names = {"training": "train", "filling the cache": "fill", "validation": "validate"}
     names["checkpoints"] = "checkpoint"
     if not summary["cache"]["enabled"]:
         del names["filling the cache"]
-    parts = {name: f"summary.{key}_seconds" for name, key in names.items()}
-    return {**parts, "the rest": " - ".join([WHOLE, *parts.values()])}
+    parts = {name: summary[f"{key}_seconds"] for name, key in names.items()}
+    return {**parts, "the rest": summary["wall_seconds"] - sum(parts.values())}
 
 
-def ways(summary: Mapping[str, Any]) -> list[Way]:
-    """Returns this run, then the other ways to train the same."""
+def ways(summary: Mapping[str, Any], measured: Mapping[str, float] | None = None) -> list[Way]:
+    """Returns this run, then the other ways to train the same whose times are known.
+
+    Args:
+        summary: Contents of summary.json.
+        measured: Seconds of whole runs that were made, by name of the way.
+    """
     cached, frozen = summary["cache"]["enabled"], summary["frozen_units"] > 0
     own = "no freezing" if not frozen else "with the cache" if cached else "freezing only"
-    predicted = _FORECAST if summary.get("forecast") else {}
-    actual = {"freezing only": f"{WHOLE} + {SAVED}"} if own == "with the cache" else {}
-    others = [Way(name, actual.get(name), predicted.get(name)) for name in _FORECAST if name != own]
-    return [Way("this run", WHOLE, predicted.get(own)), *others]
+    forecast = summary.get("forecast") or {}
+    found = [Way("this run", summary["wall_seconds"], "measured", forecast.get(_FORECAST[own]))]
+    for name, key in _FORECAST.items():
+        predicted = forecast.get(key)
+        if measured and name in measured:
+            found.append(Way(name, measured[name], "measured", predicted))
+        elif name == own:
+            continue
+        elif name == "freezing only" and own == "with the cache":
+            seconds = summary["wall_seconds"] + saved(summary)
+            found.append(Way(name, seconds, "estimated", predicted))
+        elif predicted is not None:
+            found.append(Way(name, predicted, "predicted", predicted))
+    return found
 
 
 def efficiency(freezing_only: float, cached: float, limit: float) -> float | None:
-    """Returns the share of what a cache can save at most; None if that is less than a
-    thousandth of the time.
+    """Returns the share of what a cache can save at most that this one saves.
+
+    None stands for the share of nothing: the most is less than a thousandth of the time.
 
     Args:
         freezing_only: Seconds without a cache.
