@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cachefreeze import FreezeOutLR, Units, param_groups, partition
 from cachefreeze.models import build
-from cachefreeze.schedule import Schedule
+from cachefreeze.freezeout.schedule import Schedule
 
 
 def small_network() -> nn.Sequential:

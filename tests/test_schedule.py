@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cachefreeze.schedule import Schedule
+from cachefreeze.freezeout.schedule import Schedule
 
 POWERS = {"linear": 1, "squared": 2, "cubic": 3}
 UNITS, STEPS = 9, 1000

@@ -1,11 +1,19 @@
-"""FreezeOut (stand-in until the package of the other branch is merged)."""
+"""FreezeOut (Brock et al., 2017): each unit's rate falls to zero, first units first, and stays."""
 
 from cachefreeze.freezeout.freezing import freeze, unfreeze
-from cachefreeze.freezeout.schedule import Schedule
+from cachefreeze.freezeout.schedule import SHAPES, Schedule
 from cachefreeze.freezeout.scheduler import FreezeOutLR, param_groups
 from cachefreeze.freezeout.units import Unit, count_of, freeze_units, units_of
 
 __all__ = [
-    "FreezeOutLR", "Schedule", "Unit", "count_of", "freeze", "freeze_units", "param_groups", "unfreeze",
+    "SHAPES",
+    "FreezeOutLR",
+    "Schedule",
+    "Unit",
+    "count_of",
+    "freeze",
+    "freeze_units",
+    "param_groups",
+    "unfreeze",
     "units_of",
-]  # fmt: skip
+]

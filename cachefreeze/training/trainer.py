@@ -22,7 +22,7 @@ from cachefreeze.device import (
     synchronize,
 )
 from cachefreeze.errors import Interrupted, UserError
-from cachefreeze.freezeout import units_of
+from cachefreeze.freezeout import Unit
 from cachefreeze.hashing import weights_sha256
 from cachefreeze.randomness import random_state, set_random_state
 from cachefreeze.report.metrics import Metrics
@@ -104,7 +104,8 @@ class Trainer:
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.optimizer, self.scheduler = prepare(settings, self.model, example, self.total_steps)
         self.names = list(self.scheduler.names)
-        self._units = units_of(self.model, example)
+        groups = self.optimizer.param_groups
+        self._units = [Unit(group["name"], tuple(group["params"])) for group in groups]
         self._compiled = _compile(self.model, self._units) if settings.compile else []
         self.run = Run(
             self.scheduler.schedule.freeze_steps,
@@ -595,7 +596,7 @@ def _place_of_pixels(
     return None
 
 
-def _compile(model: nn.Module, units: Sequence[Any]) -> list[nn.Module]:
+def _compile(model: nn.Module, units: Sequence[Unit]) -> list[nn.Module]:
     """Compiles, in place, the largest modules that are of one unit that trains; returns them."""
     unit_of = {id(p): number for number, unit in enumerate(units) for p in unit.parameters}
     found: list[nn.Module] = []
