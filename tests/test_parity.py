@@ -34,7 +34,8 @@ def test_a_run_with_the_cache_ends_with_the_weights_of_one_without(
 ) -> None:
     if precision == "bf16" and not has_bf16(torch.device("cpu")):
         pytest.skip("this processor has no bfloat16 instructions")
-    options = (*NETWORKS[arch], *SCHEDULE, "--precision", precision)
+    # Long enough for rows to be served after they have been compared.
+    options = (*NETWORKS[arch], *SCHEDULE, "--epochs", 10, "--precision", precision)
     cached, plain = train(*options), train(*options, "--no-cache")
     assert_same_run(cached, plain)
 
