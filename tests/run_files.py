@@ -40,6 +40,7 @@ def make_run(
     epochs: int = EPOCHS,
     names: list[str] | None = None,
     forecast: bool = True,
+    tensorboard: bool = False,
 ) -> RunResults:
     """Writes args.json, metrics.jsonl, metrics.csv and summary.json of a run, and reads them.
 
@@ -50,6 +51,7 @@ def make_run(
         epochs: Number of epochs.
         names: Names of the units. None for eight.
         forecast: Whether times were predicted.
+        tensorboard: Whether events are written, too.
     """
     names = units(8) if names is None else names
     steps = epochs * STEPS_PER_EPOCH
@@ -57,7 +59,7 @@ def make_run(
     ends = schedule.freeze_steps
     rates = [[RATE * schedule.factor(u, s) for u in range(len(names))] for s in range(steps + 1)]
     folder.mkdir(parents=True)
-    metrics = Metrics(Folder(folder), names, tensorboard=False)
+    metrics = Metrics(Folder(folder), names, tensorboard=tensorboard)
     lines: list[dict[str, Any]] = []
     for epoch in range(1, epochs + 1):
         step = epoch * STEPS_PER_EPOCH
@@ -87,6 +89,7 @@ def make_run(
             }
         )
         metrics.add(lines)
+    metrics.close()
     sums = {
         name: sum(line[name] for line in lines)
         for name in ("seconds", "train_seconds", "fill_seconds", "validate_seconds")

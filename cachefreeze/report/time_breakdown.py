@@ -10,8 +10,8 @@ from typing import Any
 
 # Ways to train the same, and what the forecast calls them.
 _FORECAST = {
-    "no freezing": "without_freezing",
     "freezing only": "freezing_only",
+    "no freezing": "without_freezing",
     "with the cache": "cached",
     "limit": "limit",
 }
@@ -22,7 +22,7 @@ class Way:
     """One way to train, and its time.
 
     Args:
-        name: "this run", "no freezing", "freezing only", "with the cache", or "limit".
+        name: "this run", "freezing only", "no freezing", "with the cache", or "limit".
         seconds: Time that is known best.
         known: How that time is known: "measured", "estimated", or "predicted".
         predicted: Seconds that were predicted from the first steps of this run. None if there was
