@@ -31,7 +31,7 @@ from cachefreeze.training.network import (
 )
 from cachefreeze.training.preview import preview
 from cachefreeze.training.resume import Start, start_of
-from cachefreeze.training.run_folder import RunFolder
+from cachefreeze.training.run_folder import RunFolder, check_cache_folder, make_cache_folder
 from cachefreeze.training.settings import Settings
 from cachefreeze.training.terminal import say, speaking, track, warn
 from cachefreeze.training.trainer import Trainer
@@ -103,6 +103,8 @@ def _run_in(folder: RunFolder, start: Start) -> dict[str, Any]:
     device = resolve_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
     set_numerics(device, dtype, tf32=settings.tf32, deterministic=settings.deterministic)
+    if settings.cache:
+        check_cache_folder(settings.cache_dir)
     if settings.tensorboard:
         check_tensorboard()
     check_network(settings, (3, settings.image_size, settings.image_size))  # before the wait
@@ -121,6 +123,8 @@ def _run_in(folder: RunFolder, start: Start) -> dict[str, Any]:
 
     torch.manual_seed(settings.seed)
     model, new = make_network(settings, images.classes, weights)
+    if settings.cache:
+        make_cache_folder(settings.cache_dir)
     command = start.command
     trainer = Trainer(settings, images, model, device, dtype, folder, command)
     trainer.started = began

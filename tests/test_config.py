@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachefreeze import config, options
+from cachefreeze.training import command_line, settings
 
 Fails = Callable[..., str]
 
@@ -25,23 +25,24 @@ Fails = Callable[..., str]
         ("--dataset cifar100 --arch densenet", ("densenet76_12", 100, 50)),
         ("--dataset cifar10 --arch vgg", ("vgg16", 100, 50)),
         ("--arch wrn40_4", ("wrn40_4", 12, 64)),
+        ("--arch hf:some/folder-1", ("hf:some/folder-1", 12, 64)),
         ("--arch wrn28 --width 10 --epochs 3 -b 7", ("wrn28_10", 3, 7)),
         ("--model densenet -L 40 -k 24 --batch_size 9", ("densenet40_24", 12, 9)),
     ],
 )
 def test_without_sizes_the_data_set_decides(argv: str, expected: tuple[str, int, int]) -> None:
-    settings = config.parse(argv.split())
-    assert (settings.network, settings.epochs, settings.batch_size) == expected
+    found = settings.parse(argv.split())
+    assert (found.network, found.epochs, found.batch_size) == expected
 
 
 def test_freezeouts_own_option_names_are_accepted() -> None:
-    settings = config.parse(["--t_0", "0.5", "--how_scale", "squared", "--no_scale"])
-    assert (settings.t0, settings.schedule, settings.scale_lr) == (0.5, "squared", False)
-    settings = config.parse([])
-    assert (settings.t0, settings.schedule, settings.scale_lr) == (0.8, "cubic", True)
-    assert config.parse(["--no-scale-lr", "--scale_lr"]).scale_lr
-    assert not config.parse(["--scale_lr", "--no-scale-lr"]).scale_lr
-    assert config.parse(["--model", "WRN"]).arch == "wrn"
+    found = settings.parse(["--t_0", "0.5", "--how_scale", "squared", "--no_scale"])
+    assert (found.t0, found.schedule, found.scale_lr) == (0.5, "squared", False)
+    found = settings.parse([])
+    assert (found.t0, found.schedule, found.scale_lr) == (0.8, "cubic", True)
+    assert settings.parse(["--no-scale-lr", "--scale_lr"]).scale_lr
+    assert not settings.parse(["--scale_lr", "--no-scale-lr"]).scale_lr
+    assert settings.parse(["--model", "WRN"]).arch == "wrn"
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,15 @@ def test_freezeouts_own_option_names_are_accepted() -> None:
         ("--data-dir photos", "--data-dir is for other data sets only"),
         ("--epoch 3", "--epoch"),
         ("--checkpoint-every 0", "--checkpoint-every 0"),
-        ("--verify-cache --cache-codec int8", "--verify-cache compares bits"),
-        ("--verify-cache --cache-dtype bf16", "--verify-cache compares bits"),
+        ("--cache-max-gb 0", "--no-cache keeps nothing"),
+        ("--keep-cache", "rows stay in --cache-dir until their room is needed; leave it out"),
+        ("--cache-codec zstd", "--cache-codec is gone: rows are kept as they are"),
+        ("--cache-codec=int8 --epochs 3", "--cache-codec is gone"),
+        ("--cache-dtype bf16", "--precision bf16 halves them"),
+        ("--cache-policy eager", "--cache-policy is gone"),
+        ("--cache-tier disk", "--cache-tier is gone"),
+        ("--device-cache-gb 3", "--cache-max-gb bounds"),
+        ("--verify-cache", "rows are compared with computed ones in every run"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_leaves_nothing(
@@ -106,28 +114,28 @@ def test_the_page_about_options_is_what_the_script_writes(
     assert page == (root / "docs" / "options.md").read_text(), (
         "python scripts/options_table.py > docs/options.md"
     )
-    for action in options.options()._actions:
+    for action in command_line.options()._actions:
         if action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
             assert all(f"`{name}`" in page for name in action.option_strings)
 
 
 def test_help_is_in_groups_and_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        config.parse(["--help"])
+        settings.parse(["--help"])
     assert end.value.code == 0
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     for group in ("network:", "data:", "schedule (FreezeOut):", "cache:", "training:"):
         assert f" {group} " in text
-    assert "where activations are stored (default: data/cache)" in text
+    assert "where activations are kept, to be found by later runs (default: data/cache)" in text
     assert "unit's initial rate by its share of the run (default: on)" in text
     assert "None" not in text
     assert "True)" not in text
     assert "False)" not in text
 
 
-@pytest.mark.parametrize(("theirs", "ours"), options.FREEZEOUT)
+@pytest.mark.parametrize(("theirs", "ours"), command_line.FREEZEOUT)
 def test_what_help_says_of_freezeouts_options_is_so(theirs: str, ours: str) -> None:
-    known = options.options()._option_string_actions
+    known = command_line.options()._option_string_actions
     for name in re.findall(r"--?\w[\w-]*", theirs):
         assert (name in known) == (ours.startswith("the same") or name == "--resume")
     for name in re.findall(r"--\w[\w-]*", ours):
@@ -142,7 +150,7 @@ def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
 def test_every_option_that_the_readme_names_exists() -> None:
     root = Path(__file__).parents[1]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (root / "README.md").read_text()))
-    known = set(options.options()._option_string_actions)
+    known = set(command_line.options()._option_string_actions)
     for script in (root / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert len(named) > 20

@@ -5,6 +5,8 @@
 LEAST_USES = 1.2
 # Share of an epoch: if the next units freeze within it, their fill does for both.
 SOON = 1 / 8
+# Share of the forward pass that must be frozen: the cache leaves less alone.
+LEAST_SHARE = 0.1
 
 
 def worth_filling(
@@ -14,6 +16,7 @@ def worth_filling(
     rows: int,
     batch_size: int,
     steps_per_epoch: int,
+    share: float,
 ) -> bool:
     """Says whether a pass over the data set pays that keeps what newly frozen units give.
 
@@ -24,6 +27,7 @@ def worth_filling(
         rows: Number of training rows.
         batch_size: Number of rows of a batch.
         steps_per_epoch: Number of steps of an epoch.
+        share: Share of the forward pass that is frozen.
     """
     soon = steps_to_next_freeze < steps_left and steps_to_next_freeze < SOON * steps_per_epoch
-    return steps_left * batch_size > LEAST_USES * rows and not soon
+    return share >= LEAST_SHARE and steps_left * batch_size > LEAST_USES * rows and not soon

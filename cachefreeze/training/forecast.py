@@ -135,7 +135,7 @@ class Run:
         for start, stop in pairwise(sorted({0, *freezes, self.total_steps})):
             frozen = bisect_right(self.freeze_steps, start)
             before = 0.0
-            if way == "cached" and frozen > kept and (not start or self.fills_at(start)):
+            if way == "cached" and frozen > kept and self.fills_at(start, costs):
                 before = batches * (forward[frozen] - forward[kept] + costs.read[kept])
                 kept = frozen
             reads, skipped = {"cached": (kept, kept), "limit": (0, frozen)}.get(way, (0, 0))
@@ -151,16 +151,22 @@ class Run:
             found.append(Span(steps, steps * (step + share * validate), before))
         return found
 
-    def fills_at(self, step: int) -> bool:
-        """Says whether it pays to fill the cache before a step."""
-        upcoming = next(later for later in sorted({*self.freeze_steps, self.total_steps})
-                        if later > step)  # fmt: skip
-        return worth_filling(
+    def fills_at(self, step: int, costs: Costs) -> bool:
+        """Says whether rows are kept when units have frozen before a step.
+
+        Args:
+            step: Step, from 0. At the first one rows are kept as the first epoch passes.
+            costs: Costs of a batch.
+        """
+        frozen = bisect_right(self.freeze_steps, step)
+        later = [each for each in self.freeze_steps if each > step]
+        return frozen > 0 and worth_filling(
             self.total_steps - step,
-            upcoming - step,
+            min(later, default=self.total_steps) - step,
             rows=self.train_rows,
             batch_size=self.batch_size,
             steps_per_epoch=self.steps_per_epoch,
+            share=sum(costs.forward[:frozen]) / sum(costs.forward),
         )
 
     def forecast(self, costs: Costs) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The folder of a run: one run's, one process's, and every file whole."""
+"""The folder of a run: one run's, one process's, and every file whole; and that of the cache."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import lock_folder, unlock_file, why_not_writable, write_atomically
+from cachefreeze.segments.directory import Directory, is_directory
 
 
 class RunFolder:
@@ -86,3 +87,46 @@ class RunFolder:
             f"the output folder {self.path} cannot be written ({reason}): "
             "make room or choose another with --output-dir"
         )
+
+
+def check_cache_folder(folder: Path) -> None:
+    """Checks that a folder can hold kept rows. Nothing is written.
+
+    Args:
+        folder: Folder, which need not be there.
+
+    Raises:
+        UserError: It cannot be made, or holds other files.
+    """
+    problem = why_not_writable(folder)
+    try:
+        if folder.is_dir():  # rows that lie there are used even if none can be written
+            others = not is_directory(folder) and any(
+                not path.match("CACHEDIR.TAG*") for path in folder.iterdir()
+            )
+            problem = "it holds other files" if others else None
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem is not None:
+        raise _cannot_be_used(folder, problem)
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Makes the folder for kept rows now, and not when units freeze, hours later.
+
+    Raises:
+        UserError: It cannot be made, or holds other files.
+    """
+    check_cache_folder(folder)
+    try:
+        Directory(folder, None).close()
+    except UserError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else str(error)
+        raise _cannot_be_used(folder, reason or str(error)) from error
+
+
+def _cannot_be_used(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"the cache folder {folder} cannot be used ({reason}): choose another with --cache-dir, "
+        "or use --no-cache"
+    )

@@ -199,20 +199,11 @@ class Trainer:
             Interrupted: The user or the system asked to stop. The state was saved.
             UserError: The loss is no number any more, or the run's folder cannot be written.
         """
-        with self.interrupts, ExitStack() as stack:
-            stack.callback(self.written.close)
+        with self.interrupts, ExitStack() as self._open:
+            self._open.callback(self.written.close)
             try:
-                freezes = self.run.freeze_steps[0] < self.total_steps
-                if self.settings.cache and freezes and self.step < self.total_steps:
-                    self.cache = stack.enter_context(
-                        ActivationCache(
-                            self.model,
-                            directory=self.settings.cache_dir,
-                            max_bytes=self.settings.cache_bytes,
-                        )
-                    )
                 self._look_ahead()
-                if self.step and self.scheduler.frontier:
+                if self.scheduler.frontier and self.step < self.total_steps:
                     self._after_freeze()
                 with RunBar(self.total_steps, self._progress) as bar:
                     while self.epoch < self.settings.epochs:
@@ -341,12 +332,18 @@ class Trainer:
     # When units have frozen.
 
     def _after_freeze(self) -> None:
-        """Runs frozen modules as they are, and keeps the rows of both splits, if that pays."""
+        """Runs frozen modules uncompiled, opens the cache, and keeps all rows, if that pays."""
         for module in list(self._compiled):
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module._compiled_call_impl = None
                 self._compiled.remove(module)
-        if self.cache is None or not self.run.fills_at(self.step):
+        if not self.settings.cache or not self.run.fills_at(self.step, self._likely_costs):
+            return
+        if self.cache is None:
+            directory, max_bytes = self.settings.cache_dir, self.settings.cache_bytes
+            cache = ActivationCache(self.model, directory=directory, max_bytes=max_bytes)
+            self.cache = self._open.enter_context(cache)
+        if not self.step:  # rows are kept as the first epoch passes
             return
         with self._timing("train"):
             synchronize(self.device)
@@ -412,9 +409,13 @@ class Trainer:
     def _look_ahead(self) -> None:
         """Begins to predict the time that is left, by measured costs if there are any."""
         way = "cached" if self.settings.cache else "freezing_only"
-        costs = self.costs or Costs.unknown(len(self.names))
         trust = {} if self.costs else {"trust": 0.0}
-        self._eta = Eta(self.run.spans(costs, way), self.step, time.perf_counter(), **trust)
+        spans = self.run.spans(self._likely_costs, way)
+        self._eta = Eta(spans, self.step, time.perf_counter(), **trust)
+
+    @property
+    def _likely_costs(self) -> Costs:
+        return self.costs or Costs.unknown(len(self.names))
 
     def _progress(self) -> Progress:
         """Returns what the bar shows."""
