@@ -105,7 +105,13 @@ class FreezeOutLR(LRScheduler):
         count = max(self._unit_of) + 1
         known = {id(one) for one in model.parameters()}
         given = [id(one) for group in groups for one in group["params"]]
-        if sorted(set(self._unit_of)) != list(range(count)) or not known.issuperset(given):
+        # One group of everything, as of `model.parameters()`, would never freeze.
+        is_plain = len(groups) == 1 and "unit" not in groups[0]
+        if (
+            is_plain
+            or sorted(set(self._unit_of)) != list(range(count))
+            or not known.issuperset(given)
+        ):
             raise ValueError(
                 f"the optimizer's {len(groups)} parameter groups are not those of "
                 f"{type(model).__name__}: give it what param_groups(model) returns"
@@ -115,28 +121,28 @@ class FreezeOutLR(LRScheduler):
             names.setdefault(unit, str(group.get("name", f"unit {unit}")))
         self.names = tuple(names[unit] for unit in range(count))
         self.model = model
-        trained = [any(one.requires_grad for one in self._parameters(groups, unit))
-                   for unit in range(count)]  # fmt: skip
-        first = trained.index(True) if True in trained else count
+        self.optimizer = optimizer
+        trained = (any(one.requires_grad for one in self._parameters(n)) for n in range(count))
+        first = next(
+            (number for number, takes_gradient in enumerate(trained) if takes_gradient), count
+        )
         self.schedule = Schedule(count, total_steps, t0, shape, scale_lr, first)
-        self._frontier = first
-        super().__init__(optimizer, last_epoch)
+        self._frontier = 0
+        super().__init__(optimizer, last_epoch)  # which takes a first step, and so freezes
 
     @property
     def frontier(self) -> int:
         """Number of units that are frozen: the first ones. It only grows."""
         return self._frontier
 
-    def _parameters(self, groups: list[dict[str, Any]], unit: int) -> list[nn.Parameter]:
-        of_unit = zip(self._unit_of, groups, strict=True)
-        return [one for number, group in of_unit if number == unit for one in group["params"]]
+    def _parameters(self, unit: int) -> list[nn.Parameter]:
+        groups = zip(self._unit_of, self.optimizer.param_groups, strict=True)
+        return [one for number, group in groups if number == unit for one in group["params"]]
 
     def _freeze(self, count: int) -> None:
-        groups = self.optimizer.param_groups
-        units = range(self._frontier, count)
-        if units:
-            frozen = [one for unit in units for one in self._parameters(groups, unit)]
-            freeze_parameters(self.model, frozen)
+        if count > self._frontier:
+            units = range(self._frontier, count)
+            freeze_parameters(self.model, [one for n in units for one in self._parameters(n)])
             self._frontier = count
 
     def get_lr(self) -> list[float | Tensor]:

@@ -1,10 +1,15 @@
 """The units of a model: the smallest things that freeze, in the order of the forward pass."""
 
+import random
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,7 +17,9 @@ from cachefreeze import lineage
 from cachefreeze.errors import UserError
 from cachefreeze.freezeout.freezing import freeze
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+Parameters = tuple[nn.Parameter, ...]
+# What a part does that is no unit by itself.
+_JOINS_BEFORE, _JOINS_NEXT = -1, 1
 
 
 @dataclass(frozen=True)
@@ -20,27 +27,26 @@ class Unit:
     """Parameters that freeze together: those of a block, a stem, or a head.
 
     Attributes:
-        name: Path of the first module that they are of.
+        name: Path of the largest module all of whose parameters are in the unit, or of its first.
         parameters: Parameters.
     """
 
     name: str
-    parameters: tuple[nn.Parameter, ...]
+    parameters: Parameters
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Parameters of one module, before they are joined to units.
+    """Parameters of one module, before parts are joined to units.
 
     Attributes:
         name: Path of the module.
         parameters: Parameters.
-        joins: Place of the part that they freeze with, from here: -1 for the one before, which is a
-            norm's, 1 for the one behind, which is that of parameters beside modules.
+        joins: Which part it freezes with: the one before, the one behind, or (0) none.
     """
 
     name: str
-    parameters: tuple[nn.Parameter, ...]
+    parameters: Parameters
     joins: int = 0
 
 
@@ -48,48 +54,32 @@ def units_of(model: nn.Module, /, *example: Any, **kwargs: Any) -> list[Unit]:
     """Finds the units of a model.
 
     Blocks that are repeated are units, and so are the modules beside them. A norm belongs to what
-    comes before it, and a parameter beside modules, such as a class token, to what comes after it.
-    A parameter that several units share belongs to the last of them, and is trained as long as it.
+    comes before it, or to what follows if it is the first in a container. A parameter beside
+    modules, such as a class token, belongs to what comes after it.
+
+    A parameter that is used in several places belongs to the last unit that holds or uses it: the
+    weight that an embedding shares with the head trains as long as the head.
 
     Args:
         model: Model.
         *example: Positional arguments of a forward pass. With them, units come in the order in
-            which a pass meets their parameters. It runs in eval mode, without gradients, and
-            random state is put back. Without any, units come in the order in which the model lists
-            them.
+            which the pass meets their parameters. It runs once, in eval mode and without gradients;
+            modes, buffers and random state are put back. Modules that it does not meet freeze with
+            the last unit. Without an example, units come in the order in which the model lists
+            them, which is wrong for a model that registers its modules in another order.
         **kwargs: Keyword arguments of that pass.
+
+    Returns:
+        Units. Each parameter of the model is in one of them.
 
     Raises:
         UserError: The model has no parameters.
     """
-    parts = list(_parts(model, ""))
-    holders = Counter(id(one) for part in parts for one in set(part.parameters))
-    shared = {number for number, count in holders.items() if count > 1}
-    last = {id(one): number for number, part in enumerate(parts) for one in part.parameters}
-    parts = [
-        replace(part, parameters=tuple(one for one in part.parameters if last[id(one)] == number))
-        for number, part in enumerate(parts)
-    ]
-    parts = [part for part in parts if part.parameters]
+    parts = list(_parts(model, Counter(map(type, model.modules())), is_root=True))
     if not parts:
         raise UserError(f"{type(model).__name__} has no parameters: there is nothing to freeze.")
-    if example or kwargs:
-        parts = _in_order(parts, _met(model, example, kwargs, shared))
-    units: list[Unit] = []
-    waiting: tuple[nn.Parameter, ...] = ()
-    for part in parts:
-        if part.joins == 1:
-            waiting += part.parameters
-        elif part.joins == -1 and units:
-            units[-1] = replace(units[-1], parameters=units[-1].parameters + part.parameters)
-        else:
-            name = part.name or type(model).__name__
-            units.append(Unit(name, waiting + part.parameters))
-            waiting = ()
-    if waiting:
-        before = units.pop() if units else Unit(type(model).__name__, ())
-        units.append(replace(before, parameters=before.parameters + waiting))
-    return units
+    met = _met(model, example, kwargs) if example or kwargs else {}
+    return _joined(model, _in_order(parts, met))
 
 
 def count_of(units: Sequence[Unit], first: int | str) -> int:
@@ -159,72 +149,170 @@ def freeze_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> N
             freeze(module)
 
 
-def _parts(module: nn.Module, path: str) -> Iterator[_Part]:
-    """Walks down to the smallest things that freeze."""
-    is_root = not path
-    if not is_root and type(module) not in _CONTAINERS and not _holds_blocks(module):
-        parameters = tuple(module.parameters())
-        if parameters:
-            is_norm = "norm" in type(module).__name__.lower() and not [*module.children()]
-            yield _Part(path, parameters, -1 if is_norm else 0)
+def _parts(
+    module: nn.Module, kinds: Mapping[type, int], path: str = "", is_root: bool = False
+) -> Iterator[_Part]:
+    """Walks down to the smallest things that freeze.
+
+    Args:
+        module: Module.
+        kinds: Number of modules of each class in the model.
+        path: Path of the module.
+        is_root: Whether it is the model, or all that a wrapper around it holds.
+    """
+    if not is_root and not _is_container(module) and not _holds_blocks(module, kinds):
+        if parameters := tuple(module.parameters()):
+            yield _Part(path, parameters, _JOINS_BEFORE if _is_norm(module) else 0)
         return
-    children = list(module.named_children())
-    own = tuple(module.parameters(recurse=False))
-    if own:
-        has_others = len(own) < len([*module.parameters()])
-        yield _Part(path, own, 1 if has_others else 0)
-    for name, child in children:
-        yield from _parts(child, f"{path}.{name}" if path else name)
+    children = [(name, one) for name, one in module.named_children() if _has_parameters(one)]
+    if own := tuple(module.parameters(recurse=False)):
+        yield _Part(path, own, _JOINS_NEXT if children else 0)
+    for number, (name, child) in enumerate(children):
+        inner = _parts(
+            child,
+            kinds,
+            f"{path}.{name}" if path else name,
+            is_root=is_root and not own and len(children) == 1,
+        )
+        if number == 0 and _is_norm(child) and len(children) > 1:
+            yield from (replace(part, joins=_JOINS_NEXT) for part in inner)
+        else:
+            yield from inner
 
 
-def _holds_blocks(module: nn.Module) -> bool:
-    """Says whether a module has a container of several blocks of one class somewhere in it."""
+def _is_container(module: nn.Module) -> bool:
+    """Says whether a module does nothing but to hold others, in order."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return type(module).forward is nn.Module.forward
+    return type(module) is nn.Sequential
+
+
+def _is_norm(module: nn.Module) -> bool:
+    is_plain = not any(map(_has_parameters, module.children()))
+    return is_plain and "norm" in type(module).__name__.lower()
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _holds_blocks(module: nn.Module, kinds: Mapping[type, int]) -> bool:
+    """Says whether a module has a container of several blocks of one class somewhere in it.
+
+    In a module of a class that the model has once, such as an encoder, layers with their norm are
+    blocks. In one that it has several times, they are what a block consists of.
+    """
+    least = 1 if kinds[type(module)] == 1 else 2
     for part in module.modules():
-        if not isinstance(part, _CONTAINERS):
-            continue
-        kinds = [type(child) for child in part.children() if _is_block(child)]
-        if len(kinds) > len(set(kinds)):
-            return True
+        if isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            blocks = [type(child) for child in part.children() if _is_block(child, least)]
+            if len(blocks) > len(set(blocks)):
+                return True
     return False
 
 
-def _is_block(module: nn.Module) -> bool:
-    """Says whether a module has several layers with weights, and not one with its norm."""
-    weights = (own for part in module.modules() for own in part.parameters(recurse=False))
-    return sum(one.dim() > 1 for one in weights) > 1
+def _is_block(module: nn.Module, least: int) -> bool:
+    weights = (one for part in module.modules() for one in part.parameters(recurse=False))
+    has_parts = next(module.children(), None) is not None
+    return has_parts and sum(one.dim() > 1 for one in weights) >= least
 
 
-def _met(
-    model: nn.Module, example: Any, kwargs: Mapping[str, Any], shared: Collection[int]
-) -> dict[int, int]:
-    """Returns the number of the first operation that takes each parameter, in a forward pass.
-
-    Of shared parameters, which are by `id`, it is the last one.
-    """
-    modes = [(part, part.training) for part in model.modules()]
-    places = (one for one in (*example, *kwargs.values()) if isinstance(one, torch.Tensor))
-    devices = {one.device for one in places if one.device.type == "cuda"}
-    try:
-        for part, _ in modes:
+def _met(model: nn.Module, example: Any, kwargs: Mapping[str, Any]) -> dict[int, int]:
+    """Runs a forward pass; returns the number of the last operation that takes each parameter."""
+    with _as_before(model), torch.no_grad():
+        for part in model.modules():
             part.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-            _, trace = lineage.trace(model, *example, **kwargs)
+        _, trace = lineage.trace(model, *example, **kwargs)
+    numbers = {state.value: id(state.tensor()) for state in trace.states}
+    return {
+        numbers[value]: operation.number
+        for operation in trace.operations
+        for value in operation.reads
+        if value in numbers
+    }
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Puts modes, buffers and random state back."""
+    modes = [(part, part.training) for part in model.modules()]
+    buffers = [(one, one.clone()) for one in model.buffers()]
+    python, numbers = random.getstate(), np.random.get_state()
+    devices = {one.device for one in model.parameters() if one.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
     finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
         for part, training in modes:
             part.training = training
-    found: dict[int, int] = {}
-    numbers = {state.value: id(state.tensor()) for state in trace.states}
-    for operation in trace.operations:
-        for number in {numbers[one] for one in operation.reads if one in numbers}:
-            if number in shared or number not in found:
-                found[number] = operation.number
-    return found
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _in_order(parts: Sequence[_Part], met: Mapping[int, int]) -> list[_Part]:
-    """Sorts parts by when they are met. What is never met stays behind what is listed before it."""
-    places: list[int] = []
+    """Sorts parts by when they are met, with each parameter in one of them only.
+
+    Args:
+        parts: Parts as the model lists them.
+        met: Number of the last operation that takes each parameter, by `id`.
+    """
+    holders = Counter(id(one) for part in parts for one in part.parameters)
+
+    def place(part: _Part) -> float:
+        """Where a part is met first. What it shares with others does not count."""
+        found = [one for one in map(id, part.parameters) if one in met]
+        alone = [one for one in found if holders[one] == 1]
+        return min((met[one] for one in alone or found), default=inf)
+
+    if met:
+        parts = sorted(parts, key=place)
+    places = [place(part) for part in parts] if met else []
+    home: dict[int, int] = {}
+    for number, part in enumerate(parts):
+        for one in map(id, part.parameters):
+            # The last part that holds it, or that is met before its last use.
+            home[one] = max(number, bisect_left(places, met.get(one, -1)) - 1)
+    found: list[dict[int, nn.Parameter]] = [{} for _ in parts]
     for part in parts:
-        found = [met[id(one)] for one in part.parameters if id(one) in met]
-        places.append(min(found) if found else (places[-1] if places else -1))
-    return [part for _, part in sorted(zip(places, parts, strict=True), key=lambda one: one[0])]
+        for parameter in part.parameters:
+            found[home[id(parameter)]][id(parameter)] = parameter
+    return [
+        replace(
+            part,
+            parameters=tuple(inside.values()),
+            joins=_JOINS_BEFORE if met and place(part) == inf else part.joins,
+        )
+        for part, inside in zip(parts, found, strict=True)
+        if inside
+    ]
+
+
+def _joined(model: nn.Module, parts: Sequence[_Part]) -> list[Unit]:
+    """Makes units of parts."""
+    units: list[Unit] = []
+    waiting: Parameters = ()
+    for part in parts:
+        if part.joins == _JOINS_BEFORE and units and not waiting:
+            units[-1] = replace(units[-1], parameters=units[-1].parameters + part.parameters)
+        elif part.joins:
+            waiting += part.parameters
+        else:
+            units.append(Unit(part.name, waiting + part.parameters))
+            waiting = ()
+    if waiting:
+        before = units.pop() if units else Unit("", ())
+        units.append(replace(before, parameters=before.parameters + waiting))
+    return [replace(unit, name=_name(model, unit)) for unit in units]
+
+
+def _name(model: nn.Module, unit: Unit) -> str:
+    inside = {id(one) for one in unit.parameters}
+    steps = unit.name.split(".")
+    for count in range(1, len(steps)):
+        path = ".".join(steps[:count])
+        if inside.issuperset(map(id, model.get_submodule(path).parameters())):
+            return path
+    return unit.name or type(model).__name__
