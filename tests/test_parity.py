@@ -4,6 +4,8 @@ Every pair has freezes in mid-epoch, a last batch that is filled up, dropout in 
 that freeze too late to be cached, and validation after every epoch.
 """
 
+import shutil
+
 import pytest
 import torch
 
@@ -72,6 +74,19 @@ def test_parity_holds_with_several_threads(train: Train) -> None:
         assert_same_run(cached, plain)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:.*NVIDIA driver.*", "ignore::UserWarning:torch")
+def test_parity_holds_for_compiled_units(train: Train) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    options = ("--arch", "wrn10_1", *SCHEDULE, "--compile")
+    cached, plain = train(*options), train(*options, "--no-cache")
+    assert cached.summary["cache"]["rows_served"] > 0
+    assert_same_run(cached, plain)
+    eager = train("--arch", "wrn10_1", *SCHEDULE, "--no-cache")
+    assert eager.metrics[0]["train_loss"] == pytest.approx(plain.metrics[0]["train_loss"], rel=1e-2)
+    assert eager.summary["weights_sha256"] != plain.summary["weights_sha256"], "it was compiled"
 
 
 def test_the_seed_matters(train: Train) -> None:

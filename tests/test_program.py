@@ -1,5 +1,6 @@
 """`python -m cachefreeze.train`: its files, its words, and its answers to bad input."""
 
+import os
 import re
 import shlex
 import shutil
@@ -143,6 +144,19 @@ def test_what_the_cache_says_is_told_once_and_as_a_warning(
     ]
     assert told
     assert captured.err == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_runs_leave_no_files_and_maps_open(train: Train) -> None:
+    def open_now() -> tuple[int, int]:
+        maps = Path("/proc/self/maps").read_text().count("/cache/")
+        return len(os.listdir("/proc/self/fd")), maps
+
+    train(*SHORT)
+    before = open_now()
+    for _ in range(3):
+        train(*SHORT)
+    assert open_now() == before
 
 
 def test_a_checkpoint_loads_without_running_code(train: Train) -> None:

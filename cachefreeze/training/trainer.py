@@ -47,6 +47,8 @@ SHOW_AFTER = 2.0
 LEAST_STEPS = 100
 # Bytes of weights that become part of a checkpoint in a second, before one was timed.
 SAVE_RATE = 2e8
+# Number of times that the code of a module is compiled: for each of its blocks, modes and freezes.
+MOST_COMPILED = 256
 PARTS = ("train", "fill", "validate", "checkpoint")
 COUNTED = ("rows_served", "rows_computed", "seconds_saved")
 
@@ -599,6 +601,9 @@ def _place_of_pixels(
 
 def _compile(model: nn.Module, units: Sequence[Unit]) -> list[nn.Module]:
     """Compiles, in place, the largest modules that are of one unit that trains; returns them."""
+    # Blocks of one class share it. Beyond it, whichever came last would run uncompiled: others with
+    # the cache than without.
+    torch._dynamo.config.cache_size_limit = MOST_COMPILED
     unit_of = {id(p): number for number, unit in enumerate(units) for p in unit.parameters}
     found: list[nn.Module] = []
 
