@@ -8,17 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from cachefreeze.data import InputRows, load
+from cachefreeze.data import images as images_of
 from cachefreeze.models import build
 from cachefreeze.train import main
 from cachefreeze.training.checkpoint import load_checkpoint
 
 from .conftest import Train, file_size_limit, write_images
+from .test_parity import assert_same_run
 
 Fails = Callable[..., str]
 SHORT = ("--arch", "wrn10_1", "--epochs", 4, "--t0", 0.2, "--schedule", "linear")
@@ -157,6 +160,27 @@ def test_runs_leave_no_files_and_maps_open(train: Train) -> None:
     for _ in range(3):
         train(*SHORT)
     assert open_now() == before
+
+
+def test_with_the_cache_image_files_are_decoded_once(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Path] = []
+    real = images_of.decode_image
+
+    def counted(path: Path, size: int) -> Any:
+        decoded.append(path)
+        return real(path, size)
+
+    monkeypatch.setattr(images_of, "decode_image", counted)
+    cached = train(*SHORT)
+    # All once for their mean and once for training; the epoch in which units freeze, and rows are
+    # kept, was on its way already.
+    assert len(decoded) <= 2 * (150 + 33) + 2 + 32
+    decoded.clear()
+    plain = train(*SHORT, "--no-cache")
+    assert len(decoded) == 150 + 33 + 4 * (5 * 32 + 2 * 32)
+    assert_same_run(cached, plain)
 
 
 def test_a_checkpoint_loads_without_running_code(train: Train) -> None:

@@ -91,14 +91,18 @@ class KeptPixels:
 
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
         """Yields pixels as `Images.decode` does, on the device."""
-        missing = [not self._there[rows].all() for rows in order]
-        wanted = [rows for rows, decodes in zip(order, missing, strict=True) if decodes]
-        decoded = self.images.decode(wanted) if wanted else iter(())
+        there, missing = self._there.copy(), []
+        for rows in order:
+            missing.append(np.unique(rows[~there[rows]]))
+            there[rows] = True
+        decoded = self.images.decode([rows for rows in missing if len(rows)])
+        # The order travels to the device as a whole: each copy would wait for it.
         places = torch.from_numpy(all_rows(order)).to(self.device)
-        batches = zip(order, places.split([len(rows) for rows in order]), missing, strict=True)
-        for rows, indices, decodes in batches:
-            if decodes:
-                self._pixels.index_copy_(0, indices, sent(next(decoded), self.device))
+        batches = zip(places.split([len(rows) for rows in order]), missing, strict=True)
+        for indices, rows in batches:
+            if len(rows):
+                pixels = sent(next(decoded), self.device)
+                self._pixels.index_copy_(0, torch.from_numpy(rows).to(self.device), pixels)
                 self._there[rows] = True
             yield torch.index_select(self._pixels, 0, indices)
 
