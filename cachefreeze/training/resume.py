@@ -9,8 +9,7 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import is_locked
-from cachefreeze.training import settings as settings_of
-from cachefreeze.training.settings import Settings
+from cachefreeze.training.settings import Settings, option_of, parse, split
 from cachefreeze.training.terminal import EVERYTHING, Verbosity
 
 RUNS = Path("runs")
@@ -55,16 +54,15 @@ def start_of(argv: Sequence[str]) -> Start:
         UserError: a setting makes no sense, there is no such run, its files cannot be used, or a
             setting was changed that would change its results.
     """
-    verbosity, words = settings_of.split_verbosity(argv)
-    target, words = settings_of.split_resume(words)
-    output_dir, words = settings_of.split_output_dir(words)
+    known, verbosity, words = split(argv)
+    target, output_dir = known.resume, known.output_dir
     named = [] if output_dir is None else ["--output-dir", str(output_dir)]
     if target is None:
-        return Start(settings_of.parse([*words, *named]), words, verbosity)
+        return Start(parse([*words, *named]), words, verbosity)
     if "--plan" in words:
         raise UserError("--plan shows what a new run would keep: leave out --resume")
     if target == "auto":
-        settings = settings_of.parse([*words, *named])
+        settings = parse([*words, *named])
         folder = output_dir if output_dir is not None else newest_unfinished(settings)
         if folder is None or not (folder / "args.json").exists():
             return Start(settings, words, verbosity)
@@ -95,8 +93,8 @@ def newest_unfinished(settings: Settings) -> Path | None:
 def _go_on(folder: Path, words: list[str], verbosity: Verbosity) -> Start:
     stored, command = _read_args(folder)
     place = ["--output-dir", str(folder)]
-    before = settings_of.parse([*command, *place])
-    settings = settings_of.parse([*command, *words, *place])
+    before = parse([*command, *place])
+    settings = parse([*command, *words, *place])
     changed = differences(before.as_json(), settings.as_json())
     if changed:
         was, asked = (getattr(each, changed[0]) for each in (before, settings))
@@ -203,8 +201,3 @@ def check_same_run(
     if changed:
         was = ", ".join(f"{name} {before.get(name)}" for name in changed)
         warn(f"not as it was before ({was}): the last bits of the results may differ")
-
-
-def option_of(name: str) -> str:
-    """The command line's name of a setting."""
-    return "--" + name.replace("_", "-")

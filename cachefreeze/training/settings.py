@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -103,29 +103,18 @@ class Settings:
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 
-def split_resume(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What a command line says to resume, and its other words."""
+def split(argv: Sequence[str]) -> tuple[argparse.Namespace, Verbosity, list[str]]:
+    """Takes apart what is said of this process and what is said of the run.
+
+    Returns:
+        `resume` and `output_dir`, how much is told, and the words that are settings of the run.
+    """
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
-    known, others = parser.parse_known_args(list(argv))
-    return known.resume, others
-
-
-def split_output_dir(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The folder that a command line names, and its other words: a run's folder is its own."""
-    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output-dir", type=Path)
-    known, others = parser.parse_known_args(list(argv))
-    return known.output_dir, others
-
-
-def split_verbosity(argv: Sequence[str]) -> tuple[Verbosity, list[str]]:
-    """How much a command line wants to be told, and its other words: that is of a terminal, and a
-    run that goes on may have another one."""
-    parser = Parser(add_help=False, allow_abbrev=False)
     add_verbosity(parser)
-    known, others = parser.parse_known_args(list(argv))
-    return Verbosity(lines=not known.quiet, bars=known.progress and not known.quiet), others
+    known, words = parser.parse_known_args(list(argv))
+    return known, Verbosity(not known.quiet, known.progress and not known.quiet), words
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -153,48 +142,29 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
             "--augment and --cache exclude each other: augmented pixels are new in every epoch, "
             "so there is nothing to keep"
         )
-    settings = Settings(
-        arch=arch,
-        depth=depth,
-        width=width,
-        growth_rate=growth_rate,
-        bottleneck=args.bottleneck,
-        dropout=(0.5 if arch == "vgg" else 0.0) if args.dropout is None else args.dropout,
-        weights=args.weights,
-        freeze_first=_unit_or_number(args.freeze_first),
-        dataset=args.dataset,
-        data_dir=args.data_dir or Path("data"),
-        image_size=defaults["image_size"] if args.image_size is None else args.image_size,
-        val_fraction=args.val_fraction,
-        augment=args.augment,
-        epochs=defaults["epochs"] if args.epochs is None else args.epochs,
-        batch_size=defaults["batch_size"] if args.batch_size is None else args.batch_size,
-        lr=(0.1 if args.weights is None else 0.01) if args.lr is None else args.lr,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        freeze=args.freeze and (args.freeze_first is None or args.schedule is not None),
-        t0=0.8 if args.t0 is None else args.t0,
-        schedule=args.schedule or "cubic",
-        scale_lr=args.scale_lr,
-        cache=not args.augment if args.cache is None else args.cache,
-        cache_dir=args.cache_dir,
-        cache_max_gb=args.cache_max_gb,
-        plan=args.plan,
-        rows=None if args.rows is None else tuple(args.rows),
-        classes=args.classes,
-        seed=args.seed,
-        device=args.device,
-        precision=args.precision,
-        tf32=args.tf32,
-        deterministic=args.deterministic,
-        compile=args.compile,
-        workers=_workers() if args.workers is None else args.workers,
-        checkpoint_every=args.checkpoint_every,
-        report=args.report,
-        tensorboard=args.tensorboard,
-        output_dir=args.output_dir
-        or _new_output_dir(f"{Path(args.arch.rpartition(':')[2]).name}-{args.dataset}"),
-    )
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    chosen: dict[str, Any] = {
+        "dropout": 0.5 if arch == "vgg" else 0.0,
+        "data_dir": Path("data"),
+        "lr": 0.1 if args.weights is None else 0.01,
+        "t0": 0.8,
+        "schedule": "cubic",
+        "cache": not args.augment,
+        "workers": _workers(),
+        "output_dir": _new_output_dir(f"{Path(args.arch.rpartition(':')[2]).name}-{args.dataset}"),
+        **{name: defaults[name] for name in ("epochs", "batch_size", "image_size")},
+        **given,
+        "arch": arch,
+        "depth": depth,
+        "width": width,
+        "growth_rate": growth_rate,
+        "freeze_first": _unit_or_number(args.freeze_first),
+        "freeze": args.freeze and (args.freeze_first is None or args.schedule is not None),
+        "rows": None if args.rows is None else tuple(args.rows),
+    }
+    names = {field.name for field in dataclasses.fields(Settings)}
+    values = {name: value for name, value in chosen.items() if name in names}
+    settings = Settings(**{**dict.fromkeys(names), **values})
     _check(settings)
     return settings
 
@@ -269,46 +239,33 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
 
 def _check(settings: Settings) -> None:
     smallest = _SMALLEST_IMAGE.get(settings.arch, 8)
-    limits: list[tuple[str, Any, bool, str]] = [
-        ("--t0", settings.t0, 0 < settings.t0 <= 1, "above 0 and at most 1"),
-        ("--epochs", settings.epochs, settings.epochs >= 1, "1 or more"),
-        ("--batch-size", settings.batch_size, settings.batch_size >= 1, "1 or more"),
-        ("--lr", settings.lr, 0 < settings.lr < float("inf"), "above 0"),
-        ("--momentum", settings.momentum, 0 <= settings.momentum < 1, "at least 0 and below 1"),
-        ("--weight-decay", settings.weight_decay, settings.weight_decay >= 0, "0 or more"),
-        ("--dropout", settings.dropout, 0 <= settings.dropout < 1, "at least 0 and below 1"),
-        ("--seed", settings.seed, 0 <= settings.seed < 2**63, "0 or more, and below 2^63"),
-        ("--workers", settings.workers, settings.workers >= 0, "0 or more"),
-        (
-            "--image-size",
-            settings.image_size,
-            settings.image_size >= smallest,
-            f"{smallest} or more with {settings.arch}",
-        ),
-        (
-            "--val-fraction",
-            settings.val_fraction,
-            settings.val_fraction is None or 0 < settings.val_fraction < 1,
-            "between 0 and 1",
-        ),
-        (
-            "--cache-max-gb",
-            settings.cache_max_gb,
-            settings.cache_max_gb is None or settings.cache_max_gb > 0,
-            "above 0 (--no-cache keeps nothing)",
-        ),
-        (
-            "--checkpoint-every",
-            settings.checkpoint_every,
-            settings.checkpoint_every is None or settings.checkpoint_every >= 1,
-            "1 or more",
-        ),
-        ("--rows", settings.rows, min(settings.rows or (1,)) >= 1, "1 or more of each"),
-        ("--classes", settings.classes, (settings.classes or 2) >= 2, "2 or more"),
-    ]
-    for option, value, fits, condition in limits:
-        if not fits:
+    limits: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "t0": (lambda t0: 0 < t0 <= 1, "above 0 and at most 1"),
+        "epochs": (lambda count: count >= 1, "1 or more"),
+        "batch_size": (lambda count: count >= 1, "1 or more"),
+        "lr": (lambda rate: 0 < rate < float("inf"), "above 0"),
+        "momentum": (lambda momentum: 0 <= momentum < 1, "at least 0 and below 1"),
+        "weight_decay": (lambda decay: decay >= 0, "0 or more"),
+        "dropout": (lambda share: 0 <= share < 1, "at least 0 and below 1"),
+        "seed": (lambda seed: 0 <= seed < 2**63, "0 or more, and below 2^63"),
+        "workers": (lambda count: count >= 0, "0 or more"),
+        "image_size": (lambda size: size >= smallest, f"{smallest} or more with {settings.arch}"),
+        "val_fraction": (lambda share: 0 < share < 1, "between 0 and 1"),
+        "cache_max_gb": (lambda size: 0 < size < float("inf"), "above 0 (or give --no-cache)"),
+        "checkpoint_every": (lambda count: count >= 1, "1 or more"),
+        "rows": (lambda counts: min(counts) >= 1, "1 or more of each"),
+        "classes": (lambda count: count >= 2, "2 or more"),
+    }
+    for name, (fits, condition) in limits.items():
+        value = getattr(settings, name)
+        if value is not None and not fits(value):
+            option = option_of(name)
             raise UserError(f"{option} {value} does not make sense: it must be {condition}")
+
+
+def option_of(name: str) -> str:
+    """Returns the command line's name of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def _new_output_dir(name: str) -> Path:

@@ -128,12 +128,12 @@ class Trainer:
         # Of the steps of this epoch. Kept on the device: `.item()` in every step would wait for it.
         self._losses: list[Tensor] = []
         # Of all processes of the run: what an earlier one counted is added when it is resumed.
-        self.seconds = dict.fromkeys((*PARTS, "wall"), 0.0)
+        self.seconds = dict.fromkeys((*PARTS, "load", "wall"), 0.0)
         self._counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self._best: dict[str, Any] | None = None
         self.started = self._saved = time.perf_counter()
         self._save_seconds = 0.0
-        self._timed = {"step": 0.0, "load": 0.0}
+        self._measured, self._mark = 0, (0.0, 0.0)
         self._epoch_start = self._so_far()
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -275,22 +275,20 @@ class Trainer:
             epoch_order(rows, self.settings.seed, self.epoch), self.settings.batch_size
         )[self.position :]
         batches, labels = self.inputs["train"].batches(order), self._labels("train", order)
-        began = self.step
         for _ in order:
             bar.update(self.step)
             frozen = self.scheduler.frontier
             with self._timing("train"):
-                mark = time.perf_counter()
-                x = next(batches)
-                loaded = time.perf_counter()
+                with self._timing("load"):
+                    x = next(batches)
                 self._losses.append(self._step(x, next(labels)))
                 self.scheduler.step()
             self.step += 1
             self.position += 1
             if self.device.type == "cpu":  # elsewhere it would wait for the device
                 self._refuse_losses(self._losses[-1:])
-            if self.costs is None and frozen == self.scheduler.frontier:
-                self._measure(x, self.step - began, mark, loaded)
+            if self.costs is None:
+                self._measure(x)
             if frozen != self.scheduler.frontier and self.step < self.total_steps:
                 self._after_freeze()
             self._stop_if_asked()
@@ -335,6 +333,7 @@ class Trainer:
 
     def _after_freeze(self) -> None:
         """Runs frozen modules uncompiled, opens the cache, and keeps all rows, if that pays."""
+        self._measured = 0  # steps before and after are not alike
         for module in list(self._compiled):
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module._compiled_call_impl = None
@@ -389,24 +388,25 @@ class Trainer:
 
     # What is left of the time.
 
-    def _measure(self, x: Tensor, steps: int, mark: float, loaded: float) -> None:
-        """Times some steps, and then the forward pass, for the forecast."""
+    def _measure(self, x: Tensor) -> None:
+        """Times the first steps, and then the forward pass, for the forecast."""
         if self.total_steps < LEAST_STEPS or self.run.freeze_steps[0] >= self.total_steps:
             return
-        if steps == WARM_UP:
+        self._measured += 1
+        if self._measured not in (WARM_UP, WARM_UP + TIMED):
+            return
+        with self._timing("train"):
             synchronize(self.device)
-            self._timed = {"step": -time.perf_counter(), "load": 0.0}
-        elif WARM_UP < steps <= WARM_UP + TIMED:
-            self._timed["load"] += loaded - mark
-            if steps == WARM_UP + TIMED:
-                synchronize(self.device)
-                step, load = self._timed["step"] + time.perf_counter(), self._timed["load"]
-                found = forward_seconds(self.model, self._units, x, self.autocast_dtype)
-                frozen = self.scheduler.frontier
-                self.costs = Costs.measured(step / TIMED, load / TIMED, *found, frozen)
-                if self.settings.cache:
-                    say(forecast_line(self.run.forecast(self.costs)))
-                self._look_ahead()
+        before, self._mark = self._mark, (self.seconds["train"], self.seconds["load"])
+        if self._measured > WARM_UP:
+            step, load = (
+                (now - then) / TIMED for now, then in zip(self._mark, before, strict=True)
+            )
+            forward, sizes = forward_seconds(self.model, self._units, x, self.autocast_dtype)
+            self.costs = Costs.measured(step, load, forward, sizes, self.scheduler.frontier)
+            if self.settings.cache:
+                say(forecast_line(self.run.forecast(self.costs)))
+            self._look_ahead()
 
     def _look_ahead(self) -> None:
         """Begins to predict the time that is left, by measured costs if there are any."""

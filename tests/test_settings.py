@@ -85,7 +85,7 @@ def test_freezeouts_own_option_names_are_accepted() -> None:
         ("--data-dir photos", "--data-dir is for other data sets only"),
         ("--epoch 3", "--epoch"),
         ("--checkpoint-every 0", "--checkpoint-every 0"),
-        ("--cache-max-gb 0", "--no-cache keeps nothing"),
+        ("--cache-max-gb 0", "or give --no-cache"),
         ("--keep-cache", "rows stay in --cache-dir until their room is needed; leave it out"),
         ("--cache-codec zstd", "--cache-codec is gone: rows are kept as they are"),
         ("--cache-codec=int8 --epochs 3", "--cache-codec is gone"),
