@@ -17,7 +17,7 @@ from PIL import Image
 
 from cachefreeze.cache import pace
 from cachefreeze.train import main
-from cachefreeze.training import checkpoint
+from cachefreeze.training import checkpoint, fill
 
 if TYPE_CHECKING:
     from .interrupter import Interrupter
@@ -156,10 +156,13 @@ def interrupt() -> "Iterator[Interrupter]":
         yield Interrupter(monkeypatch)
 
 
-@pytest.fixture(autouse=True)
-def checkpoints_at_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets checkpoints of short runs take whatever time they take."""
-    monkeypatch.setattr(checkpoint, "TIME_SHARE", float("inf"))
+@pytest.fixture(autouse=True, scope="session")
+def _short_runs() -> Iterator[None]:
+    """Lets runs of a second save and keep rows as runs of an hour do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "TIME_SHARE", float("inf"))
+        patch.setattr(fill, "SOON_STEPS", 0)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,20 @@ from torch import nn
 from cachefreeze.freezeout import Unit, units_of
 from cachefreeze.models import build
 from cachefreeze.train import main
+from cachefreeze.training import fill
 from cachefreeze.training.fill import worth_filling
 from cachefreeze.training.forecast import WAYS, Costs, Run, Span, forward_seconds
 from cachefreeze.training.progress import Eta
+
+
+def test_freezes_that_follow_each_other_in_few_steps_share_a_fill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fill, "SOON_STEPS", 8)
+    sizes = {"rows": 60, "batch_size": 10, "steps_per_epoch": 6, "share": 0.5}
+    assert not worth_filling(30, 5, **sizes)
+    assert worth_filling(30, 8, **sizes)
+    assert worth_filling(30, 30, **sizes)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 # Uses of each row that a fill must have left: one pays for the forward pass that fills, and the
 # rest for writing.
 LEAST_USES = 1.2
-# Share of an epoch: if the next units freeze within it, their fill does for both.
-SOON = 1 / 8
+# Share of an epoch, and number of steps: if the next units freeze within them, their fill does for
+# both. Each new cut is compared in two batches and written once more before it is served.
+SOON_SHARE, SOON_STEPS = 1 / 8, 8
 # Share of the forward pass that must be frozen: the cache leaves less alone.
 LEAST_SHARE = 0.1
 
@@ -29,5 +30,6 @@ def worth_filling(
         steps_per_epoch: Number of steps of an epoch.
         share: Share of the forward pass that is frozen.
     """
-    soon = steps_to_next_freeze < steps_left and steps_to_next_freeze < SOON * steps_per_epoch
+    soon = steps_to_next_freeze < max(SOON_SHARE * steps_per_epoch, SOON_STEPS)
+    soon = soon and steps_to_next_freeze < steps_left
     return share >= LEAST_SHARE and steps_left * batch_size > LEAST_USES * rows and not soon
