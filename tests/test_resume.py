@@ -13,6 +13,7 @@ import torch
 
 from cachefreeze.files import lock_folder, unlock_file
 from cachefreeze.train import main
+from cachefreeze.training import checkpoint
 from cachefreeze.training.checkpoint import load_checkpoint, save_checkpoint
 from cachefreeze.training.trainer import Trainer
 
@@ -496,6 +497,20 @@ def test_best_is_the_epoch_of_the_best_accuracy(train: Train) -> None:
     state = load_checkpoint(run.folder / "best.pt")
     assert state["epoch"] == 1 + accuracies.index(max(accuracies))
     assert state["metrics"] == run.metrics[: state["epoch"]]
+
+
+def test_the_best_weights_are_saved_in_the_end_if_checkpoints_had_no_time(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "TIME_SHARE", 0.0)
+    run = train(*WRN)
+    assert not (run.folder / "previous.pt").exists(), "one checkpoint was saved"
+    assert load_checkpoint(run.folder / "last.pt")["epoch"] == 6
+    accuracies = [line["val_accuracy"] for line in run.metrics]
+    best = load_checkpoint(run.folder / "best.pt")
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies)) < 6
+    last = load_checkpoint(run.folder / "last.pt")["model"]
+    assert any(not torch.equal(best["model"][name], last[name]) for name in last)
 
 
 @pytest.mark.parametrize("every", [None, 1])

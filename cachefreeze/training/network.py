@@ -45,7 +45,8 @@ def find_weights(settings: Settings) -> Weights | None:
     if named is None:
         return None
     path = Path(named)
-    if not path.exists():
+    # Weights of Hugging Face are a folder, or have a name that may be that of one, too.
+    if not path.exists() or (settings.library == "hf" and not path.is_file()):
         if settings.library is None:
             raise UserError(
                 f"--weights {named} is not there: {settings.arch} has no weights of its own, give "
