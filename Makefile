@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos fuzz lint format
+.PHONY: demo test chaos lint format
 
 demo: .venv/installed
 	$(BIN)/python -m cachefreeze.train --arch wrn
@@ -11,14 +11,10 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-# Kills runs of the three networks N times; damages stores N times.
+# Kills runs of the three networks N times.
 chaos: N ?= 200
 chaos: .venv/installed
 	$(BIN)/python -m tests.chaos $(N)
-
-fuzz: N ?= 2000
-fuzz: .venv/installed
-	$(BIN)/python -m tests.chaos.fuzz $(N)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -158,15 +157,6 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-# Of the memory that is free: what the decoded rows of a compressed store may take.
-MEMORY_SHARE = 0.5
-
-
-def memory_for_rows() -> float:
-    """Bytes of memory that decoded rows may take."""
-    return MEMORY_SHARE * free_memory()
-
-
 def free_memory() -> int:
     """Bytes of memory that can be had without swapping, within the limit of a container; an
     estimate."""
@@ -195,15 +185,6 @@ def free_device_memory(device: torch.device) -> int:
             torch.cuda.mem_get_info(device)[0] + reserved - torch.cuda.max_memory_allocated(device)
         )
     return free_memory()
-
-
-def host_memory(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-    """Memory of the host, `pinned` for copies that a GPU makes beside its work; if there is no more
-    of that to be had, copies from there wait for it."""
-    if pinned:
-        with contextlib.suppress(RuntimeError):
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
-    return torch.empty(tuple(shape), dtype=dtype)
 
 
 def keep_freed_memory() -> None:

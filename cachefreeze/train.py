@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,6 @@ from typing import Any
 import torch
 
 from cachefreeze import data
-from cachefreeze.checkpoint import LAST, load_last_checkpoint
-from cachefreeze.config import Settings
 from cachefreeze.device import (
     keep_freed_memory,
     resolve_device,
@@ -20,17 +18,23 @@ from cachefreeze.device import (
     set_numerics,
 )
 from cachefreeze.errors import Interrupted, UserError
-from cachefreeze.metrics import check_tensorboard
 from cachefreeze.models import Statistics
-from cachefreeze.network import Weights, check_network, find_weights, make_network, trained_on
-from cachefreeze.prefix_cache import PrefixCache
-from cachefreeze.preview import preview
-from cachefreeze.report import RESULT, closing_words, opening_words
-from cachefreeze.resume import Start, start_of
-from cachefreeze.run_folder import RunFolder
-from cachefreeze.store import check_cache_dir, default_budget
-from cachefreeze.terminal import say, speaking, track, warn
-from cachefreeze.trainer import Trainer
+from cachefreeze.report.metrics import check_tensorboard
+from cachefreeze.report.summary_text import RESULT, closing_words, opening_words
+from cachefreeze.training.checkpoint import LAST, load_last_checkpoint
+from cachefreeze.training.network import (
+    Weights,
+    check_network,
+    find_weights,
+    make_network,
+    trained_on,
+)
+from cachefreeze.training.preview import preview
+from cachefreeze.training.resume import Start, start_of
+from cachefreeze.training.run_folder import RunFolder, check_cache_folder, make_cache_folder
+from cachefreeze.training.settings import Settings
+from cachefreeze.training.terminal import say, speaking, track, warn
+from cachefreeze.training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         start = start_of(argv)
         keep_freed_memory()
-        with speaking(start.manner):
+        with speaking(start.verbosity):
             carry_out(start)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,7 +71,7 @@ def carry_out(start: Start) -> None:
     """Do what was asked for, see `run`."""
     settings = start.settings
     if settings.plan:
-        preview(settings, cache_budget(settings))
+        preview(settings)
     elif start.finished:
         say(f"{settings.output_dir} has come to its end: see its summary.json", always=True)
     else:
@@ -80,30 +84,27 @@ def how_to_resume(start: Start) -> str:
     return f"{this_python()} -m cachefreeze.train --resume {folder}"
 
 
-def run(start: Start, make_cache: Callable[..., PrefixCache] = PrefixCache) -> dict[str, Any]:
-    """Train; returns what is in summary.json.
+def run(start: Start) -> dict[str, Any]:
+    """Trains; returns the contents of summary.json.
 
     Args:
-        start: the settings of the run, and where it stands.
-        make_cache: see `Trainer`.
+        start: Settings of the run, and where it stands.
 
     Raises:
-        UserError: something is not there, does not fit, or cannot be written.
-        Interrupted: the user or the system asked to stop, and the state was saved.
+        UserError: Something is not there, does not fit, or cannot be written.
+        Interrupted: The user or the system asked to stop, and the state was saved.
     """
     with closing(RunFolder(start.settings.output_dir, resume=start.resuming)) as folder:
-        return _run_in(folder, start, make_cache)
+        return _run_in(folder, start)
 
 
-def _run_in(
-    folder: RunFolder, start: Start, make_cache: Callable[..., PrefixCache]
-) -> dict[str, Any]:
+def _run_in(folder: RunFolder, start: Start) -> dict[str, Any]:
     settings, began = start.settings, time.perf_counter()
     device = resolve_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
     set_numerics(device, dtype, tf32=settings.tf32, deterministic=settings.deterministic)
     if settings.cache:
-        check_cache_dir(settings.cache_dir)
+        check_cache_folder(settings.cache_dir)
     if settings.tensorboard:
         check_tensorboard()
     check_network(settings, (3, settings.image_size, settings.image_size))  # before the wait
@@ -121,21 +122,22 @@ def _run_in(
     )
 
     torch.manual_seed(settings.seed)
-    units, new = make_network(settings, images.classes, weights)
-    budget = cache_budget(settings)
+    model, new = make_network(settings, images.classes, weights)
+    if settings.cache:
+        make_cache_folder(settings.cache_dir)
     command = start.command
-    trainer = Trainer(settings, images, units, device, dtype, folder, budget, make_cache, command)
+    trainer = Trainer(settings, images, model, device, dtype, folder, command)
     trainer.started = began
     facts = {**settings.as_json(), "network": settings.network, "command": command}
     folder.create(facts)
     about: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in units.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data_set": images.outline.description,
         "where": f"{device}, {'bf16 autocast' if dtype else 'fp32'}",
     }
     started_from = None if weights is None else (weights.words, new)
     for line in opening_words(
-        facts, units.names, **about, weights=started_from, first=units.frontier
+        facts, trainer.names, **about, weights=started_from, first=trainer.scheduler.frontier
     ):
         say(line)
     if start.resuming:
@@ -160,7 +162,7 @@ def draw_report(folder: Path) -> str:
     again = f"{this_python()} scripts/write_report.py {shlex.quote(str(folder))}"
     try:
         # Half a second, and an extra.
-        from cachefreeze.page import write_report
+        from cachefreeze.report.html_report import write_report
 
         return str(write_report(folder))
     except UserError as error:
@@ -185,13 +187,6 @@ def statistics_of(
     if state is None or settings.weights is None:
         return None
     return trained_on(state, "the checkpoint of this run")[1]
-
-
-def cache_budget(settings: Settings) -> float:
-    """Bytes that the cache folder may take."""
-    if settings.cache_max_gb is not None:
-        return settings.cache_max_gb * 1e9
-    return default_budget(settings.cache_dir)
 
 
 def this_python() -> str:

@@ -40,7 +40,7 @@ from cachefreeze.encoding import in_order
 from cachefreeze.models.units import is_channels_last
 from cachefreeze.planner import efficiency
 from cachefreeze.prefix_cache import Materialization, PrefixCache
-from cachefreeze.report import markdown_table
+from cachefreeze.report.summary_text import markdown_table
 from cachefreeze.resume import Start
 from cachefreeze.rows import Indices, Rows, batches_of
 from cachefreeze.stored_rows import StoredPixels, StoredRows

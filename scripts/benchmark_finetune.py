@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cachefreeze.report import duration, markdown_table
+from cachefreeze.report.summary_text import duration, markdown_table
 
 MODES = ("without the cache", "with it, first run", "second run")
 

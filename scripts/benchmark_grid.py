@@ -27,7 +27,7 @@ from PIL import Image
 
 from cachefreeze import config, train
 from cachefreeze.device import keep_freed_memory
-from cachefreeze.report import markdown_table
+from cachefreeze.report.summary_text import markdown_table
 from cachefreeze.resume import Start
 from cachefreeze.store import write
 

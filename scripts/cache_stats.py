@@ -1,4 +1,4 @@
-"""Show what is in a cache folder: `python scripts/cache_stats.py [CACHE_DIR]`.
+"""Shows what is in a cache folder: `python scripts/cache_stats.py [CACHE_DIR]`.
 
 The folder is the directory of an `ActivationCache`, or the `--cache-dir` of `cachefreeze.train`. It
 may be used while runs use the cache; nothing is changed but by `--prune`. Exit code 0: all is well;
@@ -6,62 +6,112 @@ may be used while runs use the cache; nothing is changed but by `--prune`. Exit 
 """
 
 import argparse
-import dataclasses
 import io
 import json
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
-from cachefreeze.report import duration, format_table
-from cachefreeze.samples import Encoded, Values, encodings, sample
-from cachefreeze.segments.budget import named_folders
+from cachefreeze.report.summary_text import format_table
 from cachefreeze.segments.directory import is_directory
-from cachefreeze.store import (
-    CacheReport,
-    StoreError,
-    StoreReport,
-    default_budget,
-    inspect_cache,
-    remove_rubbish,
-)
-from cachefreeze.store.folder import is_store, rubbish
+from cachefreeze.segments.inspect import Pruned, SetReport, inspect, prune, verify
 
-# Of a line; a folder's name is as long as it is.
-COLUMNS = 100
-BAR = 20
-# Of names that a store gives itself.
-MOST_NAME = 30
+COLUMNS, BAR = 100, 20
+MOST_DIMS, MOST_SIZE = 64, 2**40
+MOST_NAME, MOST_SETTING, MOST_SETTINGS = 60, 40, 8
+# What decides the last bits of a result, in the order of `about["environment"]`.
+_SWITCHES = [
+    "deterministic algorithms",
+    "math attention",
+    "flash attention",
+    "memory-efficient attention",
+    "cuDNN attention",
+    "fast path of attention",
+    "processor",
+    "torchvision",
+]
+SETTINGS = {
+    "cpu": [
+        "torch",
+        "device",
+        "instructions",
+        "matmul precision",
+        "oneDNN",
+        "threads",
+        *_SWITCHES,
+    ],
+    "cuda": [
+        "torch",
+        "device",
+        "GPU",
+        "cuDNN",
+        "cuDNN enabled",
+        "cuDNN deterministic",
+        "cuDNN benchmark",
+        "only deterministic algorithms",
+        "matmul precision",
+        "TF32 convolutions",
+        "sums in 16 bits",
+        *_SWITCHES,
+    ],
+}
 
 
 @dataclass
-class Look:
-    """What was found in a folder.
+class Group:
+    """Sets that hold the same value of the same model.
 
-    Args:
-        cache: the report on it.
-        budget: bytes that it may take.
-        chosen: the budget was given, and is not what a run would take without being told.
-        pruned: how much rubbish was removed.
-        verified: every chunk was looked at.
-        values, codecs: by the name of a store, if that was asked for: of a sample of its rows, or
-            why there is none.
+    Attributes:
+        model: Name of the model.
+        value: Operation and module that made the value.
+        rows: Shape and type of a row, and its bytes.
+        sets: What is known of each set, the oldest first.
+        differences: What tells each set apart from the others, by its name. Nothing if it is alone.
     """
 
-    cache: CacheReport
-    budget: float
-    chosen: bool
-    pruned: int = 0
-    verified: bool = False
-    values: dict[str, Values | str] = field(default_factory=dict)
-    codecs: dict[str, list[Encoded] | str] = field(default_factory=dict)
+    model: str
+    value: str
+    rows: str
+    sets: list[SetReport] = field(default_factory=list)
+    differences: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+@dataclass
+class Contents:
+    """What was found in a directory, and what was done there.
+
+    Attributes:
+        groups: Sets, by value.
+        problems: A sentence for each part that is damaged.
+        verified: Whether all chunks were read.
+        pruned: What was removed. None if nothing was to be.
+        names: Value of each set, also of those that were removed.
+    """
+
+    groups: list[Group]
+    problems: list[str]
+    verified: bool
+    pruned: Pruned | None
+    names: dict[str, str]
+
+    @property
+    def sets(self) -> list[SetReport]:
+        """Sets of all groups."""
+        return [one for group in self.groups for one in group.sets]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the disk."""
+        return sum(one.nbytes for one in self.sets)
 
 
 def main() -> int:
@@ -78,20 +128,9 @@ def main() -> int:
     parser.add_argument(
         "--prune",
         nargs="?",
-        const="",
+        const=inf,
         metavar="DAYS",
-        help="remove what killed runs left; with DAYS, also rows that were not used for so long "
-        "(only in the directory of an ActivationCache)",
-    )
-    parser.add_argument(
-        "--values",
-        action="store_true",
-        help="range and histogram of a sample of each store's rows (only of cachefreeze.train)",
-    )
-    parser.add_argument(
-        "--codecs",
-        action="store_true",
-        help="what each store would take otherwise, by a sample (only of cachefreeze.train)",
+        help="remove what killed runs left; with DAYS, also rows that were not used for so long",
     )
     parser.add_argument(
         "--max-gb",
@@ -103,26 +142,40 @@ def main() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         check(args)
-        if holds_rows(args.cache_dir):
-            return show_directory(args)
-        found = look(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(as_json(found), indent=2) if args.json else "\n".join(as_text(found)))
-    return 1 if found.cache.damaged else 0
+    days = None if args.prune is None else float(args.prune)
+    found = look(args.cache_dir, check=args.verify, prune_days=days)
+    free, chosen = shutil.disk_usage(args.cache_dir).free, args.max_gb is not None
+    budget = args.max_gb * 1e9 if chosen else (found.nbytes + free) // 2
+    if args.json:
+        totals = {
+            "cache_dir": str(args.cache_dir),
+            "bytes": found.nbytes,
+            "free_bytes": free,
+            "budget_bytes": budget,
+            "budget_given": chosen,
+            "over_budget": found.nbytes > budget,
+        }
+        print(json.dumps(totals | as_json(found), indent=2))
+    else:
+        which = "--max-gb" if chosen else "half of the free disk, a run's default"
+        lines = as_text(found, args.cache_dir)
+        print("\n".join([*lines, *budget_lines(found.nbytes, budget, which, free)]))
+    return 1 if found.problems else 0
 
 
 def check(args: argparse.Namespace) -> None:
     """Compares the options with each other and with the folder.
 
     Raises:
-        UserError: something does not fit.
+        UserError: Something does not fit.
     """
     folder = args.cache_dir
     if args.max_gb is not None and not 0 <= args.max_gb < inf:
         raise UserError(f"--max-gb {args.max_gb} does not make sense: it must be 0 or more")
-    if args.prune:
+    if isinstance(args.prune, str):
         try:
             days = float(args.prune)
         except ValueError:
@@ -135,286 +188,256 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} is not a folder: name the one that the cache was given")
     if not is_directory(folder):
         raise UserError(f"{folder} is not a cache folder of cachefreeze: name another one")
-    if holds_rows(folder):
-        if args.values or args.codecs:
-            option = "--values" if args.values else "--codecs"
-            raise UserError(f"{folder} is of an ActivationCache: it is shown without {option}")
-    elif args.prune:
-        raise UserError(f"{folder} is of cachefreeze.train: give --prune without a number of days")
-
-
-def holds_rows(folder: Path) -> bool:
-    """Whether a cache folder is the directory of an `ActivationCache`. Both have the same tag."""
-    folders = named_folders(folder)
-    has_sets = any(named_folders(each) for each in folders if not is_store(each))
-    return has_sets or not (any(map(is_store, folders)) or any(rubbish(folder)))
-
-
-def show_directory(args: argparse.Namespace) -> int:
-    """Prints what lies in the directory of an `ActivationCache`. Returns the exit code."""
-    # `runpy`, other than `python`, does not find what lies beside this file.
-    if (here := str(Path(__file__).parent)) not in sys.path:
-        sys.path.append(here)
-    import directory_stats
-
-    days = None if args.prune is None else float(args.prune or inf)
-    found = directory_stats.look(args.cache_dir, check=args.verify, prune_days=days)
-    free, chosen = shutil.disk_usage(args.cache_dir).free, args.max_gb is not None
-    budget = args.max_gb * 1e9 if chosen else (found.nbytes + free) // 2
-    if args.json:
-        totals = {
-            "cache_dir": str(args.cache_dir),
-            "bytes": found.nbytes,
-            "free_bytes": free,
-            "budget_bytes": budget,
-            "budget_given": chosen,
-            "over_budget": found.nbytes > budget,
-        }
-        print(json.dumps(totals | directory_stats.as_json(found), indent=2))
-    else:
-        which = "--max-gb" if chosen else "half of the free disk, a run's default"
-        lines = directory_stats.as_text(found, args.cache_dir)
-        stores = sum(map(is_store, named_folders(args.cache_dir)))
-        others = [f"stores of cachefreeze.train, not shown: {stores}"] if stores else []
-        totals_lines = budget_lines(found.nbytes, budget, which, free)
-        print("\n".join([*lines, *others, *totals_lines]))
-    return 1 if found.problems else 0
 
 
 def budget_lines(used: float, budget: float, which: str, free: float) -> list[str]:
-    """What a folder takes of what it may take, and of the disk."""
-    share = used / budget if budget else float(used > 0)
-    line = f"{bar(share)}  {human_bytes(used)} of {human_bytes(budget)} ({which})"
+    """Says what a folder takes of what it may take, and of the disk."""
+    share = min(used / budget if budget else float(used > 0), 1.0)
+    bar = f"[{'#' * int(share * BAR):{BAR}}] {int(share * 100):3}%"  # full only if nothing is left
+    line = f"{bar}  {human_bytes(used)} of {human_bytes(budget)} ({which})"
     over = [f"over budget by {human_bytes(used - budget)}"] if used > budget else []
     return [line, *over, f"{human_bytes(free)} free on this disk"]
 
 
-def look(args: argparse.Namespace) -> Look:
-    """Whatever the options ask for.
+def look(directory: Path, *, check: bool, prune_days: float | None) -> Contents:
+    """Finds out what lies in a directory.
+
+    Args:
+        directory: Folder of an `ActivationCache`.
+        check: Whether to read all chunks and compare their checksums.
+        prune_days: Days since the last use after which rows are removed first. If infinite, only
+            what killed runs left goes. If None, nothing does.
 
     Raises:
-        UserError: the folder is no cache.
+        UserError: the folder is none of an `ActivationCache`.
     """
-    cache, pruned = inspect_cache(args.cache_dir, verify=args.verify), 0
-    if args.prune is not None and cache.orphans:
-        pruned = remove_rubbish(args.cache_dir)
-        cache = inspect_cache(args.cache_dir, verify=args.verify)
-    chosen = args.max_gb is not None
-    budget = args.max_gb * 1e9 if chosen else default_budget(args.cache_dir)
-    found = Look(cache, budget, chosen, pruned, args.verify)
-    if args.values or args.codecs:
-        for store in cache.stores:
-            name = store.folder.name
-            try:
-                drawn = sample(store.folder)
-            except StoreError as error:
-                if args.values:
-                    found.values[name] = str(error)
-                if args.codecs:
-                    found.codecs[name] = str(error)
-                continue
-            if args.values:
-                found.values[name] = Values.of(drawn)
-            if args.codecs:
-                found.codecs[name] = encodings(drawn)
+    names: dict[str, str] = {}
+    pruned = None
+    if prune_days is not None:
+        names = _names(_groups(inspect(directory)))
+        pruned = prune(directory, prune_days * 86400)
+    sets = [one for one in inspect(directory) if one.segments]
+    groups = _groups(sets)
+    problems = list(verify(directory)) if check else [each for one in sets for each in one.problems]
+    return Contents(groups, problems, check, pruned, names | _names(groups))
+
+
+def _names(groups: Iterable[Group]) -> dict[str, str]:
+    return {one.name: f"{group.value} of {group.model}" for group in groups for one in group.sets}
+
+
+def _groups(sets: Iterable[SetReport]) -> list[Group]:
+    found: dict[tuple[str, str, str], Group] = {}
+    for one in sorted(sets, key=lambda one: (one.first_use, one.name)):
+        key = safe(_call(one)[0]), _value(one), _rows(one)
+        found.setdefault(key, Group(*key)).sets.append(one)
+    groups = [found[key] for key in sorted(found)]
+    for group in groups:
+        if group.sets[0].row is not None:
+            group.differences = _differences(group.sets)
+    return groups
+
+
+def _differences(sets: list[SetReport]) -> dict[str, dict[str, str]]:
+    settings = {one.name: _settings(one) for one in sets}
+    names = dict.fromkeys(name for each in settings.values() for name in each)
+    differing = [name for name in names if len({each.get(name) for each in settings.values()}) > 1]
+    found = {
+        one.name: {name: settings[one.name].get(name, "unknown") for name in differing}
+        for one in sets
+    }
+    versions: dict[tuple[str, ...], list[str]] = {}
+    for name, each in found.items():
+        versions.setdefault(tuple(each.values()), []).append(name)
+    for alike in versions.values():
+        if len(alike) > 1:
+            for number, name in enumerate(alike, 1):
+                found[name]["version"] = f"{number} of {len(alike)}"
     return found
 
 
-def as_json(found: Look) -> dict[str, Any]:
-    """All that is known, in plain values."""
-    cache = found.cache
+def _settings(one: SetReport) -> dict[str, str]:
+    """Returns what the rows of a set depend on, as far as its writer has said it."""
+    _, mode, shape, gradients = _call(one)
+    found = {"mode": mode, "input": shape, "gradients": gradients}
+    if isinstance(count := one.about.get("parameters"), int):
+        found["parameters"] = str(count)
+    values = one.about.get("environment")
+    values = [str(each) for each in values] if isinstance(values, list) else []
+    names = SETTINGS.get(values[1] if len(values) > 1 else "", [])
+    if len(names) != len(values):  # written by another version
+        names = [f"setting {number}" for number in range(1, len(values) + 1)]
+    found |= dict(zip(names, values, strict=True))
+    return {name: safe(value, MOST_SETTING) for name, value in found.items()}
+
+
+def _call(one: SetReport) -> tuple[str, str, str, str]:
+    """Returns the name of the model, its mode, the shape of its input, and if it had gradients."""
+    text = _text(one, "model")
+    parts = re.fullmatch(r"(.*) \((\w+) mode, ([\dx]*)(, without gradients)?\)", text)
+    if parts is None:
+        return text or "unknown model", "", "", ""
+    return parts[1], parts[2], parts[3], "no" if parts[4] else "yes"
+
+
+def _value(one: SetReport) -> str:
+    text = _text(one, "value")
+    if parts := re.fullmatch(r"(.*): (\S+) \([\w]*\)", text):
+        where = parts[1] if parts[1] == "the model itself" else f"module {safe(parts[1])}"
+        return f"{safe(parts[2])} in {where}"
+    return safe(re.sub(r" \([\dx]*\)$", "", text)) or "unknown value"
+
+
+def _text(one: SetReport, name: str) -> str:
+    text = one.about.get(name)
+    # No name comes near. Patterns take long for much longer ones.
+    return text[:1000] if isinstance(text, str) else ""
+
+
+def row_shape(one: SetReport) -> tuple[int, ...]:
+    """Returns the shape of a row as its user knows it, or else as it lies in memory."""
+    assert one.row is not None
+    dims, rows = _numbers(one, "shape"), _numbers(one, "rows")
+    if dims is None:
+        return one.row.dims
+    if rows is not None and len(rows) == 3 and rows[0] < len(dims):
+        axis, outer, inner = rows
+        dims = [*dims[:axis], *([outer * inner] if outer * inner > 1 else []), *dims[axis + 1 :]]
+    return tuple(dims) if prod(dims) == prod(one.row.dims) else one.row.dims
+
+
+def _numbers(one: SetReport, name: str) -> list[int] | None:
+    found = one.about.get(name)
+    if not isinstance(found, list) or len(found) > MOST_DIMS:
+        return None
+    return found if all(type(n) is int and 0 <= n < MOST_SIZE for n in found) else None
+
+
+def _rows(one: SetReport) -> str:
+    if one.row is None:
+        return "nothing readable"
+    dims = "x".join(map(str, row_shape(one))) or "one number,"
+    what = "whole batches" if "rows" in one.about and one.about["rows"] is None else "rows"
+    return f"{what} of {dims} {one.row.dtype}, {human_bytes(one.row.nbytes)} each"
+
+
+def as_json(found: Contents) -> dict[str, Any]:
+    """Returns all that is known, in plain values. Times are seconds since 1970."""
+    pruned = found.pruned
     return {
-        "cache_dir": str(cache.folder),
-        "bytes": cache.bytes,
-        "free_bytes": cache.free_bytes,
-        "budget_bytes": found.budget,
-        "budget_given": found.chosen,
-        "damaged": cache.damaged,
+        "damaged": bool(found.problems),
+        "problems": found.problems,
         "verified": found.verified,
-        "orphans": [path.name for path in cache.orphans],
-        "pruned": found.pruned,
-        "stores": [_store_as_json(store, found) for store in cache.stores],
+        "pruned": pruned and {"bytes": pruned.nbytes, "rows": pruned.rows},
+        "sets": [_set_as_json(one, group) for group in found.groups for one in group.sets],
     }
 
 
-def _store_as_json(store: StoreReport, found: Look) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "fingerprint": store.folder.name,
-        "state": store.state,
-        "committed": store.committed,
-        "kept": store.kept,
-        "in_use": store.in_use,
-        "bytes": store.bytes,
-        "age_seconds": store.age_seconds,
-        "unused_seconds": store.unused_seconds,
-        "last_run": None if store.usage is None else dataclasses.asdict(store.usage),
-        "damage": list(store.damage),
+def _set_as_json(one: SetReport, group: Group) -> dict[str, Any]:
+    return {
+        "set": one.name,
+        "model": group.model,
+        "value": group.value,
+        "row_shape": None if one.row is None else list(row_shape(one)),
+        "row_bytes": None if one.row is None else one.row.nbytes,
+        "dtype": None if one.row is None else one.row.dtype,
+        "rows": one.rows,
+        "bytes": one.nbytes,
+        "runs": one.segments,
+        "in_use": one.in_use,
+        "first_use": one.first_use or None,
+        "last_use": one.last_use or None,
+        "differences": group.differences.get(one.name, {}),
+        "problems": one.problems,
+        "about": one.about,
     }
-    if store.description is not None:
-        about = store.description
-        result |= {
-            "network": about.network,
-            "boundary": about.boundary,
-            "unit": about.unit,
-            "values": about.values,
-            "stored": about.stored,
-            "codec": about.codec,
-            "lossy": about.lossy,
-            "details": about.details,
-            "splits": {
-                split: {
-                    "rows": layout.rows,
-                    "rows_present": store.rows_present[split],
-                    "row_shape": list(layout.row_shape),
-                    "row_bytes": layout.row_bytes,
-                    "dtype": layout.dtype,
-                    "rows_per_chunk": layout.rows_per_chunk,
-                    "chunks_present": store.chunks_present[split],
-                    "chunks_expected": layout.chunks,
-                    "bytes": store.split_bytes[split],
-                }
-                for split, layout in about.splits.items()
-            },
-        }
-    name = store.folder.name
-    if name in found.values:
-        result["sampled_values"] = _plain(found.values[name])
-    if name in found.codecs:
-        result["sampled_codecs"] = _plain(found.codecs[name])
-    return result
 
 
-def _plain(sampled: Values | list[Encoded] | str) -> Any:
-    if isinstance(sampled, str):
-        return {"error": sampled}
-    if isinstance(sampled, list):
-        return [dataclasses.asdict(each) for each in sampled]
-    return dataclasses.asdict(sampled)
+def as_text(found: Contents, directory: Path) -> Iterator[str]:
+    """Yields a table for each value, what is damaged, and what was removed."""
+    now, model = time.time(), None
+    for group in found.groups:
+        if group.model != model:
+            yield group.model
+            model = group.model
+        yield cut(f"  output of {group.value}", COLUMNS)
+        yield cut(f"  {group.rows}", COLUMNS)
+        yield from _table(group, now)
+        yield ""
+    yield from (f"damaged: {sentence}" for sentence in found.problems)
+    if found.problems:
+        yield "Runs do not use what is damaged. They compute it again."
+    elif found.verified and found.groups:
+        yield "verified: every chunk is as it was written"
+    if found.pruned is not None:
+        for name, rows in found.pruned.rows.items():
+            what = found.names.get(name, "unknown value")
+            what_rows = _count(rows, "row") if rows else "unreadable rows"
+            yield cut(f"removed: {what_rows} of {name[:12]}, {what}", COLUMNS)
+        yield f"removed: {human_bytes(found.pruned.nbytes)} in all"
+    rows = sum(one.rows for one in found.sets)
+    sets = f"{_count(len(found.sets), 'set')} of {_count(rows, 'row')}" if found.sets else "no rows"
+    yield f"{sets} in {directory}"
 
 
-def as_text(found: Look) -> list[str]:
-    """A few lines for each store, then totals; none longer than `COLUMNS`."""
-    cache = found.cache
-    lines = []
-    for store in cache.stores:
-        lines += [*map(_cut_line, _store_lines(store, found)), ""]
-    if found.verified and cache.stores and not cache.damaged:
-        lines.append("verified: every chunk of a complete store is as it was written")
-    count = len(cache.stores)
-    stores = f"{count} store{'' if count == 1 else 's'}" if count else "no stores"
-    lines.append(f"{stores} in {cache.folder}")
-    which = "--max-gb" if found.chosen else "80 % of the free disk, a run's default"
-    lines += budget_lines(cache.bytes, found.budget, which, cache.free_bytes)
-    if found.pruned:
-        lines.append(f"pruned: {found.pruned} orphans of killed runs")
-    if cache.orphans:
-        lines.append(f"orphans of killed runs: {len(cache.orphans)} (--prune removes them;")
-        lines.append("  a run that is resumed goes on with a store that was half written)")
-    return lines
-
-
-def _store_lines(store: StoreReport, found: Look) -> Iterator[str]:
-    about, name = store.description, store.folder.name
-    what = "what is not known"
-    if about is not None:
-        place = f"{about.boundary} after {_cut(about.unit)}" if about.boundary else "0 (pixels)"
-        what = f"{_cut(about.network)}, boundary {place}"
-    yield f"{name[:12]}  {what}"
-    yield f"  {store.state}, {human_bytes(store.bytes)}, made {ago(store.age_seconds)}"
-    if about is not None:
-        table = [
-            [
-                f"  {_cut(split)}",
-                f"{store.rows_present[split]:,}/{layout.rows:,} rows",
-                bar(store.rows_present[split] / layout.rows),
-                f"{store.chunks_present[split]}/{layout.chunks} chunks",
-                human_bytes(store.split_bytes[split]),
-            ]
-            for split, layout in about.splits.items()
+def _table(group: Group, now: float) -> Iterator[str]:
+    table = [["    set", "rows", "size", "written by", "first used", "last used"]]
+    table += [
+        [
+            f"    {one.name[:12]}",
+            f"{one.rows:,}",
+            human_bytes(one.nbytes),
+            _count(one.segments, "run"),
+            _ago(now, one.first_use),
+            "in use now" if one.in_use else _ago(now, one.last_use),
         ]
-        yield from format_table(table, right=(1, 3, 4))
-        layout = next(iter(about.splits.values()))
-        shape = "x".join(map(str, layout.row_shape)) or "one number"
-        kind = f"{about.values} as {about.stored} (lossy)" if about.lossy else about.values
-        yield f"  a row: {shape} {kind}, {human_bytes(layout.row_bytes)}, {about.codec}"
-        if (batch := about.details.get("batch_size")) is not None:
-            source = about.details.get("input")
-            of = "" if source is None else f" from input of {_cut(source)}"
-            yield f"  made in batches of {_cut(batch)}{of}"
-    if store.unused_seconds is not None:
-        yield f"  last used {ago(store.unused_seconds)}"
-    if store.usage is not None:
-        hits, misses = store.usage.hits, store.usage.misses
-        share = f", {hits / (hits + misses):.1%} hits" if hits + misses else ""
-        yield f"  its last run: {hits:,} hits, {misses:,} misses (rows computed to fill it){share}"
-    for sentence in store.damage:
-        yield from _wrapped("damaged", sentence)
-    if (values := found.values.get(name)) is not None:
-        yield from _value_lines(values)
-    if (codecs := found.codecs.get(name)) is not None:
-        yield from _codec_lines(codecs)
-
-
-def _value_lines(values: Values | str) -> Iterator[str]:
-    if isinstance(values, str):
-        yield from _wrapped("no values", values)
-        return
-    yield (
-        f"  values of {values.rows:,} rows: {values.zeros / max(values.numbers, 1):.1%} are 0, "
-        f"{values.nan:,} NaN, {values.infinite:,} infinite"
-    )
-    if values.low is None:
-        return
-    yield (
-        f"    {values.low:.4g} to {values.high:.4g}, mean {values.mean:.4g}, "
-        f"standard deviation {values.deviation:.4g}"
-    )
-    most = max(values.counts, default=0)
-    others = sum(values.counts)
-    table = [
-        [f"    {low:.3g}", f"{high:.3g}", f"{count / others:.2%}", "#" * round(50 * count / most)]
-        for low, high, count in zip(values.edges, values.edges[1:], values.counts, strict=False)
+        for one in group.sets
     ]
-    if table:
-        header = ["    from", "to", "share", "of what is not 0"]
-        yield from format_table([header, *table], right=(0, 1, 2))
+    header, *lines = format_table(table, right=(1, 2, 3))
+    yield header
+    for one, line in zip(group.sets, lines, strict=True):
+        yield line
+        yield from _difference_lines(group.differences.get(one.name, {}))
+    if len(group.sets) > 1 and group.sets[0].row is not None:
+        yield "    A set serves only runs that are like those that made it."
+    if any("version" in each for each in group.differences.values()):
+        yield "    Versions differ in the weights or the code that made the rows."
 
 
-def _codec_lines(codecs: list[Encoded] | str) -> Iterator[str]:
-    if isinstance(codecs, str):
-        yield from _wrapped("no codecs", codecs)
-        return
-    raw = codecs[0].bytes
-    table = [["    kept with", "takes", "of raw", "loses"]]
-    for each in codecs:
-        loses = "nothing" if each.error is None else f"{each.error:.2%} of the values, rms"
-        share = f"{each.bytes / raw:.0%}" if raw else ""
-        table.append([f"    {each.option}", human_bytes(each.bytes), share, loses])
-    yield from format_table(table, right=(1, 2))
+def _difference_lines(different: dict[str, str]) -> list[str]:
+    words = [f"{name} {value}" for name, value in different.items()]
+    if not words:
+        return []
+    if len(words) > MOST_SETTINGS:
+        words = [*words[:MOST_SETTINGS], f"and {len(words) - MOST_SETTINGS:,} others"]
+    indent = " " * 6
+    line = f"made with {', '.join(words)}"
+    return textwrap.wrap(line, COLUMNS, initial_indent=indent, subsequent_indent=f"{indent}  ")
 
 
-def _wrapped(label: str, sentence: str) -> list[str]:
-    whole = f"{label}: {sentence}"
-    return textwrap.wrap(whole, COLUMNS, initial_indent="  ", subsequent_indent="    ")
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _cut(name: str, most: int = MOST_NAME) -> str:
-    return name if len(name) <= most else name[: most - 3] + "..."
+def _ago(now: float, then: float) -> str:
+    if not then:
+        return "unknown"
+    seconds = max(now - then, 0.0)
+    for unit, length, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        if seconds < most * length:
+            return f"{seconds // length:.0f} {unit} ago"
+    return f"{seconds // 86400:,.0f} days ago"
 
 
-def _cut_line(line: str) -> str:
-    """A store may claim any number of dimensions, and batches of any size."""
-    return _cut(line, COLUMNS)
+def cut(text: str, most: int) -> str:
+    """Cuts a text that is too long, and shows that."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def bar(share: float) -> str:
-    """`[##########          ]  50%`; full only if nothing is missing."""
-    share = min(max(share, 0.0), 1.0)
-    return f"[{'#' * int(share * BAR):{BAR}}] {int(share * 100):3}%"
-
-
-def ago(seconds: float) -> str:
-    return f"{duration(seconds)} ago"
+def safe(text: str, most: int = MOST_NAME) -> str:
+    """Returns a text that somebody else wrote as it may go to a terminal."""
+    shown = "".join(each if each.isprintable() else "?" for each in text[: most + 1])
+    return cut(shown, most)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from cachefreeze.compare import comparison_lines, comparison_page, load_runs
 from cachefreeze.errors import UserError
 from cachefreeze.files import write_atomically
+from cachefreeze.report.compare import comparison_lines, comparison_page, load_runs
 
 
 def main() -> int:

@@ -44,12 +44,12 @@ def pictures(run: Path) -> dict[str, str]:
     Raises:
         UserError: there is no such run, or it cannot be drawn.
     """
-    from cachefreeze import figures  # which may not be had: UserError
-    from cachefreeze.markup import variables
-    from cachefreeze.page import report
-    from cachefreeze.record import Record
+    from cachefreeze.report import figures  # which may not be had: UserError
+    from cachefreeze.report.html_report import report
+    from cachefreeze.report.markup import variables
+    from cachefreeze.report.run_results import RunResults
 
-    page = report(Record.load(run), {}).decode()
+    page = report(RunResults.load(run), {}).decode()
     style = (
         f"<style>{variables(figures.COLOURS)}"
         "svg{background:var(--paper);font-family:system-ui,sans-serif}</style>"

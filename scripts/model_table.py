@@ -30,7 +30,7 @@ from zoo import FAMILIES, Entry, enliven, zoo
 from cachefreeze import lineage
 from cachefreeze.errors import UserError
 from cachefreeze.lineage.structure import tensors
-from cachefreeze.report import markdown_table
+from cachefreeze.report.summary_text import markdown_table
 
 SHARES = (0.3, 0.7, 1.0)
 ROWS = 4

@@ -5,8 +5,8 @@ import re
 import sys
 from collections.abc import Iterator
 
-from cachefreeze.options import FREEZEOUT, meaning, options
-from cachefreeze.report import markdown_table
+from cachefreeze.report.summary_text import markdown_table
+from cachefreeze.training.command_line import FREEZEOUT, meaning, options
 
 INTRODUCTION = """\
 # Options

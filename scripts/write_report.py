@@ -25,7 +25,7 @@ def main() -> int:
     args = parser.parse_args()
     given = {"freezing only": args.freezing_only, "no freezing": args.no_freezing}
     try:
-        from cachefreeze.page import write_report  # which may not be had: UserError
+        from cachefreeze.report.html_report import write_report  # which may not be had: UserError
 
         print(write_report(args.run, {name: run for name, run in given.items() if run is not None}))
     except UserError as error:

@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from cachefreeze.cache import pace
-from cachefreeze.rows import Indices
 from cachefreeze.train import main
+from cachefreeze.training import checkpoint, fill
 
 if TYPE_CHECKING:
     from .interrupter import Interrupter
@@ -43,26 +42,9 @@ def write_images(folder: Path, per_class: int, seed: int, size: int = 32) -> Non
             image.save(folder / name / f"{number:03}.jpg", quality=90)
 
 
-class Pixels:
-    """Rows at boundary 0 from a tensor, counting how often they are asked for."""
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self.values = torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-        self.identity = f"{rows} random rows of seed {seed}"
-        self.served = 0
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        for rows in order:
-            self.served += len(rows)
-            yield self.values[torch.from_numpy(rows)]
-
-
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 training and 33 validation images: five steps of 32 an epoch, the last of 22."""
+    """150 training and 33 validation images: five steps of 32 an epoch, the last filled up."""
     folder = tmp_path_factory.mktemp("images")
     write_images(folder / "train", 50, seed=1)
     write_images(folder / "val", 11, seed=2)
@@ -102,8 +84,6 @@ def train(images: Path, tmp_path: Path) -> Train:
         count += 1
         folder = tmp_path / f"run{count}"
         argv = ["-b", 32, "-j", 0, "--precision", "fp32", "--cache-dir", tmp_path / "cache"]
-        # What is kept must not depend on how fast the machine is just now.
-        argv += ["--cache-policy", "eager"]
         if "--dataset" not in options:
             argv += ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32]
         argv += ["--no-report", "--output-dir", folder, *options]
@@ -174,6 +154,15 @@ def interrupt() -> "Iterator[Interrupter]":
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         yield Interrupter(monkeypatch)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_runs() -> Iterator[None]:
+    """Lets runs of a second save and keep rows as runs of an hour do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "TIME_SHARE", float("inf"))
+        patch.setattr(fill, "SOON_STEPS", 0)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefreeze.moments import DeviceClock
-from cachefreeze.trainer import Trainer
+from cachefreeze.training.trainer import Trainer
 
 from .test_parity import NETWORKS, SCHEDULE
 
@@ -18,7 +17,7 @@ def send(number: int, times: int = 1) -> None:
 
 
 class Interrupter:
-    """Sends signals to this process in the middle of a step, a batch of filling, or validation."""
+    """Sends signals to this process in the middle of a step, of filling a split, or of validation."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
@@ -29,7 +28,7 @@ class Interrupter:
         owner, name = {
             "step": (Trainer, "_step"),
             "validation": (Trainer, "_validate"),
-            "filling": (DeviceClock, "around"),
+            "filling": (Trainer, "_fill"),
         }[where]
         real, calls = getattr(owner, name), 0
 
@@ -47,8 +46,7 @@ class Interrupter:
 
 
 def command(images: Path, folder: Path, arch: str) -> list[str]:
-    options = ["-b", 32, "-j", 0, "--precision", "fp32", "--cache-policy", "eager"]
-    options += ["--no-report"]
+    options = ["-b", 32, "-j", 0, "--precision", "fp32", "--no-report"]
     options += ["--dataset", "imagefolder", "--data-dir", images, "--image-size", 32]
     options += ["--cache-dir", folder / "cache", "--output-dir", folder / "run"]
     return [str(option) for option in (*options, *NETWORKS[arch], *SCHEDULE)]

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from cachefreeze import UserError
-from cachefreeze.checkpoint import (
+from cachefreeze.randomness import random_state, set_random_state
+from cachefreeze.training import checkpoint
+from cachefreeze.training.checkpoint import (
+    is_due,
     load_checkpoint,
     load_last_checkpoint,
     save_checkpoint,
 )
-from cachefreeze.randomness import random_state, set_random_state
 
 CPU = torch.device("cpu")
 
@@ -39,7 +41,7 @@ def test_it_loads_with_weights_only(tmp_path: Path) -> None:
 
 def test_the_one_before_is_kept_and_the_best_is_the_best(tmp_path: Path) -> None:
     for number in range(1, 5):
-        save_checkpoint(tmp_path, state(number), best=number == 2)
+        save_checkpoint(tmp_path, state(number), state(number) if number == 2 else None)
     steps = {path.name: load_checkpoint(path)["step"] for path in tmp_path.iterdir()}
     assert steps == {"last.pt": 4, "previous.pt": 3, "best.pt": 2}
 
@@ -59,7 +61,7 @@ def test_a_file_system_without_hard_links_does_as_well(
 def test_whatever_fails_while_saving_leaves_the_last_one_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, count: int
 ) -> None:
-    save_checkpoint(tmp_path, state(1), best=True)
+    save_checkpoint(tmp_path, state(1), state(1))
     save_checkpoint(tmp_path, state(2))
     module = Path if operation == "replace" else os
     real, calls = getattr(module, operation), 0
@@ -73,7 +75,7 @@ def test_whatever_fails_while_saving_leaves_the_last_one_or_the_new_one(
 
     monkeypatch.setattr(module, operation, failing)
     try:
-        save_checkpoint(tmp_path, state(3), best=True)
+        save_checkpoint(tmp_path, state(3), state(3))
     except KeyboardInterrupt:
         monkeypatch.undo()
         last = load_last_checkpoint(tmp_path, no_warning)
@@ -222,3 +224,34 @@ def test_all_random_state_goes_on_where_it_was() -> None:
     drawn = [draw() for _ in range(3)]
     set_random_state(saved, CPU)
     assert [draw() for _ in range(3)] == drawn
+
+
+@pytest.fixture(autouse=True)
+def a_hundredth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "TIME_SHARE", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "cost", "epochs", "saved"),
+    [
+        (2.5, 0.01, 12, 12),  # a demonstration: each costs less than a hundredth of an epoch
+        (2.5, 0.1, 40, 10),  # a hundredth of 100 s is spent
+        (2.5, 100.0, 200, 1),  # by the clock alone: five minutes are over once
+        (240.0, 60.0, 10, 10),  # two epochs would be more than five minutes
+        (3600.0, 600.0, 3, 3),  # never more than an epoch
+        (149.0, 60.0, 10, 5),
+    ],
+)
+def test_checkpoints_take_little_time_and_no_kill_costs_much(
+    epoch: float, cost: float, epochs: int, saved: int
+) -> None:
+    now = spent = last = longest = 0.0
+    count = 0
+    for _ in range(epochs):
+        now += epoch
+        longest = max(longest, now - last)
+        if is_due(since=now - last, epoch=epoch, cost=cost, spent=spent, wall=now):
+            now += cost
+            count, last, spent = count + 1, now, spent + cost
+    assert count == saved
+    assert longest <= max(300, epoch)

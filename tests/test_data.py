@@ -10,11 +10,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cachefreeze import UserError, batches_of, epoch_order
-from cachefreeze.data import FolderImages, Images, InputRows, load
+from cachefreeze import UserError
+from cachefreeze.data import (
+    FolderImages,
+    Images,
+    Indices,
+    InputRows,
+    epoch_order,
+    full_batches,
+    load,
+)
 from cachefreeze.data.inputs import augment, random_views
 from cachefreeze.data.sets import statistics, stratified_split
-from cachefreeze.rows import Indices
 
 from .conftest import write_images
 
@@ -48,9 +55,17 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone() -> None:
     assert sorted(first) == list(range(100))
 
 
-def test_batches_cover_all_rows_and_only_the_last_is_short() -> None:
-    batches = batches_of(np.arange(10), 4)
-    assert [batch.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+@pytest.mark.parametrize(
+    ("rows", "batches"),
+    [
+        (10, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]),
+        (8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (3, [[0, 1, 2]]),
+        (0, []),
+    ],
+)
+def test_every_batch_is_full(rows: int, batches: list[list[int]]) -> None:
+    assert [batch.tolist() for batch in full_batches(np.arange(rows), 4)] == batches
 
 
 def test_digits_are_split_stratified_and_always_alike() -> None:
@@ -75,7 +90,7 @@ def test_a_stratified_split_has_no_row_twice_and_every_class_on_both_sides() -> 
 
 def test_statistics_are_those_of_the_pixels(images: Path) -> None:
     data = load_images(images)
-    pixels = torch.cat(list(data.train.decode(batches_of(np.arange(150), 64)))).numpy() / 255
+    pixels = torch.cat(list(data.train.decode([np.arange(150)]))).numpy() / 255
     assert data.mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-12)
     assert data.std == pytest.approx(pixels.std((0, 1, 2)), abs=1e-12)
 
@@ -92,7 +107,7 @@ def test_network_input_has_mean_zero_and_deviation_one(images: Path) -> None:
 
 def test_workers_change_neither_rows_nor_random_state(images: Path) -> None:
     here, there = load_images(images, workers=0), load_images(images, workers=1)
-    order = batches_of(epoch_order(150, 0, 0), 32)
+    order = full_batches(epoch_order(150, 0, 0), 32)
     torch.manual_seed(5)
     expected = list(here.train.decode(order))
     state = torch.get_rng_state()
@@ -100,7 +115,7 @@ def test_workers_change_neither_rows_nor_random_state(images: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
     assert torch.equal(torch.get_rng_state(), state)
-    assert [len(batch) for batch in found] == [32, 32, 32, 32, 22]
+    assert [len(batch) for batch in found] == [32] * 5
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
@@ -174,25 +189,24 @@ def test_an_augmented_row_depends_on_seed_epoch_and_row_alone(images: Path) -> N
 
 
 @pytest.mark.parametrize("augment_seed", [None, 3])
-def test_pixels_that_stay_on_the_device_are_decoded_once_and_give_the_same_rows(
+def test_pixels_that_stay_in_memory_are_decoded_once_and_give_the_same_rows(
     images: Path, augment_seed: int | None
 ) -> None:
     data = load_images(images)
     counted = CountedImages(data.train)
     here, there = (
-        InputRows(each, data.mean, data.std, torch.device("cpu"), augment_seed, resident=resident)
-        for each, resident in ((data.train, False), (counted, True))
+        InputRows(each, data.mean, data.std, torch.device("cpu"), augment_seed, kept_on=kept_on)
+        for each, kept_on in ((data.train, None), (counted, torch.device("cpu")))
     )
     for epoch in range(3):
         here.epoch = there.epoch = epoch
-        order = batches_of(epoch_order(150, 0, epoch), 32)
+        order = full_batches(epoch_order(150, 0, epoch), 32)
         if epoch == 0:
             order = order[:3]  # a run that goes on in the middle of its first epoch
         for one, other in zip(here.batches(order), there.batches(order), strict=True):
             assert torch.equal(one, other)
             assert one.stride() == other.stride()
-    # Batches of the second epoch may hold rows of the first again, but no third one decodes.
-    assert 150 <= counted.decoded <= 96 + 150
+    assert counted.decoded == 150
     assert list(there.batches([])) == []
 
 

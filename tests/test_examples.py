@@ -12,7 +12,6 @@ from cachefreeze.device import has_bf16
 
 ROOT = Path(__file__).parents[1]
 ROWS, TRAIN = 1797, 1408  # of digits, and those of freezeout.py's full batches
-RESNET18_PREFIX = 9  # units
 
 
 class Example:
@@ -50,28 +49,6 @@ def both(name: str, folder: Path, *options: object) -> Example:
     assert not (folder / "without").exists()
     assert (folder / "cache").is_dir()
     return cached
-
-
-def test_a_plain_loop_takes_every_row_of_a_frozen_prefix_from_the_cache(tmp_path: Path) -> None:
-    run = both("plain_loop", tmp_path)
-    # The first unit freezes within the first epoch; all seven others start with a store.
-    assert run.numbers(r"(\d+) rows from the cache") == [ROWS * epoch for epoch in range(8)]
-    assert run.numbers(r"frozen (\d)/4")[-1] == 3
-    assert min(run.numbers(r"accuracy +(\d+)")[4:]) >= 97
-
-
-def test_a_dataloader_is_kept_and_its_rows_come_from_the_cache(tmp_path: Path) -> None:
-    run = both("dataloader", tmp_path)
-    expected = [ROWS * max(epoch - 1, 0) for epoch in range(6)]
-    assert run.numbers(r"(\d+) rows from the cache") == expected
-    assert run.numbers(r"accuracy +(\d+)")[-1] >= 97
-
-
-def test_a_second_head_finds_the_rows_of_the_first_and_computes_none(tmp_path: Path) -> None:
-    run = both("frozen_backbone", tmp_path)
-    assert run.numbers(r"prefix_unit_rows_computed == (\d+)") == [RESNET18_PREFIX * ROWS, 0]
-    assert run.numbers(r"(\d+) rows from the cache") == [3 * ROWS] * 2
-    assert len(set(run.weights)) == 2  # of two heads, and not of one trained twice
 
 
 @pytest.mark.skipif(

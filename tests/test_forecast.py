@@ -1,278 +1,157 @@
-"""A forecast learns from what is observed, and keeps books that add up."""
+"""What is predicted of a run: when rows are kept, what it costs, how long it still takes."""
 
 import dataclasses
-import json
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from cachefreeze.forecast import Filled, Forecast, correction, pays_at_best
-from cachefreeze.planner import Drop, Move, Run
-from cachefreeze.prefix_cache import Materialization
-from cachefreeze.profiler import Boundary, CodecCost, Profile, Residence
-from cachefreeze.freezeout.schedule import Schedule
-
-SPLITS = {"train": 5000, "val": 1000}
-UNITS = 6
-
-
-def make_profile(**changes: object) -> Profile:
-    codecs = {"lz4": CodecCost(0.8, 2e-9, 5e-10), "zstd": CodecCost(0.5, 4e-9, 1e-9)}
-    boundary = Boundary((32, 32, 16), "float32", 0.0, 0.0, codecs)
-    plain: dict[str, object] = {
-        "train": (3e-3,) * UNITS,
-        "forward": (1e-3,) * UNITS,
-        "normalize": 1e-5,
-        "decode": 2e-4,
-        "step": 1e-3,
-        "boundaries": (boundary,) * (UNITS - 1),
-        "pixel_bytes": 3072,
-        "write": 1e-9,
-        "read": 2e-10,
-        "verify": 3e-10,
-        "store": 0.01,
-        "problem": None,
-        "rows": 128,
-        "passes": 6,
-        "seconds": 1.0,
-    }
-    return Profile(**{**plain, **changes})  # type: ignore[arg-type]
+from cachefreeze.freezeout import Unit, units_of
+from cachefreeze.models import build
+from cachefreeze.train import main
+from cachefreeze.training import fill
+from cachefreeze.training.fill import worth_filling
+from cachefreeze.training.forecast import WAYS, Costs, Run, Span, forward_seconds
+from cachefreeze.training.progress import Eta
 
 
-def make_run(epochs: int = 40, t0: float = 0.5) -> Run:
-    steps = epochs * 40
-    return Run(Schedule(UNITS, steps, t0).freeze_steps, steps, 5000, 1000, 128)
-
-
-def make(max_bytes: float = float("inf"), **options: object) -> Forecast:
-    profile = options.pop("profile", make_profile())
-    return Forecast(profile, options.pop("run", make_run()), SPLITS, max_bytes, **options)  # type: ignore[arg-type]
-
-
-def done(keep_boundary: int, seconds: float, compute: float, **changes: object) -> Materialization:
-    plain: dict[str, object] = {
-        "boundary": keep_boundary,
-        "rows": 6000,
-        "bytes": 1,
-        "seconds": seconds,
-        "compute_seconds": compute,
-        "reused": False,
-        "held": 0,
-        "codec": "raw",
-        "lossy": False,
-    }
-    return Materialization(**{**plain, **changes})  # type: ignore[arg-type]
-
-
-def test_a_profile_can_be_written_down() -> None:
-    assert json.loads(json.dumps(make_profile().as_json()))["train"] == [3e-3] * UNITS
-
-
-def test_pixels_are_kept_from_the_start_and_each_boundary_from_its_freeze() -> None:
-    forecast = make()
-    assert [move.keep.boundary for move in forecast.first.moves] == [0, 1, 2, 3, 4, 5]
-    assert [move.step for move in forecast.first.moves] == [0, *make_run().freeze_steps[:-1]]
-
-
-def test_eager_keeps_what_is_frozen_though_it_costs_more() -> None:
-    profile = make_profile(write=1e-7)  # 10 MB/s
-    planned, eager = make(profile=profile), make(profile=profile, policy="eager")
-    assert len(planned.first.moves) < len(eager.first.moves) == 6
-    assert planned.first.seconds < eager.first.seconds
-
-
-def test_compressed_stores_are_planned_only_where_raw_ones_do_not_fit() -> None:
-    raw = 6000 * 65536
-    assert {m.keep.codec for m in make(codec="auto").first.moves} == {"raw"}
-    # One raw store fits, but no two of them side by side.
-    moves = make(1.6 * raw, codec="auto").first.moves
-    assert {move.keep.codec for move in moves if move.keep.boundary} >= {"zstd"}
-    assert {m.keep.codec for m in make(codec="lz4").first.moves if m.keep.boundary} == {"lz4"}
-
-
-def test_slow_steps_make_all_arithmetic_dearer() -> None:
-    forecast = make()
-    predicted = forecast.step_seconds(0, None)
-    forecast.observe_steps([predicted * 2] * 10, 0, None)
-    assert forecast.step_seconds(0, None) == pytest.approx(2 * predicted)
-    assert forecast.costs.forward == pytest.approx((2e-3,) * UNITS)
-
-
-def test_a_few_steps_are_not_believed() -> None:
-    forecast = make()
-    forecast.observe_steps([9.0] * 3, 0, None)
-    assert forecast.costs == make().costs
-
-
-def test_one_odd_observation_does_not_decide_it_all() -> None:
-    assert correction(100, 1) == 5
-    assert correction(0.001, 1) == 0.2
-    assert correction(1, 0) == 1
-    assert correction(0, 1) == 1
-
-
-def test_slow_writing_stops_further_stores_that_no_longer_pay() -> None:
-    forecast = make()
-    keep = forecast.keep(1, "raw")
-    forecast.observe_filling(None, keep, done(1, seconds=100.0, compute=7.3))
-    assert forecast.keep(1, "raw").write == pytest.approx(keep.write * 5)
-    for _ in range(3):
-        forecast.observe_filling(None, forecast.keep(1, "raw"), done(1, 1e4, compute=7.3))
-    step = make_run().freeze_steps[1]
-    plan = forecast.revise(step, forecast.keep(1, "raw"))
-    assert len(plan.moves) < 2
-
-
-def test_a_store_that_was_found_says_nothing_of_what_filling_costs() -> None:
-    forecast = make()
-    forecast.observe_filling(None, forecast.keep(1, "raw"), done(1, 50.0, 0.0, reused=True))
-    assert forecast.costs == make().costs
-
-
-SMALL, LARGE = (Boundary((32, 32, n), "float32", 0.0, 0.0, {}) for n in (8, 16))
-
-
-def beside_a_gpu(**options: object) -> Forecast:
-    """Every second boundary fits into the device's memory, the others come from the disk."""
-    room = 6000 * SMALL.row_bytes
-    residence = Residence(lambda needed: "device" if needed <= room else "disk", beside=4)
-    profile = make_profile(boundaries=(SMALL, LARGE) * 2 + (SMALL,))
-    return make(residence=residence, **{"profile": profile, **options})
-
-
-def test_rows_in_memory_say_nothing_of_the_disk() -> None:
-    """They are written while training goes on: to fill them took the arithmetic, and a little."""
-    forecast = beside_a_gpu()
-    disk = forecast.keep(2, "raw").write
-    forecast.observe_filling(None, forecast.keep(1, "raw"), done(1, 8.3, 7.3, tier="device"))
-    assert (forecast.keep(2, "raw").write, forecast.costs.store) == (disk, 0.01)
-    # Nor where they should have gone to the disk, or should not have.
-    forecast.observe_filling(None, forecast.keep(2, "raw"), done(2, 8.3, 8.2, tier="host"))
-    forecast.observe_filling(None, forecast.keep(1, "raw"), done(1, 99.0, 7.3))
-    assert (forecast.keep(2, "raw").write, forecast.costs.store) == (disk, 0.01)
-    # Those that lose precision are on the disk before they are in memory.
-    rounded = beside_a_gpu(
-        profile=make_profile(boundaries=(dataclasses.replace(SMALL, lossy=True), LARGE) * 2)
-    )
-    rounded.observe_filling(
-        None, rounded.keep(1, "raw"), done(1, 99.0, 7.3, tier="device", lossy=True)
-    )
-    assert rounded.keep(2, "raw").write == pytest.approx(5 * disk)
-
-
-@pytest.mark.parametrize("decode", [0.0, 1e-5])
-def test_reading_that_takes_what_it_should_corrects_nothing(decode: float) -> None:
-    """With four threads beside the device, training waits for a quarter of it."""
-    large = dataclasses.replace(LARGE, decode=decode)
-    forecast = beside_a_gpu(profile=make_profile(boundaries=(SMALL, large) * 2 + (SMALL,)))
-    keep = forecast.keep(2, "raw")
-    assert keep.read == pytest.approx(65536 * 2e-10 / 4 + decode)
-    before = forecast.costs
-    forecast.observe_reading(keep, keep.read / 65536)
-    assert forecast.costs == before
-    forecast.observe_reading(keep, 3 * keep.read / 65536)
-    assert forecast.keep(4, "raw").read == pytest.approx(3 * keep.read)
-
-
-def test_what_is_observed_holds_for_what_was_given_up_too() -> None:
-    forecast = make()
-    forecast.observe_reading(forecast.keep(1, "raw"), 1e-9)
-    forecast.forget(forecast.keep(1, "raw"))
-    assert not any(keep.boundary == 2 for keep in forecast.costs.keeps)
-    assert forecast.keep(2, "raw").read == pytest.approx(65536e-9)
-
-
-def test_slow_reading_goes_back_to_the_input() -> None:
-    forecast = make(profile=make_profile(decode=0.0))
-    for _ in range(2):  # seen twice, counted once
-        # A row in 66 ms, which computing has in 2.
-        forecast.observe_reading(forecast.keep(2, "raw"), 1e-6)
-    source = forecast.keep(2, "raw")
-    assert source.read == pytest.approx(65536e-6)
-    step = make_run().freeze_steps[2]
-    assert forecast.revise(step, source).events == (Drop(step),)
-
-
-def test_what_could_not_be_had_is_not_planned_again() -> None:
-    sizes = [Boundary((32, 32, n), "float32", 0.0, 0.0, {}) for n in (16, 8, 16, 4, 16)]
-    forecast = make(profile=make_profile(boundaries=tuple(sizes)))
-    forecast.forget(forecast.keep(2, "raw"))
-    plan = forecast.revise(make_run().freeze_steps[1], None)
-    assert [move.keep.boundary for move in plan.moves] == [0, 4]
-    # What rows come from now is known all the same.
-    source = forecast.keep(3, "raw")
-    assert forecast.revise(make_run().freeze_steps[2], source).seconds > 0
-
-
-def test_a_store_of_another_codec_can_be_planned_from() -> None:
-    forecast = make()
-    keep = forecast.keep(2, "zstd")
-    assert (keep.boundary, keep.codec) == (2, "zstd")
-    plan = forecast.revise(make_run().freeze_steps[2], keep)
-    assert plan.moves[0].keep.boundary == 3
-
-
-def test_the_books_add_up() -> None:
-    """Two stores, one made of the other: what both saved is what serving spared."""
-    forecast = make()
-    move = forecast.first.moves[0]
-    forecast.settle(0, 0.0, dropped=False)
-    first = Filled(0, "stem", move, done(1, 5.0, 4.0), seconds_per_row=4e-3)
-    forecast.add(first)
-    forecast.settle(1000, 0.5, dropped=False)
-    second = Filled(9, "block", move, done(2, 3.0, 2.0), seconds_per_row=2e-3)
-    forecast.add(second)
-    forecast.settle(4000, 1.1, dropped=True)
-    assert first.served == 4000
-    assert second.served == 3000
-    # 1,000 rows spared 4 ms less 0.5 ms, 3,000 rows 4 + 2 ms less 0.2 ms.
-    spared = 1000 * (4e-3 - 0.5e-3) + 3000 * (4e-3 + 2e-3 - 0.2e-3)
-    assert first.saving + second.saving == pytest.approx(spared)
-    # Dropped: what is served from a later store is not theirs.
-    third = Filled(20, "block", move, done(3, 3.0, 2.0), seconds_per_row=1e-3)
-    forecast.add(third)
-    forecast.settle(5000, 1.2, dropped=True)
-    assert (first.served, second.served, third.served) == (4000, 3000, 1000)
-
-
-def test_it_says_why_nothing_is_kept() -> None:
-    assert make(profile=make_profile(problem="disk full")).why_nothing == "disk full"
-    assert "--cache-max-gb" in make(1000).why_nothing
-    assert "no store would save more time" in make(run=make_run(1)).why_nothing
-
-
-def test_it_says_what_more_room_would_bring_only_if_it_would() -> None:
-    assert make().with_more_room is None
-    assert make(6000 * 1e9).with_more_room is None
-    roomy = make(1000).with_more_room
-    assert roomy is not None
-    assert roomy.peak_bytes == pytest.approx(2 * 6000 * 65536, rel=0.01)
+def test_freezes_that_follow_each_other_in_few_steps_share_a_fill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fill, "SOON_STEPS", 8)
+    sizes = {"rows": 60, "batch_size": 10, "steps_per_epoch": 6, "share": 0.5}
+    assert not worth_filling(30, 5, **sizes)
+    assert worth_filling(30, 8, **sizes)
+    assert worth_filling(30, 30, **sizes)
 
 
 @pytest.mark.parametrize(
-    ("epochs", "t0", "decoding", "pays"),
+    ("steps_left", "to_next", "share", "worth"),
     [
-        (1, 0.5, False, False),
-        (1, 0.5, True, False),
-        (2, 0.5, True, True),
-        (3, 0.5, False, True),
-        (10, 1.0, False, False),
-        (10, 1.0, True, True),
+        (1000, 1000, 0.5, True),
+        (125, 125, 0.5, True),  # a row is seen 1.25 times more
+        (120, 120, 0.5, False),
+        (1000, 12, 0.5, False),  # the next freeze comes within an eighth of an epoch
+        (1000, 13, 0.5, True),
+        (1000, 1000, 0.05, False),  # hardly any work is frozen
     ],
 )
-def test_short_runs_are_not_even_measured(
-    epochs: int, t0: float, decoding: bool, pays: bool
+def test_rows_are_kept_if_enough_is_left_to_use_them(
+    steps_left: int, to_next: int, share: float, worth: bool
 ) -> None:
-    assert pays_at_best(make_run(epochs, t0), decoding) == pays
+    found = worth_filling(
+        steps_left, to_next, rows=1000, batch_size=10, steps_per_epoch=100, share=share
+    )
+    assert found == worth
 
 
-def test_what_is_not_measured_would_not_have_paid_for_free() -> None:
-    """The shortcut must agree with the planner where everything but serving is free."""
-    free = make_profile(write=0.0, store=0.0, read=0.0, verify=0.0)
-    for epochs in range(1, 5):
-        for t0 in (0.05, 0.2, 0.5, 0.8, 0.95, 1.0):
-            for decode in (0.0, 1e-3):
-                run = make_run(epochs, t0)
-                profile = dataclasses.replace(free, decode=decode)
-                plan = make(profile=profile, run=run).first
-                kept = any(isinstance(event, Move) for event in plan.events)
-                assert not kept or pays_at_best(run, decode > 0)
+# Three units that cost 1, 2 and 3 s forward and twice that backward; 10 epochs of 4 steps and one
+# batch of validation. The first freezes after 5 epochs, the second after 8.
+COSTS = Costs((1.0, 2.0, 3.0), 2.0, (0.0, 0.1, 0.2, 0.3))
+RUN = Run((20, 32, 40), 40, 4, 64, 16, 16)
+
+
+def test_every_way_to_train_has_its_price() -> None:
+    # Forward and backward of all units, and validations.
+    assert sum(s.seconds for s in RUN.spans(COSTS, "without_freezing")) == 40 * 18 + 10 * 6
+    only = 20 * 18 + 12 * 16 + 8 * 12 + 10 * 6
+    limit = 20 * 18 + 12 * 15 + 8 * 9 + (5 * 6 + 3 * 5 + 2 * 3)
+    found = RUN.forecast(COSTS)
+    assert tuple(found) == WAYS
+    assert found["freezing_only"] == pytest.approx(only)
+    assert found["limit"] == pytest.approx(limit)
+    # Every row once through the first unit, then, from what is kept, through the second; and each
+    # is read once for every step and validation.
+    fills = 5 * 1.0 + 5 * (2.0 + 0.1)
+    reads = (12 + 3) * 0.1 + (8 + 2) * 0.2
+    assert found["cached"] == pytest.approx(limit + fills + reads)
+    assert found["limit"] < found["cached"] < found["freezing_only"] < found["without_freezing"]
+
+
+def test_units_that_freeze_too_late_are_computed_in_every_step() -> None:
+    late = dataclasses.replace(RUN, freeze_steps=(20, 36, 40))
+    assert [late.fills_at(step, COSTS) for step in (0, 20, 36)] == [False, True, False]
+    *_, last = late.spans(COSTS, "cached")
+    assert last.before == 0
+    assert last.seconds == pytest.approx(4 * (2 + 3 + 6 + 0.1) + 2 + 3 + 0.1)
+
+
+def test_what_is_frozen_from_the_start_is_computed_once() -> None:
+    run = dataclasses.replace(RUN, freeze_steps=(0, 40, 40))
+    (span,) = run.spans(COSTS, "cached")
+    assert span.before == 5 * 1.0
+    assert span.seconds == pytest.approx(40 * 15.1 + 10 * 5.1)
+
+
+def test_pixels_that_stay_in_memory_are_waited_for_once() -> None:
+    costs = dataclasses.replace(COSTS, load=1.0)
+    dearer = {keeps: dataclasses.replace(RUN, keeps_pixels=keeps) for keeps in (False, True)}
+    for keeps, run in dearer.items():
+        more = {way: run.forecast(costs)[way] - RUN.forecast(COSTS)[way] for way in WAYS}
+        assert more["freezing_only"] == pytest.approx(50)
+        assert more["cached"] == pytest.approx(5 if keeps else 50)
+
+
+def test_costs_add_up_to_the_step_that_was_measured() -> None:
+    costs = Costs.measured(10.0, 1.0, [1.0, 2.0], [300, 600], frozen=1)
+    assert costs.backward * 2.0 + sum(costs.forward) + costs.load == 10.0
+    assert costs.read[0] == 0
+    assert costs.read[1] > costs.read[2] == 0
+    assert Costs.from_json(dataclasses.asdict(costs), 2) == costs
+
+
+class Slow(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(400):
+            super().forward(x)
+        return super().forward(x)
+
+
+def test_the_forward_pass_is_timed_by_unit_and_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), Slow(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    units = units_of(model)
+    assert [unit.name for unit in units] == ["0", "1", "3"]
+    random = torch.get_rng_state()
+    seconds, sizes = forward_seconds(model, units, torch.randn(8, 64), None)
+    torch.set_rng_state(random)
+    assert seconds[1] > 0.8 * sum(seconds)
+    assert sizes == [8 * 64 * 4] * 3
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not model[0]._forward_pre_hooks
+
+
+def test_parameters_beside_modules_are_timed_too() -> None:
+    model = build("torchvision:vit_b_32", 3, image_size=32)
+    units = units_of(model)
+    seconds, _ = forward_seconds(model, units, torch.randn(2, 3, 32, 32), None)
+    assert all(each > 0 for each in seconds)
+    assert isinstance(units[0], Unit)
+
+
+def test_time_that_is_left_follows_the_prediction_at_the_speed_that_was_seen() -> None:
+    spans = [Span(10, 100.0), Span(10, 20.0, before=30.0)]
+    eta = Eta(spans, step=0, now=0.0)
+    assert eta.seconds_left(0, 0.0) == pytest.approx(150)
+    assert eta.seconds_left(5, 50.0) == pytest.approx(100)
+    assert eta.seconds_left(5, 100.0) > 150  # it takes twice as long
+    assert eta.seconds_left(10, 130.0) == pytest.approx(20)  # the filling is done by then
+    assert eta.seconds_left(20, 150.0) == 0
+    unknown = Eta(spans, step=0, now=0.0, trust=0.0)
+    assert unknown.seconds_left(0, 5.0) is None
+    assert unknown.seconds_left(5, 10.0) == pytest.approx(20)  # of 150 parts, 50 took 10 s
+
+
+def test_a_plan_needs_neither_data_nor_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--plan", "--dataset", "imagefolder", "--rows", "5000", "500", "--classes", "7"]
+    assert main([*options, "--arch", "wrn10_1", "--image-size", "32", "-b", "32"]) == 0
+    told = capsys.readouterr().out
+    assert "5,000 training and 500 validation images, 3x32x32, 7 classes" in told
+    for words in ("stem", "freezing only", "with the cache", "limit", "predicted from 5 steps"):
+        assert words in told
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
-"""report.html and comparisons: read as HTML, and looked at in a browser where there is one."""
+"""report.html, the lines of a run, and comparisons: read as text and as HTML, and looked at in a
+browser where there is one."""
 
 import dataclasses
 import io
@@ -6,9 +7,9 @@ import itertools
 import json
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cachefreeze import figures
-from cachefreeze.account import COST, SAVED, WHOLE, spent, ways
-from cachefreeze.compare import comparison_lines, comparison_page, differing_settings
 from cachefreeze.errors import UserError
-from cachefreeze.markup import FORMATS
-from cachefreeze.page import WORDS, report, write_report
-from cachefreeze.planner import efficiency
-from cachefreeze.record import Record
-from cachefreeze.report import RESULT, closing_words, opening_words
-from cachefreeze.train import main
+from cachefreeze.report import figures
+from cachefreeze.report.compare import comparison_lines, comparison_page, differing_settings
+from cachefreeze.report.html_report import WORDS, report, write_report
+from cachefreeze.report.run_results import RunResults
+from cachefreeze.report.summary_text import (
+    RESULT,
+    closing_words,
+    duration,
+    epoch_line,
+    fill_line,
+    forecast_line,
+    opening_words,
+    plan_words,
+)
+from cachefreeze.report.time_breakdown import spent, ways
 
 from .browser import PROGRAM, Browser
-from .conftest import write_images
-from .interrupter import Interrupter
+from .run_files import make_run, rewrite
 
 ROOT = Path(__file__).parents[1]
 TITLES = {
@@ -39,45 +45,9 @@ TITLES = {
     "seconds": "Seconds of every epoch",
     "frontier": "Frozen units, and where rows come from",
     "learning": "Accuracy and loss",
-    "store": "Size of the store",
-    "predicted": "Predicted beside actual",
+    "kept": "What the cache keeps",
+    "predicted": "Predicted beside measured",
 }
-EPOCHS = 4
-
-
-class Runs:
-    """Real runs on the small images, each made once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.images = folder / "images"
-        write_images(self.images / "train", 50, seed=1)
-        write_images(self.images / "val", 11, seed=2)
-
-    def argv(self, name: str, *options: object) -> list[str]:
-        words = ["--arch", "wrn10_1", "--epochs", EPOCHS, "--t0", 0.2, "--schedule", "linear"]
-        words += ["-b", 32, "-j", 0, "--precision", "fp32", "--cache-policy", "eager"]
-        words += ["--dataset", "imagefolder", "--data-dir", self.images, "--image-size", 32]
-        words += ["--cache-dir", self.folder / "cache", "--output-dir", self.folder / name]
-        return [str(word) for word in (*words, *options)]
-
-    def __call__(self, name: str, *options: object) -> Path:
-        folder = self.folder / name
-        if not folder.exists():
-            assert main(self.argv(name, *options)) == 0
-        return folder
-
-    def cached(self) -> Path:
-        return self("cached", "--cache-max-gb", 0.05)
-
-    def without(self) -> Path:
-        return self("without", "--no-cache")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
-
 
 Script = Callable[..., int]
 
@@ -100,19 +70,19 @@ class Page(HTMLParser):
     """What is in a page.
 
     Attributes:
-        numbers: of every `data` element its attributes and its text.
-        loose: what is written outside of numbers, names, and pictures.
+        text: the page itself.
+        words: what a reader sees of it, pictures left out, a space between elements.
         figures: title of each, the `aria-label` of its picture or None, and its caption.
         links: whatever might be fetched.
         scripts: how many.
+        ids: of all elements.
     """
 
     LOADING = ("src", "srcset", "href", "xlink:href", "action", "data", "poster")
 
     def __init__(self, page: bytes) -> None:
         super().__init__()
-        self.numbers: list[tuple[dict[str, str | None], str]] = []
-        self.loose: list[str] = []
+        self.words = ""
         self.figures: list[dict[str, str | None]] = []
         self.links: list[str] = []
         self.scripts = 0
@@ -132,8 +102,6 @@ class Page(HTMLParser):
         if tag == "svg" and "figure" in self._open:
             self.figures[-1]["label"] = attributes["aria-label"]
             assert attributes["role"] == "img"
-        if tag == "data":
-            self.numbers.append((attributes, ""))
         if tag not in ("meta",):
             self._open.append(tag)
 
@@ -143,98 +111,78 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
+        self.words += " " if tag in ("td", "th", "dd", "dt", "p", "b", "span") else ""
 
     def handle_data(self, data: str) -> None:
         inside = set(self._open)
-        if "data" in inside:
-            attributes, text = self.numbers[-1]
-            self.numbers[-1] = attributes, text + data
-        elif not inside & {"code", "pre", "svg", "style", "title", "h1", "th"}:
-            self.loose.append(data)
-        if "h3" in inside:
-            self.figures[-1]["title"] = (self.figures[-1]["title"] or "") + data
-        if "figcaption" in inside:
-            self.figures[-1]["caption"] = (self.figures[-1]["caption"] or "") + data
+        if not inside & {"svg", "style"}:
+            self.words += data
+        for tag, key in (("h3", "title"), ("figcaption", "caption")):
+            if tag in inside:
+                self.figures[-1][key] = (self.figures[-1][key] or "") + data
 
     @property
     def drawn(self) -> list[str | None]:
         return [each["title"] for each in self.figures if each["label"]]
 
 
-def read(folder: Path) -> Page:
-    return Page((folder / "report.html").read_bytes())
+def drawn(run: RunResults) -> Page:
+    """The page of a run, after something in its files was changed."""
+    return Page(write_report(rewrite(run)).read_bytes())
 
 
-def check_numbers(page: Page) -> None:
-    """Every number in a page is one of the files that it names, written as numbers are."""
-    assert page.numbers
-    for attributes, text in page.numbers:
-        value = file_value(attributes["data-run"], attributes["data-from"])
-        if "data-by" in attributes:
-            value /= file_value(attributes["data-by-run"], attributes["data-by"])
-        assert float(attributes["value"] or "nan") == value
-        assert text == FORMATS[attributes["data-as"] or ""](value)
-    for text in page.loose:  # "4/5": how many there are is the length of a list
-        assert not re.search(r"\d", re.sub(r"^/\d+$", "", text)), text
+@pytest.fixture
+def cached(tmp_path: Path) -> RunResults:
+    return make_run(tmp_path / "cached")
 
 
-def file_value(folder: str | None, places: str | None) -> float:
-    """Read from the files here, not by the code that made the page: `a + b - c`."""
-    assert folder is not None
-    assert places is not None
-    total = 0.0
-    for sign, place in re.findall(r"(^|[+-]) ?(\S+)", places):
-        total += -number_at(folder, place) if sign == "-" else number_at(folder, place)
-    return total
-
-
-def number_at(folder: str, place: str) -> float:
-    name, *keys = place.split(".")
-    path = Path(folder) / {"summary": "summary.json", "metrics": "metrics.jsonl"}[name]
-    content = path.read_text()
-    value: Any = (
-        [json.loads(line) for line in content.splitlines()]
-        if name == "metrics"
-        else json.loads(content)
-    )
-    for key in keys:
-        value = value[int(key) if isinstance(value, list) else key]
-    return float(value)
-
-
-def test_a_run_leaves_a_page_with_every_figure_and_says_where(
-    runs: Runs, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = runs("announced")
-    assert capsys.readouterr().out.splitlines()[-1] == f"report    {folder / 'report.html'}"
-    page = read(runs.cached())
+def test_every_figure_is_drawn_and_says_what_it_shows(cached: RunResults) -> None:
+    page = drawn(cached)
     assert page.drawn == list(TITLES.values())
+    assert [name for name in TITLES if f'id="{name}-figure_1"' in page.text] == list(TITLES)
     for each in page.figures:
         assert each["label"]
         assert each["caption"]
 
 
-def test_every_number_in_the_page_is_one_of_its_run(runs: Runs) -> None:
-    for folder in (runs.cached(), runs.without()):
-        check_numbers(read(folder))
-    shown = {each["data-from"] for each, _ in read(runs.cached()).numbers}
-    expected = {"val_accuracy", "best_val_accuracy", "wall_seconds", "train_seconds"}
-    assert {f"summary.{name}" for name in expected} <= shown
-    for way in ways(Record.load(runs.cached()).summary):
-        assert {way.best, way.predicted} <= shown
-    assert {f"metrics.{epoch}.val_accuracy" for epoch in range(EPOCHS)} <= shown
+def test_the_page_says_the_numbers_of_its_run(cached: RunResults) -> None:
+    words, summary = drawn(cached).words, cached.summary
+    assert words.count("92.50% of the validation images are right") == 1
+    assert "99.44% in the best epoch" in words
+    assert f"{duration(summary['wall_seconds'])} is the time of the run" in words
+    assert "7/8 units are frozen in the end" in words
+    assert "10,200 of 10,782 rows came from it" in words
+    for line in cached.metrics:
+        assert (
+            f"{line['epoch']} {line['step']} {line['train_loss']:.4f} {line['val_loss']:.4f} "
+            f"{line['val_accuracy']:.2%} {line['frozen_units']}/8 {line['rows_served']:,} "
+            f"{line['rows_computed']:,} {line['seconds']:.1f} {line['images_per_second']:,.0f} "
+        ) in words
+    for name, rate, step in zip(
+        summary["units"], summary["initial_rates"], summary["freeze_steps"], strict=True
+    ):
+        assert f"{name} {rate:.3g} {'never' if name == 'head' else step} " in words
+    for fill in summary["cache"]["fills"]:
+        assert f"{fill['step']} {fill['unit']} {fill['rows']:,} 0.3 s " in words
+    assert 'data_set"' not in words
+    assert '"cubic"' in words
 
 
-def test_what_was_run_is_told_as_the_run_told_it(runs: Runs) -> None:
-    record = Record.load(runs.cached())
-    page = read(runs.cached()).text
-    for line in opening_words(record.args, record.summary["units"], **record.summary["about"]):
+def test_what_was_run_is_told_as_the_run_told_it(cached: RunResults) -> None:
+    page = drawn(cached).text
+    for line in opening_words(cached.args, cached.summary["units"], **cached.summary["about"]):
         assert f"<code>{line[10:]}</code>" in page
-    assert "--arch wrn10_1 --epochs 4" in page
+    assert "python -m cachefreeze.train --arch wrn" in page
 
 
-def test_a_page_asks_for_nothing_and_runs_nothing(runs: Runs) -> None:
-    page = read(runs.cached())
+def test_what_the_cache_said_is_in_the_page(cached: RunResults) -> None:
+    said = "dropout in `a` & batch norms limit the cache to 12 %"
+    cached.summary["cache"]["messages"] = [said]
+    assert f"<code>{escape(said)}</code>" in drawn(cached).text
+
+
+def test_a_page_asks_for_nothing_and_runs_nothing(cached: RunResults) -> None:
+    page = drawn(cached)
     assert page.links == []
     assert page.scripts == 0
     assert "default-src 'none'; style-src 'unsafe-inline'" in page.text
@@ -242,15 +190,15 @@ def test_a_page_asks_for_nothing_and_runs_nothing(runs: Runs) -> None:
     assert not re.search(r"url\((?!#)", page.text)
 
 
-def test_ids_of_figures_do_not_run_into_each_other(runs: Runs) -> None:
-    page = read(runs.cached())
+def test_ids_of_figures_do_not_run_into_each_other(cached: RunResults) -> None:
+    page = drawn(cached)
     assert len(set(page.ids)) == len(page.ids)
     for target in re.findall(r'(?:url\(|href=")#([^)"]+)', page.text):
         assert target in page.ids
 
 
-def test_colours_are_those_of_the_page_light_or_dark(runs: Runs) -> None:
-    text = read(runs.cached()).text
+def test_colours_are_those_of_the_page_light_or_dark(cached: RunResults) -> None:
+    text = drawn(cached).text
     for name, (light, dark) in figures.COLOURS.items():
         assert f"--{name}:{light}" in text.split("@media")[0]
         assert f"--{name}:{dark}" in text.split("@media")[1]
@@ -266,12 +214,11 @@ def test_colours_can_be_told_from_each_other_and_from_the_page() -> None:
         for name in ("ink", "muted"):
             assert contrast(luminance(linear(figures.COLOURS[name][which])), paper) >= 4.5
         for seen in (np.eye(3), PROTAN, DEUTAN):
-            stacked = [seen @ linear(figures.COLOURS[figures.PARTS[p]][which]) for p in PARTS]
+            stacked = [seen @ linear(figures.COLOURS[part][which]) for part in figures.PARTS]
             for one, other in itertools.pairwise(stacked):
                 assert np.abs(perceived(one) - perceived(other)).max() > 0.12
 
 
-PARTS = [name for name in figures.PARTS if name != "training"]
 PROTAN = np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]])
 DEUTAN = np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]])
 
@@ -293,280 +240,221 @@ def contrast(one: float, other: float) -> float:
     return (max(one, other) + 0.05) / (min(one, other) + 0.05)
 
 
-def copied(folder: Path, to: Path, change: Callable[[Record], None]) -> Path:
-    """A run's files with a change."""
-    record = Record.load(folder)
-    change(record)
-    to.mkdir()
-    (to / "args.json").write_text(json.dumps(record.args))
-    (to / "summary.json").write_text(json.dumps(record.summary))
-    (to / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in record.metrics))
-    return to
-
-
-def as_of_an_older_version(record: Record) -> None:
-    for name in ("about", "numerics", "freeze_steps", "initial_rates"):
-        del record.summary[name]
-    del record.summary["cache"]["max_bytes"]
-    del record.args["report"]
-    for line in record.metrics:
-        for name in ("prefix_seconds", "read_seconds", "store_bytes"):
-            del line[name]
-
-
-def as_of_a_gpu(record: Record) -> None:
-    record.summary["numerics"]["device"] = "mps"
-    record.summary["plan"]["actual"] |= dict.fromkeys(("freezing_only", "limit", "efficiency"))
-    for line in record.metrics:
-        line["prefix_seconds"] = line["read_seconds"] = 0.0
-
-
-@pytest.mark.parametrize("change", [as_of_an_older_version, as_of_a_gpu])
-def test_parts_that_were_not_measured_are_not_made_up(
-    runs: Runs, tmp_path: Path, change: Callable[[Record], None]
-) -> None:
-    folder = copied(runs.cached(), tmp_path / "run", change)
-    write_report(folder)
-    page = read(folder)
-    assert page.drawn == list(TITLES.values())
-    check_numbers(page)
-    (seconds,) = (each for each in page.figures if each["title"] == TITLES["seconds"])
-    assert "parts of a training step were not timed" in (seconds["caption"] or "")
-    assert 'id="seconds-training"' in page.text
-    assert 'id="seconds-suffix"' not in page.text
-
-
 @pytest.mark.parametrize(
-    ("name", "options", "left_out"),
+    ("options", "left_out"),
     [
-        ("without", ["--no-cache"], ["store", "predicted"]),
-        ("unfrozen", ["--no-freeze", "--no-cache", "--epochs", 1], None),
-        ("first", ["--freeze-first", 2, "--epochs", 2], []),
+        ({"cache": False}, ["kept"]),
+        ({"cache": False, "forecast": False}, ["kept", "predicted"]),
+        ({"cache": False, "freeze": False}, ["frontier", "kept"]),
+        ({"freeze": False, "epochs": 1}, ["frontier", "kept"]),
+        ({"epochs": 1}, []),
     ],
 )
 def test_a_figure_that_would_say_nothing_is_left_out_with_a_sentence(
-    runs: Runs, name: str, options: list[object], left_out: list[str] | None
+    tmp_path: Path, options: dict[str, Any], left_out: list[str]
 ) -> None:
-    left_out = ["frontier", "store", "predicted"] if left_out is None else left_out
-    page = read(runs(name, *options))
-    check_numbers(page)
+    page = drawn(make_run(tmp_path / "run", **options))
     assert [each["title"] for each in page.figures] == list(TITLES.values())
     absent = [each for each in page.figures if not each["label"]]
     assert [each["title"] for each in absent] == [TITLES[which] for which in left_out]
     assert all((each["caption"] or "").startswith("Left out: ") for each in absent)
 
 
-def test_a_resumed_run_counts_what_came_before(runs: Runs, interrupt: Interrupter) -> None:
-    # In the third epoch of five steps.
-    interrupt(13)
-    assert main(runs.argv("resumed", "--no-cache")) == 130
-    interrupt.no_more()
-    assert not (runs.folder / "resumed" / "report.html").exists()
-    assert main(["--resume", str(runs.folder / "resumed")]) == 0
-    page = read(runs.folder / "resumed")
-    check_numbers(page)
-    assert "summary.resumed_at.0" in {each["data-from"] for each, _ in page.numbers}
-    record = Record.load(runs.folder / "resumed")
-    for line in record.metrics:
-        assert 0 < line["prefix_seconds"] < line["train_seconds"]
-    counted = sum(line["prefix_seconds"] for line in record.metrics)
-    assert counted < record.summary["cache"]["compute_seconds"]
+def test_a_resumed_run_says_after_which_step(cached: RunResults) -> None:
+    assert "until it went on" not in drawn(cached).words
+    cached.summary["resumed_at"] = [57, 1103]
+    words = drawn(cached).words
+    assert "after step 57, 1,103" in words
+    assert "until it went on after it was cut off" in words
 
 
-def test_an_epoch_says_what_it_took_from_the_store_and_how_large_that_is(runs: Runs) -> None:
-    cached, without = Record.load(runs.cached()), Record.load(runs.without())
-    events = cached.summary["cache"]["boundaries"]
-    for line in cached.metrics:
-        assert line["read_seconds"] > 0
-        held = [event["bytes"] for event in events if event["step"] <= line["step"]]
-        assert line["store_bytes"] == held[-1]
-    assert cached.summary["cache"]["max_bytes"] == 0.05e9
-    for line in without.metrics:
-        assert (line["read_seconds"], line["store_bytes"]) == (0, 0)
-        assert line["prefix_seconds"] > 0
-
-
-def test_the_parts_of_a_runs_time_are_all_of_it(runs: Runs) -> None:
-    for folder in (runs.cached(), runs.without()):
-        record, page = Record.load(folder), read(folder)
-        parts = spent(record.summary)
-        seconds = {name: record.at(at) for name, at in parts.items()}
-        assert sum(seconds.values()) == pytest.approx(record.summary["wall_seconds"])
-        assert seconds["the rest"] > 0
-        shown = [each["data-from"] for each, _ in page.numbers]
-        first = shown.index("summary.train_seconds")
-        assert shown[first : first + len(parts) + 1] == [*parts.values(), WHOLE]
-
-
-def test_other_times_are_the_runs_own_but_for_freezing_and_the_cache(runs: Runs) -> None:
-    record = Record.load(runs.cached())
-    plan, (own, only, none, limit) = record.summary["plan"], ways(record.summary)
-    assert [each.known for each in (own, only, none, limit)] == [
-        "measured",
-        "estimated",
-        "predicted",
-        "estimated",
-    ]
-    # By the planning's own arithmetic, which knows nothing of loading and checkpoints.
-    three = [record.at(each.best) for each in (only, own, limit)]
-    assert efficiency(*three) == pytest.approx(plan["actual"]["efficiency"])
-    assert three[0] - three[2] == pytest.approx(
-        plan["actual"]["freezing_only"] - plan["actual"]["limit"]
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_parts_of_a_runs_time_are_all_of_it(tmp_path: Path, cache: bool) -> None:
+    run = make_run(tmp_path / "run", cache=cache)
+    parts, whole = spent(run.summary), run.summary["wall_seconds"]
+    assert sum(parts.values()) == pytest.approx(whole)
+    assert parts["the rest"] == pytest.approx(1.35)
+    assert ("filling the cache" in parts) == cache
+    shown = [f"{name} {duration(seconds)} " for name, seconds in parts.items()]
+    assert f"{''.join(shown)}the time of the run {duration(whole)}" in re.sub(
+        r"\s+", " ", drawn(run).words
     )
-    loading = record.summary["wall_seconds"] - plan["actual"]["seconds"]
-    assert own.predicted is not None
-    assert record.at(own.predicted) == pytest.approx(plan["predicted"]["seconds"] + loading)
-    assert record.at(none.best) == pytest.approx(
-        plan["predicted"]["no_freezing"] + loading - record.summary["profile_seconds"]
-    )
-    assert list(spent(Record.load(runs.without()).summary)) == [
-        "training",
-        "validation",
-        "the rest",
-    ]
-    (alone,) = ways(Record.load(runs.without()).summary)[:1]
-    assert (alone.known, alone.predicted) == ("measured", None)
-    assert [each.known for each in ways(Record.load(runs.without()).summary)[1:]] == [""] * 3
+    told = f"time      {duration(whole)}: " + ", ".join(each.strip() for each in shown)
+    assert told in told_by(run)
 
 
-def test_of_a_run_that_went_on_the_plan_says_nothing_of_the_whole_of_others(
-    runs: Runs, tmp_path: Path
+def test_freezing_only_is_this_time_and_what_the_cache_saved_less_filling(
+    cached: RunResults,
 ) -> None:
-    def resumed(record: Record) -> None:
-        cheap(record)
-        record.summary["resumed_at"] = [3]
-
-    folder = copied(runs.cached(), tmp_path / "run", resumed)
-    write_report(folder)
-    check_numbers(read(folder))
-    own, only, *others = ways(Record.load(folder).summary)
-    assert own.predicted is not None
-    assert (only.known, only.predicted) == ("estimated", None)
-    assert [each.known for each in others] == ["", ""]
-    assert "until it went on after it was cut off" in read(folder).text
-    assert not re.search(r"efficiency|more than it saves", "\n".join(told(folder)))
-    assert "summary.plan.actual.efficiency" not in read(folder).text
-    assert "until it went on" not in read(runs.cached()).text
-
-
-def test_where_nothing_was_predicted_there_is_no_column_of_it(runs: Runs, tmp_path: Path) -> None:
-    def unplanned(record: Record) -> None:
-        record.summary["plan"] = None
-
-    folder = copied(runs.cached(), tmp_path / "run", unplanned)
-    write_report(folder)
-    assert ">predicted</th>" not in read(folder).text
-    assert ">predicted</th>" in read(runs.cached()).text
+    cached.summary.update(wall_seconds=30.0, fill_seconds=2.0)
+    cached.summary["cache"]["seconds_saved"] = 5.0
+    own, only, none, limit = ways(cached.summary)
+    assert (own.name, only.name, none.name) == ("this run", "freezing only", "no freezing")
+    assert (limit.name, limit.seconds) == ("limit", 28.2)
+    assert (own.seconds, own.known, own.predicted) == (30.0, "measured", 29.9)
+    assert (only.seconds, only.known, only.predicted) == (33.0, "estimated", 33.3)
+    assert (none.seconds, none.known) == (39.1, "predicted")
+    assert only.by(own) == pytest.approx(33 / 30)
+    assert none.by(own) == pytest.approx(39.1 / 29.9), "predicted by predicted"
+    words = drawn(cached).words
+    assert "1.10x as fast as freezing only (estimated)" in words
+    assert "1.31x as fast as no freezing (predicted)" in words
+    beside = "freezing only 33.0 s (estimated), no freezing 39.1 s (predicted), limit 28.2 s"
+    assert f"          {beside} (predicted)" in told_by(cached)
+    assert "plan      29.9 s predicted, 30.0 s taken (+0%)" in told_by(cached)
 
 
-def told(folder: Path) -> list[str]:
-    record = Record.load(folder)
-    return closing_words(record.summary, record.args, folder, "python", exact=True)
+def test_each_way_to_train_is_set_beside_its_own_prediction(tmp_path: Path) -> None:
+    only = make_run(tmp_path / "only", cache=False).summary
+    none = make_run(tmp_path / "none", cache=False, freeze=False).summary
+    assert [way.name for way in ways(only)] == [
+        "this run",
+        "no freezing",
+        "with the cache",
+        "limit",
+    ]
+    assert ways(only)[0].predicted == 33.3
+    assert ways(none)[0].predicted == 39.1
 
 
-def dear(record: Record) -> None:
-    summary = record.summary
-    summary["cache"]["saved_seconds"] = summary["profile_seconds"] - 1.5
-    summary["wall_seconds"] += 10.0
-    summary["plan"]["actual"]["efficiency"] = -1.94
-    summary["plan"]["predicted"] |= {"seconds": 7.5, "freezing_only": 5.0, "limit": 4.0}
-    summary["plan"]["predicted"]["efficiency"] = -2.5
+def test_where_nothing_is_known_it_says_how_to_come_by_it(tmp_path: Path) -> None:
+    page = drawn(make_run(tmp_path / "run", cache=False, forecast=False))
+    assert "Nothing is known to set beside it: scripts/write_report.py shows" in page.words
+    assert "predicted</th>" not in page.text
 
 
-def cheap(record: Record) -> None:
-    record.summary["cache"]["saved_seconds"] = record.summary["profile_seconds"] + 1.0
-    record.summary["plan"]["actual"]["efficiency"] = 0.5
+def told_by(run: RunResults) -> list[str]:
+    return closing_words(run.summary, run.args, run.folder, "python", exact=True)
 
 
-def test_a_cache_that_costs_more_than_it_saves_says_how_much(runs: Runs, tmp_path: Path) -> None:
-    folder = copied(runs.cached(), tmp_path / "dear", dear)
-    write_report(folder)
-    assert "more than it saved (estimated)" in read(folder).text
-    costs = [text for each, text in read(folder).numbers if each["data-from"] == COST]
-    assert costs == ["1.5 s"]
-    check_numbers(read(folder))
-    assert not re.search(r"[^\d]-\d", " ".join(text for _, text in read(folder).numbers))
-    lines = "\n".join(told(folder))
+def test_a_cache_that_costs_more_than_it_saves_says_how_much(cached: RunResults) -> None:
+    cached.summary["cache"]["seconds_saved"] = cached.summary["fill_seconds"] - 1.5
+    words = drawn(cached).words
+    assert "The cache cost 1.5 s more than it saved (estimated)" in words
+    assert not re.search(r"[^\d]-\d", words.split("What was run")[0])
+    lines = "\n".join(told_by(cached))
     assert "cache     cost more than it saved: 1.5 s (estimated)" in lines
-    assert "the cache costs 2.5 s more than it saves (predicted)" in lines
-    assert "efficiency" not in lines
-    folder = copied(runs.cached(), tmp_path / "cheap", cheap)
-    lines = "\n".join(told(folder))
-    assert "cache     saved 1.0 s (estimated)" in lines
-    assert "; efficiency 0.50 (estimated)" in lines
+    assert "--no-cache\n      the same weights\n" in lines
+    cached.summary["cache"]["seconds_saved"] += 2.5
+    lines = "\n".join(told_by(cached))
+    assert "cache     saved 1.0 s (estimated), filling included; 10,200 of 10,782 rows" in lines
+    assert "--no-cache\n      the same weights, in more time\n" in lines
 
 
-def test_what_is_told_of_a_quiet_run_are_all_facts_and_no_hints(runs: Runs) -> None:
-    lines = told(runs.cached())
+@pytest.mark.parametrize("messages", [[], ["dropout stands in the way"]])
+def test_a_cache_that_served_nothing_says_why(cached: RunResults, messages: list[str]) -> None:
+    cached.summary["cache"] |= {"rows_served": 0, "rows_kept": 0, "messages": messages}
+    (line,) = (line for line in told_by(cached) if line.startswith("cache"))
+    assert ("warnings above" in line) == bool(messages)
+    assert ("a smaller --t0" in line) == (not messages)
+    assert not any("--no-cache" in line or "cache_stats" in line for line in told_by(cached))
+    assert "No row came from the cache." in drawn(cached).words
+
+
+def test_what_is_told_of_a_quiet_run_are_all_facts_and_no_hints(cached: RunResults) -> None:
+    lines = told_by(cached)
     hints = lines.index("what to type next:")
     assert [line for line in lines if line.startswith(RESULT)] == lines[1 : hints - 1]
-    assert {line.split()[0] for line in lines[1 : hints - 1]} >= {"cache", "plan", "time", "store"}
+    assert {line.split()[0] for line in lines[1 : hints - 1]} >= {"cache", "plan", "time", "run"}
+    assert "          8,985 rows in data/cache, 16.9 MB" in lines
 
 
-def test_the_first_use_of_a_word_leads_to_what_it_means(runs: Runs, tmp_path: Path) -> None:
-    folder = copied(runs.cached(), tmp_path / "run", cheap)
-    write_report(folder)
-    body, words = read(folder).text.split("<body>")[1].split("<h2>Words</h2>")
+def test_an_epoch_and_a_filling_are_a_line_each(cached: RunResults) -> None:
+    names = cached.summary["units"]
+    assert epoch_line(cached.metrics[0], 12, names) == (
+        "epoch  1/12  loss 2.0000  val  10.00%  frozen 0/8      625 img/s"
+    )
+    assert epoch_line(cached.metrics[-1], 12, names) == (
+        "epoch 12/12  loss 0.0139  val  92.50%  frozen 7/8    2,942 img/s"
+        "  95% of rows from the cache"
+    )
+    fill = {"step": 1570, "unit": "group1_block1", "rows": 1797, "seconds": 0.31}
+    assert fill_line(fill) == "  step 1,570: rows after group1_block1 kept: 1,797, 0.3 s"
+
+
+def test_a_plan_says_when_units_freeze_and_four_times() -> None:
+    forecast = {"without_freezing": 150.0, "freezing_only": 120.0, "cached": 110.0, "limit": 100.0}
+    lines = plan_words(["stem", "body", "head"], [0, 1157, 2300], 2300, 23, forecast, 8)
+    assert lines == [
+        "unit    freezes at step  epoch  share of the run",
+        "stem                  0      1              0.0%",
+        "body              1,157     51             50.3%",
+        "head  trains to the end",
+        "",
+        "predicted                              time  of freezing only",
+        "no freezing                      2 min 30 s            125.0%",
+        "freezing only                    2 min 00 s            100.0%",
+        "with the cache                   1 min 50 s             91.7%",
+        "limit: frozen units for nothing  1 min 40 s             83.3%",
+        "",
+        "efficiency 0.50: the share of the limit's saving",
+        "predicted from 8 steps",
+    ]
+    assert forecast_line(forecast).endswith("1 min 40 s at the limit, efficiency 0.50")
+    assert plan_words(["stem", "head"], [50, 100], 100, 10, None) == [
+        "unit    freezes at step  epoch  share of the run",
+        "stem                 50      6             50.0%",
+        "head  trains to the end",
+    ]
+    dear = forecast | {"cached": 125.0}
+    assert "the cache costs 5.0 s more than it saves" in plan_words([], [], 1, 1, dear)
+    nothing = forecast | {"cached": 120.0, "limit": 120.0}
+    assert "efficiency" not in forecast_line(nothing)
+
+
+def test_the_first_use_of_a_word_leads_to_what_it_means(cached: RunResults) -> None:
+    body, words = drawn(cached).text.split("<body>")[1].split("<h2>Words</h2>")
     # What was typed, headings, and pictures are not the page's sentences.
     body = re.sub(r"<(pre|code|svg|h\d|details)\b.*?</\1>", "", body, flags=re.DOTALL)
     for word in WORDS:
         anchor = f"word-{word.replace(' ', '-')}"
         assert f'<dt id="{anchor}">' in words
+        if word == "with the cache":  # another way to train, where this run had none
+            continue
         before, link, _ = body.partition(f'<a href="#{anchor}">')
         assert link, f"nothing leads to {word}"
         said = re.sub(r"<[^>]*>", "", before)
-        assert not re.search(rf"\b{word.removesuffix('e')}", said, re.IGNORECASE), word
+        assert not re.search(rf"\b{word}", said, re.IGNORECASE), word
 
 
-def test_runs_that_were_measured_stand_beside_it(runs: Runs, tmp_path: Path) -> None:
-    folder = copied(runs.cached(), tmp_path / "run", lambda record: None)
-    unfrozen = runs("unfrozen for as long", "--no-freeze", "--no-cache")
-    write_report(folder, {"freezing only": runs.without(), "no freezing": unfrozen})
-    page = read(folder)
-    check_numbers(page)
-    ratios = [each for each, _ in page.numbers if each["data-from"] == "summary.wall_seconds"]
-    assert {str(runs.without()), str(unfrozen)} <= {each["data-run"] for each in ratios}
-    assert not [each for each, _ in page.numbers if SAVED in (each["data-from"] or "")]
+def test_runs_that_were_measured_stand_beside_it(cached: RunResults, tmp_path: Path) -> None:
+    only = make_run(tmp_path / "only", cache=False)
+    none = make_run(tmp_path / "none", cache=False, freeze=False)
+    write_report(cached.folder, {"freezing only": only.folder, "no freezing": none.folder})
+    page = Page((cached.folder / "report.html").read_bytes())
+    assert "estimated" not in page.words.split("The cache saved")[0]
+    ratio = only.summary["wall_seconds"] / cached.summary["wall_seconds"]
+    assert f"{ratio:.2f}x as fast as freezing only (measured)" in page.words
     bars = re.search(r"<svg[^>]*Bars of .*?</svg>", page.text, re.DOTALL)
     assert bars
-    assert not is_hollow(bars[0], "predicted-whole-1-actual"), "it was measured"
-    assert not is_hollow(bars[0], "predicted-whole-2-actual")
-    assert is_hollow(bars[0], "predicted-whole-3-actual"), "the limit is estimated"
+    for number in (1, 2):
+        assert not is_hollow(bars[0], f"predicted-{number}-actual"), "it was measured"
+    estimated = re.search(r"<svg[^>]*Bars of .*?</svg>", drawn(cached).text, re.DOTALL)
+    assert estimated
+    assert is_hollow(estimated[0], "predicted-1-actual")
     with pytest.raises(UserError, match="no run with freezing only"):
-        write_report(folder, {"freezing only": unfrozen})
-    short = runs("unfrozen", "--no-freeze", "--no-cache", "--epochs", 1)
+        write_report(cached.folder, {"freezing only": none.folder})
+    short = make_run(tmp_path / "short", cache=False, freeze=False, epochs=1)
     with pytest.raises(UserError, match="was run with epochs 1"):
-        write_report(folder, {"no freezing": short})
+        write_report(cached.folder, {"no freezing": short.folder})
 
 
-def test_sixty_units_with_names_that_mean_harm(runs: Runs, tmp_path: Path) -> None:
-    folder = copied(runs.cached(), tmp_path / "run", with_sixty_units)
-    write_report(folder)
-    page = read(folder)
-    check_numbers(page)
+def sixty_units(folder: Path) -> RunResults:
+    names = [f"denseblock{1 + n // 20}_layer{1 + n % 20}" for n in range(60)]
+    names[0] = "<script>alert(1)</script>"
+    names[3] = "cost_$1$"  # one of those that there is room for
+    run = make_run(folder, names=names)
+    run.args["network"] = "<b>bold</b>"
+    run.summary["cache"]["messages"] = ["<script>alert(2)</script>"]
+    return run
+
+
+def test_sixty_units_with_names_that_mean_harm(tmp_path: Path) -> None:
+    page = drawn(sixty_units(tmp_path / "run"))
     assert page.scripts == 0
     assert page.drawn == list(TITLES.values())
     assert "<b>bold</b>" not in page.text
     assert ">cost_$1$</text>" in page.text
-
-
-def with_sixty_units(record: Record) -> None:
-    summary, units = record.summary, 60
-    names = [f"denseblock{1 + n // 20}_layer{1 + n % 20}" for n in range(units)]
-    names[0] = "<script>alert(1)</script>"
-    names[3] = "cost_$1$"  # one of those that there is room for
-    summary["units"] = names
-    steps = [1 + n * summary["steps"] // units for n in range(units - 1)]
-    summary["freeze_steps"] = [*steps, summary["steps"]]
-    summary["initial_rates"] = [0.1] * units
-    summary["frozen_units"] = units - 1
-    event = summary["cache"]["boundaries"][-1]
-    summary["cache"]["boundaries"] = [
-        event | {"step": step, "boundary": n + 1, "unit": names[n]} for n, step in enumerate(steps)
-    ]
-    record.args["network"] = "<b>bold</b>"
-    for line in record.metrics:
-        line["lr"] = [0.01] * units
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -597,14 +485,15 @@ def levels(svg: str, name: str) -> list[float]:
 
 
 def test_bars_are_as_high_as_their_seconds_and_stand_on_each_other() -> None:
-    svg = figures.seconds({"suffix": [4.0, 1.0], "validation": [1.0, 1.0], "reading": [0.0, 0.0]})
-    floor, one, four = levels(svg, "seconds-suffix")
+    parts = {"training": [4.0, 1.0], "filling": [0.0, 0.0], "validation": [1.0, 1.0]}
+    svg = figures.seconds(parts)
+    floor, one, four = levels(svg, "seconds-training")
     assert floor - four == pytest.approx(4 * (floor - one), rel=1e-3)
     second = floor - one
     assert levels(svg, "seconds-validation") == pytest.approx(
         [floor - second * top for top in (1, 2, 4, 5)], rel=1e-3
     )
-    assert "seconds-reading" not in svg, "what took no time is not named"
+    assert "seconds-filling" not in svg, "what took no time is not named"
 
 
 def test_a_freeze_is_marked_where_it_happens() -> None:
@@ -625,148 +514,116 @@ def test_a_freeze_is_marked_where_it_happens() -> None:
     assert "rates-freeze-2" not in svg
 
 
-def test_curves_are_the_rates_that_the_run_had(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: dict[str, Any] = {}
+def test_curves_are_the_rates_that_the_run_had(
+    cached: RunResults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
     real = figures.rates
 
     def watched(curves: Any, names: Any, freezes: Any, end: float) -> str:
-        drawn.update(curves=curves, freezes=freezes)
+        seen.update(curves=curves, freezes=freezes)
         return real(curves, names, freezes, end)
 
     monkeypatch.setattr(figures, "rates", watched)
-    record = Record.load(runs.cached())
-    report(record, {})
-    for unit, curve in enumerate(drawn["curves"]):
+    report(cached, {})
+    for unit, curve in enumerate(seen["curves"]):
         times, values = zip(*curve, strict=True)
-        for line in record.metrics:
+        assert values[0] == cached.summary["initial_rates"][unit]
+        for line in cached.metrics[:-1]:
             there = np.interp(line["epoch"], times, values, right=0.0)
-            assert there == pytest.approx(line["lr"][unit], abs=0.01 * max(values))
-    # Linear from a fifth of twenty steps on, five steps an epoch.
-    assert drawn["freezes"] == pytest.approx([0.8, 1.6, 2.4, 3.2, None])
+            assert there == pytest.approx(line["lr"][unit], abs=1e-9)
+    steps = cached.summary["freeze_steps"][:-1]
+    assert seen["freezes"] == pytest.approx([*(step / 23 for step in steps), None])
 
 
-def test_the_boundary_follows_the_stores_within_an_epoch() -> None:
-    svg = figures.frontier([(1.0, 1.0), (3.0, 2.0)], [(1.5, 1.0), (4.0, 1.0)], 4, 4.0)
-    trained, served = corners(svg, "frontier-suffix"), corners(svg, "frontier-reading")
-    width, left = trained[:, 0].max() - trained[:, 0].min(), trained[:, 0].min()
-    height = trained[:, 1].max() - trained[:, 1].min()
-    assert height > 0
-    assert ">from the cache</text>" in svg
-    assert ">from the cache</text>" not in figures.frontier([(1.0, 1.0)], [(4.0, 0.0)], 4, 4.0)
-    rises = served[served[:, 1] < served[:, 1].max() - 1e-3]
+def test_units_freeze_within_an_epoch_and_rows_are_shared_out_below() -> None:
+    svg = figures.frontier([1.5, 3.0], 4, [0.0, 0.0, 0.5, 1.0])
+    frozen, served = corners(svg, "frontier-frozen"), corners(svg, "frontier-served")
+    trained = corners(svg, "frontier-training")
+    left, width = trained[:, 0].min(), np.ptp(trained[:, 0])
+    assert np.ptp(trained[:, 1]) == pytest.approx(2 * np.ptp(frozen[:, 1])), "two of four"
+    rises = frozen[frozen[:, 1] < frozen[:, 1].max() - 1e-3]
     assert (rises[:, 0].min() - left) / width == pytest.approx(1.5 / 4, rel=1e-3)
+    above = served[served[:, 1] < served[:, 1].max() - 1e-3]
+    assert (above[:, 0].min() - left) / width == pytest.approx(2 / 4, rel=1e-3)
+    floor, half, whole = levels(svg, "frontier-served")
+    assert floor - whole == pytest.approx(2 * (floor - half), rel=1e-3)
+
+
+def test_kept_bytes_are_to_scale() -> None:
+    svg = figures.kept([0.0, 60e6, 30e6])
+    floor, less, more = levels(svg, "kept-bytes")
+    assert floor - more == pytest.approx(2 * (floor - less), rel=1e-3)
+    assert ">60 MB</text>" in svg
 
 
 def test_predicted_and_actual_bars_are_to_one_scale() -> None:
-    svg = figures.predicted(
-        [("this run", 10.0, 5.0, False), ("no freezing", 20.0, None, False)], []
-    )
+    svg = figures.predicted([("this run", 10.0, 5.0, False), ("no freezing", 20.0, None, False)])
     long, short = (
-        np.ptp(corners(svg, f"predicted-whole-0-{w}")[:, 0]) for w in ("predicted", "actual")
+        np.ptp(corners(svg, f"predicted-0-{which}")[:, 0]) for which in ("predicted", "actual")
     )
     assert long == pytest.approx(2 * short, rel=1e-3)
-    assert "predicted-whole-1-actual" not in svg
-    assert "estimated" not in svg
-    assert ">time of the run, seconds</text>" in svg
-    svg = figures.predicted([("limit", 10.0, 5.0, True)], [("after stem", 2.0, 1.0, False)])
-    assert is_hollow(svg, "predicted-whole-0-actual")
-    assert not is_hollow(svg, "predicted-filling-0-actual")
+    assert "predicted-1-actual" not in svg
+    assert ">estimated</text>" not in svg
+    svg = figures.predicted([("limit", 10.0, 5.0, True)])
+    assert is_hollow(svg, "predicted-0-actual")
     assert ">estimated</text>" in svg
-
-
-def test_a_budget_far_above_the_store_does_not_flatten_it() -> None:
-    sizes = [(0.0, 100e6)]
-    assert 'id="store-budget"' in figures.store(sizes, 200e6, 4.0)
-    assert 'id="store-budget"' not in figures.store(sizes, 50e9, 4.0)
 
 
 def test_a_loss_of_zero_can_be_drawn() -> None:
     assert 'id="learning-accuracy"' in figures.learning([1.0, 0.0], [2.0, 0.0], [0.5, 1.0])
 
 
-def test_the_same_run_gives_the_same_page(runs: Runs) -> None:
-    record = Record.load(runs.cached())
-    assert report(record, {}) == report(record, {})
-
-
-def test_what_the_user_told_matplotlib_does_not_matter(runs: Runs) -> None:
+def test_the_same_run_gives_the_same_page_whatever_matplotlib_is_told(cached: RunResults) -> None:
     import matplotlib
 
-    record = Record.load(runs.cached())
-    page = report(record, {})
+    page = report(cached, {})
     with matplotlib.rc_context({"text.color": "red", "axes.labelpad": 40, "xtick.major.size": 20}):
-        assert report(record, {}) == page
+        assert report(cached, {}) == page
         assert matplotlib.rcParams["text.color"] == "red"
 
 
-def test_without_matplotlib_a_run_ends_well_and_says_how_to_get_its_page(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], script: Script
-) -> None:
-    """In a process in which it cannot be imported."""
-    code = "import sys; sys.modules['matplotlib'] = None; from cachefreeze.train import main; "
-    argv = [*runs.argv("plain"), "--output-dir", str(tmp_path / "run"), "--epochs", "1"]
-    command = [sys.executable, "-c", f"{code}sys.exit(main({argv!r}))"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    told = done.stdout.splitlines()[-1]
-    assert told.startswith(
-        "report    none: reports need matplotlib: pip install matplotlib; then: "
-    )
-    again = told.partition("then: ")[2].split()
-    assert again[1:] == ["scripts/write_report.py", str(tmp_path / "run")]
-    assert script(again[1], *again[2:]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'run' / 'report.html'}\n"
-    assert read(tmp_path / "run").drawn
+def damaged_json(folder: Path) -> None:
+    (folder / "summary.json").write_text('{"epochs": 4')
 
 
-def test_drawing_that_fails_takes_nothing_from_a_run(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(*args: object) -> str:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(figures, "learning", broken)
-    assert main([*runs.argv("x"), "--output-dir", str(tmp_path / "run"), "--epochs", "1"]) == 0
-    told = capsys.readouterr().out.splitlines()[-1]
-    assert "report    none: it could not be drawn (ZeroDivisionError: a bug); to see why: " in told
-    assert Record.load(tmp_path / "run").summary["epochs"] == 1
-    assert not (tmp_path / "run" / "report.html").exists()
+def no_metrics(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text("")
 
 
-def test_no_report_draws_none(runs: Runs) -> None:
-    assert not (runs("undrawn", "--no-report", "--epochs", 1) / "report.html").exists()
+def text_for_a_number(folder: Path) -> None:
+    content = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(content | {"val_accuracy": "<b>"}))
 
 
-def damaged_json(record: Path) -> None:
-    (record / "summary.json").write_text('{"epochs": 4')
+def not_a_number(folder: Path) -> None:
+    content = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(content | {"wall_seconds": float("nan")}))
 
 
-def no_metrics(record: Path) -> None:
-    (record / "metrics.jsonl").write_text("")
+def other_units(folder: Path) -> None:
+    content = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(content | {"units": ["stem"]}))
 
 
-def text_for_a_number(record: Path) -> None:
-    content = json.loads((record / "summary.json").read_text())
-    (record / "summary.json").write_text(json.dumps(content | {"val_accuracy": "<b>"}))
+def unfinished(folder: Path) -> None:
+    (folder / "summary.json").unlink()
 
 
-def not_a_number(record: Path) -> None:
-    content = json.loads((record / "summary.json").read_text())
-    (record / "summary.json").write_text(json.dumps(content | {"wall_seconds": float("nan")}))
+def no_run(folder: Path) -> None:
+    (folder / "args.json").unlink()
 
 
-def other_units(record: Path) -> None:
-    content = json.loads((record / "summary.json").read_text())
-    (record / "summary.json").write_text(json.dumps(content | {"units": ["stem"]}))
+def of_an_older_version(folder: Path) -> None:
+    content = json.loads((folder / "summary.json").read_text())
+    del content["schema"]
+    (folder / "summary.json").write_text(json.dumps(content))
 
 
-def unfinished(record: Path) -> None:
-    (record / "summary.json").unlink()
-
-
-def no_run(record: Path) -> None:
-    (record / "args.json").unlink()
+def half_a_forecast(folder: Path) -> None:
+    content = json.loads((folder / "summary.json").read_text())
+    del content["forecast"]["limit"]
+    (folder / "summary.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -779,65 +636,96 @@ def no_run(record: Path) -> None:
         (other_units, "metrics.jsonl is not of the run"),
         (unfinished, "has not come to its end: go on with it first (--resume"),
         (no_run, "holds no run"),
+        (of_an_older_version, "another version of cachefreeze made this run, so show it with that"),
+        (half_a_forecast, "forecast.limit is None, and should be a number"),
     ],
 )
 def test_files_that_are_not_a_runs_are_one_sentence(
-    runs: Runs, tmp_path: Path, hurt: Callable[[Path], None], named: str
+    cached: RunResults, hurt: Callable[[Path], None], named: str
 ) -> None:
-    folder = copied(runs.cached(), tmp_path / "run", lambda record: None)
-    hurt(folder)
-    with pytest.raises(UserError, match=re.escape(named)):
-        write_report(folder)
-    assert not (folder / "report.html").exists()
+    hurt(cached.folder)
+    with pytest.raises(UserError, match=re.escape(named)) as raised:
+        write_report(cached.folder)
+    assert "\n" not in str(raised.value)
+    assert not (cached.folder / "report.html").exists()
 
 
-def test_a_comparison_shows_times_weights_and_what_differs(runs: Runs) -> None:
-    folders = [runs.without(), runs.cached(), runs("seed", "--seed", 1, "--no-report")]
-    records = [Record.load(folder) for folder in folders]
-    lines = comparison_lines(records)
+def three_runs(folder: Path) -> list[RunResults]:
+    runs = [make_run(folder / "without", cache=False), make_run(folder / "cached")]
+    other = make_run(folder / "seed")
+    other.args["seed"] = 1
+    other.summary["weights_sha256"] = "f" * 64
+    return [*runs, RunResults.load(rewrite(other))]
+
+
+def test_a_comparison_shows_times_weights_and_what_differs(tmp_path: Path) -> None:
+    runs = three_runs(tmp_path)
+    lines = comparison_lines(runs)
     assert [line.split()[0] for line in lines[:4]] == ["run", "without", "cached", "seed"]
-    letters = [line.split()[-2] for line in lines[1:4]]
-    assert letters == ["A", "A", "B"]
-    wall = [record.summary["wall_seconds"] for record in records]
+    assert [line.split()[-2] for line in lines[1:4]] == ["A", "A", "B"]
+    wall = [run.summary["wall_seconds"] for run in runs]
     for line, seconds in zip(lines[1:4], wall, strict=True):
         assert f" {wall[0] / seconds:.2f}x " in line
-    differing = dict(differing_settings(records))
-    assert set(differing) == {"cache", "seed", "cache_max_gb"}
-    assert differing["cache"] == ["false", "true", "true"]
-    page = Page(comparison_page(records))
-    check_numbers(page)
-    assert {line.split()[-3] for line in lines[1:4]} == {"4/5"}
-    assert page.text.count("</data>/5<") == 3
-    assert "</data>/5<" in read(runs.cached()).text
+    differing = {name: values for name, *values in differing_settings(runs)}
+    assert differing == {"cache": ["false", "true", "true"], "seed": ["-", "-", "1"]}
+    page = Page(comparison_page(runs))
+    for line in lines[1:4]:
+        assert re.sub(r"\s+", " ", line) in re.sub(r"\s+", " ", page.words)
     assert page.drawn == ["Accuracy against time"]
     assert page.scripts == 0
     assert page.links == []
+    assert comparison_lines(runs[1:2])[-1] == "all settings are the same"
 
 
 def test_compare_runs_prints_a_table_and_writes_a_page(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], script: Script
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], script: Script
 ) -> None:
+    without, cached, _ = runs = three_runs(tmp_path)
     page = tmp_path / "both.html"
-    assert script("scripts/compare_runs.py", runs.without(), runs.cached(), "--html", page) == 0
-    records = [Record.load(folder) for folder in (runs.without(), runs.cached())]
+    assert script("scripts/compare_runs.py", without.folder, cached.folder, "--html", page) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told == [*comparison_lines(records), "", str(page)]
+    assert told == [*comparison_lines(runs[:2]), "", str(page)]
     assert Page(page.read_bytes()).drawn == ["Accuracy against time"]
     for words, named in (
-        ((runs.cached(), tmp_path), "holds no run"),
-        ((runs.cached(), runs.cached() / "." / ""), "is named twice: name each run once"),
-        ((runs.cached(), runs.folder / "x" / ".." / "cached"), "is named twice"),
-        ((runs.cached(), "--html", tmp_path), "cannot be written (Is a directory)"),
+        ((cached.folder, tmp_path), "holds no run"),
+        ((cached.folder, cached.folder / "." / ""), "is named twice: name each run once"),
+        ((cached.folder, tmp_path / "seed" / ".." / "cached"), "is named twice"),
+        ((cached.folder, "--html", tmp_path), "cannot be written (Is a directory)"),
     ):
         assert script("scripts/compare_runs.py", *words) == 2
-        told = capsys.readouterr().err
-        assert told.count("\n") == 1
-        assert named in told
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1
+        assert named in told[0]
 
 
-def test_runs_of_the_same_name_are_told_apart_by_their_folders(runs: Runs, tmp_path: Path) -> None:
-    record = Record.load(runs.cached())
-    two = [dataclasses.replace(record, folder=tmp_path / part / "run") for part in "ab"]
+def test_write_report_sets_measured_runs_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], script: Script
+) -> None:
+    without, cached, _ = three_runs(tmp_path)
+    words = (cached.folder, "--freezing-only", without.folder)
+    assert script("scripts/write_report.py", *words) == 0
+    path = cached.folder / "report.html"
+    assert capsys.readouterr().out == f"{path}\n"
+    assert "as fast as freezing only (measured)" in Page(path.read_bytes()).words
+    assert script("scripts/write_report.py", tmp_path) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_pictures_can_be_taken_out_of_a_report(
+    cached: RunResults, tmp_path: Path, script: Script
+) -> None:
+    assert script("scripts/doc_figures.py", cached.folder, tmp_path / "figures", *TITLES) == 0
+    for name in TITLES:
+        root = ElementTree.parse(tmp_path / "figures" / f"{name}.svg").getroot()
+        assert root.tag == f"{SVG}svg"
+        assert "--paper:" in (root[0].text or "")
+    assert script("scripts/doc_figures.py", cached.folder, tmp_path, "store") == 2
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_folders(
+    cached: RunResults, tmp_path: Path
+) -> None:
+    two = [dataclasses.replace(cached, folder=tmp_path / part / "run") for part in "ab"]
     assert [line.split()[0] for line in comparison_lines(two)[1:3]] == ["a/run", "b/run"]
 
 
@@ -867,13 +755,14 @@ WIDE = """[...document.querySelectorAll('main > .scroll, .stack')].map(
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page_whole_and_without_complaint(
-    runs: Runs, browser: Browser, tmp_path: Path, width: int, dark: bool
+    browser: Browser, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    many = copied(runs.cached(), tmp_path / "many", with_sixty_units)
-    write_report(many)
+    runs = three_runs(tmp_path)
     compared = tmp_path / "compared.html"
-    compared.write_bytes(comparison_page([Record.load(f) for f in (runs.cached(), runs.without())]))
-    for path in (runs.cached() / "report.html", many / "report.html", compared):
+    compared.write_bytes(comparison_page(runs))
+    few = write_report(runs[1].folder)
+    many = write_report(rewrite(sixty_units(tmp_path / "many")))
+    for path in (few, many, compared):
         browser.open(path, width, dark=dark)
         browser.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         assert browser.evaluate("document.documentElement.scrollWidth") <= width

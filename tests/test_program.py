@@ -1,24 +1,27 @@
 """`python -m cachefreeze.train`: its files, its words, and its answers to bad input."""
 
+import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from cachefreeze import config
-from cachefreeze.checkpoint import load_checkpoint
 from cachefreeze.data import InputRows, load
+from cachefreeze.data import images as images_of
 from cachefreeze.models import build
-from cachefreeze.train import cache_budget, main
-from cachefreeze.trainer import Trainer
+from cachefreeze.train import main
+from cachefreeze.training.checkpoint import load_checkpoint
 
 from .conftest import Train, file_size_limit, write_images
+from .test_parity import assert_same_run
 
 Fails = Callable[..., str]
 SHORT = ("--arch", "wrn10_1", "--epochs", 4, "--t0", 0.2, "--schedule", "linear")
@@ -33,7 +36,6 @@ def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None
         "metrics.csv",
         "metrics.jsonl",
         "previous.pt",
-        "profile.json",
         "report.html",
         "summary.json",
     ]
@@ -49,9 +51,8 @@ def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None
         assert line["train_loss"] > 0
         assert line["val_loss"] > 0
         assert line["seconds"] > 0
-        assert line["images_per_second"] == pytest.approx(150 / line["train_seconds"])
+        assert line["images_per_second"] == pytest.approx(5 * 32 / line["train_seconds"])
     last = run.metrics[-1]
-    assert [line["source"] for line in run.metrics] == ["cache"] * 4
     assert last["frozen_units"] == 4
     assert [rate == 0 for rate in last["lr"]] == [True] * 5
 
@@ -63,23 +64,27 @@ def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None
     assert summary["train_loss"] == last["train_loss"]
     assert summary["frozen_units"] == 4
     assert len(summary["weights_sha256"]) == 64
-    parts = [summary[f"{part}_seconds"] for part in ("train", "materialize", "validate")]
+    parts = [summary[f"{part}_seconds"] for part in ("train", "fill", "validate", "checkpoint")]
     assert all(part > 0 for part in parts)
     assert sum(parts) <= summary["wall_seconds"]
 
     cache = summary["cache"]
     assert cache["enabled"]
-    assert [event["boundary"] for event in cache["boundaries"]] == [0, 1, 2, 3, 4]
-    assert [event["step"] for event in cache["boundaries"]] == [3, 4, 8, 12, 16]
-    assert all(event["rows"] == 183 for event in cache["boundaries"])
-    assert cache["boundaries"][1]["bytes"] > 183 * 16 * 32 * 32 * 4
-    assert Path(cache["store"]).is_dir()
+    assert cache["directory"] == run.args["cache_dir"]
+    assert [fill["step"] for fill in cache["fills"]] == [4, 8, 12]
+    assert [fill["unit"] for fill in cache["fills"]] == ["stem", "group1_block1", "group2_block1"]
+    assert all(fill["rows"] == 183 for fill in cache["fills"])
+    assert cache["rows_kept"] >= 183
+    assert cache["bytes"] > 183 * 16 * 16 * 16 * 4
+    assert cache["rows_served"] == sum(line["rows_served"] for line in run.metrics) > 0
+    assert list(Path(cache["directory"]).iterdir())
 
 
 def test_no_freeze_trains_everything_on_one_cosine(train: Train) -> None:
     run = train("--arch", "wrn10_1", "--epochs", 2, "--no-freeze")
     assert run.summary["frozen_units"] == 0
-    assert [event["boundary"] for event in run.summary["cache"]["boundaries"]] == [0]
+    assert run.summary["cache"]["fills"] == []
+    assert run.summary["cache"]["messages"] == []
     assert run.metrics[0]["lr"] == pytest.approx([0.05] * 5)
     assert len(set(run.metrics[0]["lr"])) == 1
 
@@ -87,12 +92,10 @@ def test_no_freeze_trains_everything_on_one_cosine(train: Train) -> None:
 def test_a_cache_that_held_nothing_says_why(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train("--arch", "wrn10_1", "--epochs", 1, "--cache-policy", "planned")
+    run = train("--arch", "wrn10_1", "--epochs", 1)
     assert run.summary["frozen_units"] == 3
-    assert run.summary["cache"]["boundaries"] == []
-    out = capsys.readouterr().out
-    assert "nothing is kept: units freeze too late" in out
-    assert "held nothing: no store would have saved more time" in out
+    assert run.summary["cache"]["fills"] == []
+    assert "no row came from it" in capsys.readouterr().out
 
 
 def test_augmentation_switches_the_cache_off_and_says_so(
@@ -120,50 +123,64 @@ def test_its_words_say_what_happened_and_what_to_type_next(
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 4
     assert "frozen 4/5" in epochs[-1]
-    assert "rows from the cache after group3_block1" in epochs[-1]
-    assert any("step 4: activations after stem written to the cache" in line for line in lines)
+    assert re.search(r"\d+% of rows from the cache$", epochs[-1])
+    assert any("step 4: rows after stem kept: 183" in line for line in lines)
     text = captured.out
     assert f"{run.summary['val_accuracy']:.2%}" in text
-    assert run.summary["cache"]["store"] in text
+    assert run.summary["cache"]["directory"] in text
     assert str(run.folder) in text
     assert "scripts/cache_stats.py" in text
     (command,) = [line for line in lines if line.endswith("--no-cache")]
     assert main(shlex.split(command)[3:]) == 0, "the command that it says to type next works"
 
 
-def test_verifying_the_cache_says_how_many_rows_it_compared(
+def test_what_the_cache_says_is_told_once_and_as_a_warning(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verified = train(*SHORT, "--verify-cache")
-    # From the first epoch on: a batch of the training rows, and one of the validation rows.
-    assert verified.summary["cache"]["rows_verified"] == 4 * (32 + 32)
-    assert "256 of its rows were computed once more to verify them" in capsys.readouterr().out
-    plain = train(*SHORT)
-    assert plain.summary["cache"]["rows_verified"] == 0
-    assert verified.summary["weights_sha256"] == plain.summary["weights_sha256"]
+    run = train(*SHORT, "--dropout", 0.1)
+    captured = capsys.readouterr()
+    assert run.summary["cache"]["messages"]
+    for sentence in run.summary["cache"]["messages"]:
+        assert captured.out.count(sentence) <= 1
+    told = [
+        line for line in captured.out.splitlines() if line[2:] in run.summary["cache"]["messages"]
+    ]
+    assert told
+    assert captured.err == ""
 
 
-def test_a_row_that_is_not_what_is_computed_ends_a_run_that_verifies(
-    fails: Fails, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_runs_leave_no_files_and_maps_open(train: Train) -> None:
+    def open_now() -> tuple[int, int]:
+        maps = Path("/proc/self/maps").read_text().count("/cache/")
+        return len(os.listdir("/proc/self/fd")), maps
+
+    train(*SHORT)
+    before = open_now()
+    for _ in range(3):
+        train(*SHORT)
+    assert open_now() == before
+
+
+def test_with_the_cache_image_files_are_decoded_once(
+    train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, epochs = Trainer._validate, 0
+    decoded: list[Path] = []
+    real = images_of.decode_image
 
-    def damaged(trainer: Trainer) -> tuple[float, float]:
-        nonlocal epochs
-        epochs += 1
-        if epochs == 3:
-            for chunk in (tmp_path / "cache").glob("*/train/c.*"):
-                content = np.fromfile(chunk, np.uint8)
-                content[1000::4001] ^= 1
-                content.tofile(chunk)
-        return real(trainer)
+    def counted(path: Path, size: int) -> Any:
+        decoded.append(path)
+        return real(path, size)
 
-    monkeypatch.setattr(Trainer, "_validate", damaged)
-    options = [*folder_options(images, tmp_path), "--cache-policy", "eager", "-b", 32]
-    sentence = fails(*options, "--verify-cache")
-    assert "the cache is wrong: row" in sentence
-    assert "of train at boundary" in sentence
-    assert load_checkpoint(tmp_path / "out" / "last.pt")["epoch"] == 2
+    monkeypatch.setattr(images_of, "decode_image", counted)
+    cached = train(*SHORT)
+    # All once for their mean and once for training; the epoch in which units freeze, and rows are
+    # kept, was on its way already.
+    assert len(decoded) <= 2 * (150 + 33) + 2 + 32
+    decoded.clear()
+    plain = train(*SHORT, "--no-cache")
+    assert len(decoded) == 150 + 33 + 4 * (5 * 32 + 2 * 32)
+    assert_same_run(cached, plain)
 
 
 def test_a_checkpoint_loads_without_running_code(train: Train) -> None:
@@ -342,7 +359,7 @@ def test_a_full_disk_under_the_output_folder_is_one_sentence(
     assert "No space left on device" in sentence
     left = {path.name for path in (small_disk / "out").iterdir()}
     metrics = {"metrics.jsonl", "metrics.csv"}
-    assert left <= {"args.json", "profile.json", *metrics}, "no part of a checkpoint"
+    assert left <= {"args.json", *metrics}, "no part of a checkpoint"
 
 
 def test_a_checkpoint_too_large_for_the_disk_is_one_sentence(
@@ -360,32 +377,18 @@ def test_a_full_disk_under_the_cache_folder_costs_only_the_cache(
     train: Train, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = train(*SHORT, "--cache-dir", small_disk / "cache", "--cache-max-gb", 10)
-    assert "cannot be written (No space left on device)" in capsys.readouterr().out
-    # The decoded pixels are small enough.
-    assert [event["boundary"] for event in run.summary["cache"]["boundaries"]] == [0]
+    told = capsys.readouterr().out
+    assert "no further rows are written to" in told
+    assert "(No space left on device)" in told
     plain = train(*SHORT, "--no-cache")
     assert run.summary["weights_sha256"] == plain.summary["weights_sha256"]
 
 
-def test_by_default_the_cache_takes_what_the_disk_has_and_no_more(
-    train: Train, small_disk: Path, capsys: pytest.CaptureFixture[str]
+def test_by_default_the_cache_takes_half_of_the_disk_and_no_more(
+    train: Train, small_disk: Path
 ) -> None:
-    run = train(*SHORT, "--cache-dir", small_disk / "cache")
-    assert [event["boundary"] for event in run.summary["cache"]["boundaries"]] == [0]
-    capsys.readouterr()
-    run = train(*SHORT, "--epochs", 2, "--cache-dir", small_disk / "cache", "--dataset", "digits")
-    assert "nothing is kept:" in capsys.readouterr().out
-    assert run.summary["cache"]["boundaries"] == []
-
-
-def test_the_default_budget_counts_what_lies_in_the_cache_already(
-    small_disk: Path, tmp_path: Path
-) -> None:
-    settings = config.parse(["--cache-dir", str(small_disk / "cache")])
-    before = cache_budget(settings)
-    (small_disk / "cache").mkdir()
-    (small_disk / "cache" / "store").write_bytes(bytes(500_000))
-    assert cache_budget(settings) == pytest.approx(before, rel=0.02)
+    train(*SHORT, "--cache-dir", small_disk / "cache")
+    assert shutil.disk_usage(small_disk).free >= 400_000
 
 
 def test_cifar_that_is_missing_and_cannot_be_downloaded_is_one_sentence(
@@ -447,7 +450,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def broken(*args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("cachefreeze.train.cache_budget", broken)
+    monkeypatch.setattr("cachefreeze.train.make_network", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")])
 

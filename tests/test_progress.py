@@ -1,37 +1,32 @@
 """What a run shows while it goes on: on a terminal, and where there is none."""
 
-import dataclasses
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cachefreeze import planning, progress, trainer
-from cachefreeze.outlook import Outlook, Stretch
-from cachefreeze.progress import Standing, clock, status
-from cachefreeze.resume import start_of
-from cachefreeze.terminal import EVERYTHING, Manner, say
 from cachefreeze.train import main
+from cachefreeze.training import progress, trainer
+from cachefreeze.training.progress import Progress, clock, status
+from cachefreeze.training.resume import start_of
+from cachefreeze.training.terminal import EVERYTHING, Verbosity, say
 
 from .conftest import Run
 from .screen import Screen, terminal
 
-EPOCHS = 3
+EPOCHS = 6
 OPTIONS = ["--arch", "wrn10_1", "-b", "32", "-j", "0", "--precision", "fp32", "--t0", "0.3"]
-OPTIONS += ["--epochs", str(EPOCHS), "--schedule", "linear", "--cache-policy", "eager"]
+OPTIONS += ["--epochs", str(EPOCHS), "--schedule", "linear"]
 OPTIONS += ["--dataset", "imagefolder", "--image-size", "32"]
 
 
 @dataclass
 class Watched:
-    """A run on a terminal: what was written there, what the bar was asked to show, and what was
-    left of the run whenever that was planned (after so many steps)."""
+    """A run on a terminal: what was written there, and what the bar was asked to show."""
 
     screen: Screen
-    standings: list[Standing]
-    outlooks: list[tuple[int, Sequence[Stretch]]]
+    shown: list[Progress]
     run: Run
 
 
@@ -45,24 +40,18 @@ def watched(
     request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Watched:
     folder = tmp_path_factory.mktemp("watched")
-    standings: list[Standing] = []
-    outlooks = []
+    shown: list[Progress] = []
 
-    def planned(step: int, now: float, left: Sequence[Stretch]) -> Outlook:
-        outlooks.append((step, left))
-        return Outlook(step, now, left)
-
-    def recorded(standing: Standing, columns: int) -> str:
-        standings.append(standing)
-        return status(standing, columns)
+    def recorded(each: Progress, columns: int) -> str:
+        shown.append(each)
+        return status(each, columns)
 
     with pytest.MonkeyPatch.context() as patch, terminal(request.param) as screen:
         patch.setattr(progress, "SECONDS_BETWEEN", 0.0)  # every step: the run is short
         patch.setattr(progress, "status", recorded)
-        patch.setattr(trainer, "SHOW_VALIDATION_AFTER", 0.0)
-        patch.setattr(planning, "Outlook", planned)
+        patch.setattr(trainer, "SHOW_AFTER", 0.0)
         assert main(options(images, folder)) == 0
-    return Watched(screen, standings, outlooks, Run.load(folder / "run"))
+    return Watched(screen, shown, Run.load(folder / "run"))
 
 
 def test_one_bar_shows_the_run_and_fits_the_terminal(watched: Watched) -> None:
@@ -76,26 +65,25 @@ def test_one_bar_shows_the_run_and_fits_the_terminal(watched: Watched) -> None:
     assert "frozen 4/5" in last
     if columns >= 80:
         assert re.search(r"[\d,]+ img/s", last)
-        assert "cached" in last or "rows from the cache after group3_block1" in last
     if columns >= 120:
-        assert "rows from the cache after group3_block1" in last
+        assert re.search(r"\d+% of rows from the cache", last)
 
 
 def test_bars_leave_nothing_behind_and_tear_no_line(watched: Watched) -> None:
     lines = watched.screen.lines
-    assert not [line for line in lines if "left" in line or "caching" in line or "|" in line]
+    assert not [line for line in lines if re.search(r"\d left|keeping|\|", line)]
     epochs = [line for line in lines if line.startswith("epoch ")]
-    whole = r"epoch \d/3  loss \d\.\d{4}  val +[\d.]+%  frozen \d/5 +[\d,]+ img/s  rows from .+"
+    whole = r"epoch \d/6  loss \d\.\d{4}  val +[\d.]+%  frozen \d/5 +[\d,]+ img/s(  \d+% of .+)?"
     assert len(epochs) == EPOCHS
     assert all(re.fullmatch(whole, line) for line in epochs)
     filled = [line for line in lines if line.startswith("  step ")]
-    assert len(filled) == len(watched.run.summary["cache"]["boundaries"]) > 1
-    assert all(line.endswith((" s", " predicted)")) for line in filled)
+    assert len(filled) == len(watched.run.summary["cache"]["fills"]) > 1
+    assert all(line.endswith(" s") for line in filled)
 
 
-def test_filling_a_store_has_a_bar_below(watched: Watched) -> None:
-    filling = [frame for frame in watched.screen.frames if frame.startswith("caching ")]
-    assert len(filling) >= len(watched.run.summary["cache"]["boundaries"])
+def test_keeping_all_rows_has_a_bar_below(watched: Watched) -> None:
+    filling = [frame for frame in watched.screen.frames if frame.startswith("keeping ")]
+    assert len(filling) >= len(watched.run.summary["cache"]["fills"])
     assert all(len(frame) < watched.screen.columns for frame in filling)
 
 
@@ -107,43 +95,31 @@ def test_a_long_validation_has_a_bar_below(watched: Watched) -> None:
 
 
 def test_the_bar_shows_what_the_metrics_say(watched: Watched) -> None:
-    standings, metrics = watched.standings, watched.run.metrics
-    assert len(standings) == 5 * EPOCHS, "one for every step"
-    for number, standing in enumerate(standings):
+    shown, metrics = watched.shown, watched.run.metrics
+    assert len(shown) == 5 * EPOCHS, "one for every step"
+    for number, each in enumerate(shown):
         epoch, position = divmod(number, 5)
-        assert (standing.epoch, standing.epochs, standing.units) == (epoch + 1, EPOCHS, 5)
+        assert (each.epoch, each.epochs, each.units) == (epoch + 1, EPOCHS, 5)
         before = metrics[epoch - 1] if epoch else None
-        assert standing.accuracy == (before and before["val_accuracy"])
+        assert each.accuracy == (before and before["val_accuracy"])
         if position == 0:
-            assert standing.loss == (before and before["train_loss"])
+            assert each.loss == (before and before["train_loss"])
     for epoch, line in enumerate(metrics):
-        last = standings[5 * epoch + 4]
+        last = shown[5 * epoch + 4]
         assert last.frozen <= line["frozen_units"] <= 4
-    assert standings[0].source == ""
-    assert "pixels" in {standing.source for standing in standings}, "decoded ones are kept first"
-    assert standings[-1].source == "group3_block1"
+    assert shown[0].served is None
+    assert shown[-1].served
     # Of an epoch, the loss of the last step that was shown is one of those that it is the mean of.
-    first = [standing.loss for standing in standings[1:5] if standing.loss is not None]
+    first = [each.loss for each in shown[1:5] if each.loss is not None]
     assert len(first) == 4
     assert min(first) < metrics[0]["train_loss"] * 1.5
 
 
 def test_time_left_comes_to_its_end(watched: Watched) -> None:
-    left = [standing.seconds_left for standing in watched.standings]
+    left = [each.seconds_left for each in watched.shown]
     assert all(seconds is None or seconds > 0 for seconds in left)
     assert left[-1] is not None
     assert left[-1] < watched.run.summary["wall_seconds"]
-
-
-def test_the_outlook_is_that_of_the_plan_from_here_on(watched: Watched) -> None:
-    fillings = [event["step"] for event in watched.run.summary["cache"]["boundaries"]]
-    assert len(fillings) > 2
-    assert [step for step, _ in watched.outlooks][-3:] == fillings[-3:], "planned at every freeze"
-    for step, left in watched.outlooks:
-        assert step + sum(stretch.steps for stretch in left) == 5 * EPOCHS
-        # What was filled at this step is filled.
-        coming = [later for later in fillings if later > step]
-        assert sum(stretch.before > 0 for stretch in left) == len(set(coming))
 
 
 def test_no_progress_is_lines_only_even_on_a_terminal(images: Path, tmp_path: Path) -> None:
@@ -154,7 +130,7 @@ def test_no_progress_is_lines_only_even_on_a_terminal(images: Path, tmp_path: Pa
     assert "epoch 1/1  loss" in screen.text
 
 
-RESULT = ["accuracy", "time", "plan", "cache", "store", "run", "weights", "report"]
+RESULT = ["accuracy", "time", "cache", "run", "weights", "report"]
 
 
 def subjects(lines: list[str]) -> list[str]:
@@ -177,7 +153,7 @@ def test_a_quiet_plan_is_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["--plan", "--arch", "wrn10_1", "-q", "--cache-dir", str(tmp_path / "cache")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("unit  ")
-    assert lines[-1].startswith("efficiency ")
+    assert lines[-1].startswith("predicted from ")
 
 
 def test_an_error_ends_the_bar_first(images: Path, tmp_path: Path) -> None:
@@ -200,10 +176,10 @@ def test_where_there_is_no_terminal_there_are_plain_lines(
 def test_how_much_is_told_is_no_setting_of_the_run(images: Path, tmp_path: Path) -> None:
     words = options(images, tmp_path)
     start = start_of([*words[:5], "--quiet", *words[5:]])
-    assert start.manner == Manner(lines=False, bars=False)
+    assert start.verbosity == Verbosity(lines=False, bars=False)
     assert "--quiet" not in start.command
-    assert start_of([*words, "--no-progress"]).manner == Manner(lines=True, bars=False)
-    assert start_of(words).manner == EVERYTHING
+    assert start_of([*words, "--no-progress"]).verbosity == Verbosity(lines=True, bars=False)
+    assert start_of(words).verbosity == EVERYTHING
     assert not {"quiet", "progress"} & set(start.settings.as_json())
 
 
@@ -215,7 +191,7 @@ def test_a_run_goes_on_in_another_manner_and_warns_in_any(
     (folder / "summary.json").unlink()
     (folder / "last.pt").write_bytes(b"damaged")
     resume = ["--resume", str(folder)]
-    assert start_of(resume).manner == EVERYTHING
+    assert start_of(resume).verbosity == EVERYTHING
     capsys.readouterr()
     assert main([*resume, "--quiet"]) == 0
     warning, *result = capsys.readouterr().out.splitlines()
@@ -223,7 +199,7 @@ def test_a_run_goes_on_in_another_manner_and_warns_in_any(
     assert subjects(result) == RESULT
 
 
-STANDING = Standing(7, 12, 0.01234, 0.98331, 2, 8, "group1_block1", 2463.4, 65.0)
+PROGRESS = Progress(7, 12, 0.01234, 0.98331, 2, 8, 0.871, 2463.4, 65.0)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +208,13 @@ STANDING = Standing(7, 12, 0.01234, 0.98331, 2, 8, "group1_block1", 2463.4, 65.0
         (
             200,
             "epoch  7/12  loss 0.012  val 98.3%  frozen 2/8  "
-            "rows from the cache after group1_block1  2,463 img/s  1:05 left",
+            "87% of rows from the cache  2,463 img/s  1:05 left",
         ),
         (
-            80,
-            "epoch  7/12  loss 0.012  val 98.3%  frozen 2/8  cached  2,463 img/s  1:05 left",
+            84,
+            "epoch  7/12  loss 0.012  val 98.3%  frozen 2/8  87% cached  2,463 img/s  1:05 left",
         ),
-        (74, "7/12  loss 0.012  val 98.3%  frozen 2/8  cached  2,463 img/s  1:05 left"),
+        (78, "7/12  loss 0.012  val 98.3%  frozen 2/8  87% cached  2,463 img/s  1:05 left"),
         (70, "7/12  loss 0.012  val 98.3%  frozen 2/8  2,463 img/s  1:05 left"),
         (54, "7/12  loss 0.012  val 98.3%  frozen 2/8  1:05 left"),
         (40, "7/12  loss 0.012  1:05 left"),
@@ -246,14 +222,12 @@ STANDING = Standing(7, 12, 0.01234, 0.98331, 2, 8, "group1_block1", 2463.4, 65.0
     ],
 )
 def test_a_narrow_terminal_gets_fewer_words(columns: int, line: str) -> None:
-    assert " ".join(status(STANDING, columns).split()) == " ".join(line.split())
+    assert " ".join(status(PROGRESS, columns).split()) == " ".join(line.split())
 
 
 def test_what_is_not_known_yet_is_left_out() -> None:
-    standing = Standing(1, 12, None, None, 0, 8, "", None, None)
-    assert status(standing, 80) == "epoch  1/12  frozen 0/8  rows from pixels"
-    kept = dataclasses.replace(standing, source="pixels")
-    assert status(kept, 80) == "epoch  1/12  frozen 0/8  rows from the cache of decoded pixels"
+    progress = Progress(1, 12, None, None, 0, 8, None, None, None)
+    assert status(progress, 80) == "epoch  1/12  frozen 0/8"
 
 
 def test_a_clock_is_short() -> None:

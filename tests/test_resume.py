@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachefreeze.background import WritingStore
-from cachefreeze.checkpoint import load_checkpoint, save_checkpoint
 from cachefreeze.files import lock_folder, unlock_file
-from cachefreeze.moments import DeviceClock
-from cachefreeze.store import Store, write
-from cachefreeze.store import format as store_format
 from cachefreeze.train import main
-from cachefreeze.trainer import Trainer
+from cachefreeze.training import checkpoint
+from cachefreeze.training.checkpoint import load_checkpoint, save_checkpoint
+from cachefreeze.training.trainer import Trainer
 
 from . import interrupter
 from .conftest import Run, Train, write_images
@@ -46,11 +42,11 @@ def resume(folder: Path, *options: object) -> Run:
     [
         *(("wrn", "step", step) for step in (1, 3, 5, 12, 30)),
         *(("wrn", "validation", epoch) for epoch in (1, 4)),
-        *(("wrn", "filling", split) for split in (2, 4, 9)),
+        *(("wrn", "filling", split) for split in (1, 4, 5)),
         ("densenet", "step", 13),
-        ("densenet", "filling", 5),
+        ("densenet", "filling", 3),
         ("vgg", "step", 14),
-        ("vgg", "filling", 4),
+        ("vgg", "filling", 2),
     ],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
@@ -101,50 +97,22 @@ def test_ctrl_c_is_one_line_with_a_command_that_goes_on(
     assert "has come to its end" in capsys.readouterr().out
 
 
-def test_a_run_that_is_stopped_before_it_has_its_store_again_forgets_nothing(
-    argv: list[str], tmp_path: Path, interrupt: Interrupter
+def test_rows_that_were_kept_are_found_again_and_a_checkpoint_needs_none_of_them(
+    train: Train, argv: list[str], tmp_path: Path, interrupt: Interrupter
 ) -> None:
-    interrupt(20)
+    interrupt(16)  # the last fill of this process was at step 14
     assert main(argv) == 130
     interrupt.no_more()
-    saved = load_checkpoint(tmp_path / "run" / "last.pt")["planning"]
-    assert saved["cache"]["store"] is not None
-    real = Store.damage
-
-    def stopped(*args):
-        send(signal.SIGINT)
-        return real(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "damage", stopped)
-        assert main(["--resume", str(tmp_path / "run")]) == 130
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["planning"] == saved
-
-
-def test_a_second_ctrl_c_does_not_wait_for_a_store_that_is_being_written(
-    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step, written = Trainer._step, write.write_chunk_file
-    stopped = threading.Event()
-
-    def held_back(*args):
-        if threading.current_thread() is not threading.main_thread():
-            stopped.wait(60)
-        return written(*args)
-
-    def signalled(trainer: Trainer, *args):
-        if isinstance(trainer.cache.store, WritingStore) and not stopped.is_set():
-            threading.Timer(0.5, stopped.set).start()  # the chunk that it is at
-            send(signal.SIGINT, times=2)
-        return step(trainer, *args)
-
-    monkeypatch.setattr(write, "write_chunk_file", held_back)
-    monkeypatch.setattr(Trainer, "_step", signalled)
-    # (Else decoded pixels are kept first, and the last chunk of them is all that is left.)
-    monkeypatch.setattr(store_format, "CHUNK_BYTES", 50_000)
-    assert main([*argv, "--cache-tier", "host"]) == 130
-    assert not list((tmp_path / "cache").glob("*/COMMITTED"))
-    assert list((tmp_path / "cache").glob("*/manifest.json")) == []
+    assert "cache" not in load_checkpoint(tmp_path / "run" / "last.pt")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    found = resume(tmp_path / "run")
+    assert_same_run(found, reference(train, "wrn"))
+    shutil.rmtree(tmp_path / "cache")
+    anew = resume(tmp_path / "other")
+    assert_same_run(anew, reference(train, "wrn"))
+    steps = [fill["step"] for fill in found.summary["cache"]["fills"]]
+    assert steps == [fill["step"] for fill in anew.summary["cache"]["fills"]]
+    assert 16 in steps, "rows of what was frozen before are kept at once"
 
 
 def test_sigterm_saves_too_and_has_its_own_exit_code(
@@ -166,7 +134,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_run_can_still_go_on(
     capsys: pytest.CaptureFixture[str],
     where: str,
 ) -> None:
-    interrupt(8, where, times=2)
+    interrupt(8 if where == "step" else 3, where, times=2)
     assert main(argv) == 130
     interrupt.no_more()
     told = capsys.readouterr().err
@@ -205,74 +173,6 @@ def test_workers_that_decode_images_outlive_signals(
     assert main([*argv, "-j", "1"]) == 128 + number
     interrupt.no_more()
     assert_same_run(resume(tmp_path / "run"), reference(train, "wrn"))
-
-
-def test_a_store_that_was_half_written_goes_on_from_its_last_whole_chunk(
-    train: Train,
-    argv: list[str],
-    tmp_path: Path,
-    interrupt: Interrupter,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(store_format, "CHUNK_BYTES", 2**18)  # 4 rows after the stem
-    real, seen = DeviceClock.around, 0
-
-    def interrupted(clock: DeviceClock, batches: object) -> object:
-        nonlocal seen
-        for x in real(clock, batches):  # type: ignore[arg-type]
-            seen += len(x)
-            # Pixels, and then 70 rows and more of the store after the stem.
-            if seen >= 183 + 70 and x.shape[1] == 16:
-                send(signal.SIGINT)
-                seen = -1000
-            yield x
-
-    with monkeypatch.context() as patched:
-        patched.setattr(DeviceClock, "around", interrupted)
-        assert main(argv) == 130
-    state = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert state["planning"]["cache"]["boundary"] == 0
-    (half,) = [p.parent for p in (tmp_path / "cache").glob("*/journal")]
-    chunks = len(list((half / "train").glob("c.*")))
-    assert 16 <= chunks < 38
-    capsys.readouterr()
-    resumed = resume(tmp_path / "run")
-    told = capsys.readouterr().out
-    assert f"{4 * chunks} rows of it before it was interrupted" in told
-    assert not (half / "journal").exists()
-    assert_same_run(resumed, reference(train, "wrn"))
-
-
-def test_an_old_store_goes_only_once_a_checkpoint_that_does_not_name_it_is_on_disk(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, removed = Store.remove, []
-
-    def remove(store: Store) -> bool:
-        # In the middle of a run: the checkpoint on disk is that of the moment.
-        state = load_checkpoint(tmp_path / "run1" / "last.pt")
-        assert state["planning"]["cache"]["store"] != store.description.fingerprint
-        removed.append(state["step"])
-        return real(store)
-
-    monkeypatch.setattr(Store, "remove", remove)
-    run = train(*WRN)
-    assert [event["step"] for event in run.summary["cache"]["boundaries"]] == [3, 8, 14, 19, 25]
-    assert removed == [10, 15, 20, 25], "at the end of the epoch"
-
-
-def test_a_second_change_in_an_epoch_finds_the_first_store_gone(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Old and new store fit side by side, but no third."""
-    options = (*NETWORKS["wrn"], "--epochs", 3, "--t0", 0.25, "--schedule", "linear")
-    largest = 183 * 16 * 32 * 32 * 4
-    tight = train(*options, "-b", 4, "--cache-max-gb", 2.1 * largest / 1e9)
-    steps = [event["step"] for event in tight.summary["cache"]["boundaries"]]
-    assert len({step // 38 for step in steps}) < len(steps) - 1
-    assert len(steps) == 5
-    assert "not cached" not in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
@@ -344,8 +244,6 @@ def cut_off(once_cut_off: Path, tmp_path: Path) -> Path:
         ("--weight-decay", 0),
         ("--image-size", 40),
         ("--precision", "bf16"),
-        ("--cache-codec", "int8"),
-        ("--cache-dtype", "bf16"),
     ],
 )
 def test_a_setting_that_would_change_the_results_is_refused_by_name(
@@ -361,11 +259,8 @@ def test_a_setting_that_would_change_the_results_is_refused_by_name(
     "options",
     [
         ("--no-cache",),
-        ("--cache-codec", "zstd"),
         ("--cache-max-gb", 0.001),
-        ("--cache-policy", "planned"),
         ("--checkpoint-every", 2),
-        ("--verify-cache",),
         ("-j", 1),
         ("--cache-dir", "another"),
         ("--lr", 0.05),  # as it was
@@ -383,7 +278,7 @@ def test_settings_that_change_no_result_may_change(
     assert_same_run(resumed, reference(train, "wrn"))
     if options[0] == "--no-cache":
         assert resumed.args["cache"] is False
-        assert resumed.metrics[-1]["boundary"] == 0
+        assert resumed.metrics[-1]["rows_served"] == 0
 
 
 def test_a_run_without_a_cache_may_go_on_with_one(
@@ -393,7 +288,7 @@ def test_a_run_without_a_cache_may_go_on_with_one(
     assert main([*argv, "--no-cache"]) == 130
     interrupt.no_more()
     resumed = resume(tmp_path / "run", "--cache")
-    assert resumed.summary["cache"]["rows_served"] > 150
+    assert resumed.summary["cache"]["rows_served"] > 0
     assert_same_run(resumed, reference(train, "wrn"))
 
 
@@ -444,10 +339,7 @@ def test_other_numerics_are_said(cut_off: Path, capsys: pytest.CaptureFixture[st
     ("path", "value"),
     [
         *((key, None) for key in ("model", "optimizer", "scheduler", "random", "metrics", "epoch")),
-        *(
-            (key, [1])
-            for key in ("model", "optimizer", "metrics", "planning", "totals", "settings")
-        ),
+        *((key, [1]) for key in ("model", "optimizer", "metrics", "costs", "totals", "settings")),
         ("model", {"weight": torch.zeros(3)}),
         ("position", 1.5),
         ("position", 3),
@@ -457,17 +349,13 @@ def test_other_numerics_are_said(cut_off: Path, capsys: pytest.CaptureFixture[st
         ("losses", torch.zeros(2, 2)),
         ("losses", []),
         ("metrics", [{"val_accuracy": "x"}] * 2),
-        ("totals", {"resumed": []}),
-        ("totals/events", [3]),
-        ("totals/resumed", ["x"]),
-        ("totals/seconds", {"train": "x"}),
+        ("totals", {"rows_served": 1}),
+        ("totals/train", "x"),
+        ("fills", [3]),
+        ("resumed_at", ["x"]),
         ("epoch_start", {}),
-        ("planning/cache/boundary", "x"),
-        ("planning/cache/boundary", 99),
-        ("planning/cache/store", 3),
-        ("planning/profile/train", ["x"]),
-        ("planning/profile/write", "x"),
-        ("planning/profile/boundaries", [1]),
+        ("costs", {"forward": ["x"] * 5, "read": [0.0] * 6, "backward": 2.0, "load": 0.0}),
+        ("costs", {"forward": [1.0], "read": [0.0] * 2, "backward": 2.0, "load": 0.0}),
         ("scheduler/last_epoch", 3),
         ("random/torch", torch.zeros(3)),
         ("random/python", [3, [1], None]),
@@ -592,17 +480,15 @@ def test_the_books_go_on(
     interrupt.no_more()
     resumed = resume(tmp_path / "run")
     one, other = resumed.summary["cache"], whole.summary["cache"]
-    assert [e["boundary"] for e in one["boundaries"]] == [
-        e["boundary"] for e in other["boundaries"]
-    ]
-    assert one["rows_served"] == other["rows_served"]
-    assert one["prefix_unit_rows_computed"] == other["prefix_unit_rows_computed"]
+    steps = [fill["step"] for fill in one["fills"]]
+    assert sorted({*steps} - {13}) == [fill["step"] for fill in other["fills"]]
+    total = sum(line["rows_served"] + line["rows_computed"] for line in resumed.metrics)
+    assert one["rows_served"] + one["rows_computed"] == total
     for line in resumed.metrics:
         assert 0 < line["train_seconds"] < 60
-    parts = ("train", "validate", "materialize", "profile")
-    assert (
-        sum(resumed.summary[f"{part}_seconds"] for part in parts) < resumed.summary["wall_seconds"]
-    )
+    parts = ("train", "validate", "fill", "checkpoint")
+    spent = sum(resumed.summary[f"{part}_seconds"] for part in parts)
+    assert spent < resumed.summary["wall_seconds"]
 
 
 def test_best_is_the_epoch_of_the_best_accuracy(train: Train) -> None:
@@ -611,6 +497,20 @@ def test_best_is_the_epoch_of_the_best_accuracy(train: Train) -> None:
     state = load_checkpoint(run.folder / "best.pt")
     assert state["epoch"] == 1 + accuracies.index(max(accuracies))
     assert state["metrics"] == run.metrics[: state["epoch"]]
+
+
+def test_the_best_weights_are_saved_in_the_end_if_checkpoints_had_no_time(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "TIME_SHARE", 0.0)
+    run = train(*WRN)
+    assert not (run.folder / "previous.pt").exists(), "one checkpoint was saved"
+    assert load_checkpoint(run.folder / "last.pt")["epoch"] == 6
+    accuracies = [line["val_accuracy"] for line in run.metrics]
+    best = load_checkpoint(run.folder / "best.pt")
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies)) < 6
+    last = load_checkpoint(run.folder / "last.pt")["model"]
+    assert any(not torch.equal(best["model"][name], last[name]) for name in last)
 
 
 @pytest.mark.parametrize("every", [None, 1])
@@ -628,7 +528,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_what_was_good_kept(
         calls += 1
         if calls == 13:
             with torch.no_grad():
-                next(iter(trainer.units[-1].parameters())).fill_(float("inf"))
+                list(trainer.model.parameters())[-1].fill_(float("inf"))
         return real(trainer, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Trainer, "_step", diverging)

@@ -10,7 +10,7 @@ from .chaos.harness import NETWORKS, SCHEDULE, Nursery, results
 
 
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
-def test_two_runs_at_once_share_stores_and_take_none_from_each_other(
+def test_two_runs_at_once_share_rows_and_take_none_from_each_other(
     images: Path, tmp_path: Path, seeds: tuple[int, int]
 ) -> None:
     options = [*NETWORKS["wrn"], *SCHEDULE, "--dataset", "imagefolder", "--data-dir", str(images)]
@@ -42,4 +42,4 @@ def test_two_runs_at_once_share_stores_and_take_none_from_each_other(
         assert "cannot be read" not in told
         assert "damaged" not in told
         served += json.loads((tmp_path / name / "summary.json").read_text())["cache"]["rows_served"]
-    assert served > 3 * 150
+    assert served > 150

@@ -139,6 +139,7 @@ class Route:
         self._moved_at, self._moving = -_REST, shared.moving.version
         self._began = 0.0
         self._stored = False
+        self._calls, self._carries_on = 0, False
         self._reports: list[lineage.Report] = []
         self._last = last
         self._guards = [
@@ -256,6 +257,34 @@ class Route:
             for guard in self._guards
         )
 
+    def carry_on(self) -> bool:
+        """Goes on serving the same values although more has frozen in the meantime.
+
+        What has frozen anew runs as it did. A new trace costs as much as some steps: where units
+        freeze faster than an epoch passes, one does for several of them.
+
+        Returns:
+            Whether modules in which something is left out are as they were.
+        """
+        if self.state is not State.SERVING or self.stale or self.is_outgrown:
+            return False
+        if not self._trace.signature.renew(self.selection.plan.modules_around()):
+            return False
+        self._carries_on = True
+        return True
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether more has frozen, and it is time to leave out more."""
+        return self._carries_on and (
+            self._shared.filling is not None or self._calls >= self._batches_of_an_epoch
+        )
+
+    @property
+    def _batches_of_an_epoch(self) -> int:
+        before = self._before._batches_of_an_epoch if self._before is not None else 0
+        return max(self.family.epoch, before)
+
     @property
     def pauses(self) -> bool:
         """Whether calls are left alone for now, since nothing has come of keeping them."""
@@ -292,6 +321,7 @@ class Route:
             began: Time at which the call began, in seconds.
         """
         self._began = began
+        self._calls += 1
         inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
         self._look_at_late_values(inputs)
         self._look_at_weights()
@@ -601,7 +631,9 @@ class Route:
 
     def _count_lost(self, left: str) -> None:
         self._lost = self._lost + 1 if left else 0
-        if self._lost == _MOST_LOST and self.state is not State.RESTING:
+        if left and self._carries_on:
+            self._calls = self._batches_of_an_epoch
+        elif self._lost == _MOST_LOST and self.state is not State.RESTING:
             self.rest(f"{_MOST_LOST} passes in a row went another way than the first ({left})")
 
     def _add(self, module: nn.Module, args: Any, kwargs: dict[str, Any], keys: Keys) -> Any:

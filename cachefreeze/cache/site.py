@@ -124,7 +124,7 @@ class Site:
         if routes and routes[0].pauses:
             return routes[0].pass_by(module, args, kwargs)
         for place, route in enumerate(routes):
-            if not route.stale and route.fits((args, kwargs)):
+            if not route.stale and not route.is_outgrown and route.fits((args, kwargs)):
                 self._fitting += 1
                 routes.insert(0, routes.pop(place))
                 filling = self._shared.filling
@@ -151,7 +151,10 @@ class Site:
         flags = self._flags_of_now()
         if self._is_smaller_than_others(key, flags, given):
             return module(*args, **kwargs)
-        if self._before(key, flags) is not None:  # more is frozen: as often as there are parameters
+        before = self._before(key, flags)
+        if before is not None and self._shared.filling is None and before.carry_on():
+            return before.call(module, args, kwargs, perf_counter())
+        if before is not None:  # more is frozen: that is as often as there are parameters
             return self._trace(key, flags, module, args, kwargs, None)
         if any(route.family.broken for route in self.routes()):
             return self._give_up(module, args, kwargs)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cachefreeze.data.order import Indices
 from cachefreeze.errors import UserError
-from cachefreeze.rows import Indices
 
 
 class Images(Protocol):

@@ -1,5 +1,6 @@
 """From decoded pixels to network input, on the training device."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,26 +10,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cachefreeze.data.images import Images
-from cachefreeze.rows import Indices, all_rows
-from cachefreeze.streams import sent
+from cachefreeze.data.order import Indices, all_rows
 
 PADDING = 4
 
 
 class InputRows:
-    """Boundary 0: images as network input, (n, C, H, W) float32, normalised on the device.
+    """Images as network input, (n, C, H, W) float32, normalised on the device.
 
     Args:
-        images: of one split.
-        mean, std: per channel, of pixels scaled to 0 .. 1.
-        device: of training.
-        augment_seed: serve a random view of every image, another in each `epoch`; None serves the
-            images as they are.
-        resident: keep the pixels in the device's memory once they have been decoded, N x H x W x C
-            bytes.
+        images: Images of one split.
+        mean: Mean of each channel, of pixels scaled to 0 .. 1.
+        std: Standard deviation of each channel.
+        device: Device that is trained on.
+        augment_seed: Seed of random views, another one of every image in each `epoch`. If None,
+            images are served as they are.
+        kept_on: Device whose memory holds the pixels once they have been decoded, one byte an
+            element. If None, they are decoded whenever they are asked for.
 
     Attributes:
-        epoch: whose views are served; whoever trains sets it.
+        epoch: Number of the epoch whose views are served.
     """
 
     def __init__(
@@ -39,53 +40,45 @@ class InputRows:
         device: torch.device,
         augment_seed: int | None = None,
         *,
-        resident: bool = False,
+        kept_on: torch.device | None = None,
     ) -> None:
         self.images = images
-        self._resident = ResidentImages(images, device) if resident else None
+        self._pixels = images if kept_on is None else KeptPixels(images, kept_on)
         self.device = device
         self.augment_seed = augment_seed
         self.epoch = 0
         # (u / 255 - mean) / std as one subtraction and one multiplication.
         self.offset = torch.tensor(mean, device=device) * 255
         self.scale = 1 / (torch.tensor(std, device=device) * 255)
-        self.pixels_identity = images.identity
-        self.identity = f"{images.identity} mean {mean} std {std}"
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        """Yields one tensor for each array of row indices."""
+        pixels = self._pixels.decode(order)
         if self.augment_seed is None:
-            yield from map(self.from_pixels, self.pixels(order))
+            yield from map(self.from_pixels, pixels)
             return
         views = random_views(len(self), self.augment_seed, self.epoch)
         # To the device as a whole: each copy would wait for it.
         drawn = torch.from_numpy(views[all_rows(order)]).to(self.device)
-        parts = drawn.split([len(rows) for rows in order])
-        for pixels, view in zip(self.pixels(order), parts, strict=True):
-            seen = augment(sent(pixels, self.device).permute(0, 2, 3, 1), view)
-            yield self.from_pixels(seen.permute(0, 3, 1, 2))
-
-    def pixels(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        """Decoded pixels, uint8 (n, C, H, W), for each array of n row indices."""
-        source = self.images if self._resident is None else self._resident
-        for pixels in source.decode(order):
-            yield pixels.permute(0, 3, 1, 2)
+        for one, view in zip(pixels, drawn.split([len(rows) for rows in order]), strict=True):
+            yield self.from_pixels(augment(sent(one, self.device), view))
 
     def from_pixels(self, pixels: Tensor) -> Tensor:
-        """Network input, normalised on the device, from uint8 (n, C, H, W)."""
+        """Normalises uint8 pixels (n, H, W, C) to network input on the device."""
         # uint8 travels to the device: a quarter of the bytes of float32.
-        values = sent(pixels, self.device).permute(0, 2, 3, 1).float()
+        values = sent(pixels, self.device).float()
         return ((values - self.offset) * self.scale).permute(0, 3, 1, 2)
 
 
-class ResidentImages:
-    """Decoded pixels that stay in the device's memory from the first time that they are asked for.
+class KeptPixels:
+    """Decoded pixels that stay in memory from the first time that they are asked for.
 
     Args:
-        images: of one split.
-        device: of training.
+        images: Images of one split.
+        device: Device whose memory holds them.
     """
 
     def __init__(self, images: Images, device: torch.device) -> None:
@@ -97,28 +90,36 @@ class ResidentImages:
         self._there = np.zeros(len(images), bool)
 
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        """See `Images.decode`; on the device."""
-        decoded = self.images.decode([rows for rows in order if not self._there[rows].all()])
+        """Yields pixels as `Images.decode` does, on the device."""
+        there, missing = self._there.copy(), []
+        for rows in order:
+            missing.append(np.unique(rows[~there[rows]]))
+            there[rows] = True
+        decoded = self.images.decode([rows for rows in missing if len(rows)])
+        # The order travels to the device as a whole: each copy would wait for it.
         places = torch.from_numpy(all_rows(order)).to(self.device)
-        missing = [not self._there[rows].all() for rows in order]
-        batches = zip(order, places.split([len(rows) for rows in order]), missing, strict=True)
-        for rows, indices, is_missing in batches:
-            if is_missing:
-                yield self._keep(rows, indices, next(decoded))
-            else:
-                yield torch.index_select(self._pixels, 0, indices)
+        batches = zip(places.split([len(rows) for rows in order]), missing, strict=True)
+        for indices, rows in batches:
+            if len(rows):
+                pixels = sent(next(decoded), self.device)
+                self._pixels.index_copy_(0, torch.from_numpy(rows).to(self.device), pixels)
+                self._there[rows] = True
+            yield torch.index_select(self._pixels, 0, indices)
 
-    def _keep(self, rows: Indices, indices: Tensor, pixels: Tensor) -> Tensor:
-        pixels = sent(pixels, self.device)
-        self._pixels.index_copy_(0, indices, pixels)
-        self._there[rows] = True
-        return pixels
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor to the device. A GPU goes on with its work meanwhile."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    with contextlib.suppress(RuntimeError):  # there is no more pinned memory to be had
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """(rows, 3): where each row is cut out of its padded image (top, left), and whether mirrored.
+    """Draws views of all rows, (rows, 3): top, left, and whether mirrored.
 
-    Drawn for the whole epoch, so that a row's view does not depend on the batch it comes in.
+    They are drawn for the whole epoch, so that a row's view does not depend on its batch.
     """
     random = np.random.default_rng([seed, epoch, 1])
     corners = random.integers(0, 2 * PADDING + 1, (rows, 2))
@@ -126,9 +127,11 @@ def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def augment(pixels: Tensor, views: Tensor) -> Tensor:
-    """Crops of images padded with 4 black pixels, perhaps mirrored: (n, H, W, C) to the same.
+    """Crops images that are padded with 4 black pixels, and mirrors some.
 
-    `views` is (n, 3), see `random_views`, on the device of the pixels.
+    Args:
+        pixels: Images, (n, H, W, C).
+        views: Views as in `random_views`, (n, 3), on the device of the pixels.
     """
     n, height, width, _ = pixels.shape
     padded = F.pad(pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))

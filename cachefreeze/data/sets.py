@@ -16,9 +16,8 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from cachefreeze.data.images import ArrayImages, FolderImages, Images
+from cachefreeze.data.order import Indices
 from cachefreeze.errors import UserError
-from cachefreeze.rows import Indices, batches_of
-from cachefreeze.timing import Clock
 
 # Per channel, of the 50,000 training images scaled to 0 .. 1.
 CIFAR_STATISTICS = {
@@ -40,8 +39,7 @@ Bar = Callable[[Iterator[Tensor], int], Iterable[Tensor]]
 class DataSet:
     """A training split and a validation split of the same classes.
 
-    `mean` and `std` are per channel, of pixels scaled to 0 .. 1; `decode_seconds` is what decoding
-    an image took when all were read.
+    `mean` and `std` are per channel, of pixels scaled to 0 .. 1.
     """
 
     name: str
@@ -51,7 +49,6 @@ class DataSet:
     image_shape: tuple[int, int, int]  # channels, height, width
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    decode_seconds: float = 0.0
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -71,7 +68,6 @@ class DataSet:
             len(self.val),
             len(self.classes),
             self.image_shape,
-            self.decode_seconds,
         )
 
 
@@ -84,7 +80,7 @@ class Outline:
     val_rows: int
     classes: int
     image_shape: tuple[int, int, int]
-    decode_seconds: float
+    decode_seconds: float = 0.0
 
     @property
     def description(self) -> str:
@@ -141,7 +137,7 @@ def outline(
     if name == "digits":
         return load_digits().outline
     if name in CIFAR_ARCHIVES:
-        return Outline(name, *CIFAR_ROWS, int(name.removeprefix("cifar")), (3, 32, 32), 0.0)
+        return Outline(name, *CIFAR_ROWS, int(name.removeprefix("cifar")), (3, 32, 32))
     with reading(folder):
         train, val, classes = find_images(
             folder, size=image_size, val_fraction=val_fraction, workers=workers
@@ -252,18 +248,11 @@ def load_folder(
     """
     train, val, classes = find_images(root, size=size, val_fraction=val_fraction, workers=workers)
     if normalization is not None:
-        shape, seconds = (3, size, size), decode_seconds(train, workers)
-        return DataSet(_name(root), classes, train, val, shape, *normalization, seconds)
-    clock = Clock()
-
-    def timed(batches: Iterator[Tensor], total: int) -> Iterable[Tensor]:
-        return bar(clock.around(batches), total)
-
-    mean, std = statistics(train, timed)
-    for _ in one_pass(val, timed):
+        return DataSet(_name(root), classes, train, val, (3, size, size), *normalization)
+    mean, std = statistics(train, bar)
+    for _ in one_pass(val, bar):
         pass
-    seconds = clock.seconds / (len(train) + len(val))
-    return DataSet(_name(root), classes, train, val, (3, size, size), mean, std, seconds)
+    return DataSet(_name(root), classes, train, val, (3, size, size), mean, std)
 
 
 def _name(root: Path) -> str:
@@ -325,7 +314,8 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
 
 def one_pass(images: Images, bar: Bar) -> Iterable[Tensor]:
     """All images in order, in batches."""
-    order = batches_of(np.arange(len(images)), 256)
+    rows = np.arange(len(images))
+    order = [rows[start : start + 256] for start in range(0, len(rows), 256)]
     return bar(images.decode(order), len(order))
 
 

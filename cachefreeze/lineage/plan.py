@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from torch import nn
+
 from cachefreeze.lineage.cut import Cut
 from cachefreeze.lineage.operations import (
     CONSTANT,
@@ -66,6 +68,7 @@ class Planned:
     simple: int = -1
 
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LEFT_OUT = (Action.SKIP, Action.WHOLE)
 _Whole = Callable[[Call, list[Operation], frozenset[int]], bool]
 
@@ -111,6 +114,24 @@ class Plan:
             tensor = state.tensor()
             if tensor is not None:
                 self.states[id(tensor)] = state.value
+
+    def modules_around(self) -> set[int]:
+        """Returns the modules, by `id`, in whose calls something is left out.
+
+        Containers of torch's own are not among them: they read nothing but their parts.
+        """
+        found: set[int] = set()
+        for operation in self.trace.operations:
+            if operation.number in self.cut.runs:
+                continue
+            number = operation.call
+            while number >= 0:
+                call = self.trace.calls[number]
+                module = call.module()
+                if module is not None and type(module) not in _CONTAINERS:
+                    found.add(id(module))
+                number = call.parent
+        return found
 
     def _events(
         self, skipped: Collection[int], compared: Collection[int], whole: _Whole

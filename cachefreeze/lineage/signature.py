@@ -1,7 +1,7 @@
 """What two passes must have in common for the trace of one to say something of the other."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter, call, is_, itemgetter
 from typing import Any
@@ -86,6 +86,27 @@ class Signature:
         if _shared_hooks() != self._shared_hooks:
             return "hooks for all modules were added or removed"
         return self.difference_of_modules()
+
+    def renew(self, counting: Collection[int]) -> bool:
+        """Takes modules as they are now, unless one has changed that counts.
+
+        Args:
+            counting: Modules that must be as they were, by `id`.
+
+        Returns:
+            Whether none of them has changed.
+        """
+        if any(content(value) != before for _, value, before in self._settings):
+            return False
+        changed = [part for part in self._parts if not part.is_same()]
+        modules = [part.module() for part in changed]
+        if any(module is None or id(module) in counting for module in modules):
+            return False
+        for part, module in zip(changed, modules, strict=True):
+            assert module is not None
+            part.take_anew(module)
+        self._glance = None
+        return True
 
     def difference_of_modules(self) -> str:
         """Says in a few words how the modules differ, whatever they are given."""
@@ -193,10 +214,14 @@ class _Part:
     )  # fmt: skip
 
     def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.take_anew(module)
+
+    def take_anew(self, module: nn.Module) -> None:
+        """Takes the state of the module of now."""
         held = vars(module)
         # Always more than one, so that what is taken is a tuple: every module has `training`.
         keys = [key for key, value in held.items() if type(value) in PLAIN_KINDS]
-        self.name = name
         self.module = weakref.ref(module)
         self.training = module.training
         self.keys = [*keys, keys[0]]

@@ -1,27 +1,23 @@
-"""The networks by name, and any network as an ordered list of units."""
+"""The networks by name."""
 
 from typing import Any
 
 from torch import nn
 
 from cachefreeze.models.densenet import densenet
-from cachefreeze.models.partition import partition
 from cachefreeze.models.ready_made import (
     IMAGENET,
     Statistics,
     build_ready_made,
     weights_statistics,
 )
-from cachefreeze.models.units import Units
 from cachefreeze.models.vgg import vgg
 from cachefreeze.models.wrn import wrn
 
 __all__ = [
     "IMAGENET",
     "Statistics",
-    "Units",
     "build",
-    "partition",
     "weights_statistics",
 ]
 

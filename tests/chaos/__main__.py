@@ -31,11 +31,7 @@ def main() -> int:
             chaos = Chaos(nursery, network, folder / "images", folder)
             tally = Tally()
             while tally.kills < -(-args.kills // len(NETWORKS)):
-                codec = dice.choice(["raw", "raw", "zstd", "auto"])
-                options = ["--cache-codec", codec]
-                options += ["--cache-policy", dice.choice(["eager", "eager", "planned"])]
-                options += ["--cache-tier", dice.choice(["auto", "auto", "device"])]
-                options += ["-j", dice.choice(["0", "0", "1"])]
+                options = ["-j", dice.choice(["0", "0", "1"])]
                 every = dice.choice([None, 1, 3])
                 if every is not None:
                     options += ["--checkpoint-every", str(every)]

@@ -24,8 +24,7 @@ NETWORKS = {
 }
 # 30 steps of 5 an epoch; the first units freeze at steps 8 to 10.
 SCHEDULE = ("--epochs", "6", "--t0", "0.25", "--schedule", "linear", "--lr", "0.05")
-SCHEDULE += ("-b", "32", "-j", "0", "--precision", "fp32", "--cache-policy", "eager")
-SCHEDULE += ("--no-report",)
+SCHEDULE += ("-b", "32", "-j", "0", "--precision", "fp32", "--no-report")
 # Of a run: after so many kills it is left in peace.
 MOST_KILLS = 8
 # What a run must have in common with one that was never killed.

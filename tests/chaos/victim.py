@@ -16,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cachefreeze.moments import DeviceClock
-from cachefreeze.store import format as store_format
+from cachefreeze.cache import pace
+from cachefreeze.segments import format as segment_format
+from cachefreeze.segments.format import NEW
 from cachefreeze.train import main
-from cachefreeze.trainer import Trainer
+from cachefreeze.training import checkpoint, fill
+from cachefreeze.training.trainer import Trainer
 
 Event = Callable[[str, tuple[Any, ...]], bool]
 
@@ -49,22 +51,18 @@ def _a_change(event: str, args: tuple[Any, ...]) -> bool:
 # Where to die: just before this happens.
 FILE_POINTS: dict[str, Event] = {
     "settings": _renaming("args.json"),
-    "lock": _writing("/lock"),
-    "store begun": _named("os.mkdir", "/cache/"),
-    "array begun": _renaming("/train/zarr.json"),
-    "chunk begun": _writing("/c."),
-    "chunk written": _renaming(".0.0.0"),
-    "manifest": _renaming("manifest.json"),
-    "marker begun": _writing("COMMITTED"),
-    "marker": _renaming("COMMITTED"),
-    "journal": _named("os.remove", "/journal"),
+    "folder begun": _named("os.mkdir", "/cache"),
+    "tag": _renaming("CACHEDIR.TAG"),
+    "segment begun": _named("os.mkdir", NEW),
+    "segment": _named("os.rename", NEW),
+    "chunk begun": _writing("/values/c."),
+    "chunk": _named("os.rename", "/values/c."),
+    "keys begun": _writing("/keys/c."),
+    "keys": _named("os.rename", "/keys/c."),
     "checkpoint begun": _writing("last.pt"),
     "best": _renaming("best.pt"),
     "previous": _renaming("previous.pt"),
     "checkpoint": _renaming("last.pt"),
-    "old store": _named("os.rename", ".trash-", 1),
-    "removing": _named("os.remove", ".trash-"),
-    "removing its folders": _named("os.rmdir", ".trash-"),
     "metrics": _writing("metrics.jsonl"),
     "summary": _renaming("summary.json"),
     "any": _a_change,
@@ -102,7 +100,7 @@ def die_at(point: str, count: int) -> None:
 
         sys.addaudithook(watch)
         return
-    step, suffix, around = Trainer._step, Trainer._suffix, DeviceClock.around
+    step, logits, fill = Trainer._step, Trainer._logits, Trainer._fill
 
     def a_step(trainer: Trainer, *args: Any) -> Any:
         result = step(trainer, *args)
@@ -112,17 +110,16 @@ def die_at(point: str, count: int) -> None:
     def validating(trainer: Trainer, x: Any) -> Any:
         if not trainer.model.training:
             tick()
-        return suffix(trainer, x)
+        return logits(trainer, x)
 
-    def filling(clock: DeviceClock, batches: Any) -> Any:
-        for x in around(clock, batches):
-            tick()
-            yield x
+    def filling(trainer: Trainer, *args: Any) -> None:
+        fill(trainer, *args)
+        tick()
 
     patches: dict[str, tuple[type, str, Any]] = {
         "step": (Trainer, "_step", a_step),
-        "validation": (Trainer, "_suffix", validating),
-        "filling": (DeviceClock, "around", filling),
+        "validation": (Trainer, "_logits", validating),
+        "filling": (Trainer, "_fill", filling),
     }
     owner, name, patch = patches[point]
     setattr(owner, name, patch)
@@ -143,8 +140,11 @@ def live(request: dict[str, Any]) -> int:
 
 
 def nursery() -> None:
-    # So that small stores have enough of them to be half written.
-    store_format.CHUNK_BYTES = 2**18
+    # So that few rows make several chunks.
+    segment_format.CHUNK_BYTES = 2**18
+    # What is kept and saved must not depend on how fast the machine is just now.
+    pace._FREE_SECONDS = checkpoint.TIME_SHARE = float("inf")
+    fill.SOON_STEPS = 0
     # It may be off, where a shell runs this in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:

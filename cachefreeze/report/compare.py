@@ -1,0 +1,135 @@
+"""Several runs beside each other: as lines for a terminal, and as a page in one file."""
+
+import json
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from cachefreeze.errors import UserError
+from cachefreeze.report.markup import code, document, figure, table
+from cachefreeze.report.run_results import RunResults
+from cachefreeze.report.summary_text import duration, format_table
+
+# Settings that say where a run lies, and not what it does.
+PLACES = ("output_dir", "command", "report")
+HEADER = ("run", "accuracy", "best", "time", "speed-up", "frozen", "weights")
+
+
+def load_runs(folders: Sequence[Path]) -> list[RunResults]:
+    """Reads several runs.
+
+    Args:
+        folders: Folders of the runs.
+
+    Raises:
+        UserError: One holds no run that has ended, or is named twice.
+    """
+    seen = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise UserError(f"{folder} is named twice: name each run once")
+        seen.add(folder.resolve())
+    return [RunResults.load(folder) for folder in folders]
+
+
+def comparison_lines(runs: Sequence[RunResults]) -> list[str]:
+    """Returns a table of results, and one of the settings that are not the same in all runs.
+
+    Speed-up is the time of the first run by that of another.
+    """
+    lines = format_table([HEADER, *_rows(runs)], right=range(1, 6))
+    settings = differing_settings(runs)
+    if not settings:
+        return [*lines, "", "all settings are the same"]
+    return [*lines, "", *format_table([("setting", *names_of(runs)), *settings])]
+
+
+def comparison_page(runs: Sequence[RunResults]) -> bytes:
+    """Returns the same as a page, with accuracy against time.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    from cachefreeze.report import figures  # an extra, which the lines above do without
+
+    lines = [
+        (
+            name,
+            list(accumulate(line["seconds"] for line in run.metrics)),
+            [line["val_accuracy"] for line in run.metrics],
+        )
+        for run, name in zip(runs, names_of(runs), strict=True)
+    ]
+    last = ", ".join(
+        f"{name} ends at {accuracy[-1]:.2%} after {duration(seconds[-1])}"
+        for name, seconds, accuracy in lines
+    )
+    picture = figure(
+        "Accuracy against time",
+        figures.accuracy_against_time(lines),
+        f"Validation accuracy over seconds, a line a run: {last}.",
+        "At the end of every epoch; loading and saving are not counted.",
+    )
+    results = [[code(name), *cells, code(weights)] for name, *cells, weights in _rows(runs)]
+    settings = [[code(cell) for cell in row] for row in differing_settings(runs)]
+    header = ("setting", *names_of(runs))
+    differ = table(header, settings, wide="stack") if settings else "<p>All are the same.</p>"
+    body = f"""<h1>Runs beside each other</h1>
+<p>Speed-up is the time of the first run by that of another, everything included. Weights with the
+same letter are the same to the last bit.</p>
+{table(HEADER, results, right=range(1, 6), wide="stack")}
+<div class="figures">{picture}</div>
+<h2>Settings that differ</h2>
+{differ}"""
+    return document("Runs beside each other", body, figures.COLOURS)
+
+
+def _rows(runs: Sequence[RunResults]) -> list[list[str]]:
+    """Returns a row for each run, as `HEADER` says."""
+    first = runs[0].summary["wall_seconds"]
+    return [
+        [
+            name,
+            f"{run.summary['val_accuracy']:.2%}",
+            f"{run.summary['best_val_accuracy']:.2%}",
+            duration(run.summary["wall_seconds"]),
+            f"{first / run.summary['wall_seconds']:.2f}x",
+            f"{run.summary['frozen_units']}/{len(run.summary['units'])}",
+            weights,
+        ]
+        for run, name, weights in zip(runs, names_of(runs), _weights_of(runs), strict=True)
+    ]
+
+
+def names_of(runs: Sequence[RunResults]) -> list[str]:
+    """Returns the runs' folders, by as many of their last parts as tell them apart."""
+    paths = [run.folder.resolve().parts for run in runs]
+    for count in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def differing_settings(runs: Sequence[RunResults]) -> list[list[str]]:
+    """Returns a row for every setting that is not the same in all runs: its name, and its value in
+    each run as JSON. `-` stands for none."""
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.args if name not in PLACES):
+        values = [json.dumps(run.args[name]) if name in run.args else "-" for run in runs]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    return rows
+
+
+def _weights_of(runs: Sequence[RunResults]) -> list[str]:
+    """Returns a letter and a hash for each run's weights. Equal ones have the same letter."""
+    hashes = [run.summary["weights_sha256"] for run in runs]
+    order = list(dict.fromkeys(hashes))
+    return [f"{_letters(order.index(each))} {each[:12]}" for each in hashes]
+
+
+def _letters(number: int) -> str:
+    """Returns A to Z, then AA, AB and so on."""
+    before = _letters(number // 26 - 1) if number >= 26 else ""
+    return before + chr(ord("A") + number % 26)

@@ -1,0 +1,362 @@
+"""The pictures of a run: numbers in, SVG text out. Knows no HTML and no files.
+
+Needs matplotlib: without it, importing this raises a UserError.
+
+A picture is 360 units wide, with text of size 10, so that it can be read on a phone. Colours are
+CSS variables, so that a page can be light or dark. One thing has one colour in every picture. The
+colours are Okabe and Ito's, which colour-blind people can tell apart.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from cachefreeze.errors import UserError
+from cachefreeze.files import human_bytes
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+except ModuleNotFoundError as missing:
+    raise UserError("reports need matplotlib: pip install matplotlib") from missing
+
+
+# Name: on a light page, on a dark one.
+COLOURS = {
+    "ink": ("#1f2933", "#e6e9ec"),
+    "muted": ("#5b6773", "#a3adb8"),
+    "grid": ("#dde2e7", "#333c46"),
+    "paper": ("#ffffff", "#161b21"),
+    "training": ("#0072b2", "#3d9fdb"),
+    "frozen": ("#e69f00", "#f0b030"),
+    "cache": ("#009e73", "#1fbf92"),
+    "filling": ("#d55e00", "#ee7a22"),
+    "validation": ("#9aa5b1", "#6b7784"),
+    "other": ("#b0578d", "#dd8fbc"),
+}
+# Looks by which runs are told apart: colours, and where they repeat, dashes and markers.
+SERIES = ("training", "filling", "cache", "other", "frozen", "muted")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = "os^Dv*"
+# What seconds are spent on, from the bottom of a bar to its top; each has a colour of its name.
+PARTS = ("training", "filling", "validation")
+
+WIDTH, TEXT, POINTS = 360, 10, 72
+# Losses that differ by more than this factor would all lie at the bottom of a plain axis.
+LOG_FROM = 20
+# Rows of names that stand below each other without touching.
+MOST_NAMES = 24
+
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: smaller, and it can be read out and searched
+    "svg.hashsalt": "cachefreeze",  # the same file from the same numbers
+    "text.parse_math": False,  # names are no formulas
+    **dict.fromkeys(
+        ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"),
+        TEXT,
+    ),
+    **dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), COLOURS["muted"][0]),
+    **dict.fromkeys(
+        ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor", "text.color"),
+        COLOURS["ink"][0],
+    ),
+    "grid.color": COLOURS["grid"][0],
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+}
+
+
+def rates(
+    curves: Sequence[Sequence[tuple[float, float]]],
+    names: Sequence[str],
+    freezes: Sequence[float | None],
+    end: float,
+) -> str:
+    """Draws the rate of every unit over time: a row a unit, with a dot where it freezes.
+
+    Each row is as high as its highest rate, which stands at its end.
+
+    Args:
+        curves: Times in epochs, in order, and rates of every unit.
+        names: Names of the units.
+        freezes: Time in epochs at which each unit freezes. None: it never does.
+        end: Length of the run, in epochs.
+    """
+    units = len(names)
+    row = 20 if units <= MOST_NAMES else 10
+    highest = [max(rate for _, rate in curve) for curve in curves]
+    with _drawing(60 + row * units) as figure:
+        axes = figure.subplots()
+        axes.grid(visible=False, axis="y")
+        for number, (curve, freeze) in enumerate(zip(curves, freezes, strict=True)):
+            base = number + 0.9
+            axes.plot([0, end], [base, base], color=_c("grid"), linewidth=0.8)
+            if highest[number] > 0:
+                x = [time for time, _ in curve]
+                heights = [base - 0.75 * rate / highest[number] for _, rate in curve]
+                (area,) = axes.fill([x[0], *x, x[-1]], [base, *heights, base], color=_c("training"))
+                area.set_gid(f"rate-{number}")
+            if freeze is not None:
+                (dot,) = axes.plot(freeze, base, "o", color=_c("filling"), clip_on=False)
+                dot.set_gid(f"freeze-{number}")
+        shown = range(0, units, _every(units))
+        places = [number + 0.6 for number in shown]
+        axes.set_yticks(places, [names[number] for number in shown])
+        right = axes.twinx()
+        right.set_yticks(places, [f"{highest[number]:.3g}" for number in shown])
+        for each in (axes, right):
+            each.tick_params(axis="y", length=0)
+            each.spines["left"].set_visible(False)
+            each.set_ylim(units, 0)
+        right.grid(visible=False)
+        _epochs(axes, end)
+        _legend(figure, [("rate", "training", "area"), ("frozen from here on", "filling", "o")])
+        return _svg(figure, "rates")
+
+
+def seconds(parts: Mapping[str, Sequence[float]]) -> str:
+    """Draws the seconds of every epoch as a bar of parts that stand on each other.
+
+    Args:
+        parts: Seconds in every epoch, for each of `PARTS`.
+    """
+    names = [name for name in PARTS if any(parts[name])]
+    with _drawing(230) as figure:
+        axes = figure.subplots()
+        below = [0.0] * len(parts[PARTS[0]])
+        for name in names:
+            top = [low + high for low, high in zip(below, parts[name], strict=True)]
+            _bars(axes, top, name, name, below)
+            below = top
+        axes.set_ylabel("seconds")
+        axes.set_ylim(0, max(below) * 1.03 or 1)
+        _legend(figure, [(name, name, "area") for name in names])
+        return _svg(figure, "seconds")
+
+
+def frontier(freezes: Sequence[float], units: int, served: Sequence[float]) -> str:
+    """Draws how many units are frozen, and below it the share of rows that come from the cache.
+
+    Args:
+        freezes: Times in epochs at which one more unit freezes, in order.
+        units: Number of units of the network.
+        served: Share of rows that came from the cache in every epoch, from 0 to 1.
+    """
+    end = len(served)
+    times = [0.0, *freezes, float(end)]
+    frozen = [*range(len(freezes) + 1), len(freezes)]
+    with _drawing(300) as figure:
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+        for low, high, name in (([0] * len(times), frozen, "frozen"), (frozen, units, "training")):
+            area = upper.fill_between(times, low, high, step="post", color=_c(name), lw=0)
+            area.set_gid(name)
+        upper.set_ylim(0, units)
+        upper.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        upper.set_ylabel("units")
+        edges = list(range(end + 1))
+        lower.stairs(served, edges, fill=True, color=_c("cache")).set_gid("served")
+        lower.set_ylim(0, 1)
+        lower.yaxis.set_major_formatter(PercentFormatter(1.0))
+        lower.set_ylabel("rows")
+        upper.grid(visible=False)
+        _epochs(lower, end)
+        legend = [("trained", "training"), ("frozen", "frozen"), ("from the cache", "cache")]
+        _legend(figure, [(name, colour, "area") for name, colour in legend])
+        return _svg(figure, "frontier")
+
+
+def learning(
+    train_loss: Sequence[float], val_loss: Sequence[float], accuracy: Sequence[float]
+) -> str:
+    """Draws the accuracy, and below it the losses, at the end of every epoch."""
+    epochs = range(1, len(accuracy) + 1)
+    few = len(accuracy) <= 30
+    with _drawing(330) as figure:
+        upper, lower = figure.subplots(2, sharex=True)
+        best = max(range(len(accuracy)), key=accuracy.__getitem__)
+        (line,) = upper.plot(epochs, accuracy, "-o" if few else "-", color=_c("training"))
+        line.set_gid("accuracy")
+        star = {"color": _c("filling"), "markersize": 11, "clip_on": False}
+        upper.plot(epochs[best], accuracy[best], "*", zorder=3, **star)
+        upper.yaxis.set_major_formatter(PercentFormatter(1.0))
+        upper.set_ylabel("accuracy")
+        for name, values, colour, how in (
+            ("training", train_loss, "ink", "--s"),
+            ("validation", val_loss, "training", "-o"),
+        ):
+            (line,) = lower.plot(epochs, values, how if few else how[:-1], color=_c(colour))
+            line.set_gid(f"loss-{name}")
+        smallest, largest = (each([*train_loss, *val_loss]) for each in (min, max))
+        if smallest > 0 and largest > LOG_FROM * smallest:
+            lower.set_yscale("log")
+            lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            lower.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            lower.set_ylim(bottom=0)
+        lower.set_ylabel("loss")
+        _epoch_numbers(lower, len(accuracy))
+        legend = [("validation", "training", "-o"), ("training", "ink", "--s")]
+        _legend(figure, [*legend, ("best epoch", "filling", "*")])
+        return _svg(figure, "learning")
+
+
+def kept(sizes: Sequence[float]) -> str:
+    """Draws the bytes that the cache keeps at the end of every epoch."""
+    with _drawing(180) as figure:
+        axes = figure.subplots()
+        _bars(axes, sizes, "cache", "bytes")
+        axes.set_ylim(0, 1.1 * max(sizes))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+        return _svg(figure, "kept")
+
+
+def predicted(ways: Sequence[tuple[str, float | None, float | None, bool]]) -> str:
+    """Draws pairs of bars, a pair for each way to train. An estimated time is hollow.
+
+    Args:
+        ways: Name, predicted and actual seconds (None if not known), and whether the actual ones
+            are estimated.
+    """
+    with _drawing(75 + 30 * len(ways)) as figure:
+        axes = figure.subplots()
+        for number, (_, expected, actual, estimated) in enumerate(ways):
+            for which, value, place, look in (
+                ("predicted", expected, number, _patch("muted")),
+                ("actual", actual, number + 0.38, _patch("training", hollow=estimated)),
+            ):
+                if value is not None:
+                    (bar,) = axes.barh(place, value, height=0.36, **look)
+                    bar.set_gid(f"{number}-{which}")
+        axes.set_yticks([n + 0.19 for n in range(len(ways))], [name for name, *_ in ways])
+        axes.set_ylim(len(ways) - 0.3, -0.3)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("time of the run, seconds")
+        legend = [("predicted", "muted", "area"), ("measured", "training", "area")]
+        if any(estimated for *_, estimated in ways):
+            legend.append(("estimated", "training", "hollow"))
+        _legend(figure, legend)
+        return _svg(figure, "predicted")
+
+
+def accuracy_against_time(runs: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> str:
+    """Draws a line a run.
+
+    Args:
+        runs: Name, seconds from the start to the end of every epoch, and the accuracy there.
+    """
+    with _drawing(240 + 14 * len(runs)) as figure:
+        axes = figure.subplots()
+        legend = []
+        for number, (name, times, values) in enumerate(runs):
+            colour = SERIES[number % len(SERIES)]
+            how = DASHES[number // 2 % len(DASHES)] + MARKERS[number % len(MARKERS)]
+            marked = max(len(values) // 12, 1)
+            (line,) = axes.plot(times, values, how, color=_c(colour), markevery=marked)
+            line.set_gid(f"run-{number}")
+            legend.append((name, colour, how))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylabel("validation accuracy")
+        axes.set_xlabel("seconds of training, filling and validation")
+        axes.set_xlim(left=0)
+        _legend(figure, legend, columns=1)
+        return _svg(figure, "accuracy")
+
+
+def _bars(
+    axes: Axes, tops: Sequence[float], colour: str, name: str, below: Sequence[float] | None = None
+) -> None:
+    """Draws a bar an epoch, each from `below` (the axis if None) to its top."""
+    edges = [number + 0.5 for number in range(len(tops) + 1)]
+    baseline = [0.0] * len(tops) if below is None else below
+    bars = axes.stairs(tops, edges, baseline=baseline, fill=True, color=_c(colour))
+    bars.set_gid(name)
+    axes.grid(visible=False, axis="x")
+    _epoch_numbers(axes, len(tops))
+
+
+def _line(look: str) -> dict[str, Any]:
+    """Splits a look such as `--s` into matplotlib's dashes and marker."""
+    marker = look.lstrip("-.:")
+    return {"linestyle": look.removesuffix(marker) or "none", "marker": marker or None}
+
+
+def _patch(colour: str, *, hollow: bool = False) -> dict[str, Any]:
+    return {"edgecolor": _c(colour), "facecolor": "none" if hollow else _c(colour)}
+
+
+def _c(name: str) -> str:
+    return COLOURS[name][0]
+
+
+@contextmanager
+def _drawing(height: float) -> Iterator[Figure]:
+    """Makes a figure of this height in our own style, whatever the user's matplotlib is told."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield Figure((WIDTH / POINTS, height / POINTS), dpi=POINTS, layout="constrained")
+
+
+def _epochs(axes: Axes, end: float) -> None:
+    """Sets the axis for time, from left to right."""
+    axes.set_xlim(0, end)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=end >= 2))
+    axes.set_xlabel("epochs")
+
+
+def _epoch_numbers(axes: Axes, epochs: int) -> None:
+    """Sets the axis for whole epochs, from left to right."""
+    axes.set_xlim(0.5, epochs + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
+
+
+def _every(names: int) -> int:
+    """Returns every how many of so many rows there is room for a name."""
+    return -(-names // MOST_NAMES)
+
+
+def _legend(figure: Figure, entries: Sequence[tuple[str, str, str]], columns: int = 3) -> None:
+    """Puts a legend above all axes, where no line can run into it.
+
+    Args:
+        figure: Figure without a legend.
+        entries: Name, colour, and a line's look, or `area`, or `hollow`.
+        columns: Number of columns.
+    """
+    handles = [
+        Patch(label=name, **_patch(colour, hollow=look == "hollow"))
+        if look in ("area", "hollow")
+        else Line2D([], [], color=_c(colour), label=name, **_line(look))
+        for name, colour, look in entries
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Returns the figure as an `svg` element. Ids begin with its name, so that it can stand beside
+    others; colours are CSS variables; text is in the page's own type."""
+    file = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    text = file.getvalue()
+    text = text[text.index("<svg ") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg [^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
+    names = {light: colour for colour, (light, _) in COLOURS.items()}
+    text = re.sub("#[0-9a-f]{6}", lambda hit: f"var(--{names[hit[0]]}, {hit[0]})", text)
+    return re.sub(r"\s*\n\s*", "\n", text)

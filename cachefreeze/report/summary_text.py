@@ -1,0 +1,291 @@
+"""What a run tells on the terminal, as lines of text."""
+
+import shlex
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cachefreeze.files import human_bytes
+from cachefreeze.report.time_breakdown import efficiency, saved, spent, ways
+
+_INDENT = " " * 10
+# How the lines begin that are wanted even of a quiet run: all of `closing_words` but its hints.
+RESULT = ("accuracy", "time", "plan", "cache", "run", "weights", _INDENT)
+
+
+def opening_words(
+    settings: Mapping[str, Any],
+    units: Sequence[str],
+    parameters: int,
+    data_set: str,
+    where: str,
+    weights: tuple[str, Sequence[str]] | None = None,
+    first: int = 0,
+) -> list[str]:
+    """Says what is about to be done.
+
+    Args:
+        settings: Contents of args.json.
+        units: Names of the units.
+        parameters: Number of parameters of the network.
+        data_set: Description of the data.
+        where: Device and precision.
+        weights: Description of the weights that the run starts from, and the names of what is new.
+        first: Number of units that are frozen from the start.
+    """
+    if settings["freeze"]:
+        rates = "scaled" if settings["scale_lr"] else "unscaled"
+        whom = " for the others" if first else ""
+        plan = f"FreezeOut{whom}, {settings['schedule']}, t0 = {settings['t0']:g}, {rates} rates"
+    else:
+        plan = f"nothing {'else ' if first else ''}freezes, one cosine for all units"
+    if first:
+        start = f"{first} of {len(units)} units, to {units[first - 1]}"
+        plan = f"frozen from the start: {start}; {plan}"
+    if settings["cache"]:
+        cache = f"activations of frozen units are kept in {settings['cache_dir']}"
+    elif settings["augment"]:
+        cache = "off: augmented pixels are new in every epoch, so there is nothing to keep"
+    else:
+        cache = "off: frozen units are computed in every step"
+    epochs = "1 epoch" if settings["epochs"] == 1 else f"{settings['epochs']} epochs"
+    return [
+        f"network   {settings['network']}: {len(units)} units, {parameters / 1e6:.2f} M parameters",
+        *([] if weights is None else [weights_line(*weights)]),
+        f"data      {data_set}",
+        f"training  {epochs} in batches of {settings['batch_size']} on {where}",
+        f"schedule  {plan}",
+        f"cache     {cache}",
+    ]
+
+
+def weights_line(words: str, new: Sequence[str]) -> str:
+    """Says what a network starts from."""
+    fresh = f"; new for these classes: {', '.join(new)}" if new else ""
+    return f"weights   {words}{fresh}"
+
+
+def forecast_line(forecast: Mapping[str, float]) -> str:
+    """Says what a run with the cache will take.
+
+    Args:
+        forecast: Seconds of the whole run: without_freezing, freezing_only, cached, limit.
+    """
+    only, cached, limit = (forecast[name] for name in ("freezing_only", "cached", "limit"))
+    share = _efficiency_words(only, cached, limit)
+    return (
+        f"plan      {duration(cached)} predicted; {duration(only)} with freezing only, "
+        f"{duration(forecast['without_freezing'])} without, {duration(limit)} at the limit"
+        f"{share and f', {share}'}"
+    )
+
+
+def plan_words(
+    names: Sequence[str],
+    freeze_steps: Sequence[int],
+    total_steps: int,
+    steps_per_epoch: int,
+    forecast: Mapping[str, float] | None,
+    measured_steps: int | None = None,
+) -> list[str]:
+    """Says when every unit freezes, and the times that are predicted.
+
+    Args:
+        names: Names of the units, in order.
+        freeze_steps: First step at which each is frozen; `total_steps` if it never is.
+        total_steps: Number of steps of the run.
+        steps_per_epoch: Number of steps of an epoch.
+        forecast: Seconds of the whole run: without_freezing, freezing_only, cached, limit.
+        measured_steps: Number of steps that the forecast was made from, to be told.
+    """
+    rows = [["unit", "freezes at step", "epoch", "share of the run"]]
+    for name, step in zip(names, freeze_steps, strict=True):
+        if step >= total_steps:
+            rows.append([name, "trains to the end", "", ""])
+        else:
+            epoch = f"{step // steps_per_epoch + 1:,}"
+            rows.append([name, f"{step:,}", epoch, f"{step / total_steps:.1%}"])
+    lines = format_table(rows, right=(1, 2, 3))
+    if forecast is None:
+        return lines
+    only = forecast["freezing_only"]
+    rows = [["predicted", "time", "of freezing only"]]
+    for name, seconds in (
+        ("no freezing", forecast["without_freezing"]),
+        ("freezing only", only),
+        ("with the cache", forecast["cached"]),
+        ("limit: frozen units for nothing", forecast["limit"]),
+    ):
+        rows.append([name, duration(seconds), f"{seconds / only:.1%}"])
+    lines += ["", *format_table(rows, right=(1, 2))]
+    share = _efficiency_words(only, forecast["cached"], forecast["limit"])
+    if share.startswith("efficiency"):
+        share += ": the share of the limit's saving"
+    measured = "" if measured_steps is None else f"predicted from {measured_steps} steps"
+    return [*lines, "", *filter(None, (share, measured))]
+
+
+def epoch_line(metrics: Mapping[str, Any], epochs: int, units: Sequence[str]) -> str:
+    """Says what came out of an epoch.
+
+    Args:
+        metrics: Line of the epoch; see `metrics`.
+        epochs: Number of epochs of the run.
+        units: Names of the units.
+    """
+    rows = metrics["rows_served"] + metrics["rows_computed"]
+    source = f"  {metrics['rows_served'] / rows:.0%} of rows from the cache" if rows else ""
+    return (
+        f"epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  "
+        f"loss {metrics['train_loss']:.4f}  val {metrics['val_accuracy']:7.2%}  "
+        f"frozen {metrics['frozen_units']}/{len(units)}  "
+        f"{metrics['images_per_second']:7,.0f} img/s{source}"
+    )
+
+
+def fill_line(fill: Mapping[str, Any]) -> str:
+    """Says that the rows of the data set have been kept.
+
+    Args:
+        fill: Step, unit (name of the last frozen one), rows, and seconds.
+    """
+    return (
+        f"  step {fill['step']:,}: rows after {fill['unit']} kept: {fill['rows']:,}, "
+        f"{duration(fill['seconds'])}"
+    )
+
+
+def closing_words(
+    summary: Mapping[str, Any], settings: Mapping[str, Any], folder: Path, python: str, exact: bool
+) -> list[str]:
+    """Says what came out, where it lies, and what to type next.
+
+    Args:
+        summary: Contents of summary.json.
+        settings: Contents of args.json.
+        folder: Folder of the run.
+        python: Name of the interpreter, as one would type it here.
+        exact: Whether the device gives the same weights with and without the cache.
+    """
+    lines = [
+        "",
+        f"accuracy  {summary['val_accuracy']:.2%} of the validation images "
+        f"(best epoch {summary['best_val_accuracy']:.2%})",
+        *_time_words(summary),
+        *_cache_words(summary),
+        f"run       {folder} (args.json, metrics.jsonl and .csv, summary.json, last.pt, best.pt)",
+        f"weights   SHA-256 {summary['weights_sha256'][:16]}...",
+    ]
+    hints = _hints(summary, settings, python, exact)
+    return [*lines, "", "what to type next:", *hints] if hints else lines
+
+
+def _time_words(summary: Mapping[str, Any]) -> list[str]:
+    own, *others = ways(summary)
+    parts = [f"{name} {duration(seconds)}" for name, seconds in spent(summary).items()]
+    lines = [f"time      {duration(own.seconds)}: {', '.join(parts)}"]
+    if others:
+        beside = (f"{way.name} {duration(way.seconds)} ({way.known})" for way in others)
+        lines.append(f"{_INDENT}{', '.join(beside)}")
+    if own.predicted is not None:
+        lines.append(
+            f"plan      {duration(own.predicted)} predicted, {duration(own.seconds)} taken "
+            f"({own.seconds / own.predicted - 1:+.0%})"
+        )
+    return lines
+
+
+def _cache_words(summary: Mapping[str, Any]) -> list[str]:
+    """Says what the cache brought, and what it keeps."""
+    cache, seconds = summary["cache"], saved(summary)
+    if not (cache["enabled"] and summary["frozen_units"]):
+        return []
+    total = cache["rows_served"] + cache["rows_computed"]
+    if not cache["rows_served"]:
+        why = (
+            "the warnings above say why"
+            if cache["messages"]
+            else "too little was left of the run; more --epochs or a smaller --t0 leave more"
+        )
+        lines = [f"cache     no row came from it: {why}"]
+    else:
+        verdict = "saved" if seconds >= 0 else "cost more than it saved:"
+        lines = [
+            f"cache     {verdict} {duration(abs(seconds))} (estimated), filling included; "
+            f"{cache['rows_served']:,} of {total:,} rows came from it"
+        ]
+    if cache["rows_kept"]:
+        where = "memory" if cache["directory"] is None else cache["directory"]
+        kept = f"{cache['rows_kept']:,} rows in {where}, {human_bytes(cache['bytes'])}"
+        lines.append(f"{_INDENT}{kept}")
+    return lines
+
+
+def _hints(
+    summary: Mapping[str, Any], settings: Mapping[str, Any], python: str, exact: bool
+) -> list[str]:
+    """Returns commands that go on from here, each with what it gives."""
+    hints, cache = [], summary["cache"]
+    train = f"{python} -m cachefreeze.train"
+    if cache["rows_served"]:
+        same = "the same weights" if exact else "nearly the same weights"
+        slower = ", in more time" if saved(summary) > 0 else ""
+        hints = [
+            f"  {train} {shlex.join([*settings['command'], '--no-cache'])}",
+            f"      {same}{slower}",
+        ]
+    if cache["rows_kept"] and cache["directory"] is not None:
+        hints += [
+            f"  {python} scripts/cache_stats.py {shlex.quote(cache['directory'])}",
+            "      what is in the cache",
+        ]
+    if settings["dataset"] == "digits":
+        hints += [f"  {train} --dataset cifar10", "      the paper's setting (wants a GPU)"]
+    return hints
+
+
+def _efficiency_words(freezing_only: float, cached: float, limit: float) -> str:
+    """Says what share of the best saving is reached; if none is, the seconds that are lost."""
+    if cached > freezing_only:
+        return f"the cache costs {duration(cached - freezing_only)} more than it saves"
+    share = efficiency(freezing_only, cached, limit)
+    return "" if share is None else f"efficiency {share:.2f}"
+
+
+def format_table(
+    rows: Sequence[Sequence[str]], *, right: Container[int] = (), divider: str = "  "
+) -> list[str]:
+    """Returns lines with columns that are as wide as their widest cell.
+
+    Args:
+        rows: Cells of every row. The first row is the header.
+        right: Numbers of the columns that are flush right.
+        divider: Text between two columns.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        divider.join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the same lines in Markdown."""
+    widths = ["-" * max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [f"| {line} |" for line in format_table([rows[0], widths, *rows[1:]], divider=" | ")]
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in its largest two units: `48.2 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02} min"
+    return f"{hours // 24} d {hours % 24} h"

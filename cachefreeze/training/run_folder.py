@@ -1,0 +1,132 @@
+"""The folder of a run: one run's, one process's, and every file whole; and that of the cache."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cachefreeze.errors import UserError
+from cachefreeze.files import lock_folder, unlock_file, why_not_writable, write_atomically
+from cachefreeze.segments.directory import Directory, is_directory
+
+
+class RunFolder:
+    """The folder of one run: args.json, metrics, summary.json, checkpoints.
+
+    Nothing is written before `create`.
+
+    Args:
+        path: of the folder.
+        resume: it holds the run that is to go on; from here on no other process may.
+
+    Raises:
+        UserError: here and later: it holds another run, or cannot be written.
+    """
+
+    # args.json alone is of a run that ended before its first epoch: there is nothing to lose.
+    RESULTS = ("metrics.jsonl", "summary.json", "last.pt")
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        self.path = path
+        self._lock: int | None = None
+        problem = why_not_writable(path)
+        if problem is not None:
+            raise self._cannot_be_written(problem)
+        self.resume = resume
+        if resume:
+            self._take()
+        self._refuse_another_run()
+
+    def create(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder, unless it is there, with the run's settings in args.json. From here on
+        until `close` no other process may."""
+        if self._lock is None:
+            with self.writing():
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
+            self._refuse_another_run()  # one that has come since
+        for path in self.path.glob("*.partial"):  # what a killed process left
+            path.unlink(missing_ok=True)
+        self.write_json("args.json", settings)
+
+    def close(self) -> None:
+        """Let another process have it."""
+        if self._lock is not None:
+            unlock_file(self._lock)
+            self._lock = None
+
+    def _take(self) -> None:
+        with self.writing():
+            self._lock = lock_folder(self.path)
+        if self._lock is None:
+            raise UserError(f"another process is training in {self.path}: wait for it, or stop it")
+
+    def _refuse_another_run(self) -> None:
+        held = [name for name in self.RESULTS if (self.path / name).exists()]
+        if held and not self.resume:
+            raise UserError(
+                f"{self.path} holds a run already ({', '.join(held)}): go on with it (--resume "
+                f"{self.path}), choose another --output-dir, or remove that one"
+            )
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        with self.writing():
+            write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Errors of the file system inside are the user's to mend."""
+        try:
+            yield
+        except OSError as error:
+            raise self._cannot_be_written(error.strerror or str(error)) from error
+
+    def _cannot_be_written(self, reason: str) -> UserError:
+        return UserError(
+            f"the output folder {self.path} cannot be written ({reason}): "
+            "make room or choose another with --output-dir"
+        )
+
+
+def check_cache_folder(folder: Path) -> None:
+    """Checks that a folder can hold kept rows. Nothing is written.
+
+    Args:
+        folder: Folder, which need not be there.
+
+    Raises:
+        UserError: It cannot be made, or holds other files.
+    """
+    problem = why_not_writable(folder)
+    try:
+        if folder.is_dir():  # rows that lie there are used even if none can be written
+            others = not is_directory(folder) and any(
+                not path.match("CACHEDIR.TAG*") for path in folder.iterdir()
+            )
+            problem = "it holds other files" if others else None
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem is not None:
+        raise _cannot_be_used(folder, problem)
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Makes the folder for kept rows now, and not when units freeze, hours later.
+
+    Raises:
+        UserError: It cannot be made, or holds other files.
+    """
+    check_cache_folder(folder)
+    try:
+        Directory(folder, None).close()
+    except UserError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else str(error)
+        raise _cannot_be_used(folder, reason or str(error)) from error
+
+
+def _cannot_be_used(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"the cache folder {folder} cannot be used ({reason}): choose another with --cache-dir, "
+        "or use --no-cache"
+    )

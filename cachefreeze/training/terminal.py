@@ -1,0 +1,96 @@
+"""What is told on the terminal: lines, bars, and how much of both."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Verbosity:
+    """How much is told.
+
+    Args:
+        lines: Whether lines tell what goes on, beside warnings and results.
+        bars: Whether bars are drawn where the output is a terminal.
+    """
+
+    lines: bool = True
+    bars: bool = True
+
+
+EVERYTHING = Verbosity()
+# A process has one terminal, and those who write to it know nothing of each other.
+_verbosity = EVERYTHING
+
+
+class _Warnings(logging.Handler):
+    """Tells what the cache logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
+
+
+@contextmanager
+def speaking(verbosity: Verbosity) -> Iterator[None]:
+    """Tells so much inside. What the library logs is told as warnings."""
+    global _verbosity
+    before, _verbosity = _verbosity, verbosity
+    log, handler = logging.getLogger("cachefreeze"), _Warnings(logging.WARNING)
+    propagates, log.propagate = log.propagate, False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagates
+        _verbosity = before
+
+
+def say(line: str, *, always: bool = False) -> None:
+    """Prints a line without tearing the bars.
+
+    Args:
+        line: Line.
+        always: Whether it is printed even if only warnings and results are wanted.
+    """
+    if always or _verbosity.lines:
+        tqdm.write(line)
+
+
+def warn(sentence: str) -> None:
+    """Prints what is not as it should be."""
+    say(f"  {sentence}", always=True)
+
+
+def progress_bar(description: str, total: int, unit: str, **options: Any) -> "tqdm[Any]":
+    """Returns a bar that shows only on a terminal, and goes when it is closed.
+
+    Args:
+        description: What is done.
+        total: Number of units to do.
+        unit: Name of a unit.
+        **options: Options of tqdm.
+    """
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=True,
+        leave=False,
+        dynamic_ncols=True,
+        disable=None if _verbosity.bars else True,
+        **options,
+    )
+
+
+def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
+    """Draws a bar around a pass over the images."""
+    with progress_bar("reading images", total, "batch") as bar:
+        for batch in batches:
+            yield batch
+            bar.update()

@@ -1,0 +1,157 @@
+"""The command line: what it means, and what it refuses."""
+
+import argparse
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cachefreeze.training import command_line, settings
+
+Fails = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", ("wrn16_2", 12, 64)),
+        ("--arch densenet", ("densenet22_12", 12, 64)),
+        ("--arch vgg", ("vgg11", 12, 64)),
+        ("--dataset cifar10", ("wrn40_4", 100, 50)),
+        ("--dataset cifar100 --arch densenet", ("densenet76_12", 100, 50)),
+        ("--dataset cifar10 --arch vgg", ("vgg16", 100, 50)),
+        ("--arch wrn40_4", ("wrn40_4", 12, 64)),
+        ("--arch hf:some/folder-1", ("hf:some/folder-1", 12, 64)),
+        ("--arch wrn28 --width 10 --epochs 3 -b 7", ("wrn28_10", 3, 7)),
+        ("--model densenet -L 40 -k 24 --batch_size 9", ("densenet40_24", 12, 9)),
+    ],
+)
+def test_without_sizes_the_data_set_decides(argv: str, expected: tuple[str, int, int]) -> None:
+    found = settings.parse(argv.split())
+    assert (found.network, found.epochs, found.batch_size) == expected
+
+
+def test_freezeouts_own_option_names_are_accepted() -> None:
+    found = settings.parse(["--t_0", "0.5", "--how_scale", "squared", "--no_scale"])
+    assert (found.t0, found.schedule, found.scale_lr) == (0.5, "squared", False)
+    found = settings.parse([])
+    assert (found.t0, found.schedule, found.scale_lr) == (0.8, "cubic", True)
+    assert settings.parse(["--no-scale-lr", "--scale_lr"]).scale_lr
+    assert not settings.parse(["--scale_lr", "--no-scale-lr"]).scale_lr
+    assert settings.parse(["--model", "WRN"]).arch == "wrn"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("--arch resnet", "--arch resnet is not known: choose wrn, densenet or vgg"),
+        ("--arch vgg16_2", "a VGG has a depth only"),
+        ("--arch wrn16_2 --depth 22", "--depth 22 contradicts the 16"),
+        ("--arch wrn --depth 17", "6n+4"),
+        ("--arch wrn --depth 0", "depth 0"),
+        ("--arch wrn16_0", "width 0"),
+        ("--arch densenet --growth-rate 0", "growth rate 0"),
+        ("--dataset imagefolder --data-dir x --image-size 0", "--image-size 0"),
+        ("--arch densenet --width 2", "--width is for wrn only"),
+        ("--image-size 48", "--image-size is for imagefolder only"),
+        ("--seed 99999999999999999999", "--seed"),
+        (f"--output-dir {'x' * 300}", "too long"),
+        (f"--cache-dir {'x' * 300}", "too long"),
+        (f"--dataset imagefolder --data-dir {'x' * 300}", "too long"),
+        ("--arch vgg --depth 12", "11, 13, 16 or 19"),
+        ("--t0 0", "--t0 0.0 does not make sense"),
+        ("--t0 1.5", "above 0 and at most 1"),
+        ("--t0 nan", "--t0 nan"),
+        ("--epochs 0", "--epochs"),
+        ("-b 0", "--batch-size"),
+        ("--lr -1", "--lr"),
+        ("--momentum 1", "--momentum"),
+        ("--dropout 1", "--dropout"),
+        ("--seed -1", "--seed"),
+        ("-j -1", "--workers"),
+        ("--val-fraction 1", "--val-fraction"),
+        ("--cache-max-gb -1", "--cache-max-gb"),
+        ("--dataset imagefolder --data-dir x --arch vgg --image-size 16", "32 or more with vgg"),
+        ("--augment --cache", "exclude each other"),
+        ("--schedule quartic", "quartic"),
+        ("--epochs many", "many"),
+        ("--frobnicate", "--frobnicate"),
+        ("--dataset imagefolder --data-dir nowhere", "nowhere is not a folder"),
+        ("--dataset imagefolder", "needs --data-dir"),
+        ("--data-dir photos", "--data-dir is for other data sets only"),
+        ("--epoch 3", "--epoch"),
+        ("--checkpoint-every 0", "--checkpoint-every 0"),
+        ("--cache-max-gb 0", "or give --no-cache"),
+        ("--keep-cache", "rows stay in --cache-dir until their room is needed; leave it out"),
+        ("--cache-codec zstd", "--cache-codec is gone: rows are kept as they are"),
+        ("--cache-codec=int8 --epochs 3", "--cache-codec is gone"),
+        ("--cache-dtype bf16", "--precision bf16 halves them"),
+        ("--cache-policy eager", "--cache-policy is gone"),
+        ("--cache-tier disk", "--cache-tier is gone"),
+        ("--device-cache-gb 3", "--cache-max-gb bounds"),
+        ("--verify-cache", "rows are compared with computed ones in every run"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(
+    argv: str, named: str, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert named in fails(*argv.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_about_options_is_what_the_script_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.setattr(sys, "argv", ["options_table.py"])
+    assert runpy.run_path(str(root / "scripts" / "options_table.py"))["main"]() == 0
+    page = capsys.readouterr().out
+    assert page == (root / "docs" / "options.md").read_text(), (
+        "python scripts/options_table.py > docs/options.md"
+    )
+    for action in command_line.options()._actions:
+        if action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
+            assert all(f"`{name}`" in page for name in action.option_strings)
+
+
+def test_help_is_in_groups_and_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        settings.parse(["--help"])
+    assert end.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for group in ("network:", "data:", "schedule (FreezeOut):", "cache:", "training:"):
+        assert f" {group} " in text
+    assert "where activations are kept, to be found by later runs (default: data/cache)" in text
+    assert "unit's initial rate by its share of the run (default: on)" in text
+    assert "None" not in text
+    assert "True)" not in text
+    assert "False)" not in text
+
+
+@pytest.mark.parametrize(("theirs", "ours"), command_line.FREEZEOUT)
+def test_what_help_says_of_freezeouts_options_is_so(theirs: str, ours: str) -> None:
+    known = command_line.options()._option_string_actions
+    for name in re.findall(r"--?\w[\w-]*", theirs):
+        assert (name in known) == (ours.startswith("the same") or name == "--resume")
+    for name in re.findall(r"--\w[\w-]*", ours):
+        assert name in known
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
+    assert "--device cuda is not available" in fails("--device", "cuda")
+
+
+def test_every_option_that_the_readme_names_exists() -> None:
+    root = Path(__file__).parents[1]
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (root / "README.md").read_text()))
+    known = set(command_line.options()._option_string_actions)
+    for script in (root / "scripts").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
+    assert len(named) > 20
+    assert named <= known
