@@ -4,6 +4,7 @@ import copy
 import io
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, TensorDataset
 
 from cachefreeze import FreezeOutLR, Schedule, param_groups, units_of
 from cachefreeze.freezeout import freeze_units
@@ -305,3 +307,21 @@ def test_an_optimizer_of_other_groups_is_refused() -> None:
     first, _, *others = param_groups(model)
     with pytest.raises(ValueError, match="param_groups"):
         FreezeOutLR(torch.optim.SGD([first, *others], lr=0.1), model, 10)
+
+
+def test_the_loop_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[1] / "docs" / "freezeout.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    dataset = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 3)
+    names: dict[str, Any] = {
+        "torch": torch,
+        "model": UNet(),
+        "loader": DataLoader(dataset, 4),
+        "epochs": 3,
+        "loss_function": lambda logits, y: F.cross_entropy(logits, y % 2),
+    }
+    exec(code, names)
+    assert names["scheduler"].frontier == len(names["scheduler"].names) - 1
+    assert not names["model"].down.training
+    names["cache"].close()
