@@ -37,7 +37,14 @@ ANY = {
 class Run:
     """A model in training on batches that step and seed decide."""
 
-    def __init__(self, name: str = "wrn", seed: int = 0, freeze_first: int = 0, **options: Any):
+    def __init__(
+        self,
+        name: str = "wrn",
+        seed: int = 0,
+        freeze_first: int = 0,
+        lr: float = 0.05,
+        **options: Any,
+    ) -> None:
         torch.manual_seed(seed)
         make, self.shape = ANY[name]
         self.model = make()
@@ -46,7 +53,7 @@ class Run:
             freeze_units(self.model, freeze_first, x)
         self.units = units_of(self.model, x)
         self.optimizer = torch.optim.SGD(
-            param_groups(self.model, x), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2
+            param_groups(self.model, x), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-2
         )
         options = {"t0": 0.2, "shape": "linear", **options}
         self.scheduler = FreezeOutLR(self.optimizer, self.model, STEPS, **options)
@@ -143,7 +150,7 @@ def test_its_state_says_the_schedule_and_wins_over_what_it_was_made_with() -> No
     run = Run()
     for number in range(STEPS // 2):
         run.step(number)
-    twin = Run(t0=0.9, shape="cubic")
+    twin = Run(lr=0.7, t0=0.9, shape="cubic")
     twin.scheduler.load_state_dict(run.scheduler.state_dict())
     assert twin.scheduler.schedule == run.scheduler.schedule
     for _ in range(STEPS // 2):

@@ -332,6 +332,11 @@ def test_parameters_beside_modules_freeze_with_what_comes_after_them() -> None:
         units = units_of(model, *example)
         assert names(units) == ["stem", "blocks.0", "blocks.1", "head"]
         assert id(model.token) in {id(one) for one in units[number].parameters}
+    model(torch.ones(2, 4)).sum().backward()
+    freeze_units(model, 1)
+    assert not model.token.requires_grad
+    assert model.token.grad is None
+    assert model.head.weight.grad is not None
 
 
 def test_layers_of_an_encoder_are_blocks_and_layers_of_a_block_are_not() -> None:
@@ -351,6 +356,30 @@ def test_layers_of_an_encoder_are_blocks_and_layers_of_a_block_are_not() -> None
     ]
     # With several of them, they are the blocks.
     assert names(units_of(nn.ModuleList([Encoder(), Encoder()]))) == ["0", "1"]
+
+
+def test_a_list_that_does_more_than_to_hold_modules_is_a_module_like_others() -> None:
+    class Branches(nn.ModuleList):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([branch(x) for branch in self])
+
+    for kind, expected in ((nn.ModuleList, ["0", "1.0", "1.1"]), (Branches, ["0", "1"])):
+        layers = kind([nn.Linear(2, 2), nn.Linear(2, 2)])
+        assert names(units_of(nn.Sequential(nn.Linear(2, 2), layers))) == expected
+
+
+def test_a_norm_of_the_input_freezes_with_what_follows_wherever_it_is_listed() -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(self.norm(x)))
+
+    units = units_of(Normalized(), torch.ones(1, 4))
+    assert names(units) == ["stem", "head"]
+    assert len(units[0].parameters) == 4
 
 
 @pytest.mark.parametrize("wrap", [1, 2])
@@ -427,6 +456,10 @@ def test_a_model_without_parameters_is_refused() -> None:
 def test_first_units_are_a_number_of_them_or_all_up_to_a_name(first: Any, count: int) -> None:
     units = units_of(torchvision.models.resnet18())
     assert count_of(units, first) == count
+
+
+def test_groups_of_our_own_networks_are_named_as_modules_are() -> None:
+    assert count_of(units_of(build("wrn", 10, depth=16, width=2)), "group2") == 5
 
 
 @pytest.mark.parametrize(

@@ -279,13 +279,9 @@ def _in_order(parts: Sequence[_Part], met: Mapping[int, int]) -> list[_Part]:
         parts: Parts as the model lists them.
         met: Number of the last operation that takes each parameter, by `id`.
     """
-    holders = Counter(id(one) for part in parts for one in part.parameters)
 
-    def place(part: _Part) -> float:
-        """Where a part is met first. What it shares with others does not count."""
-        found = [one for one in map(id, part.parameters) if one in met]
-        alone = [one for one in found if holders[one] == 1]
-        return min((met[one] for one in alone or found), default=inf)
+    def place(part: _Part) -> int | float:
+        return min((met[id(one)] for one in part.parameters if id(one) in met), default=inf)
 
     if met:
         parts = sorted(parts, key=place)
