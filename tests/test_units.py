@@ -279,6 +279,20 @@ def test_of_a_stem_only_the_weight_that_is_used_again_trains_longer() -> None:
         assert [id(one) for one in units[0].parameters] == [id(model.stem.places.weight)]
 
 
+def test_a_weight_that_is_clipped_beforehand_is_met_where_it_is_used() -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.head.weight.clamp_(-1, 1)
+            return self.head(self.stem(x))
+
+    assert names(units_of(Clipped(), torch.ones(1, 4))) == ["stem", "head"]
+
+
 def test_an_encoder_that_is_run_twice_keeps_its_blocks_apart() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:

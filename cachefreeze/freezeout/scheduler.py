@@ -122,10 +122,8 @@ class FreezeOutLR(LRScheduler):
         self.names = tuple(names[unit] for unit in range(count))
         self.model = model
         self.optimizer = optimizer
-        trained = (any(one.requires_grad for one in self._parameters(n)) for n in range(count))
-        first = next(
-            (number for number, takes_gradient in enumerate(trained) if takes_gradient), count
-        )
+        trained = [any(one.requires_grad for one in self._parameters(n)) for n in range(count)]
+        first = [*trained, True].index(True)
         self.schedule = Schedule(count, total_steps, t0, shape, scale_lr, first)
         self._frontier = 0
         super().__init__(optimizer, last_epoch)  # which takes a first step, and so freezes

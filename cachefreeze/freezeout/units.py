@@ -244,12 +244,14 @@ def _met(model: nn.Module, example: Any, kwargs: Mapping[str, Any]) -> dict[int,
             part.training = False
         _, trace = lineage.trace(model, *example, **kwargs)
     numbers = {state.value: id(state.tensor()) for state in trace.states}
-    return {
-        numbers[value]: operation.number
-        for operation in trace.operations
-        for value in operation.reads
-        if value in numbers
-    }
+    met: dict[int, int] = {}
+    for operation in trace.operations:
+        for value in operation.reads:
+            if value in numbers:
+                met[numbers[value]] = operation.number
+        # A parameter that is written to in place has another number from then on.
+        numbers |= {new: numbers[old] for old, new in operation.writes if old in numbers}
+    return met
 
 
 @contextmanager
