@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from cachefreeze import FreezeOutLR, Units, param_groups, partition
-from cachefreeze.models import build
 from cachefreeze.freezeout.schedule import Schedule
+from cachefreeze.models import build
 
 
 def small_network() -> nn.Sequential:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from cachefreeze.models.units import canonical
 from torch import nn
 
 from cachefreeze import Units, UserError, partition
 from cachefreeze.models import build
-from cachefreeze.models.units import canonical
 
 SMALL = {
     "wrn": {"depth": 16, "width": 1},
