@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py [--repeats 3] [--no-freezing] -- --arch wrn16_2 --t0 0.5
 
-What comes after the two dashes is given to `python -m cachefreeze.train`. Runs are whole processes,
-in turn; ratios are taken within a repeat, and medians told with their spread. Exit code 1 means that
+What follows the two dashes is given to `python -m cachefreeze.train`. Runs are whole processes, in
+turn; ratios are taken within a repeat, and medians told with their spread. Exit code 1 means that
 the weights differ.
 """
 
