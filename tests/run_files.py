@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cachefreeze.schedule import Schedule
-
+from cachefreeze.freezeout.schedule import Schedule
 from cachefreeze.report.metrics import Metrics
 from cachefreeze.report.run_results import SCHEMA, RunResults
 

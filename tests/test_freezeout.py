@@ -97,7 +97,7 @@ def test_a_frozen_unit_does_not_change_by_a_bit_until_the_end(name: str) -> None
     for one in run.model.parameters():
         assert one.requires_grad == (id(one) not in hidden)
     assert run.scheduler.frontier == len(run.units) - 1
-    assert len(frozen) > len(run.units) - 2 > 2
+    assert len(frozen) >= len(run.units) - 1 >= 3
 
 
 @pytest.mark.parametrize("name", ["wrn", "unet", "tied weights"])
