@@ -48,7 +48,8 @@ def build_ready_made(
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
     if weights is None:
-        return torchvision.models.get_model(name, num_classes=classes, **options)
+        with _sized(f"torchvision:{name}", image_size):
+            return torchvision.models.get_model(name, num_classes=classes, **options)
     chosen = _torchvision_weights(name, weights)
     needed = chosen.meta.get("min_size", (1, 1))[0]
     if "image_size" in options and image_size != needed:
@@ -128,10 +129,13 @@ def _timm_model(name: str, classes: int, image_size: int, weights: str | None) -
     timm = import_timm()
     _check_name("timm", name, timm.list_models())
     options: dict[str, Any] = {}
-    if "img_size" in inspect.signature(timm.model_entrypoint(name)).parameters:
+    known = timm.get_pretrained_cfg(name)
+    by_name = "img_size" in inspect.signature(timm.model_entrypoint(name)).parameters
+    if by_name or (known is not None and known.fixed_input_size):
         options["img_size"] = image_size
     if weights is None:
-        return timm.create_model(name, num_classes=classes, **options)
+        with _sized(f"timm:{name}", image_size):
+            return timm.create_model(name, num_classes=classes, **options)
     with _loading(f"the weights {weights} of {name}", None):
         return timm.create_model(_tagged(name, weights), pretrained=True, **options)
 
@@ -139,6 +143,18 @@ def _timm_model(name: str, classes: int, image_size: int, weights: str | None) -
 def _tagged(name: str, weights: str) -> str:
     """timm's way to name a network with one of its weights."""
     return name if weights == "DEFAULT" else f"{name}.{weights}"
+
+
+@contextmanager
+def _sized(what: str, size: int) -> Iterator[None]:
+    """A size that is no multiple of a network's patches is the user's to mend."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{what} does not take images of {size}x{size} ({reason}): choose another --image-size"
+        ) from error
 
 
 @contextmanager
