@@ -56,7 +56,7 @@ INSIDE = {
         ["inspect"],
     ],
     "freezeout": [["schedule", "freezing"], ["units"], ["scheduler"]],
-    "models": [["layers"], ["wrn", "densenet", "vgg", "ready_made"]],
+    "models": [["layers", "hugging_face"], ["wrn", "densenet", "vgg", "ready_made"]],
     "data": [["order"], ["images"], ["inputs", "sets"]],
     "training": [
         ["command_line", "terminal", "interrupts", "checkpoint", "run_folder", "fill"],

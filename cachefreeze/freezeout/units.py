@@ -129,6 +129,9 @@ def freeze_units(model: nn.Module, first: int | str, /, *example: Any, **kwargs:
 def freeze_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Freezes parameters for good, and the modules that have no others but frozen ones.
 
+    In a plain `Sequential`, modules without parameters freeze once something behind them has: noise
+    of a dropout would reach nothing but frozen modules. Elsewhere their order is not known.
+
     Args:
         model: Model that the parameters are of.
         parameters: Parameters.
@@ -145,8 +148,24 @@ def freeze_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> N
             continue
         if any(one.requires_grad for one in held):
             waiting += module.children()
+            if isinstance(module, nn.Sequential) and _is_container(module):
+                freeze(*_amid_frozen(list(module)))
         else:
             freeze(module)
+
+
+def _amid_frozen(children: Sequence[nn.Module]) -> list[nn.Module]:
+    """Finds modules without parameters that run before something frozen, and not behind it."""
+    behind: list[nn.Module] = []
+    for child in reversed(children):
+        first = next(child.parameters(), None)
+        if first is not None and not first.requires_grad:
+            break
+        behind.append(child)
+    before = children[: len(children) - len(behind)]
+    return [
+        one for one in before if not _has_parameters(one) and all(one is not it for it in behind)
+    ]
 
 
 def _parts(

@@ -38,15 +38,15 @@ def build(
 
     Args:
         arch: `wrn` (which needs `depth` and `width`), `densenet` (`depth` and `growth_rate`), `vgg`
-            (`depth`), `torchvision:NAME` or `timm:NAME`.
+            (`depth`), `torchvision:NAME`, `timm:NAME` or `hf:NAME`.
         classes: outputs; weights bring their own number of them.
         image_size, weights: of a ready-made network, see `build_ready_made`.
 
     Raises:
         UserError: sizes that the network cannot have, or a name that does not exist.
     """
-    library, _, name = arch.rpartition(":")
-    if library:
+    library, colon, name = arch.partition(":")
+    if colon:
         return build_ready_made(library, name, classes, image_size=image_size, weights=weights)
     assert depth is not None
     sizes: dict[str, Any] = {"depth": depth, "dropout": dropout}

@@ -1,4 +1,4 @@
-"""torchvision's and timm's networks, by name."""
+"""Networks of torchvision, timm and transformers, by name."""
 
 import difflib
 import inspect
@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from cachefreeze.errors import UserError
+from cachefreeze.models.hugging_face import build_hugging_face, hugging_face_statistics
 
 # Of most weights that were trained on ImageNet: mean and standard deviation by channel.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -20,19 +21,22 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 def build_ready_made(
     library: str, name: str, classes: int, *, image_size: int, weights: str | None = None
 ) -> nn.Module:
-    """A classification network of torchvision or timm.
+    """A classification network of torchvision, timm or transformers.
 
     Args:
-        library: `torchvision` or `timm`.
-        name: as in `torchvision.models.list_models()` or `timm.list_models()`.
+        library: `torchvision`, `timm` or `hf`.
+        name: as in `torchvision.models.list_models()` or `timm.list_models()`; of `hf`, see
+            `build_hugging_face`.
         classes: outputs; weights bring their own number of them.
         image_size: that networks of one size only are built for.
         weights: `DEFAULT`, or a name of the network's weights; None initialises it.
 
     Raises:
-        UserError: timm is not installed, there is no such network or weights, or they are not here
-            and cannot be downloaded.
+        UserError: the library is not installed, there is no such network or weights, or they are
+            not here and cannot be downloaded.
     """
+    if library == "hf":
+        return build_hugging_face(name, classes, image_size=image_size, weights=weights)
     if library == "timm":
         return _timm_model(name, classes, image_size, weights)
     _check_name("torchvision", name, torchvision_names())
@@ -56,13 +60,15 @@ def build_ready_made(
         return torchvision.models.get_model(name, weights=chosen, progress=False, **options)
 
 
-def weights_statistics(library: str, name: str, weights: str) -> Statistics:
+def weights_statistics(library: str, name: str, weights: str) -> Statistics | None:
     """Mean and standard deviation by channel of the images that weights were trained on, of pixels
-    scaled to 0 .. 1. Nothing is downloaded.
+    scaled to 0 .. 1, or None if they are not known. No weights are downloaded.
 
     Raises:
         UserError: there is no such network, or weights.
     """
+    if library == "hf":
+        return hugging_face_statistics(name, weights)
     if library == "timm":
         timm = import_timm()
         _check_name("timm", name, timm.list_models())

@@ -1,0 +1,147 @@
+"""Image classifiers of Hugging Face transformers, by folder or by name on the hub."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachefreeze.errors import UserError
+
+
+class Logits(nn.Module):
+    """Calls a classifier of transformers with images alone; gives its logits alone.
+
+    Args:
+        model: Classifier.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images, (N, 3, H, W), to logits, (N, classes)."""
+        return self.model(pixel_values=x).logits
+
+
+def build_hugging_face(
+    name: str, classes: int, *, image_size: int, weights: str | None = None
+) -> nn.Module:
+    """Builds an image classifier. No code of a model's folder is run.
+
+    Args:
+        name: Folder with a config.json, or a name on the hub.
+        classes: Number of outputs. Weights bring their own number of them.
+        image_size: Height and width of the images.
+        weights: Folder or name on the hub that safetensors are loaded from, or `DEFAULT` for those
+            of `name` itself. If None, weights are initialised.
+
+    Raises:
+        UserError: transformers is not installed, there is no such image classifier, it cannot be
+            downloaded, or its weights are for images of another size.
+    """
+    transformers = _import_transformers()
+    auto = transformers.AutoModelForImageClassification
+    name = _place(name, "DEFAULT")
+    if weights is None:
+        with _loading(f"an image classifier hf:{name}", "a folder with a config.json"):
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            config.num_labels = classes
+            if isinstance(getattr(config, "image_size", None), int):
+                config.image_size = image_size
+            return Logits(auto.from_config(config, trust_remote_code=False).float())
+    where = _place(name, weights)
+    with _loading(f"weights of an image classifier {where}", "a folder with a model.safetensors"):
+        model, found = auto.from_pretrained(
+            where, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    # Weights that were trained without labels have no head, which is initialised then.
+    body = f"{model.base_model_prefix}."
+    missing = sorted(key for key in found["missing_keys"] if key.startswith(body))
+    if missing:
+        raise UserError(
+            f"the weights {where} are not of this network: {missing[0]} is missing there"
+        )
+    made = Logits(model.float().train())
+    size = getattr(model.config, "image_size", image_size)
+    if size != image_size and not _takes(made, image_size):
+        raise UserError(
+            f"the weights {where} are for images of {size}x{size}: give --image-size {size}"
+        )
+    return made
+
+
+def hugging_face_statistics(name: str, weights: str) -> tuple[Any, Any] | None:
+    """Reads mean and standard deviation, by channel, of the images that weights were trained on.
+
+    Args:
+        name: Name of the network, see `build_hugging_face`.
+        weights: Folder or name on the hub, or `DEFAULT`.
+
+    Returns:
+        Mean and standard deviation of pixels scaled to 0 .. 1, or None if nothing says them.
+
+    Raises:
+        UserError: transformers is not installed.
+    """
+    processors = _import_transformers().ImageProcessingMixin
+    try:
+        found, _ = processors.get_image_processor_dict(_place(name, weights))
+    except (OSError, ValueError):  # there is none, or no network
+        return None
+    mean, std = found.get("image_mean"), found.get("image_std")
+    if not found.get("do_normalize", True) or not isinstance(mean, list):
+        return None
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _place(name: str, weights: str) -> str:
+    place = name if weights == "DEFAULT" else weights
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.is_absolute() or place.count("/") > 1 or place.startswith("."):
+        raise UserError(f"there is no folder {place}: give one, or a name on the hub")
+    return place
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "transformers is not installed: pip install 'cachefreeze[hf]', or use a torchvision "
+            "network"
+        ) from error
+    return transformers
+
+
+def _takes(model: nn.Module, size: int) -> bool:
+    parameter = next(model.parameters())
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()(torch.zeros(1, 3, size, size, dtype=parameter.dtype))
+    except (RuntimeError, ValueError):
+        return False
+    finally:
+        model.train()
+    return True
+
+
+@contextmanager
+def _loading(what: str, instead: str) -> Iterator[None]:
+    """What keeps files from being loaded is the user's to mend. No bar shows meanwhile."""
+    logging = _import_transformers().logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # of a file, a network, a server, or a class
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise UserError(f"cannot load {what} ({reason}): give {instead}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
