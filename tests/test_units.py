@@ -247,6 +247,38 @@ def test_a_weight_that_is_used_once_more_at_the_end_trains_to_the_end() -> None:
     assert last(units) == {id(model.tokens.weight)}
 
 
+def test_of_a_stem_only_the_weight_that_is_used_again_trains_longer() -> None:
+    class Embeddings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(20, 8), nn.Embedding(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tokens(x) + self.places.weight[: x.shape[1]]
+
+    class Tied(nn.Module):
+        def __init__(self, holds: bool) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 20)
+            self.blocks = nn.ModuleList(Block(8) for _ in range(2))
+            self.stem = Embeddings()  # run first, listed last
+            if holds:
+                self.head.weight = self.stem.tokens.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            for block in self.blocks:
+                h = block(h)
+            return h @ self.stem.tokens.weight.T + self.head.bias
+
+    for holds in (False, True):
+        model = Tied(holds)
+        units = units_of(model, TOKENS)
+        assert names(units) == ["stem", "blocks.0", "blocks.1", "head"]
+        assert id(model.stem.tokens.weight) in last(units)
+        assert [id(one) for one in units[0].parameters] == [id(model.stem.places.weight)]
+
+
 def test_an_encoder_that_is_run_twice_keeps_its_blocks_apart() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:

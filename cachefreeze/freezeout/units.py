@@ -57,8 +57,9 @@ def units_of(model: nn.Module, /, *example: Any, **kwargs: Any) -> list[Unit]:
     comes before it, or to what follows if it is the first in a container. A parameter beside
     modules, such as a class token, belongs to what comes after it.
 
-    A parameter that is used in several places belongs to the last unit that holds or uses it: the
-    weight that an embedding shares with the head trains as long as the head.
+    A parameter that several modules hold belongs to the last of them, and one that is used again
+    after later units to what follows there: the weight that an embedding shares with the head
+    trains as long as the head.
 
     Args:
         model: Model.
@@ -292,8 +293,9 @@ def _in_order(parts: Sequence[_Part], met: Mapping[int, int]) -> list[_Part]:
     home: dict[int, int] = {}
     for number, part in enumerate(parts):
         for one in map(id, part.parameters):
-            # The last part that holds it, or that is met before its last use.
-            home[one] = max(number, bisect_left(places, met.get(one, -1)) - 1)
+            behind = bisect_left(places, met.get(one, -1))  # what is met first after its last use
+            is_used_again = behind > number + 1
+            home[one] = min(behind, len(parts) - 1) if is_used_again else number
     found: list[dict[int, nn.Parameter]] = [{} for _ in parts]
     for part in parts:
         for parameter in part.parameters:
