@@ -67,8 +67,8 @@ INSIDE = {
     ],
     "adapters": [["lightning"]],
     "report": [
-        ["figures", "markup", "metrics", "run_results", "time_breakdown"],
-        ["summary_text"],
+        ["markup", "metrics", "run_results", "time_breakdown"],
+        ["figures", "summary_text"],
         ["compare", "html_report"],
     ],
     "models": [["units", "layers"], ["wrn", "densenet", "vgg", "partition", "ready_made"]],
