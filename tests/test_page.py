@@ -529,6 +529,9 @@ def test_curves_are_the_rates_that_the_run_had(
     for unit, curve in enumerate(seen["curves"]):
         times, values = zip(*curve, strict=True)
         assert values[0] == cached.summary["initial_rates"][unit]
+        freeze = cached.summary["freeze_steps"][unit] / 23
+        assert (times[-1], values[-1]) == (pytest.approx(freeze), 0.0)
+        assert list(times) == sorted(times)
         for line in cached.metrics[:-1]:
             there = np.interp(line["epoch"], times, values, right=0.0)
             assert there == pytest.approx(line["lr"][unit], abs=1e-9)
