@@ -17,7 +17,7 @@ def send(number: int, times: int = 1) -> None:
 
 
 class Interrupter:
-    """Sends signals to this process in the middle of a step, of filling a split, or of validation."""
+    """Sends signals to this process in the middle of a step, of filling, or of validation."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cachefreeze.freezeout.schedule import Schedule
 from cachefreeze.report.metrics import Metrics
 from cachefreeze.report.run_results import SCHEMA, RunResults
-from cachefreeze.schedule import Schedule
 
 EPOCHS, STEPS_PER_EPOCH = 12, 23
 ROWS = 1797  # of an epoch, in training and validation

@@ -292,3 +292,23 @@ def test_five_runs_at_once_share_their_rows(images: Path, tmp_path: Path) -> Non
     assert all(cache["rows_served"] > 0 for cache in caches)
     for number in (0, 4):
         assert results(tmp_path / f"run{number}") == results(tmp_path / f"run{number}--no-cache")
+
+
+def test_classifiers_of_transformers_are_trained_by_folder(train: Train, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+        image_size=32, patch_size=8, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "vit")
+    options = ("--arch", f"hf:{tmp_path / 'vit'}", "--epochs", 3, "--freeze-first", -1)
+    cached, plain = train(*options), train(*options, "--no-cache")
+    assert_same_run(cached, plain)
+    assert cache_of(cached)["rows_served"] > 150
+    tuned = train(*options, "--weights", tmp_path / "vit")
+    after = torch.load(tuned.folder / "last.pt", weights_only=True)["model"]
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("classifier"):
+            assert torch.equal(after[f"model.{name}"], tensor), name

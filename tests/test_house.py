@@ -66,8 +66,8 @@ INSIDE = {
     ],
     "integrations": [["lightning"]],
     "report": [
-        ["figures", "markup", "metrics", "run_results", "time_breakdown"],
-        ["summary_text"],
+        ["markup", "metrics", "run_results", "time_breakdown"],
+        ["figures", "summary_text"],
         ["compare", "html_report"],
     ],
 }

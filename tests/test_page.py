@@ -34,7 +34,7 @@ from cachefreeze.report.summary_text import (
     opening_words,
     plan_words,
 )
-from cachefreeze.report.time_breakdown import spent, ways
+from cachefreeze.report.time_breakdown import Way, spent, ways
 
 from .browser import PROGRAM, Browser
 from .run_files import make_run, rewrite
@@ -428,10 +428,10 @@ def test_runs_that_were_measured_stand_beside_it(cached: RunResults, tmp_path: P
     bars = re.search(r"<svg[^>]*Bars of .*?</svg>", page.text, re.DOTALL)
     assert bars
     for number in (1, 2):
-        assert not is_hollow(bars[0], f"predicted-{number}-actual"), "it was measured"
+        assert not is_hollow(bars[0], f"predicted-{number}-measured"), "it was measured"
     estimated = re.search(r"<svg[^>]*Bars of .*?</svg>", drawn(cached).text, re.DOTALL)
     assert estimated
-    assert is_hollow(estimated[0], "predicted-1-actual")
+    assert is_hollow(estimated[0], "predicted-1-estimated")
     with pytest.raises(UserError, match="no run with freezing only"):
         write_report(cached.folder, {"freezing only": none.folder})
     short = make_run(tmp_path / "short", cache=False, freeze=False, epochs=1)
@@ -529,6 +529,9 @@ def test_curves_are_the_rates_that_the_run_had(
     for unit, curve in enumerate(seen["curves"]):
         times, values = zip(*curve, strict=True)
         assert values[0] == cached.summary["initial_rates"][unit]
+        freeze = cached.summary["freeze_steps"][unit] / 23
+        assert (times[-1], values[-1]) == (pytest.approx(freeze), 0.0)
+        assert list(times) == sorted(times)
         for line in cached.metrics[:-1]:
             there = np.interp(line["epoch"], times, values, right=0.0)
             assert there == pytest.approx(line["lr"][unit], abs=1e-9)
@@ -557,16 +560,18 @@ def test_kept_bytes_are_to_scale() -> None:
     assert ">60 MB</text>" in svg
 
 
-def test_predicted_and_actual_bars_are_to_one_scale() -> None:
-    svg = figures.predicted([("this run", 10.0, 5.0, False), ("no freezing", 20.0, None, False)])
+def test_predicted_and_measured_bars_are_to_one_scale() -> None:
+    own, none = Way("this run", 5.0, "measured", 10.0), Way("no freezing", 20.0, "predicted", 20.0)
+    svg = figures.predicted([own, none])
     long, short = (
-        np.ptp(corners(svg, f"predicted-0-{which}")[:, 0]) for which in ("predicted", "actual")
+        np.ptp(corners(svg, f"predicted-0-{which}")[:, 0]) for which in ("predicted", "measured")
     )
     assert long == pytest.approx(2 * short, rel=1e-3)
-    assert "predicted-1-actual" not in svg
+    assert svg.count('id="predicted-1-') == 1
     assert ">estimated</text>" not in svg
-    svg = figures.predicted([("limit", 10.0, 5.0, True)])
-    assert is_hollow(svg, "predicted-0-actual")
+    svg = figures.predicted([own, Way("freezing only", 6.0, "estimated", None)])
+    assert is_hollow(svg, "predicted-1-estimated")
+    assert not is_hollow(svg, "predicted-0-measured")
     assert ">estimated</text>" in svg
 
 

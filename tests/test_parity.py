@@ -9,8 +9,8 @@ import shutil
 import pytest
 import torch
 
-from cachefreeze.training.checkpoint import load_checkpoint
 from cachefreeze.device import has_bf16
+from cachefreeze.training.checkpoint import load_checkpoint
 
 from .conftest import Run, Train
 

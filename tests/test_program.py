@@ -77,6 +77,8 @@ def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None
     assert cache["rows_kept"] >= 183
     assert cache["bytes"] > 183 * 16 * 16 * 16 * 4
     assert cache["rows_served"] == sum(line["rows_served"] for line in run.metrics) > 0
+    # Every batch is full, and what is computed to keep all rows is told as seconds of filling.
+    assert max(line["rows_served"] + line["rows_computed"] for line in run.metrics) == 7 * 32
     assert list(Path(cache["directory"]).iterdir())
 
 

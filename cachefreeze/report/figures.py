@@ -15,14 +15,14 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
+from cachefreeze.report.time_breakdown import Way
 
 try:
     import matplotlib
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 except ModuleNotFoundError as missing:
     raise UserError("reports need matplotlib: pip install matplotlib") from missing
@@ -104,11 +104,11 @@ def rates(
             if highest[number] > 0:
                 x = [time for time, _ in curve]
                 heights = [base - 0.75 * rate / highest[number] for _, rate in curve]
-                (area,) = axes.fill([x[0], *x, x[-1]], [base, *heights, base], color=_c("training"))
-                area.set_gid(f"rate-{number}")
+                outline = ([x[0], *x, x[-1]], [base, *heights, base])
+                axes.fill(*outline, **_look("training", f"rate-{number}", "rate"))
             if freeze is not None:
-                (dot,) = axes.plot(freeze, base, "o", color=_c("filling"), clip_on=False)
-                dot.set_gid(f"freeze-{number}")
+                look = _look("filling", f"freeze-{number}", "frozen from here on")
+                axes.plot(freeze, base, "o", clip_on=False, **look)
         shown = range(0, units, _every(units))
         places = [number + 0.6 for number in shown]
         axes.set_yticks(places, [names[number] for number in shown])
@@ -120,7 +120,7 @@ def rates(
             each.set_ylim(units, 0)
         right.grid(visible=False)
         _epochs(axes, end)
-        _legend(figure, [("rate", "training", "area"), ("frozen from here on", "filling", "o")])
+        _legend(figure)
         return _svg(figure, "rates")
 
 
@@ -140,7 +140,7 @@ def seconds(parts: Mapping[str, Sequence[float]]) -> str:
             below = top
         axes.set_ylabel("seconds")
         axes.set_ylim(0, max(below) * 1.03 or 1)
-        _legend(figure, [(name, name, "area") for name in names])
+        _legend(figure)
         return _svg(figure, "seconds")
 
 
@@ -157,21 +157,20 @@ def frontier(freezes: Sequence[float], units: int, served: Sequence[float]) -> s
     frozen = [*range(len(freezes) + 1), len(freezes)]
     with _drawing(300) as figure:
         upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-        for low, high, name in (([0] * len(times), frozen, "frozen"), (frozen, units, "training")):
-            area = upper.fill_between(times, low, high, step="post", color=_c(name), lw=0)
-            area.set_gid(name)
+        for low, high, name in ((0, frozen, "frozen"), (frozen, units, "training")):
+            look = _look(name, name, name)
+            upper.fill_between(times, low, high, step="post", linewidth=0, **look)
         upper.set_ylim(0, units)
         upper.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         upper.set_ylabel("units")
-        edges = list(range(end + 1))
-        lower.stairs(served, edges, fill=True, color=_c("cache")).set_gid("served")
+        look = _look("cache", "served", "from the cache")
+        lower.stairs(served, range(end + 1), fill=True, **look)
         lower.set_ylim(0, 1)
         lower.yaxis.set_major_formatter(PercentFormatter(1.0))
         lower.set_ylabel("rows")
         upper.grid(visible=False)
         _epochs(lower, end)
-        legend = [("trained", "training"), ("frozen", "frozen"), ("from the cache", "cache")]
-        _legend(figure, [(name, colour, "area") for name, colour in legend])
+        _legend(figure)
         return _svg(figure, "frontier")
 
 
@@ -184,18 +183,17 @@ def learning(
     with _drawing(330) as figure:
         upper, lower = figure.subplots(2, sharex=True)
         best = max(range(len(accuracy)), key=accuracy.__getitem__)
-        (line,) = upper.plot(epochs, accuracy, "-o" if few else "-", color=_c("training"))
-        line.set_gid("accuracy")
-        star = {"color": _c("filling"), "markersize": 11, "clip_on": False}
-        upper.plot(epochs[best], accuracy[best], "*", zorder=3, **star)
+        upper.plot(epochs, accuracy, "-o" if few else "-", **_look("training", "accuracy"))
+        star = _look("filling", "best", "best epoch") | {"markersize": 11, "zorder": 3}
+        upper.plot(epochs[best], accuracy[best], "*", clip_on=False, **star)
         upper.yaxis.set_major_formatter(PercentFormatter(1.0))
         upper.set_ylabel("accuracy")
         for name, values, colour, how in (
             ("training", train_loss, "ink", "--s"),
             ("validation", val_loss, "training", "-o"),
         ):
-            (line,) = lower.plot(epochs, values, how if few else how[:-1], color=_c(colour))
-            line.set_gid(f"loss-{name}")
+            look = _look(colour, f"loss-{name}", name)
+            lower.plot(epochs, values, how if few else how[:-1], **look)
         smallest, largest = (each([*train_loss, *val_loss]) for each in (min, max))
         if smallest > 0 and largest > LOG_FROM * smallest:
             lower.set_yscale("log")
@@ -205,8 +203,7 @@ def learning(
             lower.set_ylim(bottom=0)
         lower.set_ylabel("loss")
         _epoch_numbers(lower, len(accuracy))
-        legend = [("validation", "training", "-o"), ("training", "ink", "--s")]
-        _legend(figure, [*legend, ("best epoch", "filling", "*")])
+        _legend(figure)
         return _svg(figure, "learning")
 
 
@@ -221,33 +218,25 @@ def kept(sizes: Sequence[float]) -> str:
         return _svg(figure, "kept")
 
 
-def predicted(ways: Sequence[tuple[str, float | None, float | None, bool]]) -> str:
-    """Draws pairs of bars, a pair for each way to train. An estimated time is hollow.
-
-    Args:
-        ways: Name, predicted and actual seconds (None if not known), and whether the actual ones
-            are estimated.
-    """
+def predicted(ways: Sequence[Way]) -> str:
+    """Draws pairs of bars, a pair for each way to train. An estimated time is hollow."""
     with _drawing(75 + 30 * len(ways)) as figure:
         axes = figure.subplots()
-        for number, (_, expected, actual, estimated) in enumerate(ways):
-            for which, value, place, look in (
-                ("predicted", expected, number, _patch("muted")),
-                ("actual", actual, number + 0.38, _patch("training", hollow=estimated)),
-            ):
-                if value is not None:
-                    (bar,) = axes.barh(place, value, height=0.36, **look)
-                    bar.set_gid(f"{number}-{which}")
-        axes.set_yticks([n + 0.19 for n in range(len(ways))], [name for name, *_ in ways])
+        for number, way in enumerate(ways):
+            if way.predicted is not None:
+                look = _look("muted", f"{number}-predicted", "predicted")
+                axes.barh(number, way.predicted, height=0.36, **look)
+            if way.known != "predicted":
+                look = _look("training", f"{number}-{way.known}", way.known)
+                look |= {"fill": way.known == "measured", "edgecolor": _c("training")}
+                axes.barh(number + 0.38, way.seconds, height=0.36, **look)
+        axes.set_yticks([n + 0.19 for n in range(len(ways))], [way.name for way in ways])
         axes.set_ylim(len(ways) - 0.3, -0.3)
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("time of the run, seconds")
-        legend = [("predicted", "muted", "area"), ("measured", "training", "area")]
-        if any(estimated for *_, estimated in ways):
-            legend.append(("estimated", "training", "hollow"))
-        _legend(figure, legend)
+        _legend(figure)
         return _svg(figure, "predicted")
 
 
@@ -258,20 +247,17 @@ def accuracy_against_time(runs: Sequence[tuple[str, Sequence[float], Sequence[fl
         runs: Name, seconds from the start to the end of every epoch, and the accuracy there.
     """
     with _drawing(240 + 14 * len(runs)) as figure:
-        axes = figure.subplots()
-        legend = []
-        for number, (name, times, values) in enumerate(runs):
-            colour = SERIES[number % len(SERIES)]
+        axes, lines = figure.subplots(), []
+        for number, (_, times, values) in enumerate(runs):
+            look = _look(SERIES[number % len(SERIES)], f"run-{number}")
             how = DASHES[number // 2 % len(DASHES)] + MARKERS[number % len(MARKERS)]
-            marked = max(len(values) // 12, 1)
-            (line,) = axes.plot(times, values, how, color=_c(colour), markevery=marked)
-            line.set_gid(f"run-{number}")
-            legend.append((name, colour, how))
+            lines += axes.plot(times, values, how, markevery=max(len(values) // 12, 1), **look)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylabel("validation accuracy")
         axes.set_xlabel("seconds of training, filling and validation")
         axes.set_xlim(left=0)
-        _legend(figure, legend, columns=1)
+        # Given one by one: labels that begin with an underscore are passed over otherwise.
+        figure.legend(lines, [name for name, *_ in runs], loc="outside upper left")
         return _svg(figure, "accuracy")
 
 
@@ -281,20 +267,14 @@ def _bars(
     """Draws a bar an epoch, each from `below` (the axis if None) to its top."""
     edges = [number + 0.5 for number in range(len(tops) + 1)]
     baseline = [0.0] * len(tops) if below is None else below
-    bars = axes.stairs(tops, edges, baseline=baseline, fill=True, color=_c(colour))
-    bars.set_gid(name)
+    axes.stairs(tops, edges, baseline=baseline, fill=True, **_look(colour, name, name))
     axes.grid(visible=False, axis="x")
     _epoch_numbers(axes, len(tops))
 
 
-def _line(look: str) -> dict[str, Any]:
-    """Splits a look such as `--s` into matplotlib's dashes and marker."""
-    marker = look.lstrip("-.:")
-    return {"linestyle": look.removesuffix(marker) or "none", "marker": marker or None}
-
-
-def _patch(colour: str, *, hollow: bool = False) -> dict[str, Any]:
-    return {"edgecolor": _c(colour), "facecolor": "none" if hollow else _c(colour)}
+def _look(colour: str, name: str, label: str | None = None) -> dict[str, Any]:
+    """Returns matplotlib's arguments for the colour, the id, and the label in the legend."""
+    return {"color": _c(colour), "gid": name, "label": label}
 
 
 def _c(name: str) -> str:
@@ -329,21 +309,13 @@ def _every(names: int) -> int:
     return -(-names // MOST_NAMES)
 
 
-def _legend(figure: Figure, entries: Sequence[tuple[str, str, str]], columns: int = 3) -> None:
-    """Puts a legend above all axes, where no line can run into it.
-
-    Args:
-        figure: Figure without a legend.
-        entries: Name, colour, and a line's look, or `area`, or `hollow`.
-        columns: Number of columns.
-    """
-    handles = [
-        Patch(label=name, **_patch(colour, hollow=look == "hollow"))
-        if look in ("area", "hollow")
-        else Line2D([], [], color=_c(colour), label=name, **_line(look))
-        for name, colour, look in entries
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+def _legend(figure: Figure) -> None:
+    """Puts a legend above all axes, where no line can run into it: every label once."""
+    named: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
+    figure.legend(list(named.values()), list(named), loc="outside upper left", ncols=3)
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -306,19 +306,10 @@ def _predicted(found: list[Way]) -> str:
     title, own = "Predicted beside measured", found[0]
     if own.predicted is None:
         return left_out(title, "nothing was predicted in this run")
-    bars = [
-        (
-            way.name,
-            way.predicted,
-            None if way.known == "predicted" else way.seconds,
-            way.known == "estimated",
-        )
-        for way in found
-    ]
     return figure(
         title,
-        figures.predicted(bars),
-        f"Bars of predicted and measured seconds: {', '.join(name for name, *_ in bars)}.",
+        figures.predicted(found),
+        f"Bars of predicted and measured seconds: {', '.join(way.name for way in found)}.",
         f"{duration(own.predicted)} predicted from the first steps, {duration(own.seconds)} taken. "
         "What was only predicted has one bar.",
     )

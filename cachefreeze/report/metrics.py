@@ -1,9 +1,6 @@
 """What a run writes after every epoch: lines of JSON, a table, and events for TensorBoard.
 
-One line has these values: epoch, step, train_loss, val_loss, val_accuracy, lr (a list, a rate a
-unit), frozen_units, rows_served and rows_computed (in training and validation), seconds,
-train_seconds, fill_seconds, validate_seconds, saved_seconds (the cache's estimate), cache_bytes
-(after the epoch) and images_per_second.
+`run_results` says what a line holds.
 """
 
 import csv
@@ -45,7 +42,7 @@ class Metrics:
     Args:
         folder: Folder of the run.
         units: Names of the units, in order.
-        tensorboard: Whether events for TensorBoard are written.
+        tensorboard: Whether every number is written for TensorBoard as well.
 
     Raises:
         UserError: A file cannot be written.
@@ -54,7 +51,8 @@ class Metrics:
     def __init__(self, folder: Folder, units: Sequence[str], *, tensorboard: bool) -> None:
         self._folder = folder
         self._units = tuple(units)
-        self._events = Events(folder.path / TENSORBOARD, units) if tensorboard else None
+        self._tensorboard = tensorboard
+        self._events: SummaryWriter | None = None
 
     def add(self, lines: Sequence[Line]) -> None:
         """Writes one more epoch.
@@ -67,8 +65,7 @@ class Metrics:
                 file.write(_json(lines[-1:]))
             with (self._folder.path / CSV).open("a") as file:
                 file.write(self._csv(lines[-1:], header=file.tell() == 0))
-            if self._events is not None:
-                self._events.add(lines[-1])
+            self._add_events(lines[-1:], purge_step=None)
 
     def rewrite(self, lines: Sequence[Line]) -> None:
         """Writes all files anew. What came after a checkpoint is written again later.
@@ -80,8 +77,11 @@ class Metrics:
             write_atomically(self._folder.path / JSONL, _json(lines).encode())
             table = self._csv(lines, header=True) if lines else ""
             write_atomically(self._folder.path / CSV, table.encode())
-            if self._events is not None:
-                self._events.go_on(lines)
+            if any((self._folder.path / TENSORBOARD).glob("events.*")):
+                # TensorBoard passes over what an earlier file says of this step and later ones.
+                self._add_events([], purge_step=lines[-1]["step"] + 1 if lines else 1)
+            else:
+                self._add_events(lines, purge_step=None)
 
     def close(self) -> None:
         """Writes what is not written yet."""
@@ -98,47 +98,18 @@ class Metrics:
         writer.writerows(rows)
         return file.getvalue()
 
-
-class Events:
-    """Writes scalars for TensorBoard: every number of a line, at its optimizer step.
-
-    Args:
-        folder: Folder for the files. It is made when the first is written.
-        units: Names of the units, in order.
-    """
-
-    def __init__(self, folder: Path, units: Sequence[str]) -> None:
-        self._folder = folder
-        self._units = tuple(units)
-        self._writer: SummaryWriter | None = None
-
-    def add(self, line: Line) -> None:
-        """Writes the scalars of an epoch."""
-        writer = self._open(None)
-        for name, value in as_row(line, self._units).items():
-            writer.add_scalar(_tag(name), value, line["step"])
-        writer.flush()
-
-    def go_on(self, lines: Sequence[Line]) -> None:
-        """Begins a new file in which the scalars of these epochs hold, and no later ones."""
-        held = any(self._folder.glob("events.*"))
-        step = lines[-1]["step"] if lines else 0
-        # TensorBoard passes over what an earlier file says of this step and later ones.
-        self._open(step + 1 if held else None)
-        for line in () if held else lines:
-            self.add(line)
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._writer is not None:
-            self._writer.close()
-
-    def _open(self, purge_step: int | None) -> "SummaryWriter":
-        if self._writer is None:
+    def _add_events(self, lines: Sequence[Line], purge_step: int | None) -> None:
+        if not self._tensorboard:
+            return
+        if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
-        return self._writer
+            folder = self._folder.path / TENSORBOARD
+            self._events = SummaryWriter(str(folder), purge_step=purge_step)
+        for line in lines:
+            for name, value in as_row(line, self._units).items():
+                self._events.add_scalar(_tag(name), value, line["step"])
+        self._events.flush()
 
 
 def check_tensorboard() -> None:

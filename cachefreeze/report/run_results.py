@@ -1,12 +1,4 @@
-"""The files of a run that has ended, read and checked.
-
-summary.json holds: schema, epochs, steps, val_accuracy, best_val_accuracy, train_loss,
-weights_sha256, frozen_units, units (names), initial_rates, freeze_steps, numerics, wall_seconds,
-train_seconds, fill_seconds, validate_seconds and checkpoint_seconds (which do not overlap), cache
-(enabled, directory, rows_served, rows_computed, rows_kept, bytes, seconds_saved, messages, fills),
-forecast (None, or seconds of the whole run: without_freezing, freezing_only, cached, limit),
-resumed_at (steps) and about (the arguments of `summary_text.opening_words`).
-"""
+"""The files of a run that has ended, read and checked."""
 
 import json
 import math
@@ -18,7 +10,8 @@ from typing import Any
 from cachefreeze.errors import UserError
 
 SCHEMA = 2
-# What the files must hold, by example: a number, a text, a list of such.
+# What the files must hold, by example: a number, a text, a list of such. Seconds of different parts
+# of a run do not overlap; a line of metrics.jsonl is of one epoch, its bytes of that epoch's end.
 _NUMBER, _TEXT = 0.0, ""
 
 
@@ -40,15 +33,17 @@ _SUMMARY = {
     "initial_rates": [_NUMBER],
     "freeze_steps": [_NUMBER],
     "numerics": {},
-    "cache": {
+    "cache": {  # and the directory, None for memory
         "enabled": True,
         **_numbers("rows_served rows_computed rows_kept bytes seconds_saved"),
         "messages": [_TEXT],
         "fills": [{**_numbers("step rows seconds"), "unit": _TEXT}],
     },
     "resumed_at": [_NUMBER],
+    # Arguments of `summary_text.opening_words`.
     "about": {"parameters": _NUMBER, "data_set": _TEXT, "where": _TEXT},
 }
+# Seconds of the whole run. The forecast may be None.
 _FORECAST = _numbers("without_freezing freezing_only cached limit")
 _ARGS = {
     **dict.fromkeys(("network", "dataset", "schedule"), _TEXT),

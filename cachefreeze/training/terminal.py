@@ -41,13 +41,11 @@ def speaking(verbosity: Verbosity) -> Iterator[None]:
     global _verbosity
     before, _verbosity = _verbosity, verbosity
     log, handler = logging.getLogger("cachefreeze"), _Warnings(logging.WARNING)
-    propagates, log.propagate = log.propagate, False
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        log.propagate = propagates
         _verbosity = before
 
 
