@@ -1,11 +1,35 @@
 """All random state that a run may draw from, taken and put back."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
+
+@contextmanager
+def undone(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts the buffers of modules and all random state back after passes that are no training.
+
+    Args:
+        models: Modules that passes run through.
+    """
+    buffers = [(one, one.clone()) for model in models for one in model.buffers()]
+    python, numbers = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

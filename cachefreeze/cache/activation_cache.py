@@ -4,14 +4,12 @@ import atexit
 import contextlib
 import logging
 import os
-import random
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -24,6 +22,7 @@ from cachefreeze.cache.words import in_words
 from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls
+from cachefreeze.randomness import undone
 from cachefreeze.segments import Directory
 
 _log = logging.getLogger("cachefreeze")
@@ -155,23 +154,14 @@ class ActivationCache:
                 mapping's entries by name, or else with the tensor, or with the first entry of a
                 tuple or list.
         """
-        buffers = [(one, one.clone()) for model in self._models for one in model.buffers()]
-        python, numbers = random.getstate(), np.random.get_state()
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         self._shared.filling = self._models[0] if len(self._models) == 1 else None
         try:
-            with torch.random.fork_rng(devices=devices):
+            with undone(self._models):
                 for batch in loader:
                     with contextlib.suppress(Filled):
                         call(batch) if call is not None else _call_with(self._models[0], batch)
         finally:
             self._shared.filling = None
-            random.setstate(python)
-            np.random.set_state(numbers)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
 
     def close(self) -> None:
         """Ends caching and frees memory; a directory has all rows afterwards.

@@ -1,6 +1,5 @@
 """The units of a model: the smallest things that freeze, in the order of the forward pass."""
 
-import random
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,13 +8,13 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from cachefreeze import lineage
 from cachefreeze.errors import UserError
 from cachefreeze.freezeout.freezing import freeze
+from cachefreeze.randomness import undone
 
 Parameters = tuple[nn.Parameter, ...]
 # What a part does that is no unit by itself.
@@ -239,9 +238,7 @@ def _is_block(module: nn.Module, least: int) -> bool:
 
 def _met(model: nn.Module, example: Any, kwargs: Mapping[str, Any]) -> dict[int, int]:
     """Runs a forward pass; returns the number of the last operation that takes each parameter."""
-    with _as_before(model), torch.no_grad():
-        for part in model.modules():
-            part.training = False
+    with undone([model]), _in_eval_mode(model), torch.no_grad():
         _, trace = lineage.trace(model, *example, **kwargs)
     numbers = {state.value: id(state.tensor()) for state in trace.states}
     met: dict[int, int] = {}
@@ -255,23 +252,16 @@ def _met(model: nn.Module, example: Any, kwargs: Mapping[str, Any]) -> dict[int,
 
 
 @contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Puts modes, buffers and random state back."""
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts all of a model in eval mode, and its modes back."""
     modes = [(part, part.training) for part in model.modules()]
-    buffers = [(one, one.clone()) for one in model.buffers()]
-    python, numbers = random.getstate(), np.random.get_state()
-    devices = {one.device for one in model.parameters() if one.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
+        for part, _ in modes:
+            part.training = False
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
         for part, training in modes:
             part.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def _in_order(parts: Sequence[_Part], met: Mapping[int, int]) -> list[_Part]:
