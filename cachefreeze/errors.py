@@ -18,3 +18,8 @@ class Interrupted(Exception):  # noqa: N818
     def __init__(self, sentence: str = "", exit_code: int = 130) -> None:
         super().__init__(sentence)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says, or the name of its class."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

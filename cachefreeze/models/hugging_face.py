@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachefreeze.errors import UserError
+from cachefreeze.errors import UserError, first_line
 
 
 class Logits(nn.Module):
@@ -140,7 +140,7 @@ def _loading(what: str, instead: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of a file, a network, a server, or a class
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        reason = first_line(error).rstrip(".")
         raise UserError(f"cannot load {what} ({reason}): give {instead}") from error
     finally:
         if shown:

@@ -10,7 +10,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from cachefreeze.errors import UserError
+from cachefreeze.errors import UserError, first_line
 from cachefreeze.models.hugging_face import build_hugging_face, hugging_face_statistics
 
 # Of most weights that were trained on ImageNet: mean and standard deviation by channel.
@@ -151,7 +151,7 @@ def _sized(what: str, size: int) -> Iterator[None]:
     try:
         yield
     except (AssertionError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{what} does not take images of {size}x{size} ({reason}): choose another --image-size"
         ) from error
@@ -165,7 +165,7 @@ def _loading(what: str, url: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of a file, a network, a server, or a hash
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         mend = "give --weights a file"
         if url is not None:
             mend = f"download {url} yourself and give it as --weights FILE"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachefreeze.errors import UserError
+from cachefreeze.errors import UserError, first_line
 from cachefreeze.freezeout import count_of, units_of
 from cachefreeze.models import IMAGENET, Statistics, build, weights_statistics
 from cachefreeze.training.checkpoint import is_checkpoint, read_saved, verified
@@ -160,7 +160,7 @@ def check_network(settings: Settings, image_shape: tuple[int, int, int]) -> None
     except NotImplementedError:  # an operation that has no meta device: it will be seen
         return
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         shape = "x".join(map(str, image_shape))
         raise UserError(
             f"{settings.arch} does not take images of {shape} ({reason}): choose another "

@@ -21,7 +21,7 @@ from cachefreeze.device import (
     numerics,
     synchronize,
 )
-from cachefreeze.errors import Interrupted, UserError
+from cachefreeze.errors import Interrupted, UserError, first_line
 from cachefreeze.freezeout import Unit
 from cachefreeze.hashing import weights_sha256
 from cachefreeze.randomness import random_state, set_random_state
@@ -172,7 +172,7 @@ class Trainer:
         except UserError:
             raise
         except Exception as error:  # whatever content of a file may lead to
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise UserError(f"{last} does not fit this run ({reason}): start a new one") from error
 
     def _numerics(self) -> dict[str, str]:
