@@ -117,17 +117,6 @@ def _leave_locks_to_the_parent() -> None:
 os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
-@contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Holds `lock_folder` inside, if it is to be had."""
-    file = lock_folder(folder)
-    try:
-        yield
-    finally:
-        if file is not None:
-            unlock_file(file)
-
-
 def is_locked(folder: Path) -> bool:
     """Whether a process holds `lock_folder`. (Takes it for a moment to find out.)"""
     file = lock_folder(folder)
@@ -155,16 +144,6 @@ def why_not_writable(folder: Path) -> str | None:
     if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=effective):
         return f"no permission to write to {nearest}"
     return None
-
-
-def size_of_tree(folder: Path) -> int:
-    """Bytes of all files below `folder`; what vanishes while it counts is not counted."""
-    total = 0
-    for entry in entries_below(folder):
-        with contextlib.suppress(FileNotFoundError):
-            if not entry.is_dir(follow_symlinks=False):
-                total += entry.stat(follow_symlinks=False).st_size
-    return total
 
 
 def entries_below(folder: Path) -> Iterator[os.DirEntry[str]]:

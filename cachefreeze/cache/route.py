@@ -23,7 +23,7 @@ from cachefreeze.lineage.structure import matches, tensors
 Tensor = torch.Tensor
 
 # Share of a forward pass that must be frozen work for a cache to be worth its while.
-_LEAST_SHARE = 0.1
+LEAST_SHARE = 0.1
 # Share of a forward pass for whose sake the user is told of modules in training mode.
 _WORTH_TELLING = 0.05
 # Number of served batches after which one is compared, and then at twice that number, and so on.
@@ -160,7 +160,7 @@ class Route:
         """Chooses what is kept, and rests if that saves too little."""
         self.selection = Selection(self._shared, self._trace, inputs, self._name, self._like)
         share, states = self.selection.share, self._trace.states
-        if self.selection.kept and share >= _LEAST_SHARE:
+        if self.selection.kept and share >= LEAST_SHARE:
             if self.selection.joins():
                 self.state = State.BY_PARTS
                 return
@@ -184,7 +184,7 @@ class Route:
             return
         operations = len(self._trace.operations)
         left_out = operations - len(self.selection.plan.cut.runs)
-        if not self._last and self.selection.kept and left_out > _LEAST_SHARE * operations:
+        if not self._last and self.selection.kept and left_out > LEAST_SHARE * operations:
             # Other processes may have held up one operation.
             self.state = State.UNDECIDED
             return
@@ -193,7 +193,7 @@ class Route:
             why = "what takes no gradient in it moves from call to call all the same"
         elif any(self._trace.values[number].requires_grad for number in self._trace.inputs):
             why = "its input takes gradient"
-        elif share >= _LEAST_SHARE:
+        elif share >= LEAST_SHARE:
             why = "nothing in the call itself takes what its frozen work makes"
         else:
             why = f"frozen work that could be left out is {share:.0%} of its forward pass"

@@ -127,11 +127,6 @@ class SegmentWriter:
         sync_folder(folder.parent)
         return folder
 
-    @property
-    def next_bytes(self) -> int:
-        """Bytes that the next chunk takes at most."""
-        return self._layout.values_bytes + self._layout.keys_bytes
-
     def write(self, buffer: Buffer) -> None:
         """Writes a chunk. It counts from the moment on at which its line is in the journal.
 

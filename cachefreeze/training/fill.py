@@ -1,13 +1,13 @@
 """Whether it pays to keep all rows of the data set when units have frozen."""
 
+from cachefreeze.cache.route import LEAST_SHARE
+
 # Uses of each row that a fill must have left: one pays for the forward pass that fills, and the
 # rest for writing.
 LEAST_USES = 1.2
 # Share of an epoch, and number of steps: if the next units freeze within them, their fill does for
 # both. Each new cut is compared in two batches and written once more before it is served.
 SOON_SHARE, SOON_STEPS = 1 / 8, 8
-# Share of the forward pass that must be frozen: the cache leaves less alone.
-LEAST_SHARE = 0.1
 
 
 def worth_filling(
