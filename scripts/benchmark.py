@@ -1,6 +1,6 @@
-"""Compare whole runs: freezing only, with the cache, and without freezing.
+"""Compare whole runs: freezing only, with the cache, once more with what it kept, without freezing.
 
-    python scripts/benchmark.py [--repeats 3] [--no-freezing] -- --arch wrn16_2 --t0 0.5
+    python scripts/benchmark.py [--repeats 3] [--again] [--no-freezing] -- --arch wrn16_2 --t0 0.5
 
 What follows the two dashes is given to `python -m cachefreeze.train`. Runs are whole processes, in
 turn; ratios are taken within a repeat, and medians told with their spread. Exit code 1 means that
@@ -17,9 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+BASE = "freezing only"
+# With `--again` and `--no-freezing` also the last two.
 WAYS = {
-    "freezing only": ["--no-cache"],
+    BASE: ["--no-cache"],
     "cached": [],
+    "again": [],
     "no freezing": ["--no-cache", "--no-freeze"],
 }
 
@@ -29,19 +32,20 @@ def run(options: list[str], folder: Path, way: str) -> dict[str, Any]:
 
     Args:
         options: Options of the program.
-        folder: Empty folder for the run and its cache.
+        folder: Folder of this repeat, with the cache of the runs before.
         way: Name of what is run.
 
     Returns:
         Summary of the run, with the seconds of the whole process as `process_seconds`.
     """
+    output = folder / way.replace(" ", "-")
     command = [sys.executable, "-m", "cachefreeze.train", *options, *WAYS[way], "--quiet",
-               "--no-report", "--output-dir", str(folder / "run"),
+               "--no-report", "--output-dir", str(output),
                "--cache-dir", str(folder / "cache")]  # fmt: skip
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - began
-    summary = json.loads((folder / "run" / "summary.json").read_text())
+    summary = json.loads((output / "summary.json").read_text())
     return {**summary, "process_seconds": seconds}
 
 
@@ -55,26 +59,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each way")
     parser.add_argument(
+        "--again", action="store_true", help="run once more with the cache of the run before"
+    )
+    parser.add_argument(
         "--no-freezing", action="store_true", help="run without freezing, too, once"
     )
     parser.add_argument("options", nargs="*", help="options of the program, after --")
     args = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    left_out = {"again": not args.again, "no freezing": not args.no_freezing}
+    found: dict[str, list[dict[str, Any]]] = {}
     for repeat in range(args.repeats):
-        for way in WAYS:
-            if way == "no freezing" and (repeat or not args.no_freezing):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                found[way].append(run(args.options, Path(folder), way))
-            one = found[way][-1]
-            print(f"{way:14} {one['process_seconds']:7.1f} s  {one['val_accuracy']:.2%}")
-    pairs = list(zip(found["freezing only"], found["cached"], strict=True))
-    for name in ("process_seconds", "wall_seconds"):
-        ratios = [plain[name] / cached[name] for plain, cached in pairs]
-        print(f"freezing only / cached, {name}: {spread(ratios)}")
-    same = all(a["weights_sha256"] == b["weights_sha256"] for a, b in pairs)
-    print(f"weights are {'the same' if same else 'NOT the same'}")
-    return 0 if same else 1
+        with tempfile.TemporaryDirectory() as folder:
+            for way in WAYS:
+                if left_out.get(way) or (way == "no freezing" and repeat):
+                    continue
+                one = run(args.options, Path(folder), way)
+                found.setdefault(way, []).append(one)
+                print(f"{way:14} {one['process_seconds']:7.1f} s  {one['val_accuracy']:.2%}")
+    base = found.pop(BASE)
+    found.pop("no freezing", None)
+    for way, runs in found.items():
+        for name in ("process_seconds", "wall_seconds"):
+            ratios = [plain[name] / one[name] for plain, one in zip(base, runs, strict=True)]
+            print(f"{BASE} / {way}, {name}: {spread(ratios)}")
+    weights = {one["weights_sha256"] for runs in (base, *found.values()) for one in runs}
+    print(f"weights are {'the same' if len(weights) == 1 else 'NOT the same'}")
+    return 0 if len(weights) == 1 else 1
 
 
 if __name__ == "__main__":
