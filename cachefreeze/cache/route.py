@@ -149,11 +149,11 @@ class Route:
         ]
         self._select(self._example)
         plan = self.selection.plan
-        self._before, self._extension = before, None
+        # The route from when less was frozen, if its rows lead to those of this one.
+        self._earlier: tuple[Route, lineage.Extension] | None = None
         if before is not None:
-            self._extension = lineage.Extension(before.selection.plan, plan)
-            if not self._extension.is_complete:
-                self._before = None
+            extension = lineage.Extension(before.selection.plan, plan)
+            self._earlier = (before, extension) if extension.is_complete else None
         self.meter = Meter(shared.pace, plan.followed, plan.cut.seconds_saved)
 
     def _select(self, inputs: Mapping[int, Tensor]) -> None:
@@ -282,7 +282,7 @@ class Route:
 
     @property
     def _batches_of_an_epoch(self) -> int:
-        before = self._before._batches_of_an_epoch if self._before is not None else 0
+        before = self._earlier[0]._batches_of_an_epoch if self._earlier is not None else 0
         return max(self.family.epoch, before)
 
     @property
@@ -442,7 +442,7 @@ class Route:
         self._shared.messages.pop(f"{self._name}: rows", None)
         self._shared.messages.pop(f"{self._name}: pace", None)
         self.state = State.PROBATION
-        is_known = self._before is not None and self._before.family.is_proven
+        is_known = self._earlier is not None and self._earlier[0].family.is_proven
         self.family.begin(self._shared.probation, is_known)
         if not self.selection.settled:
             self._split(inputs)
@@ -463,8 +463,9 @@ class Route:
             if selection.name():
                 self._drop_batches()
         known: dict[int, tuple[Tensor, lineage.Axis]] = {}
-        if self._before is not None and self._extension is not None:
-            axes = self._extension.values(self._before.selection.axes)
+        if self._earlier is not None:
+            before, extension = self._earlier
+            axes = extension.values(before.selection.axes)
             found = self._from_before(inputs) or {}
             known = {number: (found[number], axes[number]) for number in axes.keys() & found}
         selection.write(selection.keys(inputs), selection.settle(inputs, known))
@@ -566,10 +567,11 @@ class Route:
         Returns:
             Values of this trace, by number. Those that are kept can be computed from them.
         """
-        kept = self._before.known(inputs.values()) if self._before is not None else None
-        if kept is None or self._extension is None:
+        if self._earlier is None:
             return None
-        return self._extension.values(kept)
+        before, extension = self._earlier
+        kept = before.known(inputs.values())
+        return None if kept is None else extension.values(kept)
 
     def known(self, given: Iterable[Tensor]) -> dict[int, Tensor] | None:
         """Returns the kept values of a batch, or None if some of its rows are not known.
