@@ -44,14 +44,13 @@ def pictures(run: Path) -> dict[str, str]:
     Raises:
         UserError: there is no such run, or it cannot be drawn.
     """
-    from cachefreeze.report import figures  # which may not be had: UserError
-    from cachefreeze.report.html_report import report
-    from cachefreeze.report.markup import variables
+    from cachefreeze.report.html_report import report  # which may not be had: UserError
+    from cachefreeze.report.page import render
     from cachefreeze.report.run_results import RunResults
 
     page = report(RunResults.load(run), {}).decode()
     style = (
-        f"<style>{variables(figures.COLOURS)}"
+        f"<style>{render('colours.css').decode()}"
         "svg{background:var(--paper);font-family:system-ui,sans-serif}</style>"
     )
     found = {}

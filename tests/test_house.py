@@ -66,8 +66,9 @@ INSIDE = {
     ],
     "integrations": [["lightning"]],
     "report": [
-        ["markup", "metrics", "run_results", "time_breakdown"],
+        ["metrics", "run_results", "time_breakdown"],
         ["figures", "summary_text"],
+        ["page"],
         ["compare", "html_report"],
     ],
 }

@@ -71,7 +71,8 @@ class Page(HTMLParser):
 
     Attributes:
         text: the page itself.
-        words: what a reader sees of it, pictures left out, a space between elements.
+        words: what a reader sees of it, pictures left out, a space between elements and for a
+            line's end.
         figures: title of each, the `aria-label` of its picture or None, and its caption.
         links: whatever might be fetched.
         scripts: how many.
@@ -91,6 +92,7 @@ class Page(HTMLParser):
         self.text = page.decode()
         self.feed(self.text)
         assert self._open == [], "every element is closed"
+        self.words = re.sub(r"\s+", " ", self.words)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)

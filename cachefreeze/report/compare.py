@@ -6,7 +6,6 @@ from itertools import accumulate
 from pathlib import Path
 
 from cachefreeze.errors import UserError
-from cachefreeze.report.markup import code, document, figure, table
 from cachefreeze.report.run_results import RunResults
 from cachefreeze.report.summary_text import duration, format_table
 
@@ -50,38 +49,36 @@ def comparison_page(runs: Sequence[RunResults]) -> bytes:
     Raises:
         UserError: matplotlib is not installed.
     """
-    from cachefreeze.report import figures  # an extra, which the lines above do without
+    # matplotlib is an extra, which the lines above do without.
+    from cachefreeze.report import figures
+    from cachefreeze.report.page import Picture, render
 
+    names = names_of(runs)
     lines = [
         (
             name,
             list(accumulate(line["seconds"] for line in run.metrics)),
             [line["val_accuracy"] for line in run.metrics],
         )
-        for run, name in zip(runs, names_of(runs), strict=True)
+        for run, name in zip(runs, names, strict=True)
     ]
     last = ", ".join(
         f"{name} ends at {accuracy[-1]:.2%} after {duration(seconds[-1])}"
         for name, seconds, accuracy in lines
     )
-    picture = figure(
-        "Accuracy against time",
-        figures.accuracy_against_time(lines),
-        f"Validation accuracy over seconds, a line a run: {last}.",
-        "At the end of every epoch; loading and saving are not counted.",
+    return render(
+        "comparison.html",
+        title="Runs beside each other",
+        header=HEADER,
+        results=_rows(runs),
+        names=names,
+        settings=differing_settings(runs),
+        picture=Picture(
+            "Accuracy against time",
+            figures.accuracy_against_time(lines),
+            f"Validation accuracy over seconds, a line a run: {last}.",
+        ),
     )
-    results = [[code(name), *cells, code(weights)] for name, *cells, weights in _rows(runs)]
-    settings = [[code(cell) for cell in row] for row in differing_settings(runs)]
-    header = ("setting", *names_of(runs))
-    differ = table(header, settings, wide="stack") if settings else "<p>All are the same.</p>"
-    body = f"""<h1>Runs beside each other</h1>
-<p>Speed-up is the time of the first run by that of another, everything included. Weights with the
-same letter are the same to the last bit.</p>
-{table(HEADER, results, right=range(1, 6), wide="stack")}
-<div class="figures">{picture}</div>
-<h2>Settings that differ</h2>
-{differ}"""
-    return document("Runs beside each other", body, figures.COLOURS)
 
 
 def _rows(runs: Sequence[RunResults]) -> list[list[str]]:

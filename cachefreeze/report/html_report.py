@@ -2,23 +2,12 @@
 
 import json
 import shlex
-from html import escape
 from pathlib import Path
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import human_bytes, write_atomically
+from cachefreeze.files import write_atomically
 from cachefreeze.report import figures
-from cachefreeze.report.markup import (
-    code,
-    document,
-    figure,
-    folded,
-    left_out,
-    linked,
-    table,
-    terms,
-    tiles,
-)
+from cachefreeze.report.page import Picture, render
 from cachefreeze.report.run_results import RunResults
 from cachefreeze.report.summary_text import duration, opening_words
 from cachefreeze.report.time_breakdown import Way, saved, spent, ways
@@ -85,123 +74,46 @@ def report(run: RunResults, measured: dict[str, RunResults]) -> bytes:
         run: Results of the run.
         measured: Results of the same run by name of the way; see `write_report`.
     """
-    title = f"{run.args['network']} on {run.args['dataset']}"
-    pictures = [draw(run) for draw in (_rates, _seconds, _frontier, _learning, _kept)]
     found = ways(run.summary, {k: other.summary["wall_seconds"] for k, other in measured.items()})
-    pictures.append(_predicted(found))
-    command = shlex.join(["python", "-m", "cachefreeze.train", *run.args["command"]])
-    tables = {"every epoch": _epochs(run), "every unit": _units(run)}
-    if run.summary["cache"]["fills"]:
-        tables["every filling of the cache"] = _fills(run)
-    tables["all settings"] = _settings(run)
-    newline = "\n"
-    body = f"""<header><h1>{escape(title)}</h1>
-<p>A training run of cachefreeze: {linked("unit", "units")} of the network freeze one after another,
-and what the frozen ones compute is kept instead of computed again.</p></header>
-<main>
-{tiles(_result(run, found))}
-<h2>What was run</h2>
-<pre>{code(command)}</pre>
-{terms(_what_was_run(run))}
-<h2>What took how long</h2>
-{_times(run)}
-{_beside(found)}
-{_saving(run)}
-<h2>How it went</h2>
-<div class="figures">
-{newline.join(pictures)}
-</div>
-<h2>All numbers</h2>
-{newline.join(folded(name, content) for name, content in tables.items())}
-<h2>Words</h2>
-{terms([(word, escape(meaning)) for word, meaning in WORDS.items()], linkable=True)}
-</main>"""
-    return document(title, body, figures.COLOURS)
+    return render(
+        "report.html",
+        title=f"{run.args['network']} on {run.args['dataset']}",
+        run=run,
+        ways=found,
+        words=WORDS,
+        command=shlex.join(["python", "-m", "cachefreeze.train", *run.args["command"]]),
+        opening=_opening(run),
+        spent=spent(run.summary),
+        saved=saved(run.summary),
+        pictures={
+            "rates": _rates(run),
+            "seconds": _seconds(run),
+            "frontier": _frontier(run),
+            "learning": _learning(run),
+            "kept": _kept(run),
+            "predicted": _predicted(found),
+        },
+        epochs={"header": list(_epoch_columns(run)), "rows": _epochs(run)},
+        units=_units(run),
+        fills=_fills(run),
+        settings=[
+            (name, json.dumps(value))
+            for name, value in run.args.items()
+            if name != "command"  # which stands above
+        ],
+    )
 
 
-def _result(run: RunResults, found: list[Way]) -> list[tuple[str, str]]:
-    summary, (own, *others) = run.summary, found
-    shown = [
-        (f"{summary['val_accuracy']:.2%}", "of the validation images are right"),
-        (f"{summary['best_val_accuracy']:.2%}", "in the best epoch"),
-        (duration(own.seconds), "is the time of the run"),
-    ]
-    shown += [
-        (f"{way.by(own):.2f}x", f"as fast as {linked(way.name)} ({linked(way.known)})")
-        for way in others
-        if way.name in ("freezing only", "no freezing")
-    ]
-    frozen = f"{summary['frozen_units']}/{len(summary['units'])}"
-    return [*shown, (frozen, "units are frozen in the end")]
-
-
-def _what_was_run(run: RunResults) -> list[tuple[str, str]]:
+def _opening(run: RunResults) -> list[tuple[str, str]]:
     summary = run.summary
     first = summary["freeze_steps"].count(0)
     lines = opening_words(run.args, summary["units"], **summary["about"], first=first)
-    # A word, and from the tenth column on what there is to say.
-    pairs = [(line[:10].strip(), code(line[10:])) for line in lines]
     machine = ", ".join(f"{name} {value}" for name, value in summary["numerics"].items())
-    pairs.append(("machine", code(machine)))
-    if summary["resumed_at"]:
-        steps = ", ".join(f"{step:,}" for step in summary["resumed_at"])
-        pairs.append(("resumed", f"after step {steps}"))
-    pairs += [("the cache said", code(message)) for message in summary["cache"]["messages"]]
-    return [*pairs, ("weights", code(f"SHA-256 {summary['weights_sha256']}"))]
+    # A word, and from the tenth column on what there is to say.
+    return [*((line[:10].strip(), line[10:]) for line in lines), ("machine", machine)]
 
 
-def _times(run: RunResults) -> str:
-    rows = [[name, duration(seconds)] for name, seconds in spent(run.summary).items()]
-    rows.append(["<b>the time of the run</b>", f"<b>{duration(run.summary['wall_seconds'])}</b>"])
-    cut_off = ", nor is the time until it went on after it was cut off"
-    return (
-        "<p>The time of the run is what its user waited: from the command to the end of the last "
-        "epoch, everything included. Starting Python and drawing this page are not in it"
-        f"{cut_off if run.summary['resumed_at'] else ''}. The rest is loading and the like.</p>"
-        f"{table(('', 'time'), rows, right=[1])}"
-    )
-
-
-def _beside(found: list[Way]) -> str:
-    """Returns what the run took, and beside it what it would have taken otherwise."""
-    if len(found) == 1:
-        return (
-            "<p>Nothing is known to set beside it: "
-            f"{code('scripts/write_report.py')} shows other runs, with "
-            f"{code('--freezing-only RUN')} and {code('--no-freezing RUN')}.</p>"
-        )
-    rows = [
-        [
-            linked(way.name) if way.name in WORDS else way.name,
-            duration(way.seconds),
-            linked(way.known),
-            f"{way.by(found[0]):.2f}x",
-            "" if way.predicted is None else duration(way.predicted),
-        ]
-        for way in found
-    ]
-    return (
-        "<p>Beside it stands what it would have taken otherwise. Speed-up is that time by this "
-        f"run's; where it is only {linked('predicted')}, by what was predicted of this run.</p>"
-        f"{table(('', 'time', 'known', 'speed-up over it', 'predicted'), rows, right=(1, 3, 4))}"
-    )
-
-
-def _saving(run: RunResults) -> str:
-    """Returns what the cache brought or cost, by this run's own clocks."""
-    cache, seconds = run.summary["cache"], saved(run.summary)
-    if not cache["enabled"]:
-        return ""
-    if not cache["rows_served"]:
-        return f"<p>No {linked('row')} came from the cache.</p>"
-    said = f"The cache saved {duration(seconds)} (estimated), filling included"
-    if seconds < 0:
-        said = f"The cache cost {duration(-seconds)} more than it saved (estimated)"
-    total = f"{cache['rows_served'] + cache['rows_computed']:,} {linked('row', 'rows')}"
-    return f"<p>{said}; {cache['rows_served']:,} of {total} came from it.</p>"
-
-
-def _rates(run: RunResults) -> str:
+def _rates(run: RunResults) -> Picture:
     summary = run.summary
     names = summary["units"]
     freezes = [
@@ -214,13 +126,10 @@ def _rates(run: RunResults) -> str:
         if time is not None
     ]
     how = f"these freeze, in epochs: {', '.join(frozen)}" if frozen else "none freezes"
-    return figure(
+    return Picture(
         "Rate of every unit",
         figures.rates(_curves(run), names, freezes, len(run.metrics)),
         f"Learning rates of {len(names)} units over {_count(len(run.metrics), 'epoch')}; {how}.",
-        "A row a unit, the first of the network on top, each as high as its highest rate (on the "
-        "right), by what the run noted at the end of every epoch. Where a rate comes to nothing, "
-        "the unit is frozen for good.",
     )
 
 
@@ -237,81 +146,71 @@ def _curves(run: RunResults) -> list[list[tuple[float, float]]]:
     return curves
 
 
-def _seconds(run: RunResults) -> str:
+def _seconds(run: RunResults) -> Picture:
     lines = run.metrics
     keys = ("train_seconds", "fill_seconds", "validate_seconds")
     parts = {
         part: [line[key] for line in lines] for part, key in zip(figures.PARTS, keys, strict=True)
     }
-    first, last = (duration(lines[which]["seconds"]) for which in (0, -1))
-    took = f"The first epoch took {first}, the last" if len(lines) > 1 else "The epoch took"
-    return figure(
+    return Picture(
         "Seconds of every epoch",
         figures.seconds(parts),
         f"Seconds of {_count(len(lines), 'epoch')}, stacked by what they were spent on: "
         f"{', '.join(name for name in parts if any(parts[name]))}.",
-        f"Filling runs every image through newly frozen units once. {took} {last}.",
     )
 
 
-def _frontier(run: RunResults) -> str:
+def _frontier(run: RunResults) -> Picture:
     title, summary = "Frozen units, and where rows come from", run.summary
     if not summary["frozen_units"]:
-        return left_out(title, "no unit was frozen in this run")
+        return Picture(title, why="no unit was frozen in this run")
     frozen = sorted(step for step in summary["freeze_steps"] if step < summary["steps"])
     served = [
         line["rows_served"] / max(line["rows_served"] + line["rows_computed"], 1)
         for line in run.metrics
     ]
     units = len(summary["units"])
-    return figure(
+    return Picture(
         title,
         figures.frontier([_epochs_at(run, step) for step in frozen], units, served),
         f"Of {units} units, {summary['frozen_units']} are frozen in the end. Up to "
         f"{max(served):.0%} of an epoch's rows come from the cache.",
-        "Above, the units, the first of the network at the bottom. Below, the share of an epoch's "
-        f"{linked('row', 'rows')}, in training and validation, that came from the cache.",
     )
 
 
-def _learning(run: RunResults) -> str:
+def _learning(run: RunResults) -> Picture:
     lines = run.metrics
     train, val, accuracy = (
         [line[name] for line in lines] for name in ("train_loss", "val_loss", "val_accuracy")
     )
-    return figure(
+    return Picture(
         "Accuracy and loss",
         figures.learning(train, val, accuracy),
         f"Validation accuracy over {_count(len(lines), 'epoch')}, from {accuracy[0]:.2%} to "
         f"{accuracy[-1]:.2%}; below, the training and validation loss.",
-        f"At the end of every epoch. The last training loss is {train[-1]:.4f}.",
     )
 
 
-def _kept(run: RunResults) -> str:
+def _kept(run: RunResults) -> Picture:
     title, sizes = "What the cache keeps", [line["cache_bytes"] for line in run.metrics]
     if not any(sizes):
         enabled = run.summary["cache"]["enabled"]
-        return left_out(title, "no row was kept" if enabled else "there was no cache")
-    rows, size = run.summary["cache"]["rows_kept"], human_bytes(run.summary["cache"]["bytes"])
-    return figure(
+        return Picture(title, why="no row was kept" if enabled else "there was no cache")
+    return Picture(
         title,
         figures.kept(sizes),
         f"Bytes that are kept at the end of every epoch, {max(sizes):,} at most.",
-        f"At the end of every epoch. In the end: {rows:,} {linked('row', 'rows')}, {size}.",
     )
 
 
-def _predicted(found: list[Way]) -> str:
-    title, own = "Predicted beside measured", found[0]
-    if own.predicted is None:
-        return left_out(title, "nothing was predicted in this run")
-    return figure(
+def _predicted(found: list[Way]) -> Picture:
+    title = "Predicted beside measured"
+    if found[0].predicted is None:
+        return Picture(title, why="nothing was predicted in this run")
+    return Picture(
         title,
         figures.predicted(found),
         f"Bars of predicted and measured seconds: {', '.join(way.name for way in found)}.",
-        f"{duration(own.predicted)} predicted from the first steps, {duration(own.seconds)} taken. "
-        "What was only predicted has one bar.",
     )
 
 
@@ -323,8 +222,9 @@ def _count(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _epochs(run: RunResults) -> str:
-    columns = {
+def _epoch_columns(run: RunResults) -> dict[str, tuple[str, str]]:
+    """Returns the columns of the table of epochs, each with its key in a line and its format."""
+    return {
         "epoch": ("epoch", "{:,}"),
         "step": ("step", "{:,}"),
         "training loss": ("train_loss", "{:.4f}"),
@@ -336,32 +236,24 @@ def _epochs(run: RunResults) -> str:
         "seconds": ("seconds", "{:.1f}"),
         "images/s": ("images_per_second", "{:,.0f}"),
     }
-    rows = [[how.format(line[key]) for key, how in columns.values()] for line in run.metrics]
-    return table(list(columns), rows, right=range(len(columns)))
 
 
-def _units(run: RunResults) -> str:
+def _epochs(run: RunResults) -> list[list[str]]:
+    columns = _epoch_columns(run).values()
+    return [[how.format(line[key]) for key, how in columns] for line in run.metrics]
+
+
+def _units(run: RunResults) -> list[tuple[str, str, str]]:
     summary = run.summary
     names, rates, steps = summary["units"], summary["initial_rates"], summary["freeze_steps"]
-    rows = [
-        [code(name), f"{rate:.3g}", f"{step:,}" if step < summary["steps"] else "never"]
+    return [
+        (name, f"{rate:.3g}", f"{step:,}" if step < summary["steps"] else "never")
         for name, rate, step in zip(names, rates, steps, strict=True)
     ]
-    return table(("unit", "initial rate", "frozen from step"), rows, right=[1, 2])
 
 
-def _fills(run: RunResults) -> str:
-    rows = [
-        [f"{each['step']:,}", code(each["unit"]), f"{each['rows']:,}", duration(each["seconds"])]
+def _fills(run: RunResults) -> list[tuple[str, str, str, str]]:
+    return [
+        (f"{each['step']:,}", each["unit"], f"{each['rows']:,}", duration(each["seconds"]))
         for each in run.summary["cache"]["fills"]
     ]
-    return table(("at step", "rows after", "rows", "time"), rows, right=[0, 2, 3])
-
-
-def _settings(run: RunResults) -> str:
-    rows = [
-        [code(name), code(json.dumps(value))]
-        for name, value in run.args.items()
-        if name != "command"  # which stands above
-    ]
-    return table(("setting", "value"), rows)

@@ -1,0 +1,64 @@
+"""Pages in one file, from the templates beside this module.
+
+A page runs no script and asks for nothing: its policy forbids both. Whatever is put into a template
+is escaped, but for pictures.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from cachefreeze.files import human_bytes
+from cachefreeze.report import figures
+from cachefreeze.report.summary_text import duration
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, or the reason why there is none.
+
+    Attributes:
+        title: Title above it.
+        svg: Picture, as an `svg` element. Empty if it would say nothing.
+        alternative: Text for those who cannot see it.
+        why: Reason why it was left out.
+    """
+
+    title: str
+    svg: str = ""
+    alternative: str = ""
+    why: str = ""
+
+
+def render(template: str, **content: Any) -> bytes:
+    """Returns a page, as bytes of UTF-8.
+
+    Args:
+        template: File name of the template.
+        **content: What the template names.
+    """
+    return _TEMPLATES.get_template(template).render(colours=figures.COLOURS, **content).encode()
+
+
+def _trusted(svg: str) -> Markup:
+    """Returns a picture of matplotlib's after the name of its element, which the page writes."""
+    return Markup(svg.removeprefix("<svg"))
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("cachefreeze.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {
+    "trusted": _trusted,
+    "duration": duration,
+    "bytes": human_bytes,
+    "number": "{:,}".format,
+    "percent": "{:.2%}".format,
+    "ratio": "{:.2f}x".format,
+}
