@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from cachefreeze.data import (
     InputRows,
     epoch_order,
     full_batches,
+    images,
     load,
 )
 from cachefreeze.data.inputs import augment, random_views
@@ -274,3 +276,7 @@ def test_statistics_of_a_flat_channel_do_not_divide_by_zero(tmp_path: Path) -> N
                 yield torch.full((len(rows), 2, 2, 3), 7, dtype=torch.uint8)
 
     assert statistics(Flat())[1] == (1.0, 1.0, 1.0)
+
+
+def test_files_that_torchvision_takes_for_images_are_taken() -> None:
+    assert images.IMAGE_SUFFIXES == torchvision.datasets.folder.IMG_EXTENSIONS

@@ -17,6 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from cachefreeze.data.order import Indices
 from cachefreeze.errors import UserError
 
+# Those of torchvision's `IMG_EXTENSIONS`. To import it takes seconds.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+
 
 class Images(Protocol):
     """The decoded pixels of one split and their labels."""

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from cachefreeze.data.images import ArrayImages, FolderImages, Images
+from cachefreeze.data.images import IMAGE_SUFFIXES, ArrayImages, FolderImages, Images
 from cachefreeze.data.order import Indices
 from cachefreeze.errors import UserError
 
@@ -189,9 +187,11 @@ def load_cifar(name: str, folder: Path) -> DataSet:
     Raises:
         UserError: it is not there and cannot be downloaded.
     """
+    from torchvision import datasets  # takes seconds
+
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
 
-    def load(train: bool) -> datasets.CIFAR10:
+    def load(train: bool) -> Any:
         # torchvision compares the MD5 of every file with the published one before it unpickles.
         try:
             return kind(folder, train=train)
@@ -300,7 +300,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     paths, labels = [], []
     for label, name in enumerate(classes):
         files = sorted(
-            path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS
+            path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
         )
         if not files:
             raise UserError(f"{folder / name} has no images in it: add some or remove the folder")

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from cachefreeze.errors import UserError, first_line
@@ -49,7 +48,7 @@ def build_ready_made(
         options = {"image_size": image_size}
     if weights is None:
         with _sized(f"torchvision:{name}", image_size):
-            return torchvision.models.get_model(name, num_classes=classes, **options)
+            return _torchvision_models().get_model(name, num_classes=classes, **options)
     chosen = _torchvision_weights(name, weights)
     needed = chosen.meta.get("min_size", (1, 1))[0]
     if "image_size" in options and image_size != needed:
@@ -58,7 +57,7 @@ def build_ready_made(
             f"--image-size {needed}"
         )
     with _loading(f"the weights {weights} of {name}", chosen.url):
-        return torchvision.models.get_model(name, weights=chosen, progress=False, **options)
+        return _torchvision_models().get_model(name, weights=chosen, progress=False, **options)
 
 
 def weights_statistics(library: str, name: str, weights: str) -> Statistics | None:
@@ -84,7 +83,16 @@ def weights_statistics(library: str, name: str, weights: str) -> Statistics | No
 
 def torchvision_names() -> list[str]:
     """Of the networks for classification."""
-    return torchvision.models.list_models(module=torchvision.models)
+    models = _torchvision_models()
+    return models.list_models(module=models)
+
+
+def _torchvision_models() -> Any:
+    # With it come torchvision's detection operators and torch's compiler: seconds, which no other
+    # network needs.
+    import torchvision
+
+    return torchvision.models
 
 
 def import_timm() -> Any:
@@ -112,7 +120,7 @@ def _check_name(library: str, name: str, names: Sequence[str]) -> None:
 
 
 def _torchvision_weights(name: str, weights: str) -> Any:
-    known = torchvision.models.get_model_weights(name)
+    known = _torchvision_models().get_model_weights(name)
     wanted = weights.removeprefix(f"{known.__name__}.")
     if wanted != "DEFAULT" and wanted not in known.__members__:
         raise UserError(
