@@ -17,7 +17,7 @@ from PIL import Image
 
 from cachefreeze.cache import pace
 from cachefreeze.train import main
-from cachefreeze.training import checkpoint, fill
+from cachefreeze.training import checkpoint, forecast
 
 if TYPE_CHECKING:
     from .interrupter import Interrupter
@@ -161,7 +161,10 @@ def _short_runs() -> Iterator[None]:
     """Lets runs of a second save and keep rows as runs of an hour do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "TIME_SHARE", float("inf"))
-        patch.setattr(fill, "SOON_STEPS", 0)
+        for what in ("COMPARED", "TRACED"):
+            patch.setattr(forecast, what, 0)
+        for what in ("READ_RATE", "WRITE_RATE"):
+            patch.setattr(forecast, what, float("inf"))
         yield
 
 

@@ -1,6 +1,8 @@
 """What is predicted of a run: when rows are kept, what it costs, how long it still takes."""
 
 import dataclasses
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -10,49 +12,84 @@ from torch import nn
 from cachefreeze.freezeout import Unit, units_of
 from cachefreeze.models import build
 from cachefreeze.train import main
-from cachefreeze.training import fill
-from cachefreeze.training.fill import worth_filling
+from cachefreeze.training import forecast
+from cachefreeze.training.fill import Fill, worth_filling
 from cachefreeze.training.forecast import WAYS, Costs, Run, Span, forward_seconds
 from cachefreeze.training.progress import Eta
 
+RULE = {name: getattr(forecast, name) for name in ("COMPARED", "TRACED", "READ_RATE", "WRITE_RATE")}
 
-def test_freezes_that_follow_each_other_in_few_steps_share_a_fill(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(fill, "SOON_STEPS", 8)
-    sizes = {"rows": 60, "batch_size": 10, "steps_per_epoch": 6, "share": 0.5}
-    assert not worth_filling(30, 5, **sizes)
-    assert worth_filling(30, 8, **sizes)
-    assert worth_filling(30, 30, **sizes)
+
+@pytest.fixture(autouse=True)
+def rule_of_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in RULE.items():
+        monkeypatch.setattr(forecast, name, value)
 
 
 @pytest.mark.parametrize(
-    ("steps_left", "to_next", "share", "worth"),
+    ("now", "later", "worth"),
     [
-        (1000, 1000, 0.5, True),
-        (125, 125, 0.5, True),  # a row is seen 1.25 times more
-        (120, 120, 0.5, False),
-        (1000, 12, 0.5, False),  # the next freeze comes within an eighth of an epoch
-        (1000, 13, 0.5, True),
-        (1000, 1000, 0.05, False),  # hardly any work is frozen
+        (Fill(cost=9.0, again=2.0, spared=1.0, steps_left=10), None, True),
+        (Fill(cost=10.0, again=2.0, spared=1.0, steps_left=10), None, False),
+        # Until the next units freeze it spares three seconds, or two.
+        (Fill(9.0, 2.0, 1.0, 20), Fill(9.0, 2.0, 2.0, 17), True),
+        (Fill(9.0, 2.0, 1.0, 20), Fill(9.0, 2.0, 2.0, 18), False),
+        # A pass at the next freeze would come too late.
+        (Fill(9.0, 2.0, 1.0, 20), Fill(9.0, 2.0, 0.4, 18), True),
     ],
 )
-def test_rows_are_kept_if_enough_is_left_to_use_them(
-    steps_left: int, to_next: int, share: float, worth: bool
+def test_a_pass_over_the_rows_must_pay_and_must_not_come_too_early(
+    now: Fill, later: Fill | None, worth: bool
 ) -> None:
-    found = worth_filling(
-        steps_left, to_next, rows=1000, batch_size=10, steps_per_epoch=100, share=share
+    assert worth_filling(now, later) == worth
+
+
+def gain(run: Run, costs: Costs, steps: Iterable[int]) -> float:
+    """Returns the seconds that passes over the rows before some steps spare a run."""
+    kept, total = 0, 0.0
+    for step in steps:
+        total += run.fill(step, kept, costs).gain
+        kept = sum(one <= step for one in run.freeze_steps)
+    return total
+
+
+@pytest.mark.parametrize("epochs", [6, 20])
+@pytest.mark.parametrize("t0", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("backward", [0.5, 2.0])
+@pytest.mark.parametrize("transfer", [0.0, 0.1, 0.5])  # seconds, beside a forward pass of 1
+def test_no_other_choice_of_passes_is_much_better(
+    epochs: int, t0: float, backward: float, transfer: float
+) -> None:
+    steps, units = 50 * epochs, 6
+    freezes = [round(steps * (t0 + (1 - t0) * unit / units)) for unit in range(units)]
+    run = Run((*freezes, steps), steps, 50, 3200, 640, 64)
+    sizes = [transfer / (1 + unit) for unit in range(units)]
+    kept = (0.0, *sizes, 0.0)
+    forward = (1 / (units + 1),) * (units + 1)
+    costs = Costs(forward, backward, kept, 0.0, tuple(2 * one for one in kept))
+    chosen, done = [], 0
+    for step in freezes:
+        if run.fills_at(step, done, costs):
+            chosen.append(step)
+            done = sum(one <= step for one in freezes)
+    best = max(
+        gain(run, costs, some)
+        for count in range(units + 1)
+        for some in combinations(freezes, count)
     )
-    assert found == worth
+    assert best - gain(run, costs, chosen) <= 0.02 * run.forecast(costs)["freezing_only"]
+    assert gain(run, costs, chosen) >= 0
 
 
 # Three units that cost 1, 2 and 3 s forward and twice that backward; 10 epochs of 4 steps and one
 # batch of validation. The first freezes after 5 epochs, the second after 8.
-COSTS = Costs((1.0, 2.0, 3.0), 2.0, (0.0, 0.1, 0.2, 0.3))
+COSTS = Costs((1.0, 2.0, 3.0), 2.0, (0.0, 0.1, 0.2, 0.3), 0.0, (0.0, 0.2, 0.4, 0.6))
 RUN = Run((20, 32, 40), 40, 4, 64, 16, 16)
 
 
-def test_every_way_to_train_has_its_price() -> None:
+def test_every_way_to_train_has_its_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "TRACED", 0.1)
+    monkeypatch.setattr(forecast, "COMPARED", 1)
     # Forward and backward of all units, and validations.
     assert sum(s.seconds for s in RUN.spans(COSTS, "without_freezing")) == 40 * 18 + 10 * 6
     only = 20 * 18 + 12 * 16 + 8 * 12 + 10 * 6
@@ -61,17 +98,18 @@ def test_every_way_to_train_has_its_price() -> None:
     assert tuple(found) == WAYS
     assert found["freezing_only"] == pytest.approx(only)
     assert found["limit"] == pytest.approx(limit)
-    # Every row once through the first unit, then, from what is kept, through the second; and each
-    # is read once for every step and validation.
-    fills = 5 * 1.0 + 5 * (2.0 + 0.1)
+    # Every row once through the first unit, then, from what is kept, through the second, each with
+    # some tracing and a batch that is compared; and each is read for every step and validation.
+    fills = 4 * (1.0 + 0.2) + 0.6 + 1.0 + 4 * (2.0 + 0.1 + 0.4) + 0.6 + 3.0
     reads = (12 + 3) * 0.1 + (8 + 2) * 0.2
     assert found["cached"] == pytest.approx(limit + fills + reads)
     assert found["limit"] < found["cached"] < found["freezing_only"] < found["without_freezing"]
 
 
 def test_units_that_freeze_too_late_are_computed_in_every_step() -> None:
-    late = dataclasses.replace(RUN, freeze_steps=(20, 36, 40))
-    assert [late.fills_at(step, COSTS) for step in (0, 20, 36)] == [False, True, False]
+    late = dataclasses.replace(RUN, freeze_steps=(10, 36, 40))
+    assert [late.fills_at(step, 0, COSTS) for step in (0, 10, 36)] == [False, True, False]
+    assert not late.fills_at(36, 1, COSTS)
     *_, last = late.spans(COSTS, "cached")
     assert last.before == 0
     assert last.seconds == pytest.approx(4 * (2 + 3 + 6 + 0.1) + 2 + 3 + 0.1)
@@ -80,7 +118,7 @@ def test_units_that_freeze_too_late_are_computed_in_every_step() -> None:
 def test_what_is_frozen_from_the_start_is_computed_once() -> None:
     run = dataclasses.replace(RUN, freeze_steps=(0, 40, 40))
     (span,) = run.spans(COSTS, "cached")
-    assert span.before == 5 * 1.0
+    assert span.before == pytest.approx(4 * (1.0 + 0.2) + 1.5 * 6.0 + 2 * 1.0)
     assert span.seconds == pytest.approx(40 * 15.1 + 10 * 5.1)
 
 

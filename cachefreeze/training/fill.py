@@ -1,35 +1,47 @@
-"""Whether it pays to keep all rows of the data set when units have frozen."""
+"""When it pays to keep the rows of the training set, after units have frozen.
 
-from cachefreeze.cache.route import LEAST_SHARE
+A pass over the data set computes, for every row, what has frozen since the last such pass, and
+writes it. Each later step is spared that work. Costs are those seen in the run's own steps.
+"""
 
-# Uses of each row that a fill must have left: one pays for the forward pass that fills, and the
-# rest for writing.
-LEAST_USES = 1.2
-# Share of an epoch, and number of steps: if the next units freeze within them, their fill does for
-# both. Each new cut is compared in two batches and written once more before it is served.
-SOON_SHARE, SOON_STEPS = 1 / 8, 8
+from dataclasses import dataclass
 
 
-def worth_filling(
-    steps_left: int,
-    steps_to_next_freeze: int,
-    *,
-    rows: int,
-    batch_size: int,
-    steps_per_epoch: int,
-    share: float,
-) -> bool:
-    """Says whether a pass over the data set pays that keeps what newly frozen units give.
+@dataclass(frozen=True)
+class Fill:
+    """A pass over the training set that could be made after units have frozen.
 
     Args:
+        cost: Seconds of the pass.
+        again: Seconds of it that are spent once more if another pass follows: on reading, writing
+            and comparing rows.
+        spared: Seconds that each later step is spared.
         steps_left: Number of steps that are left of the run.
-        steps_to_next_freeze: Number of steps before the next units freeze; `steps_left` or more if
-            none do.
-        rows: Number of training rows.
-        batch_size: Number of rows of a batch.
-        steps_per_epoch: Number of steps of an epoch.
-        share: Share of the forward pass that is frozen.
     """
-    soon = steps_to_next_freeze < max(SOON_SHARE * steps_per_epoch, SOON_STEPS)
-    soon = soon and steps_to_next_freeze < steps_left
-    return share >= LEAST_SHARE and steps_left * batch_size > LEAST_USES * rows and not soon
+
+    cost: float
+    again: float
+    spared: float
+    steps_left: int
+
+    @property
+    def gain(self) -> float:
+        """Seconds that it spares the run, if units freeze no more."""
+        return self.spared * self.steps_left - self.cost
+
+
+def worth_filling(now: Fill, later: Fill | None) -> bool:
+    """Says whether a pass over the training set pays, and whether it pays now.
+
+    The units that freeze next may be served too by a pass that comes later. This one is left out
+    for its sake if, until then, it spares less than it costs.
+
+    Args:
+        now: Pass at this step.
+        later: Pass when the next units freeze. None if none do.
+    """
+    if now.gain <= 0:
+        return False
+    if later is None or later.gain <= 0:
+        return True
+    return now.spared * (now.steps_left - later.steps_left) > now.again

@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cachefreeze.cache.route import LEAST_SHARE
 from cachefreeze.device import autocast, synchronize
 from cachefreeze.freezeout import Unit
-from cachefreeze.training.fill import worth_filling
+from cachefreeze.training.fill import Fill, worth_filling
 
 WAYS = ("without_freezing", "freezing_only", "cached", "limit")
-# Bytes of kept rows that are read in a second: found, copied, and their input hashed.
-READ_RATE = 1.5e9
+# Bytes of kept rows that are read in a second (found, copied, and their input hashed), and that are
+# written, to memory and to the directory.
+READ_RATE, WRITE_RATE = 1.5e9, 0.75e9
+# Batches that are computed once more and compared when a new set of rows has been kept, and forward
+# passes that tracing takes.
+COMPARED, TRACED = 2, 1.5
 # Steps that are timed, after some that are not like the others, and forward passes.
 WARM_UP, TIMED, PASSES = 2, 5, 2
 
@@ -37,12 +42,14 @@ class Costs:
             through the units that train.
         read: Seconds of reading the batch's kept rows, by the number of frozen units.
         load: Seconds of waiting for the batch's pixels.
+        write: Seconds of keeping the batch's rows, by the number of frozen units.
     """
 
     forward: tuple[float, ...]
     backward: float
     read: tuple[float, ...]
-    load: float = 0.0
+    load: float
+    write: tuple[float, ...]
 
     @classmethod
     def measured(
@@ -58,13 +65,15 @@ class Costs:
             frozen: Number of units that were frozen.
         """
         backward = max(step - load - sum(forward), 0.0) / max(sum(forward[frozen:]), 1e-9)
-        read = (0.0, *(size / READ_RATE for size in (*sizes[1:], 0)))
-        return cls(tuple(forward), backward, read, load)
+        kept = (0, *sizes[1:], 0)
+        read = tuple(size / READ_RATE for size in kept)
+        write = tuple(size / WRITE_RATE for size in kept)
+        return cls(tuple(forward), backward, read, load, write)
 
     @classmethod
     def unknown(cls, units: int) -> "Costs":
         """Returns costs in the right proportion if one unit costs as much as another."""
-        return cls((1.0,) * units, 2.0, (0.0,) * (units + 1))
+        return cls((1.0,) * units, 2.0, (0.0,) * (units + 1), 0.0, (0.0,) * (units + 1))
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], units: int) -> "Costs":
@@ -73,10 +82,11 @@ class Costs:
         Raises:
             ValueError, TypeError, KeyError: It is something else.
         """
-        forward, read = (tuple(map(float, found[name])) for name in ("forward", "read"))
-        if (len(forward), len(read)) != (units, units + 1):
+        names = ("forward", "read", "write")
+        forward, read, write = (tuple(map(float, found[name])) for name in names)
+        if (len(forward), len(read), len(write)) != (units, units + 1, units + 1):
             raise ValueError("costs of another network")
-        return cls(forward, float(found["backward"]), read, float(found["load"]))
+        return cls(forward, float(found["backward"]), read, float(found["load"]), write)
 
 
 @dataclass(frozen=True)
@@ -135,9 +145,8 @@ class Run:
         for start, stop in pairwise(sorted({0, *freezes, self.total_steps})):
             frozen = bisect_right(self.freeze_steps, start)
             before = 0.0
-            if way == "cached" and frozen > kept and self.fills_at(start, costs):
-                before = batches * (forward[frozen] - forward[kept] + costs.read[kept])
-                kept = frozen
+            if way == "cached" and self.fills_at(start, kept, costs):
+                before, kept = self.fill(start, kept, costs).cost, frozen
             reads, skipped = {"cached": (kept, kept), "limit": (0, frozen)}.get(way, (0, 0))
             trained = 0 if way == "without_freezing" else frozen
             load = costs.load
@@ -151,23 +160,45 @@ class Run:
             found.append(Span(steps, steps * (step + share * validate), before))
         return found
 
-    def fills_at(self, step: int, costs: Costs) -> bool:
-        """Says whether rows are kept when units have frozen before a step.
+    def fill(self, step: int, kept: int, costs: Costs) -> Fill:
+        """Predicts a pass over the training set that keeps its rows.
 
         Args:
-            step: Step, from 0. At the first one rows are kept as the first epoch passes.
+            step: Step before which it is made, from 0. At the first one rows are kept as the first
+                epoch passes, which costs the same.
+            kept: Number of units whose rows are kept already.
             costs: Costs of a batch.
         """
         frozen = bisect_right(self.freeze_steps, step)
-        later = [each for each in self.freeze_steps if each > step]
-        return frozen > 0 and worth_filling(
-            self.total_steps - step,
-            min(later, default=self.total_steps) - step,
-            rows=self.train_rows,
-            batch_size=self.batch_size,
-            steps_per_epoch=self.steps_per_epoch,
-            share=sum(costs.forward[:frozen]) / sum(costs.forward),
+        work = costs.read[kept] + sum(costs.forward[kept:frozen])
+        spared = work - costs.read[frozen]
+        compared = TRACED * sum(costs.forward) + COMPARED * sum(costs.forward[:frozen])
+        written = self.steps_per_epoch * costs.write[frozen]
+        computed = self.steps_per_epoch * work
+        read = self.steps_per_epoch * costs.read[frozen]
+        return Fill(
+            cost=computed + written + compared,
+            again=written + read + compared,
+            spared=spared,
+            steps_left=self.total_steps - step,
         )
+
+    def fills_at(self, step: int, kept: int, costs: Costs) -> bool:
+        """Says whether rows are kept when units have frozen before a step.
+
+        Args:
+            step: Step, from 0.
+            kept: Number of units whose rows are kept already.
+            costs: Costs of a batch.
+        """
+        frozen = bisect_right(self.freeze_steps, step)
+        if frozen <= kept or sum(costs.forward[:frozen]) < LEAST_SHARE * sum(costs.forward):
+            return False
+        next_step = min(
+            (one for one in self.freeze_steps if step < one < self.total_steps), default=None
+        )
+        later = None if next_step is None else self.fill(next_step, kept, costs)
+        return worth_filling(self.fill(step, kept, costs), later)
 
     def forecast(self, costs: Costs) -> dict[str, float]:
         """Predicts the seconds of the whole run, each way."""

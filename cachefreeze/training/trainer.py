@@ -119,6 +119,7 @@ class Trainer:
             keeps_pixels=kept_on is not None or isinstance(data.train, ArrayImages),
         )
         self.cache: ActivationCache | None = None
+        self._kept = 0  # units whose rows are kept
         self.epoch = self.position = self.step = 0
         self.metrics: list[dict[str, Any]] = []
         self.written = Metrics(folder, self.names, tensorboard=settings.tensorboard)
@@ -338,8 +339,11 @@ class Trainer:
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module._compiled_call_impl = None
                 self._compiled.remove(module)
-        if not self.settings.cache or not self.run.fills_at(self.step, self._likely_costs):
+        if not self.settings.cache or not self.run.fills_at(
+            self.step, self._kept, self._likely_costs
+        ):
             return
+        self._kept = self.scheduler.frontier
         if self.cache is None:
             directory, max_bytes = self.settings.cache_dir, self.settings.cache_bytes
             cache = ActivationCache(self.model, directory=directory, max_bytes=max_bytes)
@@ -350,33 +354,30 @@ class Trainer:
             synchronize(self.device)
         before, began = self._stats(), time.perf_counter()
         with self._timing("fill"):
-            for split in ("train", "val"):
-                self._fill(self.cache, split)
-            self.model.train()
+            self._fill(self.cache)
             synchronize(self.device)
-        # What a fill does is told as such, and is no row of training or validation.
+        # What a fill does is told as such, and is no row of training.
         for name, count in self._stats().items():
             self._counts[name] -= count - before[name]
-        rows = sum(map(len, self.labels.values()))
+        rows = len(self.labels["train"])
         unit = self.names[self.scheduler.frontier - 1]
         seconds = time.perf_counter() - began
         self.fills.append({"step": self.step, "unit": unit, "rows": rows, "seconds": seconds})
         say(fill_line(self.fills[-1]))
 
-    def _fill(self, cache: ActivationCache, split: str) -> None:
-        """Keeps the rows of a split, which are computed as the loop does it."""
-        train = split == "train"
-        self.model.train(train)
-        order = full_batches(np.arange(len(self.labels[split])), self.settings.batch_size)
-        bar = progress_bar(f"keeping rows of {split}", len(order), "batch", delay=SHOW_AFTER)
+    def _fill(self, cache: ActivationCache) -> None:
+        """Keeps the rows of the training set. (A validation passes over all of its own at once.)"""
+        self.model.train()
+        order = full_batches(np.arange(len(self.labels["train"])), self.settings.batch_size)
+        bar = progress_bar("keeping rows", len(order), "batch", delay=SHOW_AFTER)
 
         def batches() -> Iterator[Tensor]:
-            for x in self.inputs[split].batches(order):
+            for x in self.inputs["train"].batches(order):
                 self._stop_if_asked()
                 yield x
                 bar.update()
 
-        with bar, torch.set_grad_enabled(train):
+        with bar:
             cache.fill(batches(), self._logits)
 
     def _stats(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ from cachefreeze.cache import pace
 from cachefreeze.segments import format as segment_format
 from cachefreeze.segments.format import NEW
 from cachefreeze.train import main
-from cachefreeze.training import checkpoint, fill
+from cachefreeze.training import checkpoint, forecast
 from cachefreeze.training.trainer import Trainer
 
 Event = Callable[[str, tuple[Any, ...]], bool]
@@ -144,7 +144,7 @@ def nursery() -> None:
     segment_format.CHUNK_BYTES = 2**18
     # What is kept and saved must not depend on how fast the machine is just now.
     pace._FREE_SECONDS = checkpoint.TIME_SHARE = float("inf")
-    fill.SOON_STEPS = 0
+    forecast.COMPARED = forecast.TRACED = 0
     # It may be off, where a shell runs this in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
