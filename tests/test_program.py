@@ -73,9 +73,9 @@ def test_a_run_leaves_settings_metrics_summary_and_weights(train: Train) -> None
     assert cache["directory"] == run.args["cache_dir"]
     assert [fill["step"] for fill in cache["fills"]] == [4, 8, 12]
     assert [fill["unit"] for fill in cache["fills"]] == ["stem", "group1_block1", "group2_block1"]
-    assert all(fill["rows"] == 183 for fill in cache["fills"])
-    assert cache["rows_kept"] >= 183
-    assert cache["bytes"] > 183 * 16 * 16 * 16 * 4
+    assert all(fill["rows"] == 150 for fill in cache["fills"])
+    assert cache["rows_kept"] >= 150
+    assert cache["bytes"] > 150 * 16 * 16 * 16 * 4
     assert cache["rows_served"] == sum(line["rows_served"] for line in run.metrics) > 0
     # Every batch is full, and what is computed to keep all rows is told as seconds of filling.
     assert max(line["rows_served"] + line["rows_computed"] for line in run.metrics) == 7 * 32
@@ -126,7 +126,7 @@ def test_its_words_say_what_happened_and_what_to_type_next(
     assert len(epochs) == 4
     assert "frozen 4/5" in epochs[-1]
     assert re.search(r"\d+% of rows from the cache$", epochs[-1])
-    assert any("step 4: rows after stem kept: 183" in line for line in lines)
+    assert any("step 4: rows after stem kept: 150" in line for line in lines)
     text = captured.out
     assert f"{run.summary['val_accuracy']:.2%}" in text
     assert run.summary["cache"]["directory"] in text

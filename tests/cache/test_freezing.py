@@ -16,7 +16,7 @@ from .harness import BATCH, assert_same, batches, images, served
 
 
 @pytest.fixture(autouse=True)
-def every_share_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def any_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares are of measured times, and other processes may hold up any operation."""
     monkeypatch.setattr(route, "LEAST_SHARE", 0.0)
 
