@@ -40,9 +40,9 @@ INSIDE = {
     ],
     "keys": [["bits", "environment", "surroundings"], ["inputs", "operations", "weights"]],
     "cache": [
-        ["layout", "lengths", "moving", "pace"],
-        ["entries", "family"],
-        ["shared"],
+        ["layout", "lengths", "moving", "pace", "fetching"],
+        ["entries", "family", "binding"],
+        ["shared", "loader"],
         ["selection", "words"],
         ["route"],
         ["site"],

@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from operator import is_
 from typing import Any
@@ -31,9 +31,8 @@ _BY_VERSION = ("torch", "torchvision", "numpy", "PIL", "scipy", "sklearn", "pand
 _OPEN_BY_PYTHON = ("torch", "numpy", "PIL", "sklearn", "cachefreeze")
 # Functions that give something else in each call, and move no random state that could be compared.
 _ENTROPY = frozenset(
-    ("default_rng", "RandomState", "SystemRandom", "urandom", "secrets", "uuid1", "uuid4", "Random",
-     "time", "time_ns", "perf_counter", "monotonic", "now")
-)  # fmt: skip
+    ("default_rng", "RandomState", "SystemRandom", "urandom", "secrets", "uuid1", "uuid4", "Random")
+)
 # Bytes of an array that are hashed at every look, and in a description.
 _SMALL, _LARGE = 1 << 20, 1 << 30
 _MANY_FUNCTIONS = 2000
@@ -43,7 +42,48 @@ _NO_VARIABLES = frozenset(
      "__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__",
      "__abstractmethods__", "_abc_impl")
 )  # fmt: skip
-_Same = Callable[[], bool]
+
+
+class _Check:
+    """Says whether something is as it was.
+
+    Args:
+        same: Function that says so.
+        is_generator: Whether it is a generator of random numbers.
+        deep: Whether the look takes long, so that it is left out of quick ones.
+    """
+
+    def __init__(
+        self, same: Callable[[], bool], is_generator: bool = False, deep: bool = False
+    ) -> None:
+        self.same, self.is_generator, self.deep = same, is_generator, deep
+
+    def settle(self) -> bool:
+        """Forgets what has changed. Says whether something is left to look at."""
+        return False
+
+
+class _Entries(_Check):
+    """Says whether the entries of a dictionary, or the attributes of a class, are as they were."""
+
+    def __init__(self, held: Mapping[Any, Any]) -> None:
+        super().__init__(self._same)
+        self._held, self._before, self._left = held, dict(held), set[Any]()
+
+    def _same(self) -> bool:
+        if self._left:
+            return not self._changed() - self._left
+        now, before = self._held, self._before
+        # Keys of both in one order: so they are unless something was removed and added again.
+        return len(now) == len(before) and all(map(is_, now.values(), before.values()))
+
+    def _changed(self) -> set[Any]:
+        now, before = self._held, self._before
+        return {key for key in (*now, *before) if now.get(key, self) is not before.get(key, self)}
+
+    def settle(self) -> bool:
+        self._left |= self._changed()
+        return True
 
 
 class Description:
@@ -66,14 +106,18 @@ class Description:
         self._hash = xxhash.xxh3_128(f"{sys.version_info[:3]}".encode())
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []
-        self._looks: list[tuple[bool, _Same]] = []
+        self._looks: list[_Check] = []
         self._functions = 0
         self._tell(value)
         self.digest = self._hash.digest()
 
-    def is_same(self) -> bool:
-        """Says whether nothing has changed, but for elements of large arrays."""
-        return all(same() for _, same in self._looks)
+    def is_same(self, deep: bool = False) -> bool:
+        """Says whether nothing has changed.
+
+        Args:
+            deep: Whether the elements of large arrays are looked at, too.
+        """
+        return all(one.same() for one in self._looks if deep or not one.deep)
 
     def settle(self) -> bool:
         """Forgets what a use of the object has changed, such as a counter.
@@ -81,18 +125,21 @@ class Description:
         Returns:
             Whether nothing else has changed: no generator of random numbers.
         """
-        changed = [one for one in self._looks if not one[1]()]
-        if changed:
-            self._looks = [one for one in self._looks if one[1]()]
-        return not any(is_generator for is_generator, _ in changed)
+        changed = [one for one in self._looks if not one.deep and not one.same()]
+        gone = [one for one in changed if not one.settle()]
+        if gone:
+            self._looks = [one for one in self._looks if one not in gone]
+        return not any(one.is_generator for one in changed)
 
     # A value.
 
     def _say(self, *words: Any) -> None:
         self._hash.update("\0".join(map(str, words)).encode(errors="surrogatepass") + b"\1")
 
-    def _watch(self, same: _Same, is_generator: bool = False) -> None:
-        self._looks.append((is_generator, same))
+    def _watch(
+        self, same: Callable[[], bool], is_generator: bool = False, deep: bool = False
+    ) -> None:
+        self._looks.append(_Check(same, is_generator, deep))
 
     def _tell(self, value: Any) -> None:
         kind = type(value)
@@ -135,7 +182,7 @@ class Description:
             one = getattr(value, name, None)
             self._say(name)
             self._tell(one)
-            self._watch(lambda: getattr(value, name, None) is one)
+            self._watch(functools.partial(_has, value, name, one))
         if not held and not _slots(type(value)) and not _is_plain_class(type(value)):
             self._opaque(value)  # what it holds is below python
 
@@ -156,12 +203,8 @@ class Description:
 
     def _dict(self, value: Any) -> None:
         self._say(type(value).__name__, len(value))
-        before = dict(value)
-        self._watch(
-            lambda: len(value) == len(before) and all(map(is_, value.values(), before.values()))
-            and [*value] == [*before]
-        )  # fmt: skip
-        for key, one in before.items():
+        self._looks.append(_Entries(value))
+        for key, one in list(value.items()):
             self._tell(key)
             self._tell(one)
 
@@ -205,8 +248,7 @@ class Description:
             return
         digest = _hash_of(found)
         self._hash.update(digest)
-        if found.nbytes <= _SMALL:
-            self._watch(lambda: _hash_of(read()) == digest)
+        self._watch(lambda: _hash_of(read()) == digest, deep=found.nbytes > _SMALL)
 
     def _generator(self, value: Any) -> None:
         before = _state_of(value)
@@ -238,9 +280,8 @@ class Description:
             if _is_foreign(one.__module__):
                 self._say(one.__module__, one.__qualname__, _version(one.__module__))
                 continue
-            before = dict(vars(one))
-            self._watch(functools.partial(_has_variables, one, before))
-            for name, value in sorted(before.items()):
+            self._looks.append(_Entries(vars(one)))
+            for name, value in sorted(vars(one).items()):
                 if name not in _NO_VARIABLES:
                     self._say(name)
                     self._member(value)
@@ -382,9 +423,8 @@ def _is_plain_class(kind: type) -> bool:
                for one in kind.__mro__)  # fmt: skip
 
 
-def _has_variables(kind: type, before: dict[str, Any]) -> bool:
-    now = vars(kind)
-    return len(now) == len(before) and all(map(is_, now.values(), before.values()))
+def _has(value: Any, name: str, held: Any) -> bool:
+    return getattr(value, name, None) is held
 
 
 def _hash_of(array: np.ndarray) -> bytes:
@@ -398,9 +438,10 @@ def _state_of(generator: Any) -> str:
     if isinstance(generator, np.random.Generator):
         return repr(generator.bit_generator.state)
     if isinstance(generator, np.random.RandomState):
-        return repr(generator.get_state(legacy=False)["state"]["pos"]) + _hash_of(
-            generator.get_state(legacy=False)["state"]["key"]
-        ).hex()
+        return (
+            repr(generator.get_state(legacy=False)["state"]["pos"])
+            + _hash_of(generator.get_state(legacy=False)["state"]["key"]).hex()
+        )
     return str(hash(generator.getstate()))
 
 
@@ -452,5 +493,3 @@ def _version(where: str | None) -> str:
         return metadata.version("pillow" if root == "PIL" else root)
     except metadata.PackageNotFoundError:
         return ""
-
-

@@ -14,7 +14,7 @@ from cachefreeze.lineage import soundness
 from cachefreeze.lineage.modes import uncompiled
 from cachefreeze.lineage.operations import Trace, Value
 from cachefreeze.lineage.program import Program, copy_of
-from cachefreeze.lineage.unloaded import another, is_unloaded, swap
+from cachefreeze.lineage.unloaded import another, exchange, is_unloaded
 
 Tensor = torch.Tensor
 _quiet = torch._C.DisableTorchFunctionSubclass
@@ -266,7 +266,7 @@ class Pass:
         number = late.late_number
         with _quiet():
             held = late.grad_fn is not None
-        if swap and not held and swap(late, tensor):
+        if swap and not held and exchange(late, tensor):
             self.give(number, late)
         else:
             late.late_real = tensor

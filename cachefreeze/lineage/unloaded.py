@@ -11,7 +11,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map
 
 from cachefreeze.lineage import calls, soundness
-from cachefreeze.lineage.modes import modes_now, under, uncompiled
+from cachefreeze.lineage.modes import modes_now, uncompiled, under
 from cachefreeze.lineage.structure import tensors
 
 Tensor = torch.Tensor
@@ -200,7 +200,7 @@ def _load(tensor: Unloaded, used: bool) -> None:
         values = tensor.unloaded_load(used)
         # A loaded tensor may have been written to while it was made.
         values = values if values.is_inference() or not values._version else values.data
-    if type(tensor) is Unloaded and not swap(tensor, values):
+    if type(tensor) is Unloaded and not exchange(tensor, values):
         tensor.late_real = values
 
 
@@ -222,7 +222,7 @@ def _unfollowed() -> Iterator[None]:
             torch._C._push_on_torch_function_stack(mode)
 
 
-def swap(late: Any, tensor: Tensor) -> bool:
+def exchange(late: Any, tensor: Tensor) -> bool:
     """Exchanges what two tensor objects are: one becomes a plain tensor. Says whether it could.
 
     Args:
