@@ -1,8 +1,8 @@
-"""What is known of a data set's items by their numbers: hashes of what is large, and what is small."""
+"""What is known of items by their numbers: hashes of what is large, and all that is small."""
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,12 @@ def take_apart(batch: Any, rows: int) -> tuple[Structure, list[Leaf], list[Any]]
     return walk(batch), leaves, values
 
 
-def put_together(structure: Structure, values: Sequence[Any]) -> Any:
+def put_together(structure: Structure, values: Mapping[int, Any]) -> Any:
     """Returns a batch.
 
     Args:
         structure: Batch with the places of its tensors.
-        values: Tensors, and lists of strings.
+        values: Tensors, and lists of strings, by their places.
     """
     if isinstance(structure, int):
         return values[structure]

@@ -87,7 +87,7 @@ class _Batches:
         # A plain loader over the same, whose items say how they were loaded.
         self._shadow = copy.copy(loader)
         self._shadow.__dict__.update(loader.__dict__)
-        self._shadow.__class__ = DataLoader
+        self._shadow.__class__ = DataLoader  # type: ignore[assignment]
         self._shadow.__dict__.update(
             dataset=rows.items(),
             collate_fn=Collate(loader.collate_fn),
@@ -175,15 +175,15 @@ class _Rows:
         if isinstance(loader.dataset, IterableDataset):
             cache.tell(
                 f"loader of {self.name}",
-                f"cache.loader loads every item of {self.name}: items of an IterableDataset have no "
-                "numbers to be known by. Frozen work on them is left out all the same.",
+                f"cache.loader loads every item of {self.name}: items of an IterableDataset "
+                "have no numbers to be known by. Frozen work on them is left out all the same.",
             )
             return False
         if loader.collate_fn is not torchs_collate:
             cache.tell(
                 f"loader {id(loader)}: collate",
-                f"cache.loader loads every item of {self.name}: what a collate_fn of your own makes "
-                "of items is not known before they are loaded.",
+                f"cache.loader loads every item of {self.name}: what a collate_fn of your own "
+                "makes of items is not known before they are loaded.",
             )
             return False
         return self._binding is None or not self._binding.off

@@ -34,7 +34,8 @@ def row_keys(
         Keys, as an array of shape (count, 2) of 64-bit numbers.
     """
     start = b"".join(xxhash.xxh3_128_digest(_bytes(tensor)) for tensor in shared)
-    if any(isinstance(one, np.ndarray) for one in rows):
+    tensors = [one for one in rows if isinstance(one, Tensor)]
+    if len(tensors) < len(rows):
         assert lengths is None, "hashes of whole rows say nothing of rows without their padding"
         hashed = [
             [key.tobytes() for key in one]
@@ -43,13 +44,13 @@ def row_keys(
             for one in rows
         ]
         return _joined(hashed, start, count)
-    parts = [_part_of(tensor, count) for tensor in rows]
+    parts = [_part_of(tensor, count) for tensor in tensors]
     if lengths is not None:
         hashed = [
             _hashes_up_to(part, lengths, padded)
             if tensor.dim() > 1 and tensor.shape[1] == padded
             else _hashes(part)
-            for tensor, part in zip(rows, parts, strict=True)
+            for tensor, part in zip(tensors, parts, strict=True)
         ]
         start += b"own length"
     else:
