@@ -36,12 +36,14 @@ class Ask:
     Attributes:
         indices: Numbers of its items, as the sampler gave them.
         load: Whether its items are loaded.
-        note: Whether it is noted how they are loaded.
+        watch: Whether it is watched what loading them changes.
+        note: Whether it is noted which files they are read from.
         sample: Numbers of items of it that are loaded to be compared, if the batch is not.
     """
 
     indices: Any
     load: bool = True
+    watch: bool = True
     note: bool = False
     sample: tuple[int, ...] = ()
 
@@ -89,13 +91,13 @@ class Items:
         if not ask.load and not ask.sample:
             return [], about
         wanted = ask.indices if ask.load else list(ask.sample)
-        if not ask.note and ask.load:
+        if not ask.watch:
             return self._plainly(wanted), about
         if self.description is None:
             self.description = Description(self.dataset)
         before, was_same = _random_states(), self.description.is_same()
         began = time.perf_counter()
-        items = self._noting(wanted, about)
+        items = self._noting(wanted, about) if ask.note else self._plainly(wanted)
         about.seconds = (time.perf_counter() - began) / max(len(wanted), 1)
         if _random_states() != before:
             about.draws = "draw random numbers"

@@ -3,7 +3,6 @@
 import copy
 import os
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +35,11 @@ class Cache(Protocol):
     folder: Path | None
     bindings: dict[bytes, Binding]
 
+    @property
+    def serves(self) -> bool:
+        """Whether any batch was served yet."""
+        ...
+
     def would_serve(self, rows: Sequence[np.ndarray]) -> bool:
         """Says whether a batch is served without a look at its values."""
         ...
@@ -61,7 +65,7 @@ class Loader(DataLoader[Any]):
         self, cache: Callable[[], Cache | None], dataset: Any, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(dataset, *args, **kwargs)
-        self._rows = _Rows(self, cache)
+        self._rows = _Rows(cache)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles a loader as one that loads everything."""
@@ -70,10 +74,10 @@ class Loader(DataLoader[Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes a state, as one that loads everything."""
         self.__dict__.update(state)
-        self.__dict__["_rows"] = _Rows(self, lambda: None)
+        self.__dict__["_rows"] = _Rows(lambda: None)
 
     def _get_iterator(self) -> Any:
-        if not self._rows.may_know():
+        if not self._rows.may_know(self):
             return super()._get_iterator()
         return _Batches(self, self._rows)
 
@@ -83,7 +87,7 @@ class _Batches:
 
     def __init__(self, loader: Loader, rows: "_Rows") -> None:
         self._rows = rows
-        rows.begin(anew=True)
+        rows.begin(loader, anew=True)
         # A plain loader over the same, whose items say how they were loaded.
         self._shadow = copy.copy(loader)
         self._shadow.__dict__.update(loader.__dict__)
@@ -97,7 +101,7 @@ class _Batches:
         self._torchs: Any = DataLoader._get_iterator(self._shadow)
 
     def _reset(self, loader: Loader, first_iter: bool = False) -> None:
-        self._rows.begin(anew=False)
+        self._rows.begin(loader, anew=False)
         self._torchs._reset(self._shadow, first_iter)
 
     def __iter__(self) -> "_Batches":
@@ -136,13 +140,15 @@ class _Rows:
     """What a loader knows of its rows, and what it loads of a batch.
 
     Args:
-        loader: Loader.
         cache: Function that returns the cache, or None once that is closed.
     """
 
-    def __init__(self, loader: Loader, cache: Callable[[], Cache | None]) -> None:
-        self._loader = weakref.ref(loader)
+    def __init__(self, cache: Callable[[], Cache | None]) -> None:
         self._cache = cache
+        # Of the loader, which may be gone before the last of its batches.
+        self._dataset: Any = None
+        self._collate: Callable[[list[Any]], Any] = torchs_collate
+        self._has_workers = False
         self._description: Description | None = None
         self._binding: Binding | None = None
         self._items: Items | None = None
@@ -151,7 +157,7 @@ class _Rows:
         self._usable = True
         self._tried = False
         self._epoch = self._batch = self._sampled = 0
-        self._used = 0
+        self._used = self._probes = 0
         self._fetches = 0
 
     @property
@@ -159,16 +165,11 @@ class _Rows:
         """Name of the data set, for people."""
         return type(self._dataset).__name__
 
-    @property
-    def _dataset(self) -> Any:
-        loader = self._loader()
-        assert loader is not None, "the loader is gone"
-        return loader.dataset
-
-    def may_know(self) -> bool:
+    def may_know(self, loader: Loader) -> bool:
         """Says whether rows may be known by number, as far as the arguments of the loader tell."""
-        loader, cache = self._loader(), self._cache()
-        if loader is None or cache is None or loader.batch_sampler is None:
+        cache = self._cache()
+        self._dataset = loader.dataset
+        if cache is None or loader.batch_sampler is None:
             return False
         if _in_memory(loader.dataset) or isinstance(loader.dataset, MapDataPipe):
             return False
@@ -188,12 +189,15 @@ class _Rows:
             return False
         return self._binding is None or not self._binding.off
 
-    def begin(self, anew: bool) -> None:
+    def begin(self, loader: Loader, anew: bool) -> None:
         """Begins an epoch.
 
         Args:
+            loader: Loader.
             anew: Whether workers start with the data set as it is now.
         """
+        self._dataset, self._collate = loader.dataset, loader.collate_fn
+        self._has_workers = loader.num_workers > 0
         self._look(deep=True)
         assert self._description is not None
         if anew:
@@ -259,26 +263,26 @@ class _Rows:
         self._batch += 1
         cache = self._cache()
         if cache is None or self._binding is None or not self._usable or self._binding.off:
-            return Ask(indices)
+            return Ask(indices, watch=False)
         if not self._look() and self._has_workers:
             # Workers have the data set of before.
             self._usable = False
-            return Ask(indices)
+            return Ask(indices, watch=False)
         binding, places = self._binding, _numbers(indices, len(self._binding.known))
         if places is None or binding.off:
             return Ask(indices)
         if not len(places) or not binding.known[places].all() or binding.forget_changed(places):
             return Ask(indices, note=True)
-        if self._used >= _OFTEN or not cache.would_serve(list(binding.keys(places).values())):
+        if self._used >= _OFTEN:
             return Ask(indices)
+        if not cache.would_serve(list(binding.keys(places).values())):
+            # Something may make another batch of it before the cache sees it: that tells who.
+            self._probes += cache.serves
+            if not cache.serves or self._probes > _OFTEN:
+                return Ask(indices)
         if self._has_workers and not self._may_stand_in(int(places[0])):
             return Ask(indices)
-        return Ask(indices, load=False, note=True, sample=self._sample(places))
-
-    @property
-    def _has_workers(self) -> bool:
-        loader = self._loader()
-        return loader is not None and loader.num_workers > 0
+        return Ask(indices, load=False, sample=self._sample(places))
 
     def _may_stand_in(self, index: int) -> bool:
         """Says whether this process gives the items that workers give. One is tried."""
@@ -306,12 +310,10 @@ class _Rows:
         return (int(places[(self._epoch * 7919 + self._sampled * 104729) % len(places)]),)
 
     def _load(self, indices: Sequence[int]) -> tuple[Any, About]:
-        loader = self._loader()
-        assert loader is not None
         items, about = Items(self._dataset, self._description).__getitems__(
-            Ask(list(indices), note=True)
+            Ask(list(indices))
         )
-        return loader.collate_fn(items), about
+        return self._collate(items), about
 
     # What comes of it.
 
@@ -411,8 +413,7 @@ class _Rows:
         """
         indices = places.tolist()
         batch, about = self._load(indices)
-        loader, cache = self._loader(), self._cache()
-        assert loader is not None
+        cache = self._cache()
         self._used = self._used + 1 if used else 0
         if used and cache is not None:
             where = _where()

@@ -303,6 +303,7 @@ class Route:
             began = perf_counter()
             inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
             self.family.batches += 1
+            self.family.left_alone += 1
             if self._note(self.selection.keys(inputs)):
                 self._look_at_weights()
                 if self.state is State.KEEPING:
@@ -378,6 +379,7 @@ class Route:
                 "1 % of the time: some are left alone until rows come again.",
             )
         self._load((args, kwargs))
+        self.family.left_alone += self.state is State.KEEPING
         began = perf_counter()
         output = module(*args, **kwargs)
         self.meter.note_plain(perf_counter() - began)

@@ -110,6 +110,11 @@ class Shared:
         self.messages[about] = sentence
         _log.info("%s", sentence)
 
+    @property
+    def serves(self) -> bool:
+        """Whether any batch was served yet."""
+        return self.stats.rows_served > 0
+
     def would_serve(self, rows: Sequence[np.ndarray]) -> bool:
         """Says whether a batch is served without a look at its values, as far as can be told.
 

@@ -315,7 +315,7 @@ class Description:
             self._read(functools.partial(_content, cell))
         space = function.__globals__
         for word in _names(code):
-            if word in _ENTROPY:
+            if word in _ENTROPY and function.__name__ != "__init__":
                 self.entropy = self.entropy or f"`{word}` in {name}"
         for word in _globals(code):
             if word in space:
