@@ -103,9 +103,7 @@ def main() -> int:
         place = args.folder or Path(folder)
         if args.folder is None:
             make_images(place, args.images or images)
-        (against_plain if args.small else against_hand)(
-            place, args.epochs or epochs, args.repeats
-        )
+        (against_plain if args.small else against_hand)(place, args.epochs or epochs, args.repeats)
     return 0
 
 

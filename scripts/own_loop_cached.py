@@ -1,6 +1,6 @@
 """A loop of one's own with the cache, to be held against `by_hand.py`, and without it.
 
-    python scripts/own_loop_cached.py FOLDER DIRECTORY [--epochs 10] [--blocks 0] [--plain]
+python scripts/own_loop_cached.py FOLDER DIRECTORY [--epochs 10] [--blocks 0] [--plain]
 """
 
 import argparse
@@ -26,7 +26,10 @@ torch.manual_seed(0)
 model = torchvision.models.resnet18(num_classes=10).eval()
 model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 model.requires_grad_(False)
-trained = [model.fc, *[block for layer in (model.layer3, model.layer4) for block in layer][4 - args.blocks :]]
+trained = [
+    model.fc,
+    *[block for layer in (model.layer3, model.layer4) for block in layer][4 - args.blocks :],
+]
 for part in trained:
     part.requires_grad_(True)
 change = transforms.Compose(

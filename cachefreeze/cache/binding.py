@@ -30,7 +30,7 @@ _DTYPES = {
 
 
 class NotByRowsError(Exception):
-    """A batch cannot be put together from its rows. The message says why, to follow a name."""
+    """A batch cannot be put together from its rows. The message says why, to follow "its items"."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ def take_apart(batch: Any, rows: int) -> tuple[Structure, list[Leaf], list[Any]]
             return {key: walk(one) for key, one in value.items()}
         if type(value) in (list, tuple) and value and all(type(one) is str for one in value):
             if len(value) != rows:
-                raise NotByRowsError("has strings that are not one for each item")
+                raise NotByRowsError("have strings that are not one for each item")
             leaves.append(Leaf(""))
             values.append(list(value))
             return (type(value), len(leaves) - 1)
         if type(value) in (list, tuple):
             return [type(value), *map(walk, value)]
-        raise NotByRowsError(f"has a {type(value).__name__} in it")
+        raise NotByRowsError(f"have a {type(value).__name__} in them")
 
     return walk(batch), leaves, values
 
@@ -129,16 +129,16 @@ def put_together(structure: Structure, values: Mapping[int, Any]) -> Any:
 
 def _leaf(value: Tensor, rows: int) -> Leaf:
     if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_nested:
-        raise NotByRowsError(f"has a {type(value).__name__} of a kind of its own in it")
+        raise NotByRowsError(f"have a {type(value).__name__} of a kind of its own in them")
     if value.requires_grad or str(value.dtype) not in _DTYPES or value.device.type != "cpu":
-        raise NotByRowsError("has a tensor with gradient, of a rare type or on a device in it")
+        raise NotByRowsError("have a tensor with gradient, of a rare type or on a device in them")
     if not value.dim() or len(value) != rows:
-        raise NotByRowsError("has a tensor in it that has not a row for each item")
+        raise NotByRowsError("have a tensor in them that has not a row for each item")
     channels_last = False
     if not value.is_contiguous():
         channels_last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
         if not channels_last:
-            raise NotByRowsError("has a tensor in it that does not lie in the order of its rows")
+            raise NotByRowsError("have a tensor in them that does not lie in the order of its rows")
     return Leaf(str(value.dtype), tuple(value.shape[1:]), channels_last)
 
 

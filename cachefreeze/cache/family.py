@@ -81,4 +81,7 @@ class Family:
     def hardly_known(self) -> bool:
         """Whether hardly a batch had only rows that came before, an epoch after the first one."""
         # Rows of batches that were left alone are kept when they come the next time.
-        return self.after >= max(_FEW, self.epoch + self.left_alone) and self.known * _RARE < self.after
+        return (
+            self.after >= max(_FEW, self.epoch + self.left_alone)
+            and self.known * _RARE < self.after
+        )

@@ -310,9 +310,7 @@ class _Rows:
         return (int(places[(self._epoch * 7919 + self._sampled * 104729) % len(places)]),)
 
     def _load(self, indices: Sequence[int]) -> tuple[Any, About]:
-        items, about = Items(self._dataset, self._description).__getitems__(
-            Ask(list(indices))
-        )
+        items, about = Items(self._dataset, self._description).__getitems__(Ask(list(indices)))
         return self._collate(items), about
 
     # What comes of it.

@@ -108,6 +108,7 @@ class Description:
         self._alive: list[Any] = []
         self._looks: list[_Check] = []
         self._functions = 0
+        self._read(torch.get_default_dtype)
         self._tell(value)
         self.digest = self._hash.digest()
 

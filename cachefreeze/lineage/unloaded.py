@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map
@@ -55,6 +56,7 @@ class Unloaded(torch.Tensor):
         made: Unloaded = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
         )
+        calls.before_call(_before_call)
         made.late_real, made.unloaded_load, made.unloaded_keys = None, load, keys
         made.unloaded_around = (
             modes_now(),
@@ -181,6 +183,13 @@ def _after(
         return moved
 
     return load
+
+
+def _before_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Loads what a module is given that goes another way, with other bits, for such tensors."""
+    late = any(type(one) is Unloaded for one in (*args, *kwargs.values()))
+    if late and soundness.is_opaque(module):
+        load_in((args, kwargs), used=True)
 
 
 def _real(value: Any) -> Any:
