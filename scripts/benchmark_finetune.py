@@ -5,8 +5,8 @@
 
 A ResNet-18 with random weights on JPEG images of 64 pixels. By hand: `by_hand.py`, which saves the
 features of the frozen backbone to an .npy file and trains the head on them. With the cache:
-`own_loop_cached.py`. Whole processes, in turn, each with one thread; the first run, and a second one
-with what the first has kept. With `--small`, 150 images for 2 epochs, head only and with the last
+`own_loop_cached.py`. Whole processes, in turn, each with one thread: the first run, and a second
+one with what the first has kept. With `--small`, 150 images for 2 epochs, head only and with the last
 two blocks, against the same loop without the cache.
 """
 
