@@ -6,12 +6,13 @@
 A ResNet-18 with random weights on JPEG images of 64 pixels. By hand: `by_hand.py`, which saves the
 features of the frozen backbone to an .npy file and trains the head on them. With the cache:
 `own_loop_cached.py`. Whole processes, in turn, each with one thread: the first run, and a second
-one with what the first has kept. With `--small`, 150 images for 2 epochs, head only and with the last
-two blocks, against the same loop without the cache.
+one with what the first has kept. With `--small`, 150 images for 2 epochs, head only and with the
+last two blocks, against the same loop without the cache.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -37,15 +38,24 @@ def make_images(folder: Path, count: int) -> None:
         picture.save(place / f"{number:05d}.jpg", quality=90)
 
 
-def seconds(script: str, *options: str) -> float:
-    """Returns the seconds of a whole process."""
+def seconds(script: str, *options: str, of_processor: bool = False) -> float:
+    """Returns the seconds of a whole process.
+
+    Args:
+        script: Name of the script.
+        *options: Its options.
+        of_processor: Whether only those count in which a processor worked for it.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    began = time.perf_counter()
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(
         [sys.executable, str(SCRIPTS / script), *options],
         check=True, env=environment, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    return time.perf_counter() - began
+    took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if of_processor:
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return took
 
 
 def told(name: str, one: list[float], other: list[float]) -> str:
@@ -58,7 +68,7 @@ def told(name: str, one: list[float], other: list[float]) -> str:
     )
 
 
-def against_hand(images: Path, epochs: int, repeats: int) -> None:
+def against_hand(images: Path, epochs: int, repeats: int, of_processor: bool) -> None:
     """Compares with the script written by hand."""
     found: dict[str, list[float]] = {}
     epochs_option = ("--epochs", str(epochs))
@@ -66,14 +76,15 @@ def against_hand(images: Path, epochs: int, repeats: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for run in ("first", "second"):
                 for script in ("own_loop_cached.py", "by_hand.py"):
-                    took = seconds(script, str(images), f"{folder}/{script}.kept", *epochs_option)
+                    options = [str(images), f"{folder}/{script}.kept", *epochs_option]
+                    took = seconds(script, *options, of_processor=of_processor)
                     found.setdefault(f"{run} {script}", []).append(took)
         print(", ".join(f"{name} {times[-1]:.2f}" for name, times in found.items()), flush=True)
     for run in ("first", "second"):
         print(told(run, found[f"{run} own_loop_cached.py"], found[f"{run} by_hand.py"]))
 
 
-def against_plain(images: Path, epochs: int, repeats: int) -> None:
+def against_plain(images: Path, epochs: int, repeats: int, of_processor: bool) -> None:
     """Compares with the same loop without the cache."""
     found: dict[tuple[int, bool], list[float]] = {}
     for _ in range(repeats):
@@ -82,7 +93,7 @@ def against_plain(images: Path, epochs: int, repeats: int) -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     options = [str(images), f"{folder}/kept", "--epochs", str(epochs)]
                     options += ["--blocks", str(blocks), *(["--plain"] if plain else [])]
-                    took = seconds("own_loop_cached.py", *options)
+                    took = seconds("own_loop_cached.py", *options, of_processor=of_processor)
                     found.setdefault((blocks, plain), []).append(took)
         print(", ".join(f"{name} {times[-1]:.2f}" for name, times in found.items()), flush=True)
     for blocks, name in ((0, "small, head only"), (2, "small, last two blocks")):
@@ -97,13 +108,18 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, metavar="N")
     parser.add_argument("--folder", type=Path, help="images in one folder a class, in their place")
     parser.add_argument("--small", action="store_true", help="small runs, against no cache")
+    parser.add_argument(
+        "--processor", action="store_true", help="seconds of the processor, on a busy machine"
+    )
     args = parser.parse_args()
     images, epochs = (150, 2) if args.small else (2500, 10)
     with tempfile.TemporaryDirectory() as folder:
         place = args.folder or Path(folder)
         if args.folder is None:
             make_images(place, args.images or images)
-        (against_plain if args.small else against_hand)(place, args.epochs or epochs, args.repeats)
+        (against_plain if args.small else against_hand)(
+            place, args.epochs or epochs, args.repeats, args.processor
+        )
     return 0
 
 

@@ -38,10 +38,14 @@ INSIDE = {
         ["replayer", "axes", "extension", "module_outputs"],
         ["explanation"],
     ],
-    "keys": [["bits", "environment", "surroundings"], ["inputs", "operations", "weights"]],
+    "keys": [
+        ["bits", "code", "environment", "surroundings"],
+        ["inputs", "objects", "operations", "weights"],
+    ],
     "cache": [
         ["layout", "lengths", "moving", "pace", "fetching"],
         ["entries", "family", "binding"],
+        ["known_rows"],
         ["shared", "loader"],
         ["selection", "words"],
         ["route"],

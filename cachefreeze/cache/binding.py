@@ -1,7 +1,9 @@
 """What is known of items by their numbers: hashes of what is large, and all that is small."""
 
+import functools
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +52,9 @@ class Leaf:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
-    @property
+    @functools.cached_property
     def is_large(self) -> bool:
         """Whether only its hash is kept."""
         return bool(self.dtype) and self.row_bytes > SMALL

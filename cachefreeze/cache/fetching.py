@@ -38,6 +38,7 @@ class Ask:
         load: Whether its items are loaded.
         watch: Whether it is watched what loading them changes.
         note: Whether it is noted which files they are read from.
+        digest: Hash of what the data set held.
         sample: Numbers of items of it that are loaded to be compared, if the batch is not.
     """
 
@@ -45,6 +46,7 @@ class Ask:
     load: bool = True
     watch: bool = True
     note: bool = False
+    digest: bytes = b""
     sample: tuple[int, ...] = ()
 
 

@@ -4,7 +4,6 @@ Two objects with one digest give the same items by the same numbers, as far as p
 containers, arrays and tensors go. What C extensions and files hold is not seen.
 """
 
-import dis
 import enum
 import functools
 import itertools
@@ -13,8 +12,7 @@ import random
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
+from collections.abc import Callable, Mapping
 from operator import is_
 from typing import Any
 
@@ -23,10 +21,9 @@ import torch
 import xxhash
 
 from cachefreeze.keys.bits import bits_of
+from cachefreeze.keys.code import content, globals_of, is_foreign, names, version
 from cachefreeze.lineage.structure import PLAIN_KINDS
 
-# Packages whose code is known by their versions.
-_BY_VERSION = ("torch", "torchvision", "numpy", "PIL", "scipy", "sklearn", "pandas")
 # Packages whose code reads files in no other way than python's `open`.
 _OPEN_BY_PYTHON = ("torch", "numpy", "PIL", "sklearn", "cachefreeze")
 # Functions that give something else in each call, and move no random state that could be compared.
@@ -257,7 +254,7 @@ class Description:
         self._watch(lambda: _state_of(value) == before, is_generator=True)
 
     def _module(self, value: types.ModuleType) -> None:
-        self._say("module", value.__name__, _version(value.__name__))
+        self._say("module", value.__name__, version(value.__name__))
         self._uses(value.__name__)
 
     def _uses(self, where: str) -> None:
@@ -266,7 +263,7 @@ class Description:
             return
         if root == "torchvision" and not where.startswith("torchvision.io"):
             return
-        if _is_foreign(where) or _version(where):
+        if is_foreign(where) or version(where):
             self.only_python = False
 
     def _class(self, kind: type) -> None:
@@ -278,8 +275,8 @@ class Description:
         self._say("class", kind.__module__, kind.__qualname__)
         self._uses(kind.__module__)
         for one in kind.__mro__:
-            if _is_foreign(one.__module__):
-                self._say(one.__module__, one.__qualname__, _version(one.__module__))
+            if is_foreign(one.__module__):
+                self._say(one.__module__, one.__qualname__, version(one.__module__))
                 continue
             self._looks.append(_Entries(vars(one)))
             for name, value in sorted(vars(one).items()):
@@ -300,8 +297,8 @@ class Description:
         name, where = function.__qualname__, function.__module__ or ""
         self._say("function", where, name)
         self._uses(where)
-        if _is_foreign(where):
-            self._say(_version(where))
+        if is_foreign(where):
+            self._say(version(where))
             return
         self._functions += 1
         if self._functions > _MANY_FUNCTIONS:
@@ -313,12 +310,12 @@ class Description:
         self._tell(defaults)
         self._tell(function.__kwdefaults__)
         for cell in function.__closure__ or ():
-            self._read(functools.partial(_content, cell))
+            self._read(functools.partial(content, cell))
         space = function.__globals__
-        for word in _names(code):
+        for word in names(code):
             if word in _ENTROPY and function.__name__ != "__init__":
                 self.entropy = self.entropy or f"`{word}` in {name}"
-        for word in _globals(code):
+        for word in globals_of(code):
             if word in space:
                 self._say(word)
                 self._read(functools.partial(space.get, word, None))
@@ -327,11 +324,11 @@ class Description:
     def _in_module(self, module: Any, code: types.CodeType) -> None:
         """Tells what code reads from a module of the user's own."""
         if isinstance(module, types.ModuleType):
-            for word in _names(code):
-                if word in vars(module) and _version(module.__name__):
+            for word in names(code):
+                if word in vars(module) and version(module.__name__):
                     found = vars(module)[word]
                     self._uses(getattr(found, "__module__", None) or "")
-                elif word in vars(module) and not _is_foreign(module.__name__):
+                elif word in vars(module) and not is_foreign(module.__name__):
                     self._say(word)
                     self._read(functools.partial(vars(module).get, word, None))
 
@@ -444,53 +441,3 @@ def _state_of(generator: Any) -> str:
             + _hash_of(generator.get_state(legacy=False)["state"]["key"]).hex()
         )
     return str(hash(generator.getstate()))
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
-
-
-def _names(code: types.CodeType) -> list[str]:
-    """Returns the names of globals and attributes that code uses."""
-    return list(dict.fromkeys(name for one in _codes(code) for name in one.co_names))
-
-
-@functools.lru_cache(_MANY_FUNCTIONS)
-def _globals(code: types.CodeType) -> list[str]:
-    """Returns the names of globals that code reads."""
-    found = (dis.get_instructions(one) for one in _codes(code))
-    steps = itertools.chain.from_iterable(found)
-    return list(dict.fromkeys(one.argval for one in steps if one.opname in _OF_GLOBALS))
-
-
-_OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for one in code.co_consts:
-        if isinstance(one, types.CodeType):
-            yield from _codes(one)
-
-
-def _is_foreign(where: str | None) -> bool:
-    root = (where or "").partition(".")[0]
-    return root in _BY_VERSION or (root in sys.stdlib_module_names and root != "__main__")
-
-
-@functools.cache
-def _version(where: str | None) -> str:
-    root = (where or "").partition(".")[0]
-    if root in sys.stdlib_module_names or not root:
-        return ""
-    module = sys.modules.get(root)
-    found = getattr(module, "__version__", None)
-    if isinstance(found, str):
-        return found
-    try:
-        return metadata.version("pillow" if root == "PIL" else root)
-    except metadata.PackageNotFoundError:
-        return ""

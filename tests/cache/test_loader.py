@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from cachefreeze import ActivationCache
-from cachefreeze.cache import loader as loaders
+from cachefreeze.cache import known_rows as loaders
 
 ROWS, BATCH, SIDE = 24, 8, 24
 Tensor = torch.Tensor
@@ -320,18 +320,15 @@ def test_workers_that_stay_go_on_with_the_data_set_that_they_have(edit: Edit) ->
     same(Pictures, epochs=7, edit=edit, arguments=ARGUMENTS["workers that stay"])
 
 
-def test_a_label_edited_in_the_middle_of_an_epoch_is_the_new_one() -> None:
-    class Edited(Pictures):
-        def __getitem__(self, index: int) -> Any:
-            return self.picture(index), self.targets[index]
-
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_label_edited_in_the_middle_of_an_epoch_is_that_of_a_plain_loader(workers: int) -> None:
     def train(cached: bool) -> list[Any]:
         torch.manual_seed(0)
-        model, dataset = Net(), Edited()
+        model, dataset = Net(), Pictures()
         cache = ActivationCache(model) if cached else None
-        loader: Any = (cache.loader if cache else DataLoader)(dataset, BATCH)
+        loader: Any = (cache.loader if cache else DataLoader)(dataset, 4, num_workers=workers)
         seen = []
-        for epoch in range(5):
+        for epoch in range(6):
             for step, (x, y) in enumerate(loader):
                 model(x)
                 seen.append(y.tolist())
