@@ -339,22 +339,6 @@ def test_a_label_edited_in_the_middle_of_an_epoch_is_that_of_a_plain_loader(work
     assert train(True) == train(False)
 
 
-def test_what_workers_that_stay_give_is_not_taken_for_the_edited_data_set() -> None:
-    torch.manual_seed(0)
-    model, dataset = Net(), Pictures()
-    with ActivationCache(model) as cache:
-        loader = cache.loader(dataset, BATCH, num_workers=1, persistent_workers=True)
-        for epoch in range(4):
-            if epoch == 2:
-                dataset.targets = [3 - target for target in dataset.targets]
-            for x, _ in loader:
-                model(x)
-        del loader
-        for _ in range(3):
-            labels = [y for x, y in cache.loader(dataset, BATCH) if model(x) is not None]
-            assert torch.cat(labels).tolist() == dataset.targets
-
-
 def edit_samples(epoch: int, dataset: Any) -> None:
     if epoch == 4:
         dataset.samples[2], dataset.samples[5] = dataset.samples[5], dataset.samples[2]
