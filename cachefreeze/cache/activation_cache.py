@@ -14,14 +14,16 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
+from torch.utils.data import DataLoader
 
 from cachefreeze.cache.entries import Entries
+from cachefreeze.cache.loader import Loader
 from cachefreeze.cache.shared import Filled, Shared, Stats
 from cachefreeze.cache.site import Site
 from cachefreeze.cache.words import in_words
 from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
-from cachefreeze.lineage import calls
+from cachefreeze.lineage import calls, unloaded
 from cachefreeze.randomness import undone
 from cachefreeze.segments import Directory
 
@@ -85,6 +87,8 @@ class ActivationCache:
         folder = None if directory is None else Directory(Path(directory), max_bytes)
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
         self._shared = Shared(Entries(memory, folder), exact, probation)
+        if directory is not None:
+            self._shared.folder = Path(directory).absolute() / "items"
         self._models = models
         self._sites: dict[int, Site] = {}
         self._parts: dict[int, nn.Module] = {}
@@ -97,8 +101,15 @@ class ActivationCache:
                 self._parts[id(part)] = part
                 name = type(model).__name__
                 self._names[id(part)] = f"`{path}` of {name}" if path else name
-        # The registry of calls must not keep the cache alive.
+        # Neither the registry of calls nor loaders must keep the cache alive.
         reference = weakref.ref(self)
+
+        def routes() -> Iterable[Any]:
+            cache = reference()
+            sites = [] if cache is None else list(cache._sites.values())
+            return [route for site in sites for route in site.routes()]
+
+        self._shared.routes = routes
 
         def watcher(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache = reference()
@@ -163,6 +174,27 @@ class ActivationCache:
         finally:
             self._shared.filling = None
 
+    def loader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        """Makes a DataLoader that does not load what only frozen work would read.
+
+        It takes the arguments of `torch.utils.data.DataLoader`, and gives the same batches in the
+        same order, with the same random state. Where the rows of a batch are kept, large tensors
+        in it come without their values, which load themselves if anything but the cache uses them.
+        Parts of up to 4 KiB a row, such as labels, are kept beside the rows.
+
+        Items are known by their numbers as long as the data set, its transforms and the files that
+        it opens are as they were; some are loaded in each epoch and compared. Items that draw
+        random numbers are always loaded, and so is everything with a `collate_fn` of one's own, and
+        what comes from an `IterableDataset`.
+
+        Args:
+            dataset: Data set.
+            *args: Further arguments of `torch.utils.data.DataLoader`.
+            **kwargs: Further arguments of `torch.utils.data.DataLoader`, by name.
+        """
+        close, shared = self._close, weakref.ref(self._shared)
+        return Loader(lambda: shared() if close.alive else None, dataset, *args, **kwargs)
+
     def close(self) -> None:
         """Ends caching and frees memory; a directory has all rows afterwards.
 
@@ -211,10 +243,10 @@ class ActivationCache:
         if id(module) not in self._parts:  # compiled from one that is watched
             target = module._modules.get("_orig_mod")  # type: ignore[assignment]
         known = self._parts.get(id(target))
-        if known is not target or not self._may_follow():
-            return module(*args, **kwargs)
         # One thread at a time: others run as ever.
-        if not self._lock.acquire(blocking=False):
+        may_follow = known is target and self._may_follow()
+        if not may_follow or not self._lock.acquire(blocking=False):
+            unloaded.load_in((args, kwargs))
             return module(*args, **kwargs)
         self._depth += 1
         try:

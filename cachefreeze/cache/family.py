@@ -26,6 +26,7 @@ class Family:
         wanted: Number of batches that are compared before any is served.
         epoch: Number of batches before rows came again.
         routes: Number of routes.
+        left_alone: Number of batches that nothing was kept of, for the sake of time.
         broken: Whether padding was found to change rows by more than rounding.
     """
 
@@ -38,6 +39,7 @@ class Family:
     wanted: int = 0
     epoch: int = 0
     routes: int = 0
+    left_alone: int = 0
     broken: bool = False
 
     def note(self, keys: Sequence[tuple[bytes, np.ndarray]]) -> bool:
@@ -78,4 +80,8 @@ class Family:
     @property
     def hardly_known(self) -> bool:
         """Whether hardly a batch had only rows that came before, an epoch after the first one."""
-        return self.after >= max(_FEW, self.epoch) and self.known * _RARE < self.after
+        # Rows of batches that were left alone are kept when they come the next time.
+        return (
+            self.after >= max(_FEW, self.epoch + self.left_alone)
+            and self.known * _RARE < self.after
+        )

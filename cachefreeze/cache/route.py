@@ -16,7 +16,7 @@ from cachefreeze.cache.pace import Kind, Meter
 from cachefreeze.cache.selection import Keys, Selection
 from cachefreeze.cache.shared import Shared
 from cachefreeze.keys import Surroundings, same_bits
-from cachefreeze.lineage import Trace
+from cachefreeze.lineage import Trace, unloaded
 from cachefreeze.lineage.operations import CONSTANT, INPUT
 from cachefreeze.lineage.structure import matches, tensors
 
@@ -251,6 +251,7 @@ class Route:
         if not self._guards:
             return True
         inputs = dict(zip(self._trace.inputs, tensors(given), strict=True))
+        unloaded.load_in([inputs[n] for one in self._guards for n in one.reads if n in inputs])
         program = self.selection.plan.program
         return all(
             matches(guard.output, program.result(guard, inputs), lambda tensor: -1)
@@ -297,10 +298,12 @@ class Route:
 
     def pass_by(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Leaves a call alone, but for noting its rows where that costs next to nothing."""
+        unloaded.load_in((args, kwargs))
         if self.meter.may_note:
             began = perf_counter()
             inputs = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
             self.family.batches += 1
+            self.family.left_alone += 1
             if self._note(self.selection.keys(inputs)):
                 self._look_at_weights()
                 if self.state is State.KEEPING:
@@ -326,13 +329,14 @@ class Route:
         self._look_at_late_values(inputs)
         self._look_at_weights()
         if self.state in (State.RESTING, State.STALE):
-            return module(*args, **kwargs)
+            return self._uncached(module, args, kwargs)
         family = self.family
         family.batches += 1
         self._shared.entries.now += 1
         keys = self.selection.keys(inputs)
         earlier = None
         if self.state is State.KEEPING:
+            self._load(inputs)
             earlier = self._from_before(inputs)
             again = family.again or self._note(keys) or self._lie_on_disk(keys)
             if not again and earlier is None:
@@ -345,6 +349,7 @@ class Route:
         self._shared.stats.batches += 1
         places = self.selection.find(keys)
         if _unknown(places):
+            self._load(inputs)
             earlier = earlier or self._from_before(inputs)
             if earlier is None:
                 return self._add(module, args, kwargs, keys)
@@ -373,11 +378,32 @@ class Route:
                 f"Calls of {self._name} are short, so that following all of them takes more than "
                 "1 % of the time: some are left alone until rows come again.",
             )
+        self._load((args, kwargs))
+        self.family.left_alone += self.state is State.KEEPING
         began = perf_counter()
         output = module(*args, **kwargs)
         self.meter.note_plain(perf_counter() - began)
         self._shared.stats.rows_computed += self.selection.rows
         return output
+
+    def _uncached(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        unloaded.load_in((args, kwargs))
+        return module(*args, **kwargs)
+
+    def _load(self, given: Any) -> None:
+        """Loads what is not loaded yet. It takes the loader's time, and not that of the call."""
+        began = perf_counter()
+        unloaded.load_in(given)
+        self._began += perf_counter() - began
+
+    def would_serve(self, rows: Sequence[np.ndarray]) -> bool:
+        """Says whether a batch is served without a look at its values, as far as can be told.
+
+        Args:
+            rows: Keys of its rows, for each of the tensors that it is made of.
+        """
+        ready = self.state is State.SERVING or (self.state is State.PROBATION and self._is_proven)
+        return ready and not self.stale and self.selection.knows(rows)
 
     # Before a row has come again.
 
@@ -613,6 +639,7 @@ class Route:
         if not self.selection.settled:
             self._split(self._example)
         if _unknown(self.selection.find(keys)):
+            self._load(inputs)
             self.selection.write(keys, self.selection.compute(inputs, self._from_before(inputs)))
             self._shared.stats.rows_computed += self.selection.rows
         return True
@@ -622,6 +649,7 @@ class Route:
     def _capture(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[int, Tensor] | None]:
+        self._load((args, kwargs))
         before = perf_counter()
         output, kept, report = lineage.capture(
             self.selection.plan, module, *args, known_to_fit=True, **kwargs
@@ -734,6 +762,8 @@ class Route:
         kept: dict[int, Tensor],
     ) -> Any:
         self._served += 1
+        given = dict(zip(self._trace.inputs, tensors((args, kwargs)), strict=True))
+        self._load([given[number] for number in self.selection.read_by_others])
         cost = perf_counter() - self._began
         output, report = lineage.replay(
             self.selection.plan, kept, module, *args, known_to_fit=True, **kwargs
@@ -767,6 +797,7 @@ class Route:
             known = {number for number, is_read in self._trace.outputs if is_read}
             wanted = {number for computed in read for number in computed} - known
             if wanted:
+                self._load(inputs)
                 self._trace.outputs += [(number, True) for number in wanted]
                 self._select(inputs)
                 if self.state is not State.RESTING:

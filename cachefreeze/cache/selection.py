@@ -1,6 +1,6 @@
 """What is kept of a traced pass: values, their keys, their rows, and the tables they are in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from cachefreeze.keys import (
     row_keys,
     same_bits,
 )
-from cachefreeze.lineage import Axes, Axis, Cut, Plan, Trace
+from cachefreeze.lineage import Axes, Axis, Cut, Plan, Trace, unloaded
 from cachefreeze.lineage.operations import Operation
 
 Tensor = torch.Tensor
@@ -185,6 +185,31 @@ class Selection:
         return any(reference() is None for reference in self._states.values())
 
     @property
+    def read_by_others(self) -> list[int]:
+        """Returns the inputs, by number, that work reads which is not left out."""
+        runs = (self.trace.operations[number] for number in self.plan.cut.runs)
+        read = {number for operation in runs for number in operation.reads}
+        return [number for number in self.trace.inputs if number in read]
+
+    def knows(self, rows: Sequence[np.ndarray]) -> bool:
+        """Says whether the rows of a batch are known by one of the inputs that it is made of.
+
+        Args:
+            rows: Keys of the rows, for each of those inputs.
+        """
+        groups = {one.group for one in self.kept}
+        others = {self.trace.inputs.index(number) for number in self.read_by_others}
+        if not self.settled or any(len(group) > 1 for group in groups):
+            return self.settled
+        return any(
+            len(keys) == self.rows
+            and any(not (self.find({group: keys})[one.number] < 0).any() for one in self.kept)
+            for group in groups
+            for keys in rows
+            if others.isdisjoint(group)
+        )
+
+    @property
     def settled(self) -> bool:
         """Whether it is known where the rows are in the kept values."""
         return all(one.layout is not None for one in self.kept)
@@ -300,8 +325,10 @@ class Selection:
         numbers = [self.trace.inputs[place] for place in group]
         rows = {number: inputs[number] for number in numbers if number in self._with_rows}
         shared = [inputs[number] for number in numbers if number not in self._with_rows]
+        unloaded.load_in(shared)
         if self._shared.exact or self._mask is None or not self.length:
-            return row_keys(list(rows.values()), shared, self.rows)
+            return row_keys([_named(one) for one in rows.values()], shared, self.rows)
+        unloaded.load_in(list(rows.values()))
         mask = inputs[self._mask]
         padded = {n: one for n, one in rows.items() if one.shape[1:2] == mask.shape[1:]}
         lengths = own_lengths(mask, padded, self._padding)
@@ -533,6 +560,11 @@ class Selection:
             elif not same_bits(tensor, example[number]):
                 return False
         return True
+
+
+def _named(tensor: Tensor) -> Tensor | np.ndarray:
+    """Returns the hashes of the rows of a tensor that is not loaded yet."""
+    return tensor.unloaded_keys if unloaded.is_unloaded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 def _around_device(device: torch.device) -> tuple[Any, ...]:

@@ -1,11 +1,15 @@
 """What all routes of a cache have in common: entries, hashes of frozen bits, counters, messages."""
 
 import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from cachefreeze.cache.binding import Binding
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.moving import Moving
@@ -63,6 +67,9 @@ class Shared:
         messages: Sentences that were told, by what they are about.
         layouts: Where the rows are in kept values, by what that depends on.
         filling: Module that is called for the sake of its rows only, if one is.
+        folder: Folder in which it is kept what items of data sets are. None if it is not.
+        bindings: What is known of the items of data sets, by the hash of what those hold.
+        routes: Function that returns all routes.
         held: Bytes of batches that are not taken apart into rows yet.
         served_seconds: Seconds of all calls that were served.
         checked_seconds: Seconds of them that went into checks beyond what must be.
@@ -77,6 +84,9 @@ class Shared:
     messages: dict[str, str] = field(default_factory=dict)
     layouts: dict[tuple[Any, ...], Layout] = field(default_factory=dict)
     filling: nn.Module | None = None
+    folder: Path | None = None
+    bindings: dict[bytes, Binding] = field(default_factory=dict)
+    routes: Callable[[], Iterable[Any]] = tuple
     held: int = 0
     served_seconds: float = 0.0
     checked_seconds: float = 0.0
@@ -99,6 +109,19 @@ class Shared:
         """Keeps a sentence for who asks, in the place of an earlier one about the same thing."""
         self.messages[about] = sentence
         _log.info("%s", sentence)
+
+    @property
+    def serves(self) -> bool:
+        """Whether any batch was served yet."""
+        return self.stats.rows_served > 0
+
+    def would_serve(self, rows: Sequence[np.ndarray]) -> bool:
+        """Says whether a batch is served without a look at its values, as far as can be told.
+
+        Args:
+            rows: Keys of its rows, for each of the tensors that it is made of.
+        """
+        return any(route.would_serve(rows) for route in self.routes())
 
     def may_check(self) -> bool:
         """Says whether there is time for a check: at most 1 % of what served calls took."""

@@ -14,7 +14,7 @@ from cachefreeze.cache.lengths import differ_in_length
 from cachefreeze.cache.route import Route, State
 from cachefreeze.cache.shared import Filled, Shared
 from cachefreeze.keys import Surroundings, environment
-from cachefreeze.lineage import calls
+from cachefreeze.lineage import calls, unloaded
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 
 # Number of signatures of a module, and of ways through it for one signature, that are followed.
@@ -85,6 +85,7 @@ class Site:
         if self._by_parts:
             return self._call_by_parts(module, args, kwargs)
         if self._gives_up or self._sleeps():
+            unloaded.load_in((args, kwargs))
             return module(*args, **kwargs)
         before = self._traced
         output = self._call(module, args, kwargs, inner)
@@ -143,6 +144,7 @@ class Site:
         inner: bool,
     ) -> Any:
         """Runs a call that no route fits: it is traced if that may pay."""
+        unloaded.load_in(given)
         trained = self._trained()
         if inner and any(trained):
             return self._call_by_parts(module, args, kwargs)

@@ -13,7 +13,7 @@ Tensor = torch.Tensor
 
 
 def row_keys(
-    rows: Sequence[Tensor],
+    rows: Sequence[Tensor | np.ndarray],
     shared: Sequence[Tensor],
     count: int,
     lengths: np.ndarray | None = None,
@@ -22,7 +22,8 @@ def row_keys(
     """Hashes each row of a batch with xxh3-128.
 
     Args:
-        rows: Inputs whose first dimension is that of the rows.
+        rows: Inputs whose first dimension is that of the rows. An array is what `rows_hashed` has
+            returned for one.
         shared: Inputs that all rows share. They are part of every key.
         count: Number of rows in the batch.
         lengths: Length of each row before its padding. If None, padding is part of a row.
@@ -33,19 +34,42 @@ def row_keys(
         Keys, as an array of shape (count, 2) of 64-bit numbers.
     """
     start = b"".join(xxhash.xxh3_128_digest(_bytes(tensor)) for tensor in shared)
-    parts = [_bytes(tensor).reshape(count, -1) for tensor in rows]
+    tensors = [one for one in rows if isinstance(one, Tensor)]
+    if len(tensors) < len(rows):
+        assert lengths is None, "hashes of whole rows say nothing of rows without their padding"
+        hashed = [
+            [key.tobytes() for key in one]
+            if isinstance(one, np.ndarray)
+            else _hashes(_part_of(one, count))
+            for one in rows
+        ]
+        return _joined(hashed, start, count)
+    parts = [_part_of(tensor, count) for tensor in tensors]
     if lengths is not None:
         hashed = [
             _hashes_up_to(part, lengths, padded)
             if tensor.dim() > 1 and tensor.shape[1] == padded
             else _hashes(part)
-            for tensor, part in zip(rows, parts, strict=True)
+            for tensor, part in zip(tensors, parts, strict=True)
         ]
         start += b"own length"
     else:
-        if len(parts) > 1 and sum(part.shape[1] for part in parts) <= _SMALL:
+        if len(parts) > 1 and sum(part.shape[1] for part in parts) <= SMALL:
             parts = [np.concatenate(parts, axis=1)]
         hashed = [_hashes(part) for part in parts]
+    return _joined(hashed, start, count)
+
+
+def rows_hashed(tensor: Tensor) -> np.ndarray:
+    """Hashes each row of a tensor, of shape (rows, 2), to stand for it among inputs.
+
+    Args:
+        tensor: Tensor whose rows are larger than `SMALL` bytes.
+    """
+    return row_keys([tensor], [], len(tensor))
+
+
+def _joined(hashed: Sequence[Sequence[bytes]], start: bytes, count: int) -> np.ndarray:
     if len(hashed) == 1 and not start:
         digests = hashed[0]
     else:
@@ -62,7 +86,7 @@ def batch_key(keys: np.ndarray) -> np.ndarray:
 
 # Rows of several inputs that are smaller than this together, in bytes, are copied side by side and
 # hashed at once: a call of the hash costs as much as some hundred bytes of it.
-_SMALL = 4096
+SMALL = 4096
 
 
 def _hashes(rows: np.ndarray) -> list[bytes]:
@@ -78,6 +102,10 @@ def _hashes_up_to(rows: np.ndarray, lengths: np.ndarray, padded: int) -> list[by
         digest(flat[row * width : row * width + int(length) * step])
         for row, length in enumerate(lengths)
     ]
+
+
+def _part_of(tensor: Tensor, count: int) -> Any:
+    return _bytes(tensor).reshape(count, -1)
 
 
 def _bytes(tensor: Tensor) -> Any:

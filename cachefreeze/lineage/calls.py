@@ -52,12 +52,27 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Compiled code follows no calls of the modules that it was made from.
         watcher = _watched.get(id(module._modules.get("_orig_mod")))
     if watcher is None:
+        if _before_call is not None:
+            _before_call(module, args, kwargs)
         return real_call(module, *args, **kwargs)
     _local.within = True
     try:
         return watcher(module, args, kwargs)
     finally:
         _local.within = False
+
+
+_before_call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
+
+
+def before_call(function: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
+    """Has a function called before the outermost calls of modules that are not watched.
+
+    Args:
+        function: Function called with the module and its arguments, from now on.
+    """
+    global _before_call
+    _before_call = function
 
 
 Watcher = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]

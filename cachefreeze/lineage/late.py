@@ -14,6 +14,7 @@ from cachefreeze.lineage import soundness
 from cachefreeze.lineage.modes import uncompiled
 from cachefreeze.lineage.operations import Trace, Value
 from cachefreeze.lineage.program import Program, copy_of
+from cachefreeze.lineage.unloaded import another, exchange, is_unloaded
 
 Tensor = torch.Tensor
 _quiet = torch._C.DisableTorchFunctionSubclass
@@ -165,7 +166,8 @@ class Pass:
     def save(self, number: int) -> None:
         """Copies a value that is written to now, and that late values may need."""
         if number in self._given:
-            copied = copy_of(self._given[number].detach())
+            given: Any = self._given[number]
+            copied = another(given) if is_unloaded(given) else copy_of(given.detach())
             self._given[number], self._versions[number] = copied, _version(copied)
 
     def written(self, writes: Sequence[tuple[int, int]]) -> None:
@@ -264,39 +266,11 @@ class Pass:
         number = late.late_number
         with _quiet():
             held = late.grad_fn is not None
-        if swap and not held and _swap(late, tensor):
+        if swap and not held and exchange(late, tensor):
             self.give(number, late)
         else:
             late.late_real = tensor
             self.give(number, tensor)
-
-
-def _swap(late: Late, tensor: Tensor) -> bool:
-    """Exchanges what two tensor objects are. Says whether that was possible."""
-    with _quiet():
-        # C++ code alone may hold the object, as a custom function does with what it saves. Earlier
-        # versions of torch, such as 2.6, count python among the holders of such a tensor only once
-        # C++ code has returned it: this function does no more than that.
-        torch._C._functorch.unwrap_if_dead(late)
-        if late._use_count() > 1:  # type: ignore[attr-defined]
-            return False  # C++ code holds it
-    left = late.__dict__
-    late.__dict__ = {}
-    _set_class(late, torch.Tensor)
-    try:
-        torch._C._swap_tensor_impl(late, tensor)
-    except RuntimeError:
-        _set_class(late, Late)
-        late.__dict__ = left
-        return False
-    # C++ code may hold what the late value was, counted or not: that stands for the tensor now.
-    _set_class(tensor, Late)
-    tensor.__dict__.update(left, late_real=late)
-    return True
-
-
-# `Late` says that its class is `torch.Tensor`, so its real class is set below that.
-_set_class: Callable[[Any, type], None] = vars(object)["__class__"].__set__
 
 
 def _to_dlpack(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:

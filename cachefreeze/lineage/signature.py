@@ -12,12 +12,13 @@ from torch import nn
 from cachefreeze.lineage.contents import Glance, content
 from cachefreeze.lineage.soundness import PARTS as _PARTS
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
+from cachefreeze.lineage.unloaded import kind_of
 
 
 def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
     strided = tensor.layout == torch.strided and not tensor.is_nested
     return (
-        type(tensor), tuple(tensor.shape), tensor.stride() if strided else None, tensor.dtype,
+        kind_of(tensor), tuple(tensor.shape), tensor.stride() if strided else None, tensor.dtype,
         tensor.device, tensor.requires_grad,
     )  # fmt: skip
 

@@ -1,0 +1,97 @@
+"""A DataLoader that knows its rows by number, so that items need not be loaded for frozen work."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from cachefreeze.cache.fetching import Ask, Collate
+from cachefreeze.cache.known_rows import Cache, KnownRows
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that does not load what only frozen work would read, where that is kept.
+
+    Made by `ActivationCache.loader`, which says more.
+
+    Args:
+        cache: Function that returns the cache, or None once that is closed.
+        dataset: Data set.
+        *args: Further arguments of `torch.utils.data.DataLoader`.
+        **kwargs: Further arguments of `torch.utils.data.DataLoader`, by name.
+    """
+
+    def __init__(
+        self, cache: Callable[[], Cache | None], dataset: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(dataset, *args, **kwargs)
+        self._rows = KnownRows(cache)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles a loader as one that loads everything."""
+        return {**self.__dict__, "_rows": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes a state, as one that loads everything."""
+        self.__dict__.update(state)
+        self.__dict__["_rows"] = KnownRows(lambda: None)
+
+    def _get_iterator(self) -> Any:
+        if not self._rows.may_know(self):
+            return super()._get_iterator()
+        return _Batches(self, self._rows)
+
+
+class _Batches:
+    """Iterates over batches: torch's iterator, with what is known put in the place of the rest."""
+
+    def __init__(self, loader: Loader, rows: "KnownRows") -> None:
+        self._rows = rows
+        rows.begin(loader, anew=True)
+        # A plain loader over the same, whose items say how they were loaded.
+        self._shadow = copy.copy(loader)
+        self._shadow.__dict__.update(loader.__dict__)
+        self._shadow.__class__ = DataLoader  # type: ignore[assignment]
+        self._shadow.__dict__.update(
+            dataset=rows.items(),
+            collate_fn=Collate(loader.collate_fn),
+            batch_sampler=_Asking(loader.batch_sampler, rows),
+            _iterator=None,
+        )
+        self._torchs: Any = DataLoader._get_iterator(self._shadow)
+
+    def _reset(self, loader: Loader, first_iter: bool = False) -> None:
+        self._rows.begin(loader, anew=False)
+        self._torchs._reset(self._shadow, first_iter)
+
+    def __iter__(self) -> "_Batches":
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            found = next(self._torchs)
+        except StopIteration:
+            self._rows.end()
+            raise
+        return self._rows.batch(found["batch"], found["about"])
+
+    def __len__(self) -> int:
+        return len(self._torchs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_torchs"], name)
+
+
+class _Asking:
+    """Yields batches of numbers, each with what is to be loaded of it."""
+
+    def __init__(self, sampler: Any, rows: "KnownRows") -> None:
+        self._sampler = sampler
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Ask]:
+        return map(self._rows.ask, iter(self._sampler))

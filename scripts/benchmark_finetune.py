@@ -1,0 +1,127 @@
+"""Time whole runs with the cache against a script written by hand, or against no cache.
+
+    python scripts/benchmark_finetune.py [--repeats 5] [--images 2500] [--folder IMAGES]
+    python scripts/benchmark_finetune.py --small [--repeats 5]
+
+A ResNet-18 with random weights on JPEG images of 64 pixels. By hand: `by_hand.py`, which saves the
+features of the frozen backbone to an .npy file and trains the head on them. With the cache:
+`own_loop_cached.py`. Whole processes, in turn, each with one thread: the first run, and a second
+one with what the first has kept. With `--small`, 150 images for 2 epochs, head only and with the
+last two blocks, against the same loop without the cache.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SCRIPTS = Path(__file__).parent
+CLASSES = 10
+
+
+def make_images(folder: Path, count: int) -> None:
+    """Writes JPEG images of smooth noise, in one folder a class."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / f"class{number % CLASSES}"
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)
+        picture.save(place / f"{number:05d}.jpg", quality=90)
+
+
+def seconds(script: str, *options: str, of_processor: bool = False) -> float:
+    """Returns the seconds of a whole process.
+
+    Args:
+        script: Name of the script.
+        *options: Its options.
+        of_processor: Whether only those count in which a processor worked for it.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *options],
+        check=True, env=environment, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if of_processor:
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return took
+
+
+def told(name: str, one: list[float], other: list[float]) -> str:
+    """Says what two ways took, and the ratio within each repeat."""
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    return (
+        f"{name:28} {statistics.median(one):6.2f} s against {statistics.median(other):6.2f} s: "
+        f"{statistics.median(one) / statistics.median(other):.3f} "
+        f"({min(ratios):.3f} to {max(ratios):.3f} within a repeat)"
+    )
+
+
+def against_hand(images: Path, epochs: int, repeats: int, of_processor: bool) -> None:
+    """Compares with the script written by hand."""
+    found: dict[str, list[float]] = {}
+    epochs_option = ("--epochs", str(epochs))
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            for run in ("first", "second"):
+                for script in ("own_loop_cached.py", "by_hand.py"):
+                    options = [str(images), f"{folder}/{script}.kept", *epochs_option]
+                    took = seconds(script, *options, of_processor=of_processor)
+                    found.setdefault(f"{run} {script}", []).append(took)
+        print(", ".join(f"{name} {times[-1]:.2f}" for name, times in found.items()), flush=True)
+    for run in ("first", "second"):
+        print(told(run, found[f"{run} own_loop_cached.py"], found[f"{run} by_hand.py"]))
+
+
+def against_plain(images: Path, epochs: int, repeats: int, of_processor: bool) -> None:
+    """Compares with the same loop without the cache."""
+    found: dict[tuple[int, bool], list[float]] = {}
+    for _ in range(repeats):
+        for blocks in (0, 2):
+            for plain in (False, True):
+                with tempfile.TemporaryDirectory() as folder:
+                    options = [str(images), f"{folder}/kept", "--epochs", str(epochs)]
+                    options += ["--blocks", str(blocks), *(["--plain"] if plain else [])]
+                    took = seconds("own_loop_cached.py", *options, of_processor=of_processor)
+                    found.setdefault((blocks, plain), []).append(took)
+        print(", ".join(f"{name} {times[-1]:.2f}" for name, times in found.items()), flush=True)
+    for blocks, name in ((0, "small, head only"), (2, "small, last two blocks")):
+        print(told(name, found[blocks, False], found[blocks, True]))
+
+
+def main() -> int:
+    """Measures and prints; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each way")
+    parser.add_argument("--images", type=int, metavar="N", help="images that are made")
+    parser.add_argument("--epochs", type=int, metavar="N")
+    parser.add_argument("--folder", type=Path, help="images in one folder a class, in their place")
+    parser.add_argument("--small", action="store_true", help="small runs, against no cache")
+    parser.add_argument(
+        "--processor", action="store_true", help="seconds of the processor, on a busy machine"
+    )
+    args = parser.parse_args()
+    images, epochs = (150, 2) if args.small else (2500, 10)
+    with tempfile.TemporaryDirectory() as folder:
+        place = args.folder or Path(folder)
+        if args.folder is None:
+            make_images(place, args.images or images)
+        (against_plain if args.small else against_hand)(
+            place, args.epochs or epochs, args.repeats, args.processor
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
