@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cachefreeze.segments import Directory, Row
+from cachefreeze.store import Directory, Row
 
 BASE = "a tensor in memory, index_select(out=)"
 

@@ -23,7 +23,7 @@ from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls
 from cachefreeze.randomness import undone
-from cachefreeze.segments import Directory
+from cachefreeze.store import Directory
 
 _log = logging.getLogger("cachefreeze")
 _open: "weakref.WeakSet[ActivationCache]" = weakref.WeakSet()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachefreeze.segments import Directory, Row, Rows
-from cachefreeze.segments.index import Index, first_ones
+from cachefreeze.store import Directory, Row, Rows
+from cachefreeze.store.index import Index, first_ones
 
 Tensor = torch.Tensor
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from cachefreeze.segments.appending import Appender, Writer
-from cachefreeze.segments.format import Layout, Row
-from cachefreeze.segments.found import Found
-from cachefreeze.segments.locks import Held, refuse
-from cachefreeze.segments.reading import Files
+from cachefreeze.store.appending import Appender, Writer
+from cachefreeze.store.format import Layout, Row
+from cachefreeze.store.found import Found
+from cachefreeze.store.locks import Held, refuse
+from cachefreeze.store.reading import Files
 
 
 class Rows:

@@ -10,12 +10,12 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import open_regular, why_not_writable, write_atomically
-from cachefreeze.segments.appending import Writer
-from cachefreeze.segments.budget import Budget
-from cachefreeze.segments.format import Layout, Row, metadata
-from cachefreeze.segments.locks import Held
-from cachefreeze.segments.reading import Files
-from cachefreeze.segments.rows import Rows
+from cachefreeze.store.appending import Writer
+from cachefreeze.store.budget import Budget
+from cachefreeze.store.format import Layout, Row, metadata
+from cachefreeze.store.locks import Held
+from cachefreeze.store.reading import Files
+from cachefreeze.store.rows import Rows
 
 # Backup programs know the first line by its standard (bford.info/cachedir).
 TAG = (

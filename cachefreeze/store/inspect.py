@@ -10,9 +10,9 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import PARTIAL, open_regular
-from cachefreeze.segments.budget import disk_bytes, named_folders, remove_trash, segment_folders
-from cachefreeze.segments.directory import is_directory
-from cachefreeze.segments.format import (
+from cachefreeze.store.budget import disk_bytes, named_folders, remove_trash, segment_folders
+from cachefreeze.store.directory import is_directory
+from cachefreeze.store.format import (
     JOURNAL,
     NEW,
     Head,
@@ -21,9 +21,9 @@ from cachefreeze.segments.format import (
     is_folder,
     read_head,
 )
-from cachefreeze.segments.journal import Chunk, read_lines
-from cachefreeze.segments.locks import in_use, is_refused, last_use, remove
-from cachefreeze.segments.reading import Damaged, check_file
+from cachefreeze.store.journal import Chunk, read_lines
+from cachefreeze.store.locks import in_use, is_refused, last_use, remove
+from cachefreeze.store.reading import Damaged, check_file
 
 # What is being made is younger, unless its process was killed.
 _OLD_SECONDS = 3600.0

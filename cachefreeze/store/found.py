@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cachefreeze.segments.format import (
+from cachefreeze.store.format import (
     JOURNAL,
     NAME,
     Layout,
@@ -18,10 +18,10 @@ from cachefreeze.segments.format import (
     is_folder,
     read_head,
 )
-from cachefreeze.segments.index import Index
-from cachefreeze.segments.journal import LINE_BYTES, Chunk, read_lines
-from cachefreeze.segments.locks import Gone, Held, is_refused
-from cachefreeze.segments.reading import Damaged, Files, Source, read_keys
+from cachefreeze.store.index import Index
+from cachefreeze.store.journal import LINE_BYTES, Chunk, read_lines
+from cachefreeze.store.locks import Gone, Held, is_refused
+from cachefreeze.store.reading import Damaged, Files, Source, read_keys
 
 # The source of a row that is not served any more.
 _NOWHERE = -1

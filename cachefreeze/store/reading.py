@@ -11,8 +11,8 @@ import google_crc32c
 import numpy as np
 
 from cachefreeze.files import open_regular
-from cachefreeze.segments.format import CHECKSUM_BYTES, KEY_BYTES, Layout
-from cachefreeze.segments.journal import Chunk
+from cachefreeze.store.format import CHECKSUM_BYTES, KEY_BYTES, Layout
+from cachefreeze.store.journal import Chunk
 
 # Opening a file for a single row costs as much as the row.
 OPEN_FILES = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8, 256), 16)

@@ -11,7 +11,7 @@ import google_crc32c
 import numpy as np
 
 from cachefreeze.files import PARTIAL, remove_tree, sync_folder, unlock_file
-from cachefreeze.segments.format import (
+from cachefreeze.store.format import (
     CHECKSUM_BYTES,
     JOURNAL,
     KEY_BYTES,
@@ -24,8 +24,8 @@ from cachefreeze.segments.format import (
     metadata,
     slots_offset,
 )
-from cachefreeze.segments.journal import MOST_CHUNKS, Chunk
-from cachefreeze.segments.locks import Gone, share
+from cachefreeze.store.journal import MOST_CHUNKS, Chunk
+from cachefreeze.store.locks import Gone, share
 
 # Of one write call: larger pieces are slower in a virtual machine, for each takes fresh pages.
 _WRITE_BYTES = 2**20
