@@ -136,17 +136,28 @@ class Table:
         self._put(keys, rows, missing, now)
         return len(missing)
 
-    def raise_up(self, keys: np.ndarray, rows: Tensor, places: np.ndarray, now: int) -> None:
-        """Copies rows into memory that were read from the disk.
+    def chunks(self, places: np.ndarray) -> list[int]:
+        """Returns the chunks on the disk that rows lie in, each once.
 
         Args:
-            keys: Keys of the rows, of shape (n, 2).
-            rows: Rows, of shape (n, elements of a row).
-            places: Their places, as they were found.
+            places: Places of the rows.
+        """
+        lower = places[places >= _BELOW]
+        return self.below.chunks(lower - _BELOW) if self.below is not None and lower.size else []
+
+    def raise_up(self, chunk: int, now: int) -> None:
+        """Copies the rows of a chunk from the disk into memory.
+
+        Args:
+            chunk: What `chunks` has returned.
             now: Time of the writing, as a number that grows.
         """
-        lower = np.flatnonzero(places >= _BELOW)
-        self._put(keys, rows, lower[first_ones(keys[lower])], now)
+        assert self.below is not None
+        loaded = self.below.load(chunk)
+        if loaded is not None:
+            keys, memory = loaded
+            rows = torch.from_numpy(memory).view(self._rows.dtype)
+            self._put(keys, rows, np.flatnonzero(self._index.find(keys) < 0), now)
 
     def _put(self, keys: np.ndarray, rows: Tensor, new: np.ndarray, now: int) -> None:
         new = new[: self.room - len(self)]
@@ -197,9 +208,7 @@ _PIECE = 1024
 
 
 def _reserve(room: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.empty((0, numel), dtype=dtype, device=device)
-    while True:
+    while room and device.type == "cpu":
         try:
             # Not `torch.empty`, which writes to all of it where algorithms must be deterministic.
             memory = np.empty((room, numel * dtype.itemsize), dtype=np.uint8)
@@ -208,6 +217,7 @@ def _reserve(room: int, numel: int, dtype: torch.dtype, device: torch.device) ->
             room //= 2
         else:
             return torch.from_numpy(memory).view(dtype)
+    return torch.empty((0, numel), dtype=dtype, device=device)
 
 
 class Entries:
@@ -277,7 +287,7 @@ class Entries:
         return table
 
     def read(self, name: bytes, keys: np.ndarray, places: np.ndarray) -> Tensor | None:
-        """Copies rows of one kind of value, those on the disk into memory, too, if they have room.
+        """Copies rows of one kind of value. Those on the disk come into memory if they have room.
 
         Args:
             name: Hash of how the value is made.
@@ -288,12 +298,27 @@ class Entries:
             Rows, of shape (n, elements of a row), or None if one is damaged or gone.
         """
         table = self._tables[name]
-        rows = table.read(places, self.now)
-        if rows is not None and table.below is not None and (places >= _BELOW).any():
-            size = len(places) * (table.row_bytes + _BESIDE)
-            if self.nbytes + size <= self.max_bytes:
-                table.raise_up(keys, rows, places, self.now)
-        return rows
+        if chunks := table.chunks(places):
+            places = self._raise_up(table, keys, places, chunks)
+            if (places < 0).any():
+                return None
+        return table.read(places, self.now)
+
+    def _raise_up(
+        self, table: Table, keys: np.ndarray, places: np.ndarray, chunks: list[int]
+    ) -> np.ndarray:
+        """Copies chunks into memory that have room there. Returns where the rows are then.
+
+        A chunk is read as a whole when its first row is asked for, for its checksum is one of all.
+        """
+        assert table.below is not None
+        room = (self.max_bytes - self.nbytes) // table.below.chunk_bytes
+        if room <= 0:
+            return places
+        table.below.expect(chunks[:room])
+        for chunk in chunks[:room]:
+            table.raise_up(chunk, self.now)
+        return table.find(keys)
 
     def write(self, name: bytes, keys: np.ndarray, rows: Tensor) -> int:
         """Keeps rows of one kind of value.

@@ -3,7 +3,7 @@
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from cachefreeze.store.reading import Damaged, Files, Source, read_keys
 _NOWHERE = -1
 # Keys that are added at once: adding a few has a price of its own.
 _KEYS_AT_ONCE = 2**18
+# Chunks that are read ahead at once: 128 MB, which the system must have room for.
+_MOST_EXPECTED = 16
 
 
 @dataclass(eq=False)
@@ -122,6 +124,7 @@ class Found:
         good[positions] = True
         memory = out.reshape(-1).data
         bounds = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(order)]
+        self.expect(chunks[bounds[:-1]].tolist())
         held: Path | None = None
         for start, end in itertools.pairwise(bounds):
             source = self._sources[chunks[start]]
@@ -134,6 +137,50 @@ class Found:
                 self._lost(source, error)
                 good[positions[start:end]] = False
         return good
+
+    def chunks(self, places: np.ndarray) -> list[int]:
+        """Returns the chunks that rows lie in, each once.
+
+        Args:
+            places: Places of the rows.
+        """
+        with self._guard:
+            sources = np.unique(self._source[places])
+        return sources[sources != _NOWHERE].tolist()
+
+    def expect(self, chunks: Iterable[int]) -> None:
+        """Has the system read chunks ahead that were not read yet, so that the disk does not wait.
+
+        Args:
+            chunks: Chunks that are read soon.
+        """
+        unread = [self._sources[one] for one in chunks if self._sources[one].checked is None]
+        for source in unread[:_MOST_EXPECTED]:
+            self._files.expect(source)
+
+    def load(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Reads all rows of a chunk.
+
+        Args:
+            chunk: What `chunks` has returned.
+
+        Returns:
+            Keys of the rows, of shape (n, 2), and rows, uint8 of shape (n, row_bytes), or None if
+            the chunk is damaged or was removed.
+        """
+        source = self._sources[chunk]
+        try:
+            self._held.hold(source.folder)
+            rows = self._files.load(source)
+        except (Gone, Damaged) as error:
+            self._lost(source, error)
+            return None
+        with self._guard:
+            places = np.flatnonzero(self._source[: len(self._index)] == chunk)
+            slots, keys = self._slot[places], self._index.keys(places)
+        # Of rows that lie in two segments, one of the two is served.
+        all_of_them = np.array_equal(slots, np.arange(len(rows)))
+        return keys, rows if all_of_them else rows[slots]
 
     def _lost(self, source: Source, error: Exception) -> None:
         if isinstance(error, Gone) or not is_folder(source.folder):

@@ -1,5 +1,6 @@
 """Reading the chunk files of segments."""
 
+import contextlib
 import os
 import resource
 import threading
@@ -80,6 +81,45 @@ class Files:
                 reason = error.strerror or str(error)
                 raise Damaged(f"{source.path} cannot be read ({reason})") from error
 
+    def load(self, source: Source) -> np.ndarray:
+        """Reads and checks all rows of one chunk, which costs no more than to check it.
+
+        Args:
+            source: Chunk that holds the rows.
+
+        Returns:
+            Rows, uint8 of shape (rows, row_bytes).
+
+        Raises:
+            Damaged: the file is not what was written, or the disk fails.
+        """
+        layout, chunk = source.layout, source.chunk
+        try:
+            file = open_regular(source.path, os.O_RDONLY)
+            try:
+                content = np.empty(layout.values_bytes, dtype=np.uint8)
+                check_file(file, source.path, len(content), chunk.values, content)
+                source.checked = _identity(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise Damaged(f"{source.path} cannot be read ({error.strerror or error})") from error
+        size = layout.row.nbytes
+        return content[: chunk.rows * size].reshape(chunk.rows, size)
+
+    def expect(self, source: Source) -> None:
+        """Has the system read a chunk ahead, where it can.
+
+        Args:
+            source: Chunk that is read soon.
+        """
+        with contextlib.suppress(OSError, AttributeError):
+            file = open_regular(source.path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
+
     def close(self) -> None:
         """Closes all files."""
         with self._guard:
@@ -108,8 +148,7 @@ class Files:
             os.close(oldest)
         file = open_regular(source.path, os.O_RDONLY)
         try:
-            found = os.fstat(file)
-            identity = found.st_ino, found.st_size, found.st_mtime_ns
+            identity = _identity(file)
             # Checked again if it was exchanged since.
             if source.checked != identity:
                 check_file(file, source.path, source.layout.values_bytes, source.chunk.values)
@@ -119,6 +158,11 @@ class Files:
             raise
         self._open[source] = file
         return file
+
+
+def _identity(file: int) -> tuple[int, int, int]:
+    found = os.fstat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_rows(
@@ -143,7 +187,9 @@ def _read_rows(
         start = end
 
 
-def check_file(file: int, path: str | Path, size: int, checksum: int) -> None:
+def check_file(
+    file: int, path: str | Path, size: int, checksum: int, out: np.ndarray | None = None
+) -> None:
     """Compares an open chunk file with what the journal says about it.
 
     Args:
@@ -151,6 +197,7 @@ def check_file(file: int, path: str | Path, size: int, checksum: int) -> None:
         path: Path of the file, for the message.
         size: Size that it must have.
         checksum: CRC32C of its content, which also stands at its end.
+        out: Memory that the whole file is copied to, if it is wanted.
 
     Raises:
         Damaged: it is something else.
@@ -160,12 +207,14 @@ def check_file(file: int, path: str | Path, size: int, checksum: int) -> None:
     if found != size:
         raise Damaged(f"{path} has {found} bytes instead of {size}")
     content, offset, crc = size - CHECKSUM_BYTES, 0, 0
-    buffer = memoryview(bytearray(min(content, _PIECE_BYTES)))
+    buffer = np.empty(min(content, _PIECE_BYTES), dtype=np.uint8)
     while offset < content:
-        count = os.preadv(file, [buffer[: content - offset]], offset)
+        length = min(content - offset, len(buffer))
+        piece = buffer[:length] if out is None else out[offset : offset + length]
+        count = os.preadv(file, [piece.data], offset)
         if not count:
             raise Damaged(f"{path} is cut short")
-        crc = google_crc32c.extend(crc, np.frombuffer(buffer[:count], np.uint8))
+        crc = google_crc32c.extend(crc, piece[:count])
         offset += count
     if not crc == checksum == int.from_bytes(os.pread(file, CHECKSUM_BYTES, content), "little"):
         raise Damaged(f"{path} has a wrong checksum")

@@ -1,6 +1,6 @@
 """The rows of one kind of value on the disk: what the cache reads from and appends to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,39 @@ class Rows:
             out: Memory that the rows are copied to, uint8 of shape (n, row_bytes).
         """
         return self._found.read(places, out)
+
+    def chunks(self, places: np.ndarray) -> list[int]:
+        """Returns the chunks that rows lie in, each once.
+
+        Args:
+            places: Places of the rows.
+        """
+        return self._found.chunks(places)
+
+    def expect(self, chunks: Iterable[int]) -> None:
+        """Has the system read chunks ahead that were not read yet, so that the disk does not wait.
+
+        Args:
+            chunks: Chunks that are read soon.
+        """
+        self._found.expect(chunks)
+
+    def load(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Reads all rows of a chunk.
+
+        Args:
+            chunk: What `chunks` has returned.
+
+        Returns:
+            Keys of the rows, of shape (n, 2), and rows, uint8 of shape (n, row_bytes), or None if
+            the chunk is damaged or was removed.
+        """
+        return self._found.load(chunk)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the rows of a chunk, at most."""
+        return self._appender.chunk_bytes
 
     def append(self, keys: np.ndarray, rows: np.ndarray) -> None:
         """Keeps rows that are not there yet.
