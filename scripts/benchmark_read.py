@@ -207,9 +207,9 @@ def cold(folder: Path, values: np.ndarray, keys: np.ndarray, batch: int, rounds:
             shares[name].append(straight / seconds)
             rates.append(nbytes / straight / 1e6)
     lines = ["| an epoch in random order, cold | share of front to back |", "|---|---|"]
-    for name, found in shares.items():
-        spread = f"{min(found):.2f} to {max(found):.2f}"
-        lines.append(f"| cachefreeze, {name} | {statistics.median(found):.2f} ({spread}) |")
+    for name, share in shares.items():
+        spread = f"{min(share):.2f} to {max(share):.2f}"
+        lines.append(f"| cachefreeze, {name} | {statistics.median(share):.2f} ({spread}) |")
     found = f"{statistics.median(rates):.0f} MB/s ({min(rates):.0f} to {max(rates):.0f})"
     return [*lines, f"From front to back: {found}."]
 

@@ -49,7 +49,8 @@ INSIDE = {
     "store": [
         ["index", "format"],
         ["journal", "locks"],
-        ["segment", "reading", "budget"],
+        ["codecs", "budget"],
+        ["segment", "reading"],
         ["found", "appending"],
         ["rows"],
         ["directory"],

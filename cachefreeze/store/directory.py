@@ -60,13 +60,14 @@ class Directory:
             )
         _open.add(self)
 
-    def rows(self, name: bytes, row: Row, about: Mapping[str, Any]) -> Rows:
+    def rows(self, name: bytes, row: Row, about: Mapping[str, Any], codec: str = "raw") -> Rows:
         """Returns the rows of one kind of value.
 
         Args:
             name: Hash of how the value is made and of the bits that it is made from, 16 bytes.
             row: How a row lies in memory.
             about: What to say about the value, as plain JSON, for people.
+            codec: How new rows are written, "raw" or "zstd". Both are read whatever it is.
 
         Raises:
             ValueError: the set was opened with another row, or `about` is no plain JSON.
@@ -78,7 +79,7 @@ class Directory:
             metadata(name.hex(), Layout.of(row), about, 0)
             folder = self._path / name.hex()
             held, files, writer = self._held, self._files, self._writer
-            found = Rows(folder, row, about, held, files, writer, self._tell)
+            found = Rows(folder, row, about, held, files, writer, self._tell, codec)
             self._rows[name] = found
         if found.row != row:
             raise ValueError(f"{name.hex()} holds {found.row}, and not {row}")

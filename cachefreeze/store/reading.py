@@ -7,12 +7,14 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 
 from cachefreeze.files import open_regular
-from cachefreeze.store.format import CHECKSUM_BYTES, KEY_BYTES, Layout
+from cachefreeze.store.codecs import decompress, places
+from cachefreeze.store.format import CHECKSUM_BYTES, KEY_BYTES, Layout, SegmentError
 from cachefreeze.store.journal import Chunk
 
 # Opening a file for a single row costs as much as the row.
@@ -51,6 +53,12 @@ class Source:
         return f"{self.folder}/{self.layout.values_name(self.chunk.number)}"
 
 
+class _Open(NamedTuple):
+    number: int
+    # Where each row begins and its length, if rows are compressed.
+    places: list[tuple[int, int]] | None
+
+
 class Files:
     """Chunk files that are open. Several threads may read with one, one after another.
 
@@ -58,7 +66,7 @@ class Files:
     """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Source, int] = OrderedDict()
+        self._open: OrderedDict[Source, _Open] = OrderedDict()
         self._guard = threading.Lock()
 
     def read(self, source: Source, slots: list[int], positions: list[int], out: memoryview) -> None:
@@ -76,10 +84,20 @@ class Files:
         with self._guard:
             try:
                 file = self._file(source)
-                _read_rows(file, source.layout.row.nbytes, slots, positions, out)
+                size = source.layout.row.nbytes
+                if file.places is None:
+                    _read_rows(file.number, size, slots, positions, out)
+                    return
+                for slot, position in zip(slots, positions, strict=True):
+                    start, length = file.places[slot]
+                    frame = os.pread(file.number, length, start)
+                    part = out[position * size : (position + 1) * size]
+                    decompress(frame, np.frombuffer(part, np.uint8))
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise Damaged(f"{source.path} cannot be read ({reason})") from error
+            except SegmentError as error:
+                raise Damaged(f"{source.path} {error}") from error
 
     def load(self, source: Source) -> np.ndarray:
         """Reads and checks all rows of one chunk, which costs no more than to check it.
@@ -97,15 +115,26 @@ class Files:
         try:
             file = open_regular(source.path, os.O_RDONLY)
             try:
-                content = np.empty(layout.values_bytes, dtype=np.uint8)
-                check_file(file, source.path, len(content), chunk.values, content)
+                length = min(os.fstat(file).st_size, layout.values_bytes)
+                content = np.empty(length, dtype=np.uint8)
+                check_values(file, source.path, layout, chunk, content)
                 source.checked = _identity(file)
             finally:
                 os.close(file)
+            size = layout.row.nbytes
+            if layout.codec == "raw":
+                return content[: chunk.rows * size].reshape(chunk.rows, size)
+            rows = np.empty((chunk.rows, size), dtype=np.uint8)
+            tail = content[length - layout.index_bytes :].tobytes()
+            for row, (start, count) in zip(
+                rows, places(layout, chunk.rows, length, tail), strict=True
+            ):
+                decompress(content[start : start + count].tobytes(), row)
+            return rows
         except OSError as error:
             raise Damaged(f"{source.path} cannot be read ({error.strerror or error})") from error
-        size = layout.row.nbytes
-        return content[: chunk.rows * size].reshape(chunk.rows, size)
+        except SegmentError as error:
+            raise Damaged(f"{source.path} {error}") from error
 
     def expect(self, source: Source) -> None:
         """Has the system read a chunk ahead, where it can.
@@ -124,7 +153,7 @@ class Files:
         """Closes all files."""
         with self._guard:
             for file in self._open.values():
-                os.close(file)
+                os.close(file.number)
             self._open.clear()
 
     def leave_to_the_parent(self) -> None:
@@ -136,28 +165,33 @@ class Files:
         with self._guard:
             file = self._open.pop(source, None)
             if file is not None:
-                os.close(file)
+                os.close(file.number)
 
-    def _file(self, source: Source) -> int:
-        file = self._open.get(source)
-        if file is not None:
+    def _file(self, source: Source) -> "_Open":
+        known = self._open.get(source)
+        if known is not None:
             self._open.move_to_end(source)
-            return file
+            return known
         if len(self._open) >= OPEN_FILES:
             _, oldest = self._open.popitem(last=False)
-            os.close(oldest)
+            os.close(oldest.number)
         file = open_regular(source.path, os.O_RDONLY)
         try:
             identity = _identity(file)
             # Checked again if it was exchanged since.
             if source.checked != identity:
-                check_file(file, source.path, source.layout.values_bytes, source.chunk.values)
+                check_values(file, source.path, source.layout, source.chunk)
                 source.checked = identity
+            where = None
+            if source.layout.codec != "raw":
+                size, length = identity[1], source.layout.index_bytes
+                tail = os.pread(file, length, size - length)
+                where = places(source.layout, source.chunk.rows, size, tail)
         except BaseException:
             os.close(file)
             raise
-        self._open[source] = file
-        return file
+        found = self._open[source] = _Open(file, where)
+        return found
 
 
 def _identity(file: int) -> tuple[int, int, int]:
@@ -187,25 +221,40 @@ def _read_rows(
         start = end
 
 
-def check_file(
-    file: int, path: str | Path, size: int, checksum: int, out: np.ndarray | None = None
+def check_values(
+    file: int, path: str | Path, layout: Layout, chunk: Chunk, out: np.ndarray | None = None
 ) -> None:
-    """Compares an open chunk file with what the journal says about it.
+    """Compares an open chunk file of values with what the journal says about it.
 
     Args:
         file: Descriptor of the file.
         path: Path of the file, for the message.
-        size: Size that it must have.
-        checksum: CRC32C of its content, which also stands at its end.
-        out: Memory that the whole file is copied to, if it is wanted.
+        layout: How the rows lie.
+        chunk: What the journal says.
+        out: Memory that the file is copied to, all but the checksum at its end, if it is wanted.
 
     Raises:
         Damaged: it is something else.
         OSError: the disk fails.
     """
-    found = os.fstat(file).st_size
-    if found != size:
-        raise Damaged(f"{path} has {found} bytes instead of {size}")
+    found, most = os.fstat(file).st_size, layout.values_bytes
+    if layout.codec == "raw":
+        if found != most:
+            raise Damaged(f"{path} has {found} bytes instead of {most}")
+    elif not layout.index_bytes < found <= most:
+        raise Damaged(f"{path} has {found} bytes, which no chunk has")
+    crc, tail = _checksums(file, path, found, out)
+    if layout.codec != "raw":
+        # Of the whole file: what stands at its end is the checksum of the index.
+        crc = tail = google_crc32c.extend(crc, tail.to_bytes(CHECKSUM_BYTES, "little"))
+    if not crc == chunk.values == tail:
+        raise Damaged(f"{path} has a wrong checksum")
+
+
+def _checksums(
+    file: int, path: str | Path, size: int, out: np.ndarray | None = None
+) -> tuple[int, int]:
+    """Returns the CRC32C of all but the last bytes of a file, and the one that stands there."""
     content, offset, crc = size - CHECKSUM_BYTES, 0, 0
     buffer = np.empty(min(content, _PIECE_BYTES), dtype=np.uint8)
     while offset < content:
@@ -216,8 +265,7 @@ def check_file(
             raise Damaged(f"{path} is cut short")
         crc = google_crc32c.extend(crc, piece[:count])
         offset += count
-    if not crc == checksum == int.from_bytes(os.pread(file, CHECKSUM_BYTES, content), "little"):
-        raise Damaged(f"{path} has a wrong checksum")
+    return crc, int.from_bytes(os.pread(file, CHECKSUM_BYTES, content), "little")
 
 
 def read_keys(path: Path, layout: Layout, chunk: Chunk) -> np.ndarray:

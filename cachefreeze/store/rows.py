@@ -24,6 +24,7 @@ class Rows:
         files: Chunk files that are open.
         writer: Thread that writes.
         tell: Function that takes a sentence for the user.
+        codec: How new rows are written, one of `CODECS`.
     """
 
     def __init__(
@@ -35,12 +36,13 @@ class Rows:
         files: Files,
         writer: Writer,
         tell: Callable[[str], None],
+        codec: str = "raw",
     ) -> None:
         self.row = row
         self._folder = folder
         self._tell = tell
         self._found = Found(folder, row, held, files, tell)
-        self._appender = Appender(folder, Layout.of(row), about, writer)
+        self._appender = Appender(folder, Layout.of(row, codec), about, writer)
         self._wrong = False
         self.refresh()
 
