@@ -38,7 +38,7 @@ INSIDE = {
     ],
     "keys": [["bits", "environment", "surroundings"], ["inputs", "operations", "weights"]],
     "cache": [
-        ["layout", "lengths", "moving", "pace"],
+        ["codec", "layout", "lengths", "moving", "pace"],
         ["entries", "family"],
         ["shared"],
         ["selection", "words"],

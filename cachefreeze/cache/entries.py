@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
+from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
 from cachefreeze.store import Directory, Row, Rows
 from cachefreeze.store.index import Index, first_ones
 
@@ -18,6 +20,8 @@ Tensor = torch.Tensor
 _BELOW = 1 << 40
 # Seconds after which rows that others have written are looked for again.
 _LOOK_AGAIN = 2.0
+# Bytes of a row. To find a compressed row takes 16 bytes of the file, and a frame has a head.
+_LEAST_COMPRESSED = 1024
 
 
 class Table:
@@ -226,16 +230,22 @@ class Entries:
     Args:
         max_bytes: Largest number of bytes of memory, with what rows are found by.
         directory: Folder that rows are kept in as well, if they are.
+        codec: How rows are kept, one of `codec.CODECS`: "zstd" on the disk, "int8" everywhere.
     """
 
-    def __init__(self, max_bytes: int, directory: Directory | None = None) -> None:
+    def __init__(
+        self, max_bytes: int, directory: Directory | None = None, codec: str = "raw"
+    ) -> None:
         self.max_bytes = max_bytes
+        self.codec = codec
         self.directory = directory
         # Sentences of the directory, also once it is closed.
         self.messages = directory.messages if directory is not None else []
         self.now = 0
         self.dropped = 0
         self._tables: dict[bytes, Table] = {}
+        # Elements of a row and their type, of the tables whose rows are rounded.
+        self._rounded: dict[bytes, tuple[int, torch.dtype]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -268,11 +278,32 @@ class Entries:
         """
         if self.directory is None or name in self._tables:
             return self._tables.get(name)
+        numel, stored = math.prod(dims), name
+        row, written = Row(dims, str(dtype).removeprefix("torch.")), "raw"
+        if self._rounds(dtype):
+            row, stored = Row((encoded_numel(numel),), "int8"), _rounded_name(name)
+            about = {**about, "codec": f"int8: a float32 scale for each {GROUP}, then the numbers"}
+        elif self.codec == "zstd" and row.nbytes >= _LEAST_COMPRESSED:
+            written = "zstd"
         try:
-            below = self.directory.rows(name, Row(dims, str(dtype).removeprefix("torch.")), about)
+            below = self.directory.rows(stored, row, about, written)
         except ValueError:  # zarr has no such type
             return None
-        return self._make(name, math.prod(dims), dtype, device, below)
+        return self._make(name, numel, dtype, device, below)
+
+    def has(self, name: bytes) -> bool:
+        """Returns whether there may be rows of one kind of value on the disk.
+
+        Args:
+            name: Hash of how the value is made.
+        """
+        if self.directory is None:
+            return False
+        rounded = self.codec == "int8" and self.directory.has(_rounded_name(name))
+        return rounded or self.directory.has(name)
+
+    def _rounds(self, dtype: torch.dtype) -> bool:
+        return self.codec == "int8" and can_be_rounded(dtype)
 
     def _make(
         self,
@@ -282,6 +313,9 @@ class Entries:
         device: torch.device,
         below: Rows | None = None,
     ) -> Table:
+        if self._rounds(dtype):
+            self._rounded[name] = numel, dtype
+            numel, dtype = encoded_numel(numel), torch.int8
         room = self.max_bytes // (max(numel * dtype.itemsize, 1) + _BESIDE)
         table = self._tables[name] = Table(numel, dtype, device, room, below)
         return table
@@ -302,7 +336,10 @@ class Entries:
             places = self._raise_up(table, keys, places, chunks)
             if (places < 0).any():
                 return None
-        return table.read(places, self.now)
+        rows = table.read(places, self.now)
+        if rows is None or name not in self._rounded:
+            return rows
+        return decode(rows, *self._rounded[name])
 
     def _raise_up(
         self, table: Table, keys: np.ndarray, places: np.ndarray, chunks: list[int]
@@ -329,11 +366,15 @@ class Entries:
             rows: Rows, of shape (n, elements of a row).
 
         Returns:
-            Number of rows that were not there before.
+            Number of rows that were not there before. Rows that cannot be rounded are not kept.
         """
         table = self._tables.get(name)
         if table is None:
             table = self._make(name, rows.shape[1], rows.dtype, rows.device)
+        if name in self._rounded:
+            # Masks are often infinite. Such rows are computed each time.
+            finite = rows.isfinite().all(dim=1) & rows.float().isfinite().all(dim=1)
+            keys, rows = keys[finite.cpu().numpy()], encode(rows[finite])
         self.make_room(len(rows) * (table.row_bytes + _BESIDE))
         return table.write(keys, rows, self.now)
 
@@ -374,6 +415,11 @@ class Entries:
         if self.directory is not None:
             self.directory.close()
             self.directory = None
+
+
+def _rounded_name(name: bytes) -> bytes:
+    # A run that is exact never finds rounded rows.
+    return xxhash.xxh3_128_digest(name + b"int8")
 
 
 # Bytes of a row's key, its place in the index, and its time.

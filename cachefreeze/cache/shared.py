@@ -4,8 +4,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from cachefreeze.cache.codec import INT8_ERROR, can_be_rounded
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.moving import Moving
@@ -15,6 +16,8 @@ from cachefreeze.keys import Weights
 _log = logging.getLogger("cachefreeze")
 # Share of the time of served calls that goes into checks beyond what must be.
 _SHARE = 0.01
+# Rounding of another order of additions, as a share of the largest number.
+_CLOSE = 1e-4
 
 
 class Filled(BaseException):
@@ -99,6 +102,18 @@ class Shared:
         """Keeps a sentence for who asks, in the place of an earlier one about the same thing."""
         self.messages[about] = sentence
         _log.info("%s", sentence)
+
+    def closeness(self, value: Tensor) -> float:
+        """Returns how far a kept value may be from a computed one under exact=False.
+
+        Args:
+            value: Computed value.
+
+        Returns:
+            Largest difference, as a share of the largest number.
+        """
+        rounded = self.entries.codec == "int8" and can_be_rounded(value.dtype)
+        return INT8_ERROR if rounded else _CLOSE
 
     def may_check(self) -> bool:
         """Says whether there is time for a check: at most 1 % of what served calls took."""
