@@ -8,6 +8,7 @@ of reading the files from front to back. LMDB stands in the table if it is insta
 """
 
 import argparse
+import functools
 import importlib
 import os
 import statistics
@@ -24,7 +25,8 @@ import zarr
 from cachefreeze.cache.entries import Entries
 from cachefreeze.store import Directory
 
-Way = Callable[[np.ndarray], None]
+# What takes the numbers of rows, and returns what reads them: only this second step is timed.
+Way = Callable[[np.ndarray], Callable[[], object]]
 BASE = "a tensor in memory, `index_select(out=)`"
 NAME = b"0" * 16
 # zarr reads whole chunks: one batch takes seconds.
@@ -55,17 +57,21 @@ class Kept:
             self.entries.write(NAME, self.keys[part], torch.from_numpy(self.values[part]))
         self.entries.close()
 
-    def read(self, chosen: np.ndarray) -> None:
-        """Reads rows."""
-        self.rows(chosen)
-
-    def rows(self, chosen: np.ndarray) -> torch.Tensor:
-        """Returns rows."""
+    def find(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns keys of rows, and their places."""
         keys = self.keys[chosen]
+        return keys, self.table.find(keys)
+
+    def read(self, keys: np.ndarray, places: np.ndarray) -> torch.Tensor:
+        """Returns rows."""
         self.entries.now += 1
-        rows = self.entries.read(NAME, keys, self.table.find(keys))
+        rows = self.entries.read(NAME, keys, places)
         assert rows is not None, "a row is gone"
         return rows
+
+    def rows(self, chosen: np.ndarray) -> torch.Tensor:
+        """Returns rows, found by their keys."""
+        return self.read(*self.find(chosen))
 
 
 def forget(folder: Path) -> int:
@@ -92,6 +98,10 @@ def from_front_to_back(folder: Path) -> float:
     return time.perf_counter() - began
 
 
+def _by_number(function: Callable[[np.ndarray], object]) -> Way:
+    return lambda chosen: functools.partial(function, chosen)
+
+
 def others(folder: Path, values: np.ndarray, out: torch.Tensor) -> Iterator[tuple[str, Way]]:
     """Yields other ways to read rows."""
     np.save(folder / "plain.npy", values)
@@ -100,7 +110,7 @@ def others(folder: Path, values: np.ndarray, out: torch.Tensor) -> Iterator[tupl
     def from_npy(chosen: np.ndarray) -> None:
         out.numpy()[:] = plain[chosen]
 
-    yield "one .npy map, indexed by numpy", from_npy
+    yield "one .npy map, indexed by numpy", _by_number(from_npy)
     array = zarr.create_array(
         folder / "plain.zarr",
         shape=values.shape,
@@ -113,7 +123,7 @@ def others(folder: Path, values: np.ndarray, out: torch.Tensor) -> Iterator[tupl
     def from_zarr(chosen: np.ndarray) -> None:
         out.numpy()[:] = array.oindex[chosen]
 
-    yield "zarr `oindex`, 8 MiB chunks", from_zarr
+    yield "zarr `oindex`, 8 MiB chunks", _by_number(from_zarr)
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
@@ -126,7 +136,7 @@ def others(folder: Path, values: np.ndarray, out: torch.Tensor) -> Iterator[tupl
         def from_arrow(chosen: np.ndarray) -> None:
             torch.stack(tuple(arrow[chosen]["row"]), out=out)
 
-        yield "Hugging Face datasets (Arrow)", from_arrow
+        yield "Hugging Face datasets (Arrow)", _by_number(from_arrow)
     try:
         lmdb = importlib.import_module("lmdb")
     except ImportError:
@@ -142,7 +152,7 @@ def others(folder: Path, values: np.ndarray, out: torch.Tensor) -> Iterator[tupl
                 found = transaction.get(b"%d" % number)
                 out.numpy()[place] = np.frombuffer(found, dtype=np.float32)
 
-    yield "LMDB", from_lmdb
+    yield "LMDB", _by_number(from_lmdb)
 
 
 def warm(folder: Path, values: np.ndarray, keys: np.ndarray, batch: int, repeats: int) -> list[str]:
@@ -156,10 +166,16 @@ def warm(folder: Path, values: np.ndarray, keys: np.ndarray, batch: int, repeats
 
     in_memory = Kept(folder / "cache", values, keys, 2 * values.nbytes + 2**28)
     on_disk = Kept(folder / "cache", values, keys, 0)
+
+    def read(kept: Kept) -> Way:
+        return lambda chosen: functools.partial(kept.read, *kept.find(chosen))
+
     ways: dict[str, Way] = {
-        BASE: from_memory,
-        "cachefreeze, rows that have room in memory": in_memory.read,
-        "cachefreeze, rows that have none, from the files": on_disk.read,
+        BASE: _by_number(from_memory),
+        "cachefreeze, rows that have room in memory": read(in_memory),
+        "the same, found by their keys": _by_number(in_memory.rows),
+        "cachefreeze, rows that have none, from the files": read(on_disk),
+        "the same, found by their keys, from the files": _by_number(on_disk.rows),
     }
     ways |= dict(others(folder, values, out))
     for kept in (in_memory, on_disk):
@@ -174,8 +190,9 @@ def warm(folder: Path, values: np.ndarray, keys: np.ndarray, batch: int, repeats
                 continue
             # Not the rows of the way before, which lie in the processor's cache.
             chosen = random.integers(0, len(values), batch)
+            function = way(chosen)
             began = time.perf_counter()
-            way(chosen)
+            function()
             seconds[name].append(time.perf_counter() - began)
     in_memory.entries.close()
     on_disk.entries.close()
@@ -201,7 +218,7 @@ def cold(folder: Path, values: np.ndarray, keys: np.ndarray, batch: int, rounds:
             kept = Kept(folder / "cache", values, keys, max_bytes)
             order = random.permutation(len(values))
             for some in np.array_split(order, max(len(values) // batch, 1)):
-                kept.read(some)
+                kept.rows(some)
             seconds = time.perf_counter() - began
             kept.entries.close()
             shares[name].append(straight / seconds)

@@ -99,11 +99,11 @@ class Table:
         Returns:
             Rows, of shape (n, elements of a row), or None if one on the disk is damaged or gone.
         """
-        lower = places >= _BELOW
-        if not lower.any():
+        if places.max(initial=0) < _BELOW:
             self._used[places] = now
             chosen = torch.from_numpy(places)
             return self._rows.index_select(0, chosen.to(self._rows.device))
+        lower = places >= _BELOW
         found = torch.empty((len(places), self._rows.shape[1]), dtype=self._rows.dtype)
         memory = found.view(torch.uint8).numpy()
         assert self.below is not None
@@ -146,8 +146,9 @@ class Table:
         Args:
             places: Places of the rows.
         """
-        lower = places[places >= _BELOW]
-        return self.below.chunks(lower - _BELOW) if self.below is not None and lower.size else []
+        if self.below is None or places.max(initial=0) < _BELOW:
+            return []
+        return self.below.chunks(places[places >= _BELOW] - _BELOW)
 
     def raise_up(self, chunk: int, now: int) -> None:
         """Copies the rows of a chunk from the disk into memory.
@@ -423,4 +424,4 @@ def _rounded_name(name: bytes) -> bytes:
 
 
 # Bytes of a row's key, its place in the index, and its time.
-_BESIDE = 40
+_BESIDE = 56
