@@ -3,7 +3,7 @@
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +124,9 @@ class Found:
         good[positions] = True
         memory = out.reshape(-1).data
         bounds = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(order)]
-        self.expect(chunks[bounds[:-1]].tolist())
+        unread = [one for one in bounds[:-1] if self._sources[chunks[one]].checked is None]
+        for one in unread[:_MOST_EXPECTED]:
+            self._files.expect(self._sources[chunks[one]], ())
         held: Path | None = None
         for start, end in itertools.pairwise(bounds):
             source = self._sources[chunks[start]]
@@ -148,15 +150,27 @@ class Found:
             sources = np.unique(self._source[places])
         return sources[sources != _NOWHERE].tolist()
 
-    def expect(self, chunks: Iterable[int]) -> None:
-        """Has the system read chunks ahead that were not read yet, so that the disk does not wait.
+    def expect(self, places: np.ndarray) -> None:
+        """Has the system read rows ahead, so that the disk works while others are read.
+
+        Of a chunk that was not read yet all is read, for its checksum is one of all.
 
         Args:
-            chunks: Chunks that are read soon.
+            places: Places of the rows. Those that are -1 are left out.
         """
-        unread = [self._sources[one] for one in chunks if self._sources[one].checked is None]
-        for source in unread[:_MOST_EXPECTED]:
-            self._files.expect(source)
+        with self._guard:
+            known = places[places >= 0]
+            sources, slots = self._source[known], self._slot[known]
+        chunks, first = np.unique(sources, return_index=True)
+        unread = 0
+        # In the order in which they are read.
+        for chunk in chunks[np.argsort(first)].tolist():
+            if chunk == _NOWHERE:
+                continue
+            source = self._sources[chunk]
+            unread += source.checked is None
+            if source.checked is not None or unread <= _MOST_EXPECTED:
+                self._files.expect(source, slots[sources == chunk].tolist())
 
     def load(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Reads all rows of a chunk.

@@ -5,6 +5,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -136,18 +137,26 @@ class Files:
         except SegmentError as error:
             raise Damaged(f"{source.path} {error}") from error
 
-    def expect(self, source: Source) -> None:
-        """Has the system read a chunk ahead, where it can.
+    def expect(self, source: Source, slots: Sequence[int]) -> None:
+        """Has the system read rows of one chunk ahead, where it can.
 
         Args:
-            source: Chunk that is read soon.
+            source: Chunk that holds the rows. All of it is read, if it was not read yet.
+            slots: Numbers of the rows in the chunk.
         """
-        with contextlib.suppress(OSError, AttributeError):
-            file = open_regular(source.path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(file)
+        with self._guard, contextlib.suppress(OSError, AttributeError, Damaged, SegmentError):
+            if source.checked is None:
+                file = open_regular(source.path, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
+                return
+            number, where = self._file(source)
+            size = source.layout.row.nbytes
+            for slot in slots:
+                start, length = (slot * size, size) if where is None else where[slot]
+                os.posix_fadvise(number, start, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Closes all files."""

@@ -1,6 +1,6 @@
 """The rows of one kind of value on the disk: what the cache reads from and appends to."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,13 @@ class Rows:
         """
         return self._found.chunks(places)
 
-    def expect(self, chunks: Iterable[int]) -> None:
-        """Has the system read chunks ahead that were not read yet, so that the disk does not wait.
+    def expect(self, places: np.ndarray) -> None:
+        """Has the system read rows ahead, so that the disk works while others are read.
 
         Args:
-            chunks: Chunks that are read soon.
+            places: Places of the rows. Those that are -1 are left out.
         """
-        self._found.expect(chunks)
+        self._found.expect(places)
 
     def load(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Reads all rows of a chunk.

@@ -1,5 +1,6 @@
 """Rows in memory and on the disk below it: where they are read from, and what that costs."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -112,4 +113,76 @@ def test_rows_that_two_runs_wrote_come_into_memory_once(path: Path) -> None:
     numbers = np.arange(COUNT + CHUNK_ROWS)
     assert torch.equal(read(entries, table, numbers), torch.cat([VALUES, new]))
     assert len(table) == len(numbers)
+    entries.close()
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_rows_that_are_read_ahead_are_those_that_are_read_later(
+    path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = torch.randn(3 * CHUNK_ROWS, 1024)
+    name = bytes([7] * 16)
+    writing = Entries(0, Directory(path, None), codec)
+    assert writing.open(name, (1024,), wide.dtype, torch.device("cpu"), {}) is not None
+    writing.write(name, keys_of(np.arange(len(wide))), wide)
+    writing.close()
+    advised: list[tuple[str, int, int]] = []
+
+    def advise(file: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        advised.append((Path(os.readlink(f"/proc/self/fd/{file}")).name, start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    entries = Entries(0, Directory(path, None))
+    table = entries.open(name, (1024,), wide.dtype, torch.device("cpu"), {})
+    assert table is not None
+    some = np.array([2 * CHUNK_ROWS + 1, 3, 5])
+    entries.prefetch(name, keys_of(some))
+    # A chunk that was not read yet is read as a whole.
+    assert advised == [("c.2.0", 0, 0), ("c.0.0", 0, 0)]
+    entries.read(name, keys_of(some), table.find(keys_of(some)))
+    advised.clear()
+    entries.prefetch(name, keys_of(some))
+    assert [chunk for chunk, _, _ in advised] == ["c.2.0", "c.0.0", "c.0.0"]
+    if codec == "raw":
+        assert [(start, length) for _, start, length in advised] == [
+            (4096, 4096), (3 * 4096, 4096), (5 * 4096, 4096)
+        ]  # fmt: skip
+    # Unknown rows, a chunk that is gone, and rows in memory are left out.
+    for chunk in path.glob(f"{name.hex()}/*/values/c.*"):
+        chunk.unlink()
+    advised.clear()
+    entries.prefetch(name, keys_of(np.array([900, 3, CHUNK_ROWS])))
+    entries.prefetch(b"another", keys_of(some))
+    assert all(chunk.startswith("c.0.0") for chunk, _, _ in advised)
+    entries.close()
+
+
+def test_rows_in_memory_are_not_read_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries, table = opened(path, 1 << 20)
+    read(entries, table, np.arange(COUNT))
+    monkeypatch.setattr(os, "posix_fadvise", None)
+    entries.prefetch(NAME, keys_of(np.arange(COUNT)))
+    entries.close()
+
+
+def test_rows_of_a_gpu_take_a_quarter_of_its_free_memory_and_the_rest_lies_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # There is none here: rows of the CPU are said to lie on one.
+    gpu, free = torch.device("cuda", 0), 4 * 10 * VALUES[0].nbytes
+    monkeypatch.setattr(Table, "device", property(lambda table: gpu))
+    monkeypatch.setattr("cachefreeze.cache.entries.free_device_memory", lambda device: free)
+    entries, table = opened(tmp_path / "cache", 1 << 20)
+    for some in np.array_split(np.arange(COUNT), 5):
+        entries.write(NAME, keys_of(some), VALUES[some])
+    assert len(table) == 10
+    # Another kind of value has what is left.
+    assert entries.write(b"other", keys_of(np.arange(3)), torch.zeros(3, 5)) == 3
+    assert len(entries.table(b"other") or ()) == 0
+    entries.close()
+    entries, table = opened(tmp_path / "cache", 1 << 20)
+    assert torch.equal(read(entries, table, np.arange(COUNT)), VALUES)
+    assert len(table) == 10
+    assert torch.equal(read(entries, table, np.arange(COUNT)), VALUES)
     entries.close()
