@@ -1,11 +1,14 @@
 """Rows that are compressed or rounded: what is served, and what an exact run never finds."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -99,6 +102,21 @@ def test_rounded_rows_are_the_same_from_memory_and_from_the_disk(
     table = exact.open(name, (300,), torch.float32, cpu, {})
     assert (table.find(keys_of(20)) == -1).all(), "a rounded row was found by an exact run"
     exact.close()
+
+
+@pytest.mark.parametrize("numel", [GROUP, 300])
+def test_the_example_of_the_page_reads_rounded_rows(tmp_path: Path, numel: int) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "store-format.md").read_text()
+    example, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    rows = torch.randn(20, numel)
+    entries = Entries(0, Directory(tmp_path, None), "int8")
+    entries.open(bytes(16), (numel,), torch.float32, torch.device("cpu"), {})
+    entries.write(bytes(16), keys_of(20), rows)
+    entries.close()
+    (folder,) = (one.parent for one in tmp_path.glob("*/*/zarr.json"))
+    names: dict[str, Any] = {"rows": zarr.open_group(folder)["values"][:], "numel": numel}
+    exec(example, names)
+    assert np.array_equal(names["values"], decode(encode(rows), numel, torch.float32).numpy())
 
 
 def test_compressed_rows_are_served_to_the_bit_in_less_room(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "store-format.md").read_text()
 
 
 def test_the_example_of_the_page_reads_a_segment(path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    _, example = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     row = Row((2, 3), "bfloat16")
     numbers = np.arange(19)
     write(path, numbers, row=row)
