@@ -22,8 +22,8 @@ from typing import Any
 from cachefreeze.errors import UserError
 from cachefreeze.files import human_bytes
 from cachefreeze.report.summary_text import format_table
-from cachefreeze.segments.directory import is_directory
-from cachefreeze.segments.inspect import Pruned, SetReport, inspect, prune, verify
+from cachefreeze.store.directory import is_directory
+from cachefreeze.store.inspect import Pruned, SetReport, inspect, prune, verify
 
 COLUMNS, BAR = 100, 20
 MOST_DIMS, MOST_SIZE = 64, 2**40

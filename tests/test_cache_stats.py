@@ -18,9 +18,9 @@ import torch
 
 from cachefreeze import ActivationCache
 from cachefreeze.keys import environment
-from cachefreeze.segments import Directory, Row
-from cachefreeze.segments.format import USED
-from cachefreeze.segments.inspect import inspect
+from cachefreeze.store import Directory, Row
+from cachefreeze.store.format import USED
+from cachefreeze.store.inspect import inspect
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "cache_stats.py"
 

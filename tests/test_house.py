@@ -17,7 +17,7 @@ FLOORS = [
     floor.split()
     for floor in (
         "errors files hashing randomness",
-        "device lineage segments",
+        "device lineage store",
         "freezeout models keys",
         "cache data report",
         "training integrations",
@@ -43,7 +43,7 @@ INSIDE = {
         ["inputs", "objects", "operations", "weights"],
     ],
     "cache": [
-        ["layout", "lengths", "moving", "pace", "fetching"],
+        ["codec", "layout", "lengths", "moving", "pace", "fetching"],
         ["entries", "family", "binding"],
         ["known_rows"],
         ["shared", "loader"],
@@ -52,10 +52,11 @@ INSIDE = {
         ["site"],
         ["activation_cache"],
     ],
-    "segments": [
+    "store": [
         ["index", "format"],
         ["journal", "locks"],
-        ["segment", "reading", "budget"],
+        ["codecs", "budget"],
+        ["segment", "reading"],
         ["found", "appending"],
         ["rows"],
         ["directory"],
@@ -142,7 +143,7 @@ def test_the_schedule_knows_no_torch() -> None:
 
 
 def test_the_store_takes_arrays_and_bytes_and_names_no_tensor() -> None:
-    for path in (PACKAGE / "segments").glob("*.py"):
+    for path in (PACKAGE / "store").glob("*.py"):
         assert "torch" not in {name.split(".")[0] for name in _all_imports(path)}
 
 

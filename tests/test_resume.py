@@ -260,6 +260,7 @@ def test_a_setting_that_would_change_the_results_is_refused_by_name(
     [
         ("--no-cache",),
         ("--cache-max-gb", 0.001),
+        ("--cache-codec", "zstd"),
         ("--checkpoint-every", 2),
         ("-j", 1),
         ("--cache-dir", "another"),

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 from torch.utils.data import DataLoader
 
+from cachefreeze.cache.codec import CODECS
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.loader import Loader
 from cachefreeze.cache.shared import Filled, Shared, Stats
@@ -25,7 +26,7 @@ from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls, unloaded
 from cachefreeze.randomness import undone
-from cachefreeze.segments import Directory
+from cachefreeze.store import Directory
 
 _log = logging.getLogger("cachefreeze")
 _open: "weakref.WeakSet[ActivationCache]" = weakref.WeakSet()
@@ -59,6 +60,9 @@ class ActivationCache:
         max_bytes: Largest number of bytes that are kept: in memory, or with a directory in it, over
             all runs. What was not used for longest goes first. If None, a quarter of the memory
             that is free now, and half of the disk.
+        codec: How rows are kept. "raw" keeps their bits, "zstd" writes them to the directory with
+            less bytes and the same bits, and "int8" rounds numbers to 8 bits, which takes a quarter
+            of the room of float32 and needs `exact=False`.
         exact: Whether only values are served that are equal to computed ones to the last bit. If
             False, values that differ by rounding are served too, and the difference is told.
         probation: Number of batches that are computed and compared before any is served. If None,
@@ -80,13 +84,15 @@ class ActivationCache:
         *models: nn.Module,
         directory: str | os.PathLike[str] | None = None,
         max_bytes: int | None = None,
+        codec: str = "raw",
         exact: bool = True,
         probation: int | None = None,
     ) -> None:
         _check(models, max_bytes, probation)
+        _check_codec(codec, directory is not None, exact)
         folder = None if directory is None else Directory(Path(directory), max_bytes)
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
-        self._shared = Shared(Entries(memory, folder), exact, probation)
+        self._shared = Shared(Entries(memory, folder, codec), exact, probation)
         if directory is not None:
             self._shared.folder = Path(directory).absolute() / "items"
         self._models = models
@@ -326,6 +332,21 @@ def _check(models: Iterable[Any], max_bytes: int | None, probation: int | None) 
         raise UserError("max_bytes must be a positive number of bytes.")
     if probation is not None and probation < 1:
         raise UserError("probation must be at least 1: nothing is served before it is compared.")
+
+
+def _check_codec(codec: str, on_disk: bool, exact: bool) -> None:
+    if codec not in CODECS:
+        raise UserError(f"codec must be one of {', '.join(CODECS)}, and was {codec!r}.")
+    if codec == "zstd" and not on_disk:
+        raise UserError(
+            "codec='zstd' is how rows are written to a directory: give one as directory, or take "
+            "'raw'."
+        )
+    if codec == "int8" and exact:
+        raise UserError(
+            "codec='int8' rounds what it keeps, so that results differ from those without a cache: "
+            "give exact=False if that is what you want."
+        )
 
 
 def _close(

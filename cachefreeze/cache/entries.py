@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
-from cachefreeze.segments import Directory, Row, Rows
-from cachefreeze.segments.index import Index, first_ones
+from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
+from cachefreeze.device import free_device_memory
+from cachefreeze.store import Directory, Row, Rows
+from cachefreeze.store.index import Index, first_ones
 
 Tensor = torch.Tensor
 
@@ -18,6 +21,8 @@ Tensor = torch.Tensor
 _BELOW = 1 << 40
 # Seconds after which rows that others have written are looked for again.
 _LOOK_AGAIN = 2.0
+# Bytes of a row. To find a compressed row takes 16 bytes of the file, and a frame has a head.
+_LEAST_COMPRESSED = 1024
 
 
 class Table:
@@ -34,7 +39,8 @@ class Table:
         below: The same rows on the disk, if they are kept there.
 
     Attributes:
-        room: Largest number of rows.
+        room: Largest number of rows now.
+        most: Largest number of rows ever.
         row_bytes: Bytes of a row.
         below: The same rows on the disk, if they are kept there.
     """
@@ -50,7 +56,7 @@ class Table:
         self.below = below
         self._looked = monotonic()
         self._index = Index()
-        self.room = room
+        self.room = self.most = room
         self._rows = _reserve(room, row_numel, dtype, device)
         self._used = np.zeros(0, dtype=np.uint32)
         self.row_bytes = max(row_numel * dtype.itemsize, 1)
@@ -58,6 +64,11 @@ class Table:
     def __len__(self) -> int:
         """Returns the number of rows in memory."""
         return len(self._index)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the rows are kept on."""
+        return self._rows.device
 
     @property
     def rows_kept(self) -> int:
@@ -95,11 +106,11 @@ class Table:
         Returns:
             Rows, of shape (n, elements of a row), or None if one on the disk is damaged or gone.
         """
-        lower = places >= _BELOW
-        if not lower.any():
+        if places.max(initial=0) < _BELOW:
             self._used[places] = now
             chosen = torch.from_numpy(places)
             return self._rows.index_select(0, chosen.to(self._rows.device))
+        lower = places >= _BELOW
         found = torch.empty((len(places), self._rows.shape[1]), dtype=self._rows.dtype)
         memory = found.view(torch.uint8).numpy()
         assert self.below is not None
@@ -136,17 +147,29 @@ class Table:
         self._put(keys, rows, missing, now)
         return len(missing)
 
-    def raise_up(self, keys: np.ndarray, rows: Tensor, places: np.ndarray, now: int) -> None:
-        """Copies rows into memory that were read from the disk.
+    def chunks(self, places: np.ndarray) -> list[int]:
+        """Returns the chunks on the disk that rows lie in, each once.
 
         Args:
-            keys: Keys of the rows, of shape (n, 2).
-            rows: Rows, of shape (n, elements of a row).
-            places: Their places, as they were found.
+            places: Places of the rows.
+        """
+        if self.below is None or places.max(initial=0) < _BELOW:
+            return []
+        return self.below.chunks(places[places >= _BELOW] - _BELOW)
+
+    def raise_up(self, chunk: int, now: int) -> None:
+        """Copies the rows of a chunk from the disk into memory.
+
+        Args:
+            chunk: What `chunks` has returned.
             now: Time of the writing, as a number that grows.
         """
-        lower = np.flatnonzero(places >= _BELOW)
-        self._put(keys, rows, lower[first_ones(keys[lower])], now)
+        assert self.below is not None
+        loaded = self.below.load(chunk)
+        if loaded is not None:
+            keys, memory = loaded
+            rows = torch.from_numpy(memory).view(self._rows.dtype)
+            self._put(keys, rows, np.flatnonzero(self._index.find(keys) < 0), now)
 
     def _put(self, keys: np.ndarray, rows: Tensor, new: np.ndarray, now: int) -> None:
         new = new[: self.room - len(self)]
@@ -197,9 +220,7 @@ _PIECE = 1024
 
 
 def _reserve(room: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.empty((0, numel), dtype=dtype, device=device)
-    while True:
+    while room and device.type == "cpu":
         try:
             # Not `torch.empty`, which writes to all of it where algorithms must be deterministic.
             memory = np.empty((room, numel * dtype.itemsize), dtype=np.uint8)
@@ -208,6 +229,7 @@ def _reserve(room: int, numel: int, dtype: torch.dtype, device: torch.device) ->
             room //= 2
         else:
             return torch.from_numpy(memory).view(dtype)
+    return torch.empty((0, numel), dtype=dtype, device=device)
 
 
 class Entries:
@@ -216,16 +238,24 @@ class Entries:
     Args:
         max_bytes: Largest number of bytes of memory, with what rows are found by.
         directory: Folder that rows are kept in as well, if they are.
+        codec: How rows are kept, one of `codec.CODECS`: "zstd" on the disk, "int8" everywhere.
     """
 
-    def __init__(self, max_bytes: int, directory: Directory | None = None) -> None:
+    def __init__(
+        self, max_bytes: int, directory: Directory | None = None, codec: str = "raw"
+    ) -> None:
         self.max_bytes = max_bytes
+        self.codec = codec
         self.directory = directory
         # Sentences of the directory, also once it is closed.
         self.messages = directory.messages if directory is not None else []
         self.now = 0
         self.dropped = 0
         self._tables: dict[bytes, Table] = {}
+        # Bytes that rows may take of the memory of a device other than the CPU.
+        self._shares: dict[torch.device, int] = {}
+        # Elements of a row and their type, of the tables whose rows are rounded.
+        self._rounded: dict[bytes, tuple[int, torch.dtype]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -258,11 +288,32 @@ class Entries:
         """
         if self.directory is None or name in self._tables:
             return self._tables.get(name)
+        numel, stored = math.prod(dims), name
+        row, written = Row(dims, str(dtype).removeprefix("torch.")), "raw"
+        if self._rounds(dtype):
+            row, stored = Row((encoded_numel(numel),), "int8"), _rounded_name(name)
+            about = {**about, "codec": f"int8: a float32 scale for each {GROUP}, then the numbers"}
+        elif self.codec == "zstd" and row.nbytes >= _LEAST_COMPRESSED:
+            written = "zstd"
         try:
-            below = self.directory.rows(name, Row(dims, str(dtype).removeprefix("torch.")), about)
+            below = self.directory.rows(stored, row, about, written)
         except ValueError:  # zarr has no such type
             return None
-        return self._make(name, math.prod(dims), dtype, device, below)
+        return self._make(name, numel, dtype, device, below)
+
+    def has(self, name: bytes) -> bool:
+        """Returns whether there may be rows of one kind of value on the disk.
+
+        Args:
+            name: Hash of how the value is made.
+        """
+        if self.directory is None:
+            return False
+        rounded = self.codec == "int8" and self.directory.has(_rounded_name(name))
+        return rounded or self.directory.has(name)
+
+    def _rounds(self, dtype: torch.dtype) -> bool:
+        return self.codec == "int8" and can_be_rounded(dtype)
 
     def _make(
         self,
@@ -272,12 +323,27 @@ class Entries:
         device: torch.device,
         below: Rows | None = None,
     ) -> Table:
+        if self._rounds(dtype):
+            self._rounded[name] = numel, dtype
+            numel, dtype = encoded_numel(numel), torch.int8
         room = self.max_bytes // (max(numel * dtype.itemsize, 1) + _BESIDE)
         table = self._tables[name] = Table(numel, dtype, device, room, below)
         return table
 
+    def _bound(self, table: Table) -> None:
+        """Leaves most of the memory of a GPU to training. Further rows lie on the disk only."""
+        device = table.device
+        if device.type == "cpu":
+            return
+        if device not in self._shares:
+            self._shares[device] = free_device_memory(device) // 4
+        tables = [one for one in self._tables.values() if one.device == device]
+        taken = sum(len(one) * one.row_bytes for one in tables)
+        left = max(self._shares[device] - taken, 0)
+        table.room = min(table.most, len(table) + left // table.row_bytes)
+
     def read(self, name: bytes, keys: np.ndarray, places: np.ndarray) -> Tensor | None:
-        """Copies rows of one kind of value, those on the disk into memory, too, if they have room.
+        """Copies rows of one kind of value. Those on the disk come into memory if they have room.
 
         Args:
             name: Hash of how the value is made.
@@ -288,12 +354,47 @@ class Entries:
             Rows, of shape (n, elements of a row), or None if one is damaged or gone.
         """
         table = self._tables[name]
+        if chunks := table.chunks(places):
+            places = self._raise_up(table, keys, places, chunks)
+            if (places < 0).any():
+                return None
         rows = table.read(places, self.now)
-        if rows is not None and table.below is not None and (places >= _BELOW).any():
-            size = len(places) * (table.row_bytes + _BESIDE)
-            if self.nbytes + size <= self.max_bytes:
-                table.raise_up(keys, rows, places, self.now)
-        return rows
+        if rows is None or name not in self._rounded:
+            return rows
+        return decode(rows, *self._rounded[name])
+
+    def prefetch(self, name: bytes, keys: np.ndarray) -> None:
+        """Has the system read rows of one kind of value ahead, where they lie on the disk only.
+
+        It takes half a millisecond for a batch. Where rows are known some steps before they are
+        read, a disk that is slower than memory works meanwhile.
+
+        Args:
+            name: Hash of how the value is made.
+            keys: Keys of the rows, of shape (n, 2), in the order in which they are read.
+        """
+        table = self._tables.get(name)
+        if table is not None and table.below is not None:
+            places = table.find(keys)
+            table.below.expect(places[places >= _BELOW] - _BELOW)
+
+    def _raise_up(
+        self, table: Table, keys: np.ndarray, places: np.ndarray, chunks: list[int]
+    ) -> np.ndarray:
+        """Copies chunks into memory that have room there. Returns where the rows are then.
+
+        A chunk is read as a whole when its first row is asked for, for its checksum is one of all.
+        """
+        assert table.below is not None
+        self._bound(table)
+        room = (self.max_bytes - self.nbytes) // table.below.chunk_bytes
+        if room <= 0:
+            return places
+        lower = places[places >= _BELOW]
+        table.below.expect(lower - _BELOW)
+        for chunk in chunks[:room]:
+            table.raise_up(chunk, self.now)
+        return table.find(keys)
 
     def write(self, name: bytes, keys: np.ndarray, rows: Tensor) -> int:
         """Keeps rows of one kind of value.
@@ -304,11 +405,16 @@ class Entries:
             rows: Rows, of shape (n, elements of a row).
 
         Returns:
-            Number of rows that were not there before.
+            Number of rows that were not there before. Rows that cannot be rounded are not kept.
         """
         table = self._tables.get(name)
         if table is None:
             table = self._make(name, rows.shape[1], rows.dtype, rows.device)
+        if name in self._rounded:
+            # Masks are often infinite. Such rows are computed each time.
+            finite = rows.isfinite().all(dim=1) & rows.float().isfinite().all(dim=1)
+            keys, rows = keys[finite.cpu().numpy()], encode(rows[finite])
+        self._bound(table)
         self.make_room(len(rows) * (table.row_bytes + _BESIDE))
         return table.write(keys, rows, self.now)
 
@@ -351,5 +457,10 @@ class Entries:
             self.directory = None
 
 
+def _rounded_name(name: bytes) -> bytes:
+    # A run that is exact never finds rounded rows.
+    return xxhash.xxh3_128_digest(name + b"int8")
+
+
 # Bytes of a row's key, its place in the index, and its time.
-_BESIDE = 40
+_BESIDE = 56

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cachefreeze.segments.index import Index, distinct
+from cachefreeze.store.index import Index, distinct
 
 _LEAST_PROBATION, _MOST_PROBATION = 2, 8
 # Wholly known batches must be more than one in so many, among at least so many.

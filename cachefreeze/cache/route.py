@@ -38,9 +38,6 @@ _FIRST_NOTE = 8
 _FEW_WAITING = 8
 # Largest number of smaller batches whose inputs wait to be computed in whole ones.
 _MOST_SMALLER = 16
-# Largest difference from a computed value, as a share of the largest number, that exact=False
-# takes for rounding.
-_CLOSE = 1e-4
 # Number of served passes after which the caller has read the same values again and again.
 _OFTEN = 2
 
@@ -717,7 +714,7 @@ class Route:
         name = self._trace.describe(number)
         far = (computed.double() - stored.double()).abs().max().item()
         size = computed.double().abs().max().item()
-        close = far <= _CLOSE * size
+        close = far <= self._shared.closeness(computed) * size
         if close and not self._shared.exact:
             self._shared.tell(
                 f"{self._name}: {name} differs",

@@ -460,10 +460,8 @@ class Selection:
     @property
     def is_stored(self) -> bool:
         """Whether rows of every kept value may lie on the disk, from other runs."""
-        directory = self._shared.entries.directory
-        return directory is not None and all(
-            one.lineage.portable and directory.has(one.name) for one in self.kept
-        )
+        entries = self._shared.entries
+        return all(one.lineage.portable and entries.has(one.name) for one in self.kept)
 
     def find(self, keys: Keys) -> dict[int, np.ndarray]:
         """Returns the place of each row in the table of each kept value, -1 for unknown ones."""

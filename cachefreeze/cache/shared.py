@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from cachefreeze.cache.binding import Binding
+from cachefreeze.cache.codec import INT8_ERROR, can_be_rounded
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.moving import Moving
@@ -19,6 +20,8 @@ from cachefreeze.keys import Weights
 _log = logging.getLogger("cachefreeze")
 # Share of the time of served calls that goes into checks beyond what must be.
 _SHARE = 0.01
+# Rounding of another order of additions, as a share of the largest number.
+_CLOSE = 1e-4
 
 
 class Filled(BaseException):
@@ -122,6 +125,18 @@ class Shared:
             rows: Keys of its rows, for each of the tensors that it is made of.
         """
         return any(route.would_serve(rows) for route in self.routes())
+
+    def closeness(self, value: Tensor) -> float:
+        """Returns how far a kept value may be from a computed one under exact=False.
+
+        Args:
+            value: Computed value.
+
+        Returns:
+            Largest difference, as a share of the largest number.
+        """
+        rounded = self.entries.codec == "int8" and can_be_rounded(value.dtype)
+        return INT8_ERROR if rounded else _CLOSE
 
     def may_check(self) -> bool:
         """Says whether there is time for a check: at most 1 % of what served calls took."""

@@ -20,6 +20,7 @@ FREE = {
     "cache",
     "cache_dir",
     "cache_max_gb",
+    "cache_codec",
     "checkpoint_every",
     "tensorboard",
     "workers",

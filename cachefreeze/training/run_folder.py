@@ -8,7 +8,7 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import lock_folder, unlock_file, why_not_writable, write_atomically
-from cachefreeze.segments.directory import Directory, is_directory
+from cachefreeze.store.directory import Directory, is_directory
 
 
 class RunFolder:

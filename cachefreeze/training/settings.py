@@ -54,6 +54,7 @@ class Settings:
     cache: bool
     cache_dir: Path
     cache_max_gb: float | None
+    cache_codec: str
     plan: bool
     rows: tuple[int, int] | None  # with plan only
     classes: int | None  # with plan only

@@ -345,8 +345,12 @@ class Trainer:
             return
         self._kept = self.scheduler.frontier
         if self.cache is None:
-            directory, max_bytes = self.settings.cache_dir, self.settings.cache_bytes
-            cache = ActivationCache(self.model, directory=directory, max_bytes=max_bytes)
+            cache = ActivationCache(
+                self.model,
+                directory=self.settings.cache_dir,
+                max_bytes=self.settings.cache_bytes,
+                codec=self.settings.cache_codec,
+            )
             self.cache = self._open.enter_context(cache)
         if not self.step:  # rows are kept as the first epoch passes
             return

@@ -17,7 +17,7 @@ from torch import nn
 from cachefreeze import ActivationCache
 from cachefreeze.cache import activation_cache, entries
 from cachefreeze.errors import UserError
-from cachefreeze.segments.inspect import inspect
+from cachefreeze.store.inspect import inspect
 
 from .harness import BATCH, Net, assert_same, batches, images, net, plainly, served
 

@@ -10,7 +10,7 @@ from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.layout import Layout
 from cachefreeze.keys import batch_key, row_keys
 from cachefreeze.lineage import Axis
-from cachefreeze.segments import Index
+from cachefreeze.store import Index
 
 
 def keys_of(numbers: np.ndarray) -> np.ndarray:

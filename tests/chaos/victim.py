@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.cache import pace
-from cachefreeze.segments import format as segment_format
-from cachefreeze.segments.format import NEW
+from cachefreeze.store import format as store_format
+from cachefreeze.store.format import NEW
 from cachefreeze.train import main
 from cachefreeze.training import checkpoint, forecast
 from cachefreeze.training.trainer import Trainer
@@ -141,7 +141,7 @@ def live(request: dict[str, Any]) -> int:
 
 def nursery() -> None:
     # So that few rows make several chunks.
-    segment_format.CHUNK_BYTES = 2**18
+    store_format.CHUNK_BYTES = 2**18
     # What is kept and saved must not depend on how fast the machine is just now.
     pace._FREE_SECONDS = checkpoint.TIME_SHARE = float("inf")
     forecast.COMPARED = forecast.TRACED = 0

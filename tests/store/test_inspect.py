@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cachefreeze.segments import inspect as segment_inspect
-from cachefreeze.segments.budget import disk_bytes
-from cachefreeze.segments.format import JOURNAL, USED
-from cachefreeze.segments.inspect import inspect, prune, verify
-from cachefreeze.segments.locks import refuse, remove
+from cachefreeze.store import inspect as store_inspect
+from cachefreeze.store.budget import disk_bytes
+from cachefreeze.store.format import JOURNAL, USED
+from cachefreeze.store.inspect import inspect, prune, verify
+from cachefreeze.store.locks import refuse, remove
 
 from .harness import NAME, segments, write
 
@@ -30,7 +30,7 @@ def test_a_segment_that_goes_while_somebody_looks_is_no_problem(
             remove(folder)
         return nbytes
 
-    monkeypatch.setattr(segment_inspect, "disk_bytes", count_and_remove)
+    monkeypatch.setattr(store_inspect, "disk_bytes", count_and_remove)
     (report,) = inspect(path)
     assert (report.problems, report.segments) == ([], 1)
     assert report.nbytes == disk_bytes(left)

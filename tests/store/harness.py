@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cachefreeze.segments import Directory, Row, Rows
+from cachefreeze.store import Directory, Row, Rows
 
 NAME = bytes(range(16))
 ROW = Row((3, 4), "float32")

@@ -15,6 +15,10 @@ import numpy as np
 from cachefreeze.files import open_regular
 
 FORMAT = 1
+# Rows as they are, or compressed one by one.
+CODECS = ("raw", "zstd")
+# Higher levels take twice the time and gain nothing: activations repeat nothing but zeros.
+ZSTD_LEVEL = 1
 # Few files, and no more than a killed run may lose.
 CHUNK_BYTES, CHUNK_ROWS = 8 * 2**20, 4096
 # A raw chunk file is its rows' bytes, and their CRC32C.
@@ -90,20 +94,31 @@ class Layout:
     Args:
         row: How one row lies in memory.
         chunk_rows: Number of rows in a chunk.
+        codec: How rows are written, one of `CODECS`.
     """
 
     row: Row
     chunk_rows: int
+    codec: str = "raw"
 
     @classmethod
-    def of(cls, row: Row) -> "Layout":
+    def of(cls, row: Row, codec: str = "raw") -> "Layout":
         """The layout that is written for such rows."""
-        return cls(row, min(max(CHUNK_BYTES // row.nbytes, 1), CHUNK_ROWS))
+        return cls(row, min(max(CHUNK_BYTES // row.nbytes, 1), CHUNK_ROWS), codec)
 
     @property
     def values_bytes(self) -> int:
-        """Bytes of a chunk file of values."""
-        return self.chunk_rows * self.row.nbytes + CHECKSUM_BYTES
+        """Largest number of bytes of a chunk file of values. If raw, all have so many."""
+        if self.codec == "raw":
+            return self.chunk_rows * self.row.nbytes + CHECKSUM_BYTES
+        # zstd adds a 256th and 64 bytes at most to what it cannot compress.
+        most = self.row.nbytes + self.row.nbytes // 256 + 64
+        return self.chunk_rows * most + self.index_bytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes at the end of a compressed chunk file that say where rows lie in it."""
+        return 16 * self.chunk_rows + CHECKSUM_BYTES
 
     @property
     def keys_bytes(self) -> int:
@@ -151,6 +166,7 @@ def metadata(name: str, layout: Layout, about: Mapping[str, Any], slots: int) ->
         "dims": list(row.dims),
         "dtype": row.dtype,
         "chunk_rows": layout.chunk_rows,
+        "codec": layout.codec,
         "about": dict(about),
     }
     group = {
@@ -166,8 +182,8 @@ def metadata(name: str, layout: Layout, about: Mapping[str, Any], slots: int) ->
         raise ValueError("what is said about a value is longer than a megabyte")
     return {
         "zarr.json": content,
-        "values/zarr.json": _array(layout.chunk_rows, row.dims, row, slots),
-        "keys/zarr.json": _array(layout.chunk_rows, (KEY_BYTES,), Row((), "uint8"), slots),
+        "values/zarr.json": _array(layout, slots),
+        "keys/zarr.json": _array(Layout(Row((KEY_BYTES,), "uint8"), layout.chunk_rows), slots),
     }
 
 
@@ -176,21 +192,35 @@ def slots_offset(content: str) -> int:
     return content.index('"shape": [') + len('"shape": [')
 
 
-def _array(chunk_rows: int, dims: tuple[int, ...], row: Row, slots: int) -> str:
+def _array(layout: Layout, slots: int) -> str:
+    row = layout.row
     order = {"configuration": {"endian": "little"}}
     many_bytes = np.dtype(row.stored).itemsize > 1
+    to_bytes = {"name": "bytes", **(order if many_bytes else {})}
+    codecs: list[dict[str, Any]] = [to_bytes, {"name": "crc32c"}]
+    if layout.codec == "zstd":
+        shard = {
+            "chunk_shape": [1, *row.dims],
+            "codecs": [
+                to_bytes,
+                {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}},
+            ],
+            "index_codecs": [{"name": "bytes", **order}, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        codecs = [{"name": "sharding_indexed", "configuration": shard}]
     found = {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": ["slots", *dims],
+        "shape": ["slots", *row.dims],
         "data_type": row.stored,
         "chunk_grid": {
             "name": "regular",
-            "configuration": {"chunk_shape": [chunk_rows, *dims]},
+            "configuration": {"chunk_shape": [layout.chunk_rows, *row.dims]},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": _FILL[row.dtype],
-        "codecs": [{"name": "bytes", **(order if many_bytes else {})}, {"name": "crc32c"}],
+        "codecs": codecs,
         "attributes": {"dtype": "bfloat16"} if row.dtype == "bfloat16" else {},
     }
     return json.dumps(found).replace('"slots"', f"{slots:>{SLOT_DIGITS}}", 1)
@@ -221,7 +251,10 @@ def read_head(folder: Path, name: str) -> Head:
         if said["set"] != name:
             raise SegmentError(f"{path} belongs to another set: this segment is not read")
         row = Row(tuple(said["dims"]), str(said["dtype"]))
-        head = Head(Layout(row, said["chunk_rows"]), dict(said["about"]))
+        if said["codec"] not in CODECS:
+            found = f"{said['codec']!r:.40}"
+            raise SegmentError(f"{path} has the codec {found}: this segment is not read")
+        head = Head(Layout(row, said["chunk_rows"], said["codec"]), dict(said["about"]))
         most = Layout.of(row).chunk_rows
         if type(head.layout.chunk_rows) is not int or not 1 <= head.layout.chunk_rows <= most:
             raise ValueError("no chunk has so many rows")

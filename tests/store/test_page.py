@@ -1,4 +1,4 @@
-"""What docs/segments.md shows happens."""
+"""What docs/store-format.md shows happens."""
 
 import re
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachefreeze.segments import Row
-from cachefreeze.segments.journal import LINE_BYTES
+from cachefreeze.store import Row
+from cachefreeze.store.journal import LINE_BYTES
 
 from .harness import ABOUT, keys_of, rows_of, segments, write
 
-PAGE = (Path(__file__).parents[2] / "docs" / "segments.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "store-format.md").read_text()
 
 
 def test_the_example_of_the_page_reads_a_segment(path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    _, example = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     row = Row((2, 3), "bfloat16")
     numbers = np.arange(19)
     write(path, numbers, row=row)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from cachefreeze.files import human_bytes
-from cachefreeze.segments.budget import Budget
-from cachefreeze.segments.format import Layout
-from cachefreeze.segments.locks import refuse, remove
-from cachefreeze.segments.segment import Buffer, SegmentWriter
+from cachefreeze.store.budget import Budget
+from cachefreeze.store.format import Layout
+from cachefreeze.store.locks import refuse, remove
+from cachefreeze.store.segment import Buffer, SegmentWriter
 
 # Chunks that wait for the disk: more would hide a slow disk in memory.
 MOST_WAITING = 2
@@ -49,9 +49,7 @@ class Writer:
             buffer: Rows of the chunk.
         """
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._run, name="cachefreeze-segments", daemon=True
-            )
+            self._thread = threading.Thread(target=self._run, name="cachefreeze-store", daemon=True)
             self._thread.start()
         self._jobs.put((appender, buffer))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefreeze.segments import format as segment_format
+from cachefreeze.store import format as store_format
 
 from .harness import CHUNK_ROWS
 
@@ -12,7 +12,7 @@ from .harness import CHUNK_ROWS
 @pytest.fixture(autouse=True)
 def _small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "real_chunks" not in request.fixturenames:
-        monkeypatch.setattr(segment_format, "CHUNK_ROWS", CHUNK_ROWS)
+        monkeypatch.setattr(store_format, "CHUNK_ROWS", CHUNK_ROWS)
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from cachefreeze.segments.appending import Appender, Writer
-from cachefreeze.segments.format import Layout, Row
-from cachefreeze.segments.found import Found
-from cachefreeze.segments.locks import Held, refuse
-from cachefreeze.segments.reading import Files
+from cachefreeze.store.appending import Appender, Writer
+from cachefreeze.store.format import Layout, Row
+from cachefreeze.store.found import Found
+from cachefreeze.store.locks import Held, refuse
+from cachefreeze.store.reading import Files
 
 
 class Rows:
@@ -24,6 +24,7 @@ class Rows:
         files: Chunk files that are open.
         writer: Thread that writes.
         tell: Function that takes a sentence for the user.
+        codec: How new rows are written, one of `CODECS`.
     """
 
     def __init__(
@@ -35,12 +36,13 @@ class Rows:
         files: Files,
         writer: Writer,
         tell: Callable[[str], None],
+        codec: str = "raw",
     ) -> None:
         self.row = row
         self._folder = folder
         self._tell = tell
         self._found = Found(folder, row, held, files, tell)
-        self._appender = Appender(folder, Layout.of(row), about, writer)
+        self._appender = Appender(folder, Layout.of(row, codec), about, writer)
         self._wrong = False
         self.refresh()
 
@@ -71,6 +73,39 @@ class Rows:
             out: Memory that the rows are copied to, uint8 of shape (n, row_bytes).
         """
         return self._found.read(places, out)
+
+    def chunks(self, places: np.ndarray) -> list[int]:
+        """Returns the chunks that rows lie in, each once.
+
+        Args:
+            places: Places of the rows.
+        """
+        return self._found.chunks(places)
+
+    def expect(self, places: np.ndarray) -> None:
+        """Has the system read rows ahead, so that the disk works while others are read.
+
+        Args:
+            places: Places of the rows. Those that are -1 are left out.
+        """
+        self._found.expect(places)
+
+    def load(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Reads all rows of a chunk.
+
+        Args:
+            chunk: What `chunks` has returned.
+
+        Returns:
+            Keys of the rows, of shape (n, 2), and rows, uint8 of shape (n, row_bytes), or None if
+            the chunk is damaged or was removed.
+        """
+        return self._found.load(chunk)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the rows of a chunk, at most."""
+        return self._appender.chunk_bytes
 
     def append(self, keys: np.ndarray, rows: np.ndarray) -> None:
         """Keeps rows that are not there yet.

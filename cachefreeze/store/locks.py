@@ -18,7 +18,7 @@ from cachefreeze.files import (
     unlock_file,
     write_atomically,
 )
-from cachefreeze.segments.format import LOCK, REFUSED, TRASH, USED, is_folder
+from cachefreeze.store.format import LOCK, REFUSED, TRASH, USED, is_folder
 
 # Each is an open file. What was read longest ago loses its lock, and may be removed by others.
 MOST_HELD = 128

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cachefreeze.segments import Directory
-from cachefreeze.segments.budget import Budget, disk_bytes, segment_folders
-from cachefreeze.segments.format import USED, Layout, Row
-from cachefreeze.segments.inspect import prune
+from cachefreeze.store import Directory
+from cachefreeze.store.budget import Budget, disk_bytes, segment_folders
+from cachefreeze.store.format import USED, Layout, Row
+from cachefreeze.store.inspect import prune
 
 from .harness import ABOUT, NAME, fork, forked, keys_of, read, rows_of, segments, wait
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import google_crc32c
 
 from cachefreeze.files import open_regular
-from cachefreeze.segments.format import SegmentError
+from cachefreeze.store.format import SegmentError
 
 # Number of the chunk, rows in it, CRC32C of the rows and of the keys, CRC32C of the line.
 _LINE = re.compile(rb"(\d{8} (\d{4}) ([0-9a-f]{8}) ([0-9a-f]{8})) ([0-9a-f]{8})\n")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from cachefreeze.errors import UserError
-from cachefreeze.segments import Directory
-from cachefreeze.segments.budget import Budget
-from cachefreeze.segments.format import LOCK, NEW, TRASH, USED
-from cachefreeze.segments.inspect import inspect, prune, verify
-from cachefreeze.segments.locks import in_use
+from cachefreeze.store import Directory
+from cachefreeze.store.budget import Budget
+from cachefreeze.store.format import LOCK, NEW, TRASH, USED
+from cachefreeze.store.inspect import inspect, prune, verify
+from cachefreeze.store.locks import in_use
 
 from .harness import (
     ABOUT,

@@ -11,7 +11,8 @@ import google_crc32c
 import numpy as np
 
 from cachefreeze.files import PARTIAL, remove_tree, sync_folder, unlock_file
-from cachefreeze.segments.format import (
+from cachefreeze.store.codecs import compress
+from cachefreeze.store.format import (
     CHECKSUM_BYTES,
     JOURNAL,
     KEY_BYTES,
@@ -24,8 +25,8 @@ from cachefreeze.segments.format import (
     metadata,
     slots_offset,
 )
-from cachefreeze.segments.journal import MOST_CHUNKS, Chunk
-from cachefreeze.segments.locks import Gone, share
+from cachefreeze.store.journal import MOST_CHUNKS, Chunk
+from cachefreeze.store.locks import Gone, share
 
 # Of one write call: larger pieces are slower in a virtual machine, for each takes fresh pages.
 _WRITE_BYTES = 2**20
@@ -141,14 +142,17 @@ class SegmentWriter:
             raise OSError(errno.EFBIG, "the segment has all the chunks that its journal can name")
         if not buffer.is_full:
             buffer.clear_rest()
-        checksums = [
-            self._write_chunk(self.folder / name, content, buffer.count * row_bytes)
-            for name, content, row_bytes in (
-                (layout.values_name(number), buffer.values, layout.row.nbytes),
-                (layout.keys_name(number), buffer.keys, KEY_BYTES),
-            )
-        ]
-        line = Chunk(number, buffer.count, checksums[0], checksums[1]).line(self.folder.name)
+        values, keys = (
+            self.folder / name(number) for name in (layout.values_name, layout.keys_name)
+        )
+        if layout.codec == "raw":
+            checksum = self._write_rows(values, buffer.values, buffer.count * layout.row.nbytes)
+        else:
+            content = compress(layout, buffer.values[: buffer.count])
+            checksum = google_crc32c.value(content)
+            self._write_chunk(values, [(0, memoryview(content))])
+        keys_checksum = self._write_rows(keys, buffer.keys, buffer.count * KEY_BYTES)
+        line = Chunk(number, buffer.count, checksum, keys_checksum).line(self.folder.name)
         _write_all(self._journal, memoryview(line))
         self._chunks += 1
         self._slots += buffer.count
@@ -156,12 +160,15 @@ class SegmentWriter:
         for file, offset in self._metadata:
             os.pwrite(file, f"{self._slots:>{SLOT_DIGITS}}".encode(), offset)
 
-    def _write_chunk(self, path: Path, content: np.ndarray, used: int) -> int:
+    def _write_rows(self, path: Path, content: np.ndarray, used: int) -> int:
         flat = content.reshape(-1).view(np.uint8)
         checksum = google_crc32c.value(flat)
         tail = memoryview(checksum.to_bytes(CHECKSUM_BYTES, "little"))
         # A chunk that is not full has a hole between its rows and its checksum.
-        parts = [(0, flat[:used].data), (len(flat), tail)]
+        self._write_chunk(path, [(0, flat[:used].data), (len(flat), tail)])
+        return checksum
+
+    def _write_chunk(self, path: Path, parts: Sequence[tuple[int, memoryview]]) -> None:
         partial = path.with_name(f"{path.name}{PARTIAL}")
         try:
             # Not synced, which takes four times as long: only a machine that loses its power can
@@ -171,7 +178,6 @@ class SegmentWriter:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        return checksum
 
     def close(self) -> None:
         """Ends the segment: what is written stays, and others may remove it."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cachefreeze.segments import Directory
-from cachefreeze.segments.format import Layout, Row, metadata
-from cachefreeze.segments.inspect import inspect, prune, verify
-from cachefreeze.segments.journal import Chunk
+from cachefreeze.store import Directory
+from cachefreeze.store.format import Layout, Row, metadata
+from cachefreeze.store.inspect import inspect, prune, verify
+from cachefreeze.store.journal import Chunk
 
 from .harness import ABOUT, CHUNK_ROWS, NAME, ROW, keys_of, read, segments, write
 

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cachefreeze.errors import UserError
-from cachefreeze.segments import Directory, Row
-from cachefreeze.segments import reading as segment_reading
+from cachefreeze.store import Directory, Row
+from cachefreeze.store import reading as store_reading
 
 from .harness import (
     ABOUT,
@@ -259,7 +259,7 @@ def test_appending_does_not_wait_for_the_disk(path: Path, monkeypatch: pytest.Mo
 def test_few_files_are_open_whatever_the_number_of_chunks(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segment_reading, "OPEN_FILES", 16)
+    monkeypatch.setattr(store_reading, "OPEN_FILES", 16)
     write(path, np.arange(800))
     directory = Directory(path, None)
     rows = directory.rows(NAME, ROW, ABOUT)
@@ -276,7 +276,7 @@ def test_a_program_that_ends_without_closing_has_written_its_rows(
 ) -> None:
     code = (
         "import sys; from pathlib import Path; import numpy as np\n"
-        "from tests.segments.harness import *\n"
+        "from tests.store.harness import *\n"
         "directory = Directory(Path(sys.argv[1]), None)\n"
         "rows = directory.rows(NAME, ROW, ABOUT)\n"
         "rows.append(keys_of(np.arange(5)), rows_of(np.arange(5)))\n"

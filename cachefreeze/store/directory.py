@@ -10,12 +10,12 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import open_regular, why_not_writable, write_atomically
-from cachefreeze.segments.appending import Writer
-from cachefreeze.segments.budget import Budget
-from cachefreeze.segments.format import Layout, Row, metadata
-from cachefreeze.segments.locks import Held
-from cachefreeze.segments.reading import Files
-from cachefreeze.segments.rows import Rows
+from cachefreeze.store.appending import Writer
+from cachefreeze.store.budget import Budget
+from cachefreeze.store.format import Layout, Row, metadata
+from cachefreeze.store.locks import Held
+from cachefreeze.store.reading import Files
+from cachefreeze.store.rows import Rows
 
 # Backup programs know the first line by its standard (bford.info/cachedir).
 TAG = (
@@ -60,13 +60,14 @@ class Directory:
             )
         _open.add(self)
 
-    def rows(self, name: bytes, row: Row, about: Mapping[str, Any]) -> Rows:
+    def rows(self, name: bytes, row: Row, about: Mapping[str, Any], codec: str = "raw") -> Rows:
         """Returns the rows of one kind of value.
 
         Args:
             name: Hash of how the value is made and of the bits that it is made from, 16 bytes.
             row: How a row lies in memory.
             about: What to say about the value, as plain JSON, for people.
+            codec: How new rows are written, "raw" or "zstd". Both are read whatever it is.
 
         Raises:
             ValueError: the set was opened with another row, or `about` is no plain JSON.
@@ -78,7 +79,7 @@ class Directory:
             metadata(name.hex(), Layout.of(row), about, 0)
             folder = self._path / name.hex()
             held, files, writer = self._held, self._files, self._writer
-            found = Rows(folder, row, about, held, files, writer, self._tell)
+            found = Rows(folder, row, about, held, files, writer, self._tell, codec)
             self._rows[name] = found
         if found.row != row:
             raise ValueError(f"{name.hex()} holds {found.row}, and not {row}")

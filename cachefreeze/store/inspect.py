@@ -10,20 +10,21 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.files import PARTIAL, open_regular
-from cachefreeze.segments.budget import disk_bytes, named_folders, remove_trash, segment_folders
-from cachefreeze.segments.directory import is_directory
-from cachefreeze.segments.format import (
+from cachefreeze.store.budget import disk_bytes, named_folders, remove_trash, segment_folders
+from cachefreeze.store.directory import is_directory
+from cachefreeze.store.format import (
     JOURNAL,
     NEW,
     Head,
+    Layout,
     Row,
     SegmentError,
     is_folder,
     read_head,
 )
-from cachefreeze.segments.journal import Chunk, read_lines
-from cachefreeze.segments.locks import in_use, is_refused, last_use, remove
-from cachefreeze.segments.reading import Damaged, check_file
+from cachefreeze.store.journal import Chunk, read_lines
+from cachefreeze.store.locks import in_use, is_refused, last_use, remove
+from cachefreeze.store.reading import Damaged, check_values, read_keys
 
 # What is being made is younger, unless its process was killed.
 _OLD_SECONDS = 3600.0
@@ -123,28 +124,28 @@ def verify(directory: Path) -> Iterator[str]:
         if problem is not None:
             yield problem
         for chunk in chunks:
-            layout = head.layout
-            for name, size, checksum in (
-                (layout.values_name(chunk.number), layout.values_bytes, chunk.values),
-                (layout.keys_name(chunk.number), layout.keys_bytes, chunk.keys),
-            ):
-                sentence = _damage(folder / name, size, checksum)
-                if sentence is not None and is_folder(folder):
-                    yield sentence
+            for check in (_check_values, _check_keys):
+                try:
+                    check(folder, head.layout, chunk)
+                except Damaged as error:
+                    if is_folder(folder):
+                        yield str(error)
 
 
-def _damage(path: Path, size: int, checksum: int) -> str | None:
+def _check_values(folder: Path, layout: Layout, chunk: Chunk) -> None:
+    path = folder / layout.values_name(chunk.number)
     try:
         file = open_regular(path, os.O_RDONLY)
         try:
-            check_file(file, path, size, checksum)
+            check_values(file, path, layout, chunk)
         finally:
             os.close(file)
-    except Damaged as error:
-        return str(error)
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
-    return None
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _check_keys(folder: Path, layout: Layout, chunk: Chunk) -> None:
+    read_keys(folder / layout.keys_name(chunk.number), layout, chunk)
 
 
 def _read(folder: Path) -> tuple[Head, list[Chunk], str | None]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cachefreeze.files import entries_below, remove_tree
-from cachefreeze.segments.format import JOURNAL, NAME, TRASH, is_folder
-from cachefreeze.segments.journal import LINE_BYTES
-from cachefreeze.segments.locks import is_refused, last_use, remove
+from cachefreeze.store.format import JOURNAL, NAME, TRASH, is_folder
+from cachefreeze.store.journal import LINE_BYTES
+from cachefreeze.store.locks import is_refused, last_use, remove
 
 
 def segment_folders(directory: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cachefreeze.segments.format import (
+from cachefreeze.store.format import (
     JOURNAL,
     NAME,
     Layout,
@@ -18,15 +18,17 @@ from cachefreeze.segments.format import (
     is_folder,
     read_head,
 )
-from cachefreeze.segments.index import Index
-from cachefreeze.segments.journal import LINE_BYTES, Chunk, read_lines
-from cachefreeze.segments.locks import Gone, Held, is_refused
-from cachefreeze.segments.reading import Damaged, Files, Source, read_keys
+from cachefreeze.store.index import Index
+from cachefreeze.store.journal import LINE_BYTES, Chunk, read_lines
+from cachefreeze.store.locks import Gone, Held, is_refused
+from cachefreeze.store.reading import Damaged, Files, Source, read_keys
 
 # The source of a row that is not served any more.
 _NOWHERE = -1
 # Keys that are added at once: adding a few has a price of its own.
 _KEYS_AT_ONCE = 2**18
+# Chunks that are read ahead at once: 128 MB, which the system must have room for.
+_MOST_EXPECTED = 16
 
 
 @dataclass(eq=False)
@@ -122,6 +124,9 @@ class Found:
         good[positions] = True
         memory = out.reshape(-1).data
         bounds = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(order)]
+        unread = [one for one in bounds[:-1] if self._sources[chunks[one]].checked is None]
+        for one in unread[:_MOST_EXPECTED]:
+            self._files.expect(self._sources[chunks[one]], ())
         held: Path | None = None
         for start, end in itertools.pairwise(bounds):
             source = self._sources[chunks[start]]
@@ -134,6 +139,62 @@ class Found:
                 self._lost(source, error)
                 good[positions[start:end]] = False
         return good
+
+    def chunks(self, places: np.ndarray) -> list[int]:
+        """Returns the chunks that rows lie in, each once.
+
+        Args:
+            places: Places of the rows.
+        """
+        with self._guard:
+            sources = np.unique(self._source[places])
+        return sources[sources != _NOWHERE].tolist()
+
+    def expect(self, places: np.ndarray) -> None:
+        """Has the system read rows ahead, so that the disk works while others are read.
+
+        Of a chunk that was not read yet all is read, for its checksum is one of all.
+
+        Args:
+            places: Places of the rows. Those that are -1 are left out.
+        """
+        with self._guard:
+            known = places[places >= 0]
+            sources, slots = self._source[known], self._slot[known]
+        chunks, first = np.unique(sources, return_index=True)
+        unread = 0
+        # In the order in which they are read.
+        for chunk in chunks[np.argsort(first)].tolist():
+            if chunk == _NOWHERE:
+                continue
+            source = self._sources[chunk]
+            unread += source.checked is None
+            if source.checked is not None or unread <= _MOST_EXPECTED:
+                self._files.expect(source, slots[sources == chunk].tolist())
+
+    def load(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Reads all rows of a chunk.
+
+        Args:
+            chunk: What `chunks` has returned.
+
+        Returns:
+            Keys of the rows, of shape (n, 2), and rows, uint8 of shape (n, row_bytes), or None if
+            the chunk is damaged or was removed.
+        """
+        source = self._sources[chunk]
+        try:
+            self._held.hold(source.folder)
+            rows = self._files.load(source)
+        except (Gone, Damaged) as error:
+            self._lost(source, error)
+            return None
+        with self._guard:
+            places = np.flatnonzero(self._source[: len(self._index)] == chunk)
+            slots, keys = self._slot[places], self._index.keys(places)
+        # Of rows that lie in two segments, one of the two is served.
+        all_of_them = np.array_equal(slots, np.arange(len(rows)))
+        return keys, rows if all_of_them else rows[slots]
 
     def _lost(self, source: Source, error: Exception) -> None:
         if isinstance(error, Gone) or not is_folder(source.folder):

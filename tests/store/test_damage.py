@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachefreeze.segments import Directory, Row
-from cachefreeze.segments.inspect import inspect, verify
-from cachefreeze.segments.journal import Chunk
+from cachefreeze.store import Directory, Row
+from cachefreeze.store.inspect import inspect, verify
+from cachefreeze.store.journal import Chunk
 
 from .harness import (
     ABOUT,
@@ -37,7 +37,7 @@ COUNT = 5 * CHUNK_ROWS + 3
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two segments with different rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cachefreeze.segments.format.CHUNK_ROWS", CHUNK_ROWS)
+        patch.setattr("cachefreeze.store.format.CHUNK_ROWS", CHUNK_ROWS)
         path = tmp_path_factory.mktemp("written") / "cache"
         write(path, np.arange(COUNT))
         write(path, np.arange(COUNT, 2 * COUNT))
@@ -173,7 +173,7 @@ def test_rows_that_were_lost_are_found_where_they_were_written_again(copy: Path)
 def test_a_file_that_is_exchanged_after_it_was_checked_is_checked_again(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cachefreeze.segments.reading.OPEN_FILES", 1)
+    monkeypatch.setattr("cachefreeze.store.reading.OPEN_FILES", 1)
     directory = Directory(copy, None)
     rows = directory.rows(NAME, ROW, ABOUT)
     numbers = np.arange(2 * COUNT)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cachefreeze.segments import Directory
-from cachefreeze.segments.inspect import prune, verify
+from cachefreeze.store import Directory
+from cachefreeze.store.inspect import prune, verify
 
 from .harness import ABOUT, CHUNK_ROWS, NAME, ROW, fork, keys_of, read, rows_of, segments, wait
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cachefreeze.segments import Directory, Row
-from cachefreeze.segments.inspect import verify
+from cachefreeze.store import Directory, Row
+from cachefreeze.store.inspect import verify
 
 from ..conftest import file_size_limit
 from .harness import (

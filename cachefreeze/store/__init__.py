@@ -1,0 +1,8 @@
+"""Rows on disk and what they are found by. Knows no model and names no tensor."""
+
+from cachefreeze.store.directory import Directory
+from cachefreeze.store.format import Row
+from cachefreeze.store.index import Index
+from cachefreeze.store.rows import Rows
+
+__all__ = ["Directory", "Index", "Row", "Rows"]

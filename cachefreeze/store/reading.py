@@ -1,0 +1,306 @@
+"""Reading the chunk files of segments."""
+
+import contextlib
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+
+from cachefreeze.files import open_regular
+from cachefreeze.store.codecs import decompress, places
+from cachefreeze.store.format import CHECKSUM_BYTES, KEY_BYTES, Layout, SegmentError
+from cachefreeze.store.journal import Chunk
+
+# Opening a file for a single row costs as much as the row.
+OPEN_FILES = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8, 256), 16)
+# Of one read while a chunk is checked: it stays in the processor's cache.
+_PIECE_BYTES = 2**18
+# Most buffers that one call may fill.
+_MOST_BUFFERS = 1024
+
+
+class Damaged(Exception):  # noqa: N818
+    """A chunk file that is not what was written. One sentence, with the path."""
+
+
+@dataclass(eq=False, slots=True)
+class Source:
+    """A chunk of values that rows are read from.
+
+    Args:
+        folder: Folder of the segment.
+        layout: How the rows lie.
+        chunk: What the journal says about it.
+
+    Attributes:
+        checked: Identity of the file whose bytes were found to be right, or None.
+    """
+
+    folder: Path
+    layout: Layout
+    chunk: Chunk
+    checked: tuple[int, int, int] | None = field(default=None, init=False)
+
+    @property
+    def path(self) -> str:
+        """Path of the chunk file."""
+        return f"{self.folder}/{self.layout.values_name(self.chunk.number)}"
+
+
+class _Open(NamedTuple):
+    number: int
+    # Where each row begins and its length, if rows are compressed.
+    places: list[tuple[int, int]] | None
+
+
+class Files:
+    """Chunk files that are open. Several threads may read with one, one after another.
+
+    `pread` in the place of maps: a disk that fails is then an OSError, and no end of the process.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Source, _Open] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def read(self, source: Source, slots: list[int], positions: list[int], out: memoryview) -> None:
+        """Copies rows of one chunk.
+
+        Args:
+            source: Chunk that holds the rows.
+            slots: Numbers of the rows in the chunk, ascending.
+            positions: Number of the row in `out` that each is copied to.
+            out: Memory of all rows, one after another.
+
+        Raises:
+            Damaged: the file is not what was written, or the disk fails.
+        """
+        with self._guard:
+            try:
+                file = self._file(source)
+                size = source.layout.row.nbytes
+                if file.places is None:
+                    _read_rows(file.number, size, slots, positions, out)
+                    return
+                for slot, position in zip(slots, positions, strict=True):
+                    start, length = file.places[slot]
+                    frame = os.pread(file.number, length, start)
+                    part = out[position * size : (position + 1) * size]
+                    decompress(frame, np.frombuffer(part, np.uint8))
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise Damaged(f"{source.path} cannot be read ({reason})") from error
+            except SegmentError as error:
+                raise Damaged(f"{source.path} {error}") from error
+
+    def load(self, source: Source) -> np.ndarray:
+        """Reads and checks all rows of one chunk, which costs no more than to check it.
+
+        Args:
+            source: Chunk that holds the rows.
+
+        Returns:
+            Rows, uint8 of shape (rows, row_bytes).
+
+        Raises:
+            Damaged: the file is not what was written, or the disk fails.
+        """
+        layout, chunk = source.layout, source.chunk
+        try:
+            file = open_regular(source.path, os.O_RDONLY)
+            try:
+                length = min(os.fstat(file).st_size, layout.values_bytes)
+                content = np.empty(length, dtype=np.uint8)
+                check_values(file, source.path, layout, chunk, content)
+                source.checked = _identity(file)
+            finally:
+                os.close(file)
+            size = layout.row.nbytes
+            if layout.codec == "raw":
+                return content[: chunk.rows * size].reshape(chunk.rows, size)
+            rows = np.empty((chunk.rows, size), dtype=np.uint8)
+            tail = content[length - layout.index_bytes :].tobytes()
+            for row, (start, count) in zip(
+                rows, places(layout, chunk.rows, length, tail), strict=True
+            ):
+                decompress(content[start : start + count].tobytes(), row)
+            return rows
+        except OSError as error:
+            raise Damaged(f"{source.path} cannot be read ({error.strerror or error})") from error
+        except SegmentError as error:
+            raise Damaged(f"{source.path} {error}") from error
+
+    def expect(self, source: Source, slots: Sequence[int]) -> None:
+        """Has the system read rows of one chunk ahead, where it can.
+
+        Args:
+            source: Chunk that holds the rows. All of it is read, if it was not read yet.
+            slots: Numbers of the rows in the chunk.
+        """
+        with self._guard, contextlib.suppress(OSError, AttributeError, Damaged, SegmentError):
+            if source.checked is None:
+                file = open_regular(source.path, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
+                return
+            number, where = self._file(source)
+            size = source.layout.row.nbytes
+            for slot in slots:
+                start, length = (slot * size, size) if where is None else where[slot]
+                os.posix_fadvise(number, start, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Closes all files."""
+        with self._guard:
+            for file in self._open.values():
+                os.close(file.number)
+            self._open.clear()
+
+    def leave_to_the_parent(self) -> None:
+        """Takes a new lock, in a forked process: the old one may be held by another thread."""
+        self._guard = threading.Lock()
+
+    def drop(self, source: Source) -> None:
+        """Closes the file of a chunk that is not read any more."""
+        with self._guard:
+            file = self._open.pop(source, None)
+            if file is not None:
+                os.close(file.number)
+
+    def _file(self, source: Source) -> "_Open":
+        known = self._open.get(source)
+        if known is not None:
+            self._open.move_to_end(source)
+            return known
+        if len(self._open) >= OPEN_FILES:
+            _, oldest = self._open.popitem(last=False)
+            os.close(oldest.number)
+        file = open_regular(source.path, os.O_RDONLY)
+        try:
+            identity = _identity(file)
+            # Checked again if it was exchanged since.
+            if source.checked != identity:
+                check_values(file, source.path, source.layout, source.chunk)
+                source.checked = identity
+            where = None
+            if source.layout.codec != "raw":
+                size, length = identity[1], source.layout.index_bytes
+                tail = os.pread(file, length, size - length)
+                where = places(source.layout, source.chunk.rows, size, tail)
+        except BaseException:
+            os.close(file)
+            raise
+        found = self._open[source] = _Open(file, where)
+        return found
+
+
+def _identity(file: int) -> tuple[int, int, int]:
+    found = os.fstat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read_rows(
+    file: int, row_bytes: int, slots: list[int], positions: list[int], out: memoryview
+) -> None:
+    # Most batches have no neighbours: to look for them costs as much as a call.
+    if slots[-1] - slots[0] >= 2 * len(slots):
+        for slot, position in zip(slots, positions, strict=True):
+            start = position * row_bytes
+            part = out[start : start + row_bytes]
+            if os.preadv(file, (part,), slot * row_bytes) != row_bytes:
+                raise OSError("it is cut short")
+        return
+    start = 0
+    while start < len(slots):
+        end = start + 1
+        while end < len(slots) and slots[end] == slots[end - 1] + 1 and end - start < _MOST_BUFFERS:
+            end += 1
+        parts = [out[one * row_bytes : (one + 1) * row_bytes] for one in positions[start:end]]
+        if os.preadv(file, parts, slots[start] * row_bytes) != (end - start) * row_bytes:
+            raise OSError("it is cut short")
+        start = end
+
+
+def check_values(
+    file: int, path: str | Path, layout: Layout, chunk: Chunk, out: np.ndarray | None = None
+) -> None:
+    """Compares an open chunk file of values with what the journal says about it.
+
+    Args:
+        file: Descriptor of the file.
+        path: Path of the file, for the message.
+        layout: How the rows lie.
+        chunk: What the journal says.
+        out: Memory that the file is copied to, all but the checksum at its end, if it is wanted.
+
+    Raises:
+        Damaged: it is something else.
+        OSError: the disk fails.
+    """
+    found, most = os.fstat(file).st_size, layout.values_bytes
+    if layout.codec == "raw":
+        if found != most:
+            raise Damaged(f"{path} has {found} bytes instead of {most}")
+    elif not layout.index_bytes < found <= most:
+        raise Damaged(f"{path} has {found} bytes, which no chunk has")
+    crc, tail = _checksums(file, path, found, out)
+    if layout.codec != "raw":
+        # Of the whole file: what stands at its end is the checksum of the index.
+        crc = tail = google_crc32c.extend(crc, tail.to_bytes(CHECKSUM_BYTES, "little"))
+    if not crc == chunk.values == tail:
+        raise Damaged(f"{path} has a wrong checksum")
+
+
+def _checksums(
+    file: int, path: str | Path, size: int, out: np.ndarray | None = None
+) -> tuple[int, int]:
+    """Returns the CRC32C of all but the last bytes of a file, and the one that stands there."""
+    content, offset, crc = size - CHECKSUM_BYTES, 0, 0
+    buffer = np.empty(min(content, _PIECE_BYTES), dtype=np.uint8)
+    while offset < content:
+        length = min(content - offset, len(buffer))
+        piece = buffer[:length] if out is None else out[offset : offset + length]
+        count = os.preadv(file, [piece.data], offset)
+        if not count:
+            raise Damaged(f"{path} is cut short")
+        crc = google_crc32c.extend(crc, piece[:count])
+        offset += count
+    return crc, int.from_bytes(os.pread(file, CHECKSUM_BYTES, content), "little")
+
+
+def read_keys(path: Path, layout: Layout, chunk: Chunk) -> np.ndarray:
+    """Returns the keys of a chunk, of shape (rows, 2).
+
+    Args:
+        path: Path of the chunk file of keys.
+        layout: How the rows lie.
+        chunk: What the journal says about it.
+
+    Raises:
+        Damaged: the file is not what was written, or the disk fails.
+    """
+    try:
+        file = open_regular(path, os.O_RDONLY)
+        try:
+            found = os.fstat(file).st_size
+            # Compared before it is read: at most 4096 keys.
+            content = os.pread(file, layout.keys_bytes, 0) if found == layout.keys_bytes else b""
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from error
+    if len(content) != layout.keys_bytes:
+        raise Damaged(f"{path} has {found} bytes instead of {layout.keys_bytes}")
+    keys, tail = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
+    if not google_crc32c.value(keys) == chunk.keys == int.from_bytes(tail, "little"):
+        raise Damaged(f"{path} has a wrong checksum")
+    return np.frombuffer(keys[: chunk.rows * KEY_BYTES], dtype=np.uint64).reshape(-1, 2)
