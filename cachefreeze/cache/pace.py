@@ -35,17 +35,27 @@ class Pace:
     """Seconds that a loop has lost by being followed, for all modules of a cache.
 
     Attributes:
-        lost: Seconds that were lost so far, less those that were saved.
+        calls: Seconds that were lost by following calls so far, less those that were saved.
+        once: Seconds that went into what is not done at every call.
     """
 
     def __init__(self) -> None:
-        self.lost = 0.0
+        self.calls = self.once = 0.0
         self._began = perf_counter()
 
     @property
     def is_over(self) -> bool:
         """Whether more was lost than a loop may lose."""
-        return self.lost > _FREE_SECONDS + _SHARE * (perf_counter() - self._began)
+        return self.calls + self.once > self._allowed
+
+    @property
+    def calls_are_over(self) -> bool:
+        """Whether that much was lost by calls alone: what was spent once is not won back."""
+        return self.calls > self._allowed
+
+    @property
+    def _allowed(self) -> float:
+        return _FREE_SECONDS + _SHARE * (perf_counter() - self._began)
 
 
 class Meter:
@@ -73,14 +83,14 @@ class Meter:
         Args:
             kind: What would be done with the call.
         """
-        if len(self._plain) == _PLAIN or not self._pace.is_over:
+        if len(self._plain) == _PLAIN or not self._pace.calls_are_over:
             return False
         return self._counts[kind] > 0 and self._cost(kind) > 0
 
     @property
     def pauses(self) -> bool:
         """Whether calls whose values would only be kept are left alone for now."""
-        return len(self._plain) == _PLAIN and self._pace.is_over
+        return len(self._plain) == _PLAIN and self._pace.calls_are_over
 
     @property
     def may_note(self) -> bool:
@@ -127,11 +137,11 @@ class Meter:
 
     def note_once(self, seconds: float) -> None:
         """Notes seconds that something has cost that is not done at every call."""
-        self._pace.lost += seconds
+        self._pace.once += seconds
 
     def _count(self) -> None:
         lost = sum(self._counts[kind] * self._cost(kind) for kind in Kind if self._counts[kind])
-        self._pace.lost += lost - self._lost
+        self._pace.calls += lost - self._lost
         self._lost = lost
 
     def _cost(self, kind: Kind) -> float:

@@ -350,20 +350,21 @@ class Selection:
             Kept values of that batch, by number.
         """
         known = known or {}
-        found = self.compute(inputs, {number: tensor for number, (tensor, _) in known.items()})
+        given = {number: tensor for number, (tensor, _) in known.items()}
         if self._like is not None and self._like.settled:
             for one, other in zip(self.kept, self._like.kept, strict=True):
                 one.layout = other.layout
-            return found
+            return self.compute(inputs, given)
         layouts = self._shared.layouts
         names = [self._layout_name(one) for one in self.kept]
+        found = None
         if not all(name in layouts for name in names):
-            axes, mixed = self._axes(found, inputs, known)
+            axes, mixed, found = self._axes(inputs, known)
             for one, name in zip(self.kept, names, strict=True):
                 layouts[name] = self._layout(one, axes, one.number in mixed)
         for one, name in zip(self.kept, names, strict=True):
             one.layout = layouts[name]
-        return found
+        return self.compute(inputs, given) if found is None else found
 
     def _layout_name(self, one: Kept) -> tuple[Any, ...]:
         """Says what the layout of a value depends on: how it is made, and of how many rows."""
@@ -371,35 +372,41 @@ class Selection:
         return one.lineage.digest, value.shape, value.stride, self.rows, len(self._with_rows)
 
     def _axes(
-        self,
-        kept: Mapping[int, Tensor],
-        inputs: Mapping[int, Tensor],
-        known: Mapping[int, tuple[Tensor, Axis]],
-    ) -> tuple[Axes, set[int]]:
+        self, inputs: Mapping[int, Tensor], known: Mapping[int, tuple[Tensor, Axis]]
+    ) -> tuple[Axes, set[int], dict[int, Tensor]]:
         """Finds the axes of the rows in kept values, and those made by looking across rows.
 
         Every operation is tried by itself: where rows are looked across in the middle, such as in
         `torch.where((x > 9).any(), x / 2, x)`, the end may show it in one batch of a thousand.
+
+        Returns:
+            Axes, numbers of the kept values for which rows were looked across, and all kept values.
         """
         program = self.plan.program
+        numbers = [one.number for one in self.kept]
+        given = {number: tensor for number, (tensor, _) in known.items()}
         if self.rows < 2:
-            return lineage.axes_of(program, kept, inputs), set()
-        axes = lineage.batch_axes(self.trace, *inputs.values(), known=known, wanted=list(kept))
+            found = self.compute(inputs, given)
+            return lineage.axes_of(program, found, inputs), set(), found
+        axes = lineage.batch_axes(self.trace, *inputs.values(), known=known, wanted=numbers)
+        found = {number: tensor.detach() for number, tensor in axes.found.items()}
+        if len(found) < len(set(numbers)):
+            found = self.compute(inputs, given)
         # A model may go through its rows one by one.
         mixing = {n for n in axes.mixing if not _is_a_row(self.trace.operations[n])}
         mixed = {
             number
-            for number in kept
+            for number in numbers
             if not mixing.isdisjoint(one.number for one in program.needed([number], known))
         }
-        rest = {n: tensor for n, tensor in kept.items() if axes.axis(n) is None and n not in mixed}
+        rest = {n: tensor for n, tensor in found.items() if axes.axis(n) is None and n not in mixed}
         if rest:
             axes.fitting.update(lineage.axes_of(program, rest, inputs).fitting)
         for number in sorted(mixing):
             operation = self.trace.operations[number]
             if mixed and operation.makes:
                 self.mixes = self.mixes or self.trace.describe(operation.makes[0])
-        return axes, mixed
+        return axes, mixed, found
 
     def compute(
         self, inputs: Mapping[int, Tensor], known: Mapping[int, Tensor] | None = None

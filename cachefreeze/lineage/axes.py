@@ -83,11 +83,13 @@ class Axes:
         fitting: Axes that each value that rows reach may have, by number. Several if the rows of
             the batch are too much alike to tell, none if the value depends on other rows.
         mixing: Numbers of the operations whose result for a row depends on other rows.
+        found: Values of the batch that were asked for, by number, as far as they were computed.
     """
 
     rows: int
     fitting: dict[int, frozenset[Axis]] = field(default_factory=dict)
     mixing: tuple[int, ...] = ()
+    found: dict[int, Tensor] = field(default_factory=dict)
 
     def axis(self, number: int) -> Axis | None:
         """Returns the batch axis of a value, or None if it is not decided or there is none."""
@@ -135,15 +137,15 @@ def batch_axes(
     Raises:
         UserError: The batch has fewer than two rows.
     """
-    given = list(tensors((args, kwargs)))
-    inputs = dict(zip(trace.inputs, given, strict=True))
+    inputs = dict(zip(trace.inputs, tensors((args, kwargs)), strict=True))
     rows, axes = _of_inputs(inputs, dims)
     if rows < 2:
         raise UserError("An example batch of at least two rows is needed to find the batch axes.")
     known = known or {}
     axes.update({number: {axis} for number, (_, axis) in known.items()})
     search = _Search(trace, rows, axes)
-    search.run({**inputs, **{number: tensor for number, (tensor, _) in known.items()}}, wanted)
+    given = {**inputs, **{number: tensor for number, (tensor, _) in known.items()}}
+    found = search.run(given, wanted)
     fitting = {number: frozenset(fits) for number, fits in search.fitting.items()}
     mixing = set(search.mixing)
     if earlier is not None and earlier.rows == rows:
@@ -151,7 +153,7 @@ def batch_axes(
         fitting = {
             number: fits & earlier.fitting.get(number, fits) for number, fits in fitting.items()
         }
-    return Axes(rows, fitting, tuple(sorted(mixing)))
+    return Axes(rows, fitting, tuple(sorted(mixing)), found)
 
 
 def axes_of(
@@ -290,8 +292,11 @@ class _Search:
         self._program = Program(trace)
         self._choices = _choices(rows)
 
-    def run(self, given: Mapping[int, Tensor], wanted: Collection[int] | None) -> None:
-        trace = self._trace
+    def run(
+        self, given: Mapping[int, Tensor], wanted: Collection[int] | None
+    ) -> dict[int, Tensor]:
+        """Runs the operations that lead to wanted values, and returns those values."""
+        trace, keep = self._trace, frozenset(wanted or ())
         chosen = trace.operations if wanted is None else self._program.needed(wanted, given)
         chosen = [one for one in chosen if one.skippable]
         last = {number: one.number for one in chosen for number in one.reads}
@@ -307,8 +312,9 @@ class _Search:
             if follows and not self._knows(operation):
                 self._decide(operation, before, found)
             for number in operation.reads:
-                if last[number] == operation.number:
+                if last[number] == operation.number and number not in keep:
                     found.pop(number, None)
+        return {number: found[number] for number in keep if number in found}
 
     def _knows(self, operation: Operation) -> bool:
         """Notes the batch axis of a result that needs no trial."""

@@ -90,7 +90,7 @@ def test_a_loop_of_long_calls_is_never_over(measured: bool) -> None:
         if measured:
             meter.note_plain(1.0)
     # A millisecond beside 50 events of at most 50 microseconds each.
-    assert paces.lost <= 100 * 0.0036
+    assert paces.calls <= 100 * 0.0036
     assert not paces.is_over
     assert not meter.wants_plain(Kind.KEPT)
 
@@ -106,10 +106,10 @@ def test_what_serving_saves_makes_up_for_what_keeping_has_lost() -> None:
     for _ in range(3):
         meter.note_plain(0.005)
     assert meter.pauses  # 400 times the smaller of 5 ms and 4.5 ms
-    assert paces.lost == pytest.approx(400 * 0.0045)
+    assert paces.calls == pytest.approx(400 * 0.0045)
     for _ in range(400):
         meter.note(Kind.SERVED, 0.001, 0.0005)
-    assert paces.lost == pytest.approx(400 * 0.0045 - 400 * 0.004)
+    assert paces.calls == pytest.approx(400 * 0.0045 - 400 * 0.004)
     assert not meter.pauses
     assert not meter.loses
 
@@ -117,7 +117,7 @@ def test_what_serving_saves_makes_up_for_what_keeping_has_lost() -> None:
 @pytest.mark.usefixtures("a_second")
 def test_one_moment_in_which_others_compute_does_not_end_serving() -> None:
     paces = Pace()
-    paces.lost = 1e9
+    paces.calls = 1e9
     meter = Meter(paces, events=1, frozen_seconds=1.0)
     for _ in range(3):
         meter.note_plain(0.010)
