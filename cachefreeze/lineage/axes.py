@@ -301,6 +301,8 @@ class _Search:
         chosen = [one for one in chosen if one.skippable]
         last = {number: one.number for one in chosen for number in one.reads}
         found: dict[int, Tensor] = dict(given)
+        if wanted is not None and self._all_are_known(chosen, given):
+            return {number: given[number] for number in keep if number in given}
         for operation in chosen:
             if not all(n in found or trace.values[n].operation < 0 for n in operation.reads):
                 continue  # it takes what live work has made
@@ -316,13 +318,27 @@ class _Search:
                     found.pop(number, None)
         return {number: found[number] for number in keep if number in found}
 
+    def _all_are_known(self, chosen: Sequence[Operation], given: Collection[int]) -> bool:
+        """Says whether no operation needs a trial: then none needs to run."""
+        there = set(given)
+        for operation in chosen:
+            if not all(n in there or self._trace.values[n].operation < 0 for n in operation.reads):
+                continue
+            there.update(operation.makes, (new for _, new in operation.writes))
+            follows = any(number in self.fitting for number in operation.reads)
+            if follows and not self._knows(operation):
+                return False
+        return True
+
     def _knows(self, operation: Operation) -> bool:
-        """Notes the batch axis of a result that needs no trial."""
+        """Notes the batch axis of results that need no trial."""
+        if not operation.makes and not operation.writes:  # it hands on what it takes
+            return True
         dims = {n: _plain_dim(self.fitting[n]) for n in operation.reads if n in self.fitting}
         dim = row_dimension(operation, self._trace.values, dims)
         if dim is None:
             return False
-        self.fitting[operation.makes[0]] = {Axis(dim)}
+        self.fitting.update({number: {Axis(dim)} for number in operation.makes})
         return True
 
     def _decide(

@@ -25,7 +25,9 @@ _ELEMENTWISE = {
     T.sigmoid, torch.sigmoid, T.tanh, torch.tanh, T.exp, torch.exp, T.sqrt, torch.sqrt, T.rsqrt,
     torch.rsqrt, T.neg, T.__neg__, torch.neg, T.clamp, torch.clamp, T.pow, T.__pow__, torch.pow,
     T.float, T.half, T.bfloat16, T.double, T.to, T.type_as, T.contiguous, T.clone, T.detach,
-    F.dropout,
+    T.bool, T.eq, T.__eq__, T.ne, T.__ne__, T.lt, T.__lt__, T.gt, T.__gt__, T.le, T.__le__, T.ge,
+    T.__ge__, T.__and__, T.__or__, T.__invert__, T.masked_fill, T.expand, T.cos, T.sin, torch.cos,
+    torch.sin, F.dropout,
 }  # fmt: skip
 # Functions of images: rows first, then channels, then so many dimensions.
 _OF_IMAGES: dict[Callable[..., Any], int] = {
@@ -34,12 +36,20 @@ _OF_IMAGES: dict[Callable[..., Any], int] = {
     F.adaptive_max_pool2d: 2, torch.conv_transpose2d: 2,
 }  # fmt: skip
 _LINEAR, _LAYER_NORM, _BATCH_NORM = (F.linear, torch._C._nn.linear), F.layer_norm, F.batch_norm
+# The elements stay in their order, and so do the rows if the first dimension does.
+_IN_ORDER = {T.reshape, T.view, T.flatten, torch.reshape, torch.flatten}
+_PERMUTE, _TRANSPOSE = (T.permute, torch.permute), (T.transpose, torch.transpose)
+_UNSQUEEZE, _UNBIND = (T.unsqueeze, torch.unsqueeze), (T.unbind, torch.unbind)
+_SPLIT = (T.chunk, torch.chunk, T.split, torch.split)
+_SOFTMAX = (F.softmax, T.softmax, torch.softmax, F.log_softmax, T.log_softmax, torch.log_softmax)
+_REDUCE, _CAT = (T.mean, torch.mean, T.sum, torch.sum), (torch.cat, torch.concat)
+_MATMUL = (T.matmul, torch.matmul, T.__matmul__)
 
 
 def row_dimension(
     operation: Operation, values: Sequence[Value], dims: Mapping[int, int | None]
 ) -> int | None:
-    """Returns the dimension of the rows in the result of an operation.
+    """Returns the dimension of the rows in all results of an operation.
 
     Args:
         operation: Operation.
@@ -50,22 +60,43 @@ def row_dimension(
     Returns:
         Dimension, or None if the operation is none of those that are known.
     """
-    if len(operation.makes) != 1:
-        return None
     reached = [number for number in operation.reads if number in dims]
     found = {dims[number] for number in reached}
     dim = found.pop() if len(found) == 1 else None
-    if dim is None:
+    if dim is None or not operation.makes:
         return None
     func, made = operation.func, values[operation.makes[0]]
-    shapes = {values[number].shape for number in reached}
-    if func in _ELEMENTWISE:
-        # Others are spread over it from behind: not a tensor that has more dimensions.
-        return dim if shapes == {made.shape} else None
+    if func in _UNBIND or func in _SPLIT:
+        return _apart(operation, values, reached, dim)
+    if len(operation.makes) != 1:
+        return None
+    together = func in _ELEMENTWISE or func in _CAT or func in _MATMUL or func is _ATTENTION
+    if together:
+        size = len(made.shape)
+        alike = all(
+            len(values[n].shape) == size and values[n].shape[dim] == made.shape[dim]
+            for n in reached
+        )
+        others = (values[n] for n in operation.reads if n not in dims)
+        if not alike or not all(_is_alike_for_all(one, size, dim) for one in others):
+            return None
+        if func in _CAT:
+            return dim if _dimension(operation, 1, "dim", 0, size) not in (None, dim) else None
+        if func in _MATMUL or func is _ATTENTION:
+            return dim if dim < size - 2 else None
+        return dim
     first = operation.args[0] if operation.args else None
     if not (isinstance(first, Ref) and reached == [first.number]):
         return None
-    size = len(values[first.number].shape)
+    return _of_one(operation, values[first.number], made, dim)
+
+
+_ATTENTION = F.scaled_dot_product_attention
+
+
+def _of_one(operation: Operation, value: Value, made: Value, dim: int) -> int | None:
+    """Returns the dimension of the rows in the result of a function of one value."""
+    func, size = operation.func, len(value.shape)
     if func in _OF_IMAGES:
         return 0 if dim == 0 and size == _OF_IMAGES[func] + 2 == len(made.shape) else None
     if func is _BATCH_NORM:
@@ -75,7 +106,75 @@ def row_dimension(
     if func is _LAYER_NORM:
         normalized = _argument(operation, 1, "normalized_shape", made.shape)
         return dim if dim < size - len(normalized) else None
+    if func is F.embedding:
+        return dim
+    if func in _IN_ORDER:
+        same = len(made.shape) > 0 and made.shape[0] == value.shape[0]
+        return 0 if dim == 0 and same and made.dtype == value.dtype else None
+    if func in _PERMUTE:
+        order = operation.args[1:]
+        order = order[0] if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
+        order = [one % size for one in order if isinstance(one, int)]
+        return order.index(dim) if len(order) == size else None
+    if func in _TRANSPOSE:
+        pair = [_dimension(operation, place, f"dim{place - 1}", None, size) for place in (1, 2)]
+        if None in pair:
+            return None
+        return pair[1 - pair.index(dim)] if dim in pair else dim
+    if func in _UNSQUEEZE:
+        place = _dimension(operation, 1, "dim", None, size + 1)
+        return None if place is None else dim + (place <= dim)
+    if func in _SOFTMAX:
+        return dim if _dimension(operation, 1, "dim", None, size) not in (None, dim) else None
+    if func in _REDUCE:
+        return 0 if dim == 0 and _leaves_rows(operation, size) else None
+    if func is T.__getitem__:
+        return 0 if dim == 0 and _takes_all_rows(operation.args[1]) else None
     return None
+
+
+def _apart(
+    operation: Operation, values: Sequence[Value], reached: Sequence[int], dim: int
+) -> int | None:
+    """Returns the dimension of the rows in the parts of a value."""
+    first = operation.args[0]
+    if not (isinstance(first, Ref) and list(reached) == [first.number]):
+        return None
+    size, alone = len(values[first.number].shape), operation.func in _UNBIND
+    along = _dimension(operation, 1 if alone else 2, "dim", 0, size)
+    if along is None or along == dim:
+        return None
+    return dim - (along < dim) if alone else dim
+
+
+def _is_alike_for_all(value: Value, size: int, dim: int) -> bool:
+    """Says whether a value that is spread over others with rows is the same for each of them."""
+    place = dim - (size - len(value.shape))
+    return place < 0 or value.shape[place] == 1 or value.stride[place] == 0
+
+
+def _leaves_rows(operation: Operation, size: int) -> bool:
+    """Says whether a sum or a mean is over other dimensions than the first."""
+    dims = _argument(operation, 1, "dim", None)
+    dims = [dims] if isinstance(dims, int) else dims
+    whole = isinstance(dims, (tuple, list)) and all(isinstance(one, int) for one in dims)
+    return whole and len(dims) > 0 and all(one % size for one in dims)
+
+
+def _takes_all_rows(places: Any) -> bool:
+    """Says whether an index leaves the first dimension as it is, and takes no other by a tensor."""
+    if not isinstance(places, tuple) or not places:
+        return False
+    plain = (int, slice, type(None), type(Ellipsis))
+    return places[0] == slice(None) and all(isinstance(one, plain) for one in places)
+
+
+def _dimension(
+    operation: Operation, place: int, name: str, default: Any, size: int
+) -> int | None:
+    """Returns an argument that is a dimension, counted from the first one."""
+    found = _argument(operation, place, name, default)
+    return found % size if isinstance(found, int) else None
 
 
 def _argument(operation: Operation, place: int, name: str, default: Any) -> Any:
