@@ -13,25 +13,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Folders whose modules are checked. Those in them are named by themselves.
-FOLDERS = """
-    cachefreeze
-    cachefreeze/data
-    cachefreeze/freezeout
-    cachefreeze/integrations
-    cachefreeze/models
-    cachefreeze/report
-    cachefreeze/training
-    scripts
-    examples
-""".split()
+# Folders whose modules are checked, without the folders in them.
+FOLDERS = [
+    "cachefreeze",
+    "cachefreeze/data",
+    "cachefreeze/freezeout",
+    "cachefreeze/integrations",
+    "cachefreeze/models",
+    "cachefreeze/report",
+    "cachefreeze/training",
+    "scripts",
+    "examples",
+]
 # Words that begin no noun phrase.
-BEGIN_NONE = set(
-    """
-    are as at by for from how if in is it likewise of on see that to what when where which with
-    """.split()
+BEGIN_NONE = re.compile(
+    r"(are|as|at|by|for|from|how|if|in|is|it|likewise|of|on|see|that|to|what|when|where|which|with)\b",
+    re.IGNORECASE,
 )
-BEGIN_NO_MODULE = {"what", "whether", "of", "that"}
+BEGIN_NO_MODULE = re.compile(r"(what|whether|of|that)\b", re.IGNORECASE)
 
 
 def main() -> int:
@@ -65,7 +64,7 @@ def faults(source: str) -> Iterator[tuple[int, str]]:
 
 
 def _faults_of(lines: list[str], is_module: bool) -> Iterator[tuple[int, str]]:
-    if is_module and _first_word(lines[0]) in BEGIN_NO_MODULE:
+    if is_module and BEGIN_NO_MODULE.match(lines[0]):
         yield 0, lines[0]
     section, indent = "", 0
     for number, line in enumerate(lines):
@@ -83,11 +82,7 @@ def _faults_of(lines: list[str], is_module: bool) -> Iterator[tuple[int, str]]:
 def _fits(text: str, section: str) -> bool:
     if section == "Raises":
         return text[:1].isupper()
-    return bool(re.match(r"[A-Z0-9`\"']", text)) and _first_word(text) not in BEGIN_NONE
-
-
-def _first_word(text: str) -> str:
-    return text.partition(" ")[0].lower().strip(",.:;")
+    return re.match(r"[A-Z0-9`\"']", text) is not None and not BEGIN_NONE.match(text)
 
 
 if __name__ == "__main__":
