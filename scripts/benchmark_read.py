@@ -1,8 +1,9 @@
-"""Time reading random rows from a directory of kept rows, beside other ways to read them.
+"""Times reading random rows from a directory of kept rows, and other ways to read them.
 
     python scripts/benchmark_read.py [--rows 4096] [--row-kib 128] [--batch 128] [--dir .]
 
-All ways in turn, page cache warm; medians, as shares of `index_select(out=)` in memory.
+All ways take turns, with a warm page cache. Figures are medians, as shares of the speed of
+`index_select(out=)` in memory.
 """
 
 import argparse
@@ -74,11 +75,13 @@ def measure(folder: Path, rows: int, row_kib: float, batch: int, repeats: int) -
 def main() -> int:
     """Measures and prints a table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=4096, metavar="N", help="rows in all")
-    parser.add_argument("--row-kib", type=float, default=128, metavar="KIB", help="of a row")
-    parser.add_argument("--batch", type=int, default=128, metavar="N", help="rows of a batch")
-    parser.add_argument("--repeats", type=int, default=200, metavar="N", help="batches")
-    parser.add_argument("--dir", type=Path, default=Path(), help="where the files are written")
+    parser.add_argument("--rows", type=int, default=4096, metavar="N", help="number of rows")
+    parser.add_argument("--row-kib", type=float, default=128, metavar="KIB", help="size of a row")
+    parser.add_argument(
+        "--batch", type=int, default=128, metavar="N", help="number of rows in a batch"
+    )
+    parser.add_argument("--repeats", type=int, default=200, metavar="N", help="number of batches")
+    parser.add_argument("--dir", type=Path, default=Path(), help="folder for the files")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         sizes = (args.rows, args.row_kib, args.batch, args.repeats)

@@ -113,7 +113,8 @@ def freeze_units(model: nn.Module, first: int | str, /, *example: Any, **kwargs:
 
     Args:
         model: Model whose units are frozen.
-        first: Number of units, or name of the last of them, see `count_of`.
+        first: Number of units, or name of the last of them. If the number is negative, that many
+            units at the end are left out.
         *example: Positional arguments of a forward pass, which shows the order of the units.
         **kwargs: Keyword arguments of that pass.
 

@@ -46,8 +46,8 @@ def build(
         bottleneck: Whether a `densenet` is a DenseNet-BC.
         dropout: Dropout probability of a `wrn`, `densenet` or `vgg`.
         image_size: Height and width of the images, for networks of other libraries.
-        weights: Name of trained weights for a network of another library, see `build_ready_made`.
-            If None, the network is freshly initialised.
+        weights: Name of trained weights for a network of another library, or `DEFAULT`. If None,
+            the network is freshly initialised.
 
     Raises:
         UserError: The network cannot have these sizes, or there is no network of this name.
