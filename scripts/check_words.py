@@ -27,7 +27,8 @@ FOLDERS = [
 ]
 # Words that begin no noun phrase.
 BEGIN_NONE = re.compile(
-    r"(are|as|at|by|for|from|how|if|in|is|it|likewise|of|on|see|that|to|what|when|where|which|with)(?![\w-])",
+    r"(are|as|at|by|for|from|how|if|in|is|it|likewise|of|on|see|that|to|what|when|where|which|with)"
+    r"(?![\w-])",
     re.IGNORECASE,
 )
 BEGIN_NO_MODULE = re.compile(r"(what|whether|of|that)\b", re.IGNORECASE)

@@ -192,7 +192,7 @@ def test_weights_that_cannot_be_had_are_one_sentence(
     state = torchvision.models.resnet18().state_dict()
     del state["layer2.0.conv1.weight"]
     torch.save(state, tmp_path / "short.pth")
-    assert "layer2.0.conv1.weight is missing there" in fails(
+    assert "layer2.0.conv1.weight is missing, and should have shape" in fails(
         *options, "--weights", tmp_path / "short.pth"
     )
     assert not (tmp_path / "run").exists()
