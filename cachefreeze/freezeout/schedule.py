@@ -1,4 +1,4 @@
-"""FreezeOut's arithmetic (Brock et al., 2017, section 2): when units freeze, and their rates."""
+"""FreezeOut's arithmetic (Brock et al., 2017, section 2): rates of units, and freezing steps."""
 
 import math
 from bisect import bisect_right
@@ -15,7 +15,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of every unit at every step; unit i trains for a share t_i of the run.
+    """The learning rates of all units at every step. Unit i trains for a share t_i of the run.
 
     Args:
         units: Number of units, with the head: the last unit, which never freezes.

@@ -34,7 +34,7 @@ def worth_filling(now: Fill, later: Fill | None) -> bool:
     """Says whether a pass over the training set pays now.
 
     A later pass may serve the units that freeze next, too. The pass at this step is left out in
-    favour of it if this pass costs more than it saves until then.
+    favour of it if, until then, this pass saves less than the seconds that it adds (`again`).
 
     Args:
         now: Pass at this step.

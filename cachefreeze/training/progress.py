@@ -25,8 +25,8 @@ class Progress:
     Args:
         epoch: Number of the present epoch, from 1.
         epochs: Number of all epochs.
-        loss: Loss of the last step. On a GPU, loss of the last epoch: to read that of the last step
-            would wait for the device.
+        loss: Loss of the last step. On devices other than the CPU, loss of the last epoch: reading
+            that of the last step would wait for the device.
         accuracy: Accuracy of the last validation.
         frozen: Number of frozen units.
         units: Number of all units.
