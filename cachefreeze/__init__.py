@@ -1,6 +1,6 @@
-"""Training that never computes frozen work twice.
+"""A cache for the frozen work of a model, and FreezeOut training.
 
-`python -m cachefreeze.train` is the program; the names below are for training loops of one's own.
+`python -m cachefreeze.train` is the program. The names below are for your own training loops.
 """
 
 from cachefreeze.cache import ActivationCache

@@ -1,4 +1,4 @@
-"""Where a run computes, and in which precision."""
+"""The device that a run computes on, and the precision of its arithmetic."""
 
 import contextlib
 import ctypes
@@ -16,10 +16,13 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the fastest there is.
+    """Returns a device by name.
+
+    Args:
+        name: One of `DEVICES`. `auto` is the fastest device of this machine.
 
     Raises:
-        UserError: the named device is not there.
+        UserError: The named device is not there.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -34,10 +37,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The type for autocast, or None for plain float32.
+    """Returns the type for autocast, or None for plain float32.
 
-    `auto` is bfloat16 where the hardware multiplies it: GPUs from Ampere on, processors with AMX
-    or AVX512-BF16 (2 to 3 times the speed of float32). Elsewhere it is emulated, and slower.
+    Args:
+        name: One of `PRECISIONS`. `auto` is bfloat16 where the hardware multiplies it: GPUs from
+            Ampere on, processors with AMX or AVX512-BF16 (2 to 3 times the speed of float32).
+            Elsewhere bfloat16 is emulated, and slower, so `auto` is float32.
+        device: Device that the run computes on.
     """
     if name == "auto":
         name = "bf16" if has_bf16(device) else "fp32"
@@ -45,7 +51,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions that multiply bfloat16."""
+    """Says whether the device has instructions that multiply bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -56,7 +62,10 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """Autocast to `dtype`, or none at all if it is None, whatever surrounds it."""
+    """Returns a context of autocast to `dtype`, or without autocast if it is None.
+
+    It does not depend on the autocast that it is entered in.
+    """
     if dtype is not None:
         return torch.autocast(device.type, dtype)
     if torch.is_autocast_enabled(device.type):
@@ -65,7 +74,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def numerics(device: torch.device) -> dict[str, object]:
-    """Whatever besides the operations and their inputs decides the last bits of a result."""
+    """Returns what decides the last bits of a result, besides the operations and their inputs."""
     common: dict[str, object] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         return common | {
@@ -95,7 +104,7 @@ def _matmul_precision() -> str:
 
 
 def _reduced_precision() -> list[str]:
-    """Whether sums of products may be kept in the 16 bits of what is multiplied."""
+    """Returns the switches that let sums of 16-bit products be rounded to 16 bits."""
     matmul = torch.backends.cuda.matmul
     return [
         str(matmul.allow_bf16_reduced_precision_reduction),
@@ -117,25 +126,26 @@ def set_numerics(
     tf32: bool = False,
     deterministic: bool = False,
 ) -> None:
-    """Decide how a CUDA device may round, for this process. A CPU always computes float32 as such,
-    and the same way each time.
+    """Sets how a CUDA device may round, for this process.
+
+    A CPU always computes float32 with all its bits, and gives the same bits each time.
 
     Args:
-        device: of the run.
-        autocast_dtype: of the run.
-        tf32: multiply float32 with 10 bits of mantissa instead of 23 (TensorFloat-32).
-        deterministic: use only algorithms that give the same bits every time, and choose them by
-            the shapes alone. Otherwise cuDNN tries several, and takes the fastest of the day.
+        device: Device that the run computes on.
+        autocast_dtype: Type for autocast, or None.
+        tf32: Whether float32 is multiplied with 10 bits of mantissa instead of 23 (TensorFloat-32).
+        deterministic: Whether only algorithms are used that give the same bits every time. They are
+            chosen by the shapes alone. If False, cuDNN times several and takes the fastest.
 
     Raises:
-        UserError: TF32 is asked for on another device, or beside bfloat16.
+        UserError: TF32 is asked for on another device, or together with bfloat16.
     """
     if device.type != "cuda":
         if tf32:
             raise UserError("--tf32 is for CUDA devices: leave it out, or choose --device cuda")
         return
     if tf32 and autocast_dtype is not None:
-        raise UserError("--tf32 is about float32: leave it out, or give --precision fp32")
+        raise UserError("--tf32 has no effect on bf16: leave it out, or give --precision fp32")
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic
@@ -150,7 +160,7 @@ def set_numerics(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU always has."""
+    """Waits until the device has done all its work. A CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -158,8 +168,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can be had without swapping, within the limit of a container; an
-    estimate."""
+    """Estimates the bytes of memory that are free.
+
+    They can be had without swapping, and within the limit of a container.
+    """
     try:
         with open("/proc/meminfo") as file:
             kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
@@ -177,8 +189,11 @@ _CGROUP = ("max", "current")
 
 
 def free_device_memory(device: torch.device) -> int:
-    """Bytes that can be had on the device, beside what this process had in use at most so far: the
-    next training step will want that again. An estimate."""
+    """Estimates the bytes that are free on the device.
+
+    The most that this process has used so far counts as used: the next training step will want it
+    again.
+    """
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device)
         return (
@@ -188,7 +203,7 @@ def free_device_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep memory that is freed, for this process.
+    """Tells glibc to keep memory that is freed, for this process.
 
     A training step on a CPU frees and takes back the same hundreds of MB. By default much of it
     goes back to the system at once and is faulted in anew: 4 to 15 % of the step. (`mallopt`,

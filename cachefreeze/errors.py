@@ -1,18 +1,20 @@
-"""What ends a run early and is no bug."""
+"""Exceptions that end a run early and are no bugs."""
 
 
 class UserError(ValueError):
-    """One sentence that says what is wrong and what to do about it.
+    """An error that the user can mend. Its message says what is wrong and what to do about it.
 
-    The command line prints it without a traceback and exits with code 2; everything else that is
-    raised is a bug and keeps its traceback.
+    The command line prints the message without a traceback and exits with code 2. Every other
+    exception is a bug and keeps its traceback.
     """
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The user or the system asked to stop. Nothing is wrong, and nothing is lost.
+    """A request to stop, by the user or the system. Nothing is wrong, and nothing is lost.
 
-    `str` says where, once whoever saves the state has; `exit_code` is 128 and the signal's number.
+    Args:
+        sentence: Message that says where the state was saved. Empty as long as it was not.
+        exit_code: Exit code of the process: 128 plus the number of the signal.
     """
 
     def __init__(self, sentence: str = "", exit_code: int = 130) -> None:

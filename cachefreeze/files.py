@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Files that are written whole or not at all, locks on folders, and walks through them."""
 
 import contextlib
 import errno
@@ -15,10 +15,14 @@ PARTIAL = ".partial"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a crash at any moment leaves the old file or the new one.
+    """Replaces the content of a file. A crash at any moment leaves the old file or the new one.
+
+    Args:
+        path: Path of the file.
+        content: New content.
 
     Raises:
-        OSError: the file cannot be written; the old one is untouched.
+        OSError: The file cannot be written. The old one is untouched.
     """
     with write_partial(path, content) as written:
         written.replace(path)
@@ -27,8 +31,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def write_partial(path: Path, content: bytes) -> Iterator[Path]:
-    """A file beside `path` with this content, all of it on the disk, to be renamed inside; it is
-    removed if that fails."""
+    """Writes a file beside `path`, for the caller to rename, and yields its path.
+
+    All of its content is on the disk by then. If the caller fails, the file is removed.
+
+    Args:
+        path: Path that the file gets later.
+        content: Content of the file.
+    """
     with partial_beside(path) as temporary:
         with temporary.open("xb") as file:
             file.write(content)
@@ -39,8 +49,10 @@ def write_partial(path: Path, content: bytes) -> Iterator[Path]:
 
 @contextmanager
 def partial_beside(path: Path) -> Iterator[Path]:
-    """A name beside `path`, this process's own, for a file to be made and renamed inside; it is
-    removed if that fails."""
+    """Yields a path beside `path` for a file that the caller makes and renames.
+
+    No other process uses the path. If the caller fails, the file is removed.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     # Never through what may lie there already: it may be a link.
     temporary.unlink(missing_ok=True)
@@ -52,7 +64,7 @@ def partial_beside(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename is on the disk only when its folder is."""
+    """Writes a folder to the disk: a rename is on the disk only when its folder is."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -61,8 +73,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """An advisory lock on a folder that dies with its process: a file descriptor that holds it, or
-    None if another process does."""
+    """Takes an advisory lock on a folder, which ends with this process.
+
+    Returns:
+        File descriptor that holds the lock. None if another process holds it.
+    """
     file = os.open(folder, os.O_RDONLY)
     try:
         lock_file(file, exclusive=True)
@@ -82,10 +97,14 @@ _holding: set[int] = set()
 
 
 def lock_file(file: int, *, exclusive: bool) -> None:
-    """Take an advisory lock with an open file, until `unlock_file` or the end of this process.
+    """Takes an advisory lock on an open file, until `unlock_file` or the end of this process.
+
+    Args:
+        file: Descriptor of the file.
+        exclusive: Whether no other process may hold a lock on the file at the same time.
 
     Raises:
-        BlockingIOError: others hold it.
+        BlockingIOError: Other processes hold it.
     """
     how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
     for attempt in range(LOCK_ATTEMPTS):
@@ -100,7 +119,7 @@ def lock_file(file: int, *, exclusive: bool) -> None:
 
 
 def unlock_file(file: int) -> None:
-    """Close a file, and let go of its lock."""
+    """Releases the lock on a file, and closes the file."""
     # First of all: a child that another thread forks just now would have it, too.
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)
@@ -118,7 +137,7 @@ os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds `lock_folder`. (Takes it for a moment to find out.)"""
+    """Says whether a process holds the lock on a folder, by taking it for a moment."""
     file = lock_folder(folder)
     if file is not None:
         unlock_file(file)
@@ -126,14 +145,17 @@ def is_locked(folder: Path) -> bool:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The path itself, or the first of its parents that exists."""
+    """Returns the path itself if it exists, or else the nearest of its parents that does."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Why a folder cannot be made or written to, as far as can be told without trying."""
+    """Returns the reason why a folder cannot be made or written to, or None if none is known.
+
+    Nothing is written to find out.
+    """
     try:
         nearest = nearest_folder(folder)
     except OSError as error:  # a parent that may not be searched, a name that is too long
@@ -147,8 +169,11 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def entries_below(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """All files and folders below a folder, each folder before what is in it; links are not
-    followed. However deep they lie: `os.walk` and `shutil.rmtree` give up at some depth."""
+    """Yields all files and folders below a folder, each folder before what is in it.
+
+    Links are not followed. Folders may be nested to any depth: `os.walk` and `shutil.rmtree` give
+    up at some depth.
+    """
     folders = [os.fspath(folder)]
     while folders:
         with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
@@ -159,7 +184,7 @@ def entries_below(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder and all that is below it, as far as that is allowed."""
+    """Removes a folder and all that is below it, as far as that is allowed."""
     for entry in reversed(list(entries_below(folder))):
         with contextlib.suppress(OSError):
             if entry.is_dir(follow_symlinks=False):
@@ -171,11 +196,17 @@ def remove_tree(folder: Path) -> None:
 
 
 def open_regular(path: str | Path, flags: int, mode: int = 0o666) -> int:
-    """As `os.open`, for files that others may have put there: a symbolic link may lead anywhere,
-    and a pipe would block.
+    """Opens a file that others may have put there, and returns its descriptor.
+
+    A symbolic link may lead anywhere, and a pipe would block, so both are refused.
+
+    Args:
+        path: Path of the file.
+        flags: Flags of `os.open`.
+        mode: Permissions of the file if it is made.
 
     Raises:
-        OSError: it is no regular file, or cannot be opened.
+        OSError: It is no regular file, or cannot be opened.
     """
     file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
     if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -185,7 +216,7 @@ def open_regular(path: str | Path, flags: int, mode: int = 0o666) -> int:
 
 
 def human_bytes(count: float) -> str:
-    """A size in decimal units, three digits: `118 MB`."""
+    """Returns a number of bytes in decimal units, with three digits: `118 MB`."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             break

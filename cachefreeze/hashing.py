@@ -1,4 +1,4 @@
-"""Hashes of tensors, by their bits."""
+"""Hashes of the bits of tensors."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order given.
+    """Returns the SHA-256 over names, types, shapes and bytes, in the order given.
 
     Two sets of tensors have the same hash if and only if they are equal bit by bit, whatever their
     memory layout or device.
@@ -22,5 +22,5 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """`tensors_sha256` of a state dict, in the order of its keys sorted by name."""
+    """Returns the `tensors_sha256` of a state dict, with its keys sorted by name."""
     return tensors_sha256(sorted(state_dict.items()))

@@ -1,4 +1,4 @@
-"""All random state that a run may draw from, taken and put back."""
+"""Functions that save and restore all random state that a run may draw from."""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +12,10 @@ from torch import nn
 
 @contextmanager
 def undone(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts the buffers of modules and all random state back after passes that are no training.
+    """Puts the buffers of models and all random state back, after passes that are no training.
 
     Args:
-        models: Modules that passes run through.
+        models: Models that run inside the context.
     """
     buffers = [(one, one.clone()) for model in models for one in model.buffers()]
     python, numbers = random.getstate(), np.random.get_state()
@@ -33,7 +33,7 @@ def undone(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of all generators that a run may draw from: torch's, its device's, Python's and NumPy's."""
+    """Returns the random state of torch, of the device, of Python and of NumPy."""
     version, internal, gauss = random.getstate()
     numpy: Any = np.random.get_state(legacy=False)
     key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
@@ -50,7 +50,12 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on drawing where `random_state` was taken, on a device of the same type."""
+    """Restores random state, so that the next numbers are those after it was taken.
+
+    Args:
+        state: Random state from `random_state`.
+        device: Device of the same type as that it was taken on.
+    """
     torch.set_rng_state(state["torch"].cpu())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

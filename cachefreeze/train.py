@@ -1,4 +1,4 @@
-"""`python -m cachefreeze.train`: parse, build, fit, report."""
+"""The program `python -m cachefreeze.train`: parse, build, fit, report."""
 
 import shlex
 import sys
@@ -38,7 +38,7 @@ from cachefreeze.training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Runs a command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     start = None
     try:
@@ -57,29 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = "nothing was saved yet"
         if start is not None and (start.settings.output_dir / "summary.json").exists():
             folder = shlex.quote(str(start.settings.output_dir))
-            kept = "the run has come to its end, and only its report may be missing: "
+            kept = "the run is finished, and only its report may be missing; to draw it: "
             kept += f"{this_python()} scripts/write_report.py {folder}"
         elif start is not None and (start.settings.output_dir / LAST).exists():
             last = start.settings.output_dir / LAST
-            kept = f"{last} is as it was saved last; to go on: {how_to_resume(start)}"
+            kept = f"the last checkpoint is {last}; to go on: {how_to_resume(start)}"
         print(f"stopped at once: {kept}", file=sys.stderr)
         return 130
     return 0
 
 
 def carry_out(start: Start) -> None:
-    """Do what was asked for, see `run`."""
+    """Plans or trains, as the command line asks; see `run`."""
     settings = start.settings
     if settings.plan:
         preview(settings)
     elif start.finished:
-        say(f"{settings.output_dir} has come to its end: see its summary.json", always=True)
+        say(f"the run in {settings.output_dir} is finished: see its summary.json", always=True)
     else:
         run(start)
 
 
 def how_to_resume(start: Start) -> str:
-    """The command that goes on with a run."""
+    """Returns the command that goes on with a run."""
     folder = shlex.quote(str(start.settings.output_dir))
     return f"{this_python()} -m cachefreeze.train --resume {folder}"
 
@@ -88,7 +88,7 @@ def run(start: Start) -> dict[str, Any]:
     """Trains; returns the contents of summary.json.
 
     Args:
-        start: Settings of the run, and where it stands.
+        start: Settings of the run, and whether it goes on with an earlier one.
 
     Raises:
         UserError: Something is not there, does not fit, or cannot be written.
@@ -157,8 +157,11 @@ def _run_in(folder: RunFolder, start: Start) -> dict[str, Any]:
 
 
 def draw_report(folder: Path) -> str:
-    """Make report.html of a run; returns where it is, or why it is not, and how to get it. Nothing
-    that goes wrong here may take anything from a run that is done."""
+    """Makes report.html of a run, and returns its path.
+
+    If that fails, the run is finished all the same: the error is returned as a text, with the
+    command that draws the report.
+    """
     again = f"{this_python()} scripts/write_report.py {shlex.quote(str(folder))}"
     try:
         # Half a second, and an extra.
@@ -177,10 +180,18 @@ def draw_report(folder: Path) -> str:
 def statistics_of(
     settings: Settings, weights: Weights | None, state: dict[str, Any] | None
 ) -> Statistics | None:
-    """Mean and deviation to normalise with, if they are not those of the training images.
+    """Returns the mean and standard deviation to normalise with.
+
+    Args:
+        settings: Settings of the run.
+        weights: Weights that the run starts from, or None.
+        state: Contents of the checkpoint that the run goes on from, or None.
+
+    Returns:
+        Mean and standard deviation of each channel. None for those of the training images.
 
     Raises:
-        UserError: the checkpoint does not say.
+        UserError: The checkpoint does not hold them.
     """
     if weights is not None:
         return weights.statistics
@@ -190,7 +201,7 @@ def statistics_of(
 
 
 def this_python() -> str:
-    """The running interpreter, as one would type it here."""
+    """Returns the name of the running interpreter, as one would type it here."""
     path = Path(sys.executable)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
 

@@ -1,4 +1,4 @@
-"""Distillation: a student learns what a large frozen teacher says. The teacher is cached.
+"""Distillation: a student is trained on the outputs of a large frozen teacher, which are cached.
 
 python examples/distillation.py
 """

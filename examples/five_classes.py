@@ -1,4 +1,4 @@
-"""CIFAR-10 in two halves: five classes to train on, and the other five to fine-tune on.
+"""Two halves of CIFAR-10: five classes to train on, and the other five to fine-tune on.
 
     python examples/five_classes.py                    # downloads CIFAR-10 to data/
     python examples/five_classes.py --images FOLDER    # FOLDER/{train,test}/CLASS/*, no download
@@ -14,8 +14,10 @@ from torchvision.datasets import CIFAR10
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("--images", type=Path, help="class folders that are there already")
-parser.add_argument("--output", type=Path, default=Path("data/halves"), help="where to put them")
+parser.add_argument("--images", type=Path, help="folder of images that are there already")
+parser.add_argument(
+    "--output", type=Path, default=Path("data/halves"), help="folder for the two halves"
+)
 args = parser.parse_args()
 
 images = args.images

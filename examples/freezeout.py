@@ -1,6 +1,6 @@
-"""FreezeOut with what a real run has: validation, bf16, gradient accumulation and checkpoints.
+"""FreezeOut in a full training loop: validation, bf16, gradient accumulation and checkpoints.
 
-Stop it when you like, and go on with --resume.
+Stop it at any time, and go on with --resume.
 """
 
 import argparse

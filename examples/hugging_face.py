@@ -1,4 +1,4 @@
-"""Hugging Face's `Trainer`: the top of a BERT is trained, the rest is frozen.
+"""Hugging Face's `Trainer`: the last layer and head of a BERT are trained, the rest is frozen.
 
 pip install transformers accelerate && python examples/hugging_face.py
 """

@@ -1,4 +1,4 @@
-"""A loop of one's own: a classifier is trained on a frozen backbone, as torchvision has it.
+"""Your own training loop: a classifier is trained on a frozen backbone of torchvision.
 
 python examples/own_loop.py
 """

@@ -1,10 +1,10 @@
-"""Compare whole runs: freezing only, with the cache, once more with what it kept, without freezing.
+"""Compares whole runs: freezing only, with the cache, again with the kept rows, without freezing.
 
     python scripts/benchmark.py [--repeats 3] [--again] [--no-freezing] -- --arch wrn16_2 --t0 0.5
 
-What follows the two dashes is given to `python -m cachefreeze.train`. Runs are whole processes, in
-turn; ratios are taken within a repeat, and medians told with their spread. Exit code 1 means that
-the weights differ.
+The options after the two dashes are given to `python -m cachefreeze.train`. Each run has its own
+process, and the ways take turns. Ratios are taken within a repeat; the median is printed with the
+spread. Exit code 1 means that the weights differ.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def run(options: list[str], folder: Path, way: str) -> dict[str, Any]:
     Args:
         options: Options of the program.
         folder: Folder of this repeat, with the cache of the runs before.
-        way: Name of what is run.
+        way: Name of the way to run it: one of `WAYS`.
 
     Returns:
         Summary of the run, with the seconds of the whole process as `process_seconds`.
@@ -50,21 +50,19 @@ def run(options: list[str], folder: Path, way: str) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> str:
-    """Returns the median of some numbers with the least and the largest."""
+    """Returns the median of some numbers, with the smallest and the largest."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
 
 
 def main() -> int:
-    """Runs all ways in turn and prints what they took; returns the exit code."""
+    """Runs all ways in turn and prints their times; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each way")
     parser.add_argument(
         "--again", action="store_true", help="run once more with the cache of the run before"
     )
-    parser.add_argument(
-        "--no-freezing", action="store_true", help="run without freezing, too, once"
-    )
-    parser.add_argument("options", nargs="*", help="options of the program, after --")
+    parser.add_argument("--no-freezing", action="store_true", help="run once without freezing, too")
+    parser.add_argument("options", nargs="*", help="options of cachefreeze.train, after --")
     args = parser.parse_args()
     left_out = {"again": not args.again, "no freezing": not args.no_freezing}
     found: dict[str, list[dict[str, Any]]] = {}

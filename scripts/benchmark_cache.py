@@ -1,8 +1,8 @@
-"""Measure what a cache costs and saves: `OMP_NUM_THREADS=1 python scripts/benchmark_cache.py`.
+"""Measures the costs and savings of a cache: `OMP_NUM_THREADS=1 python scripts/benchmark_cache.py`.
 
-Each case is a loop of several epochs, run without the cache, with it, and at its limit: the same
-steps on kept values in ready tensors. The three take turns, and every figure is the median of
-several turns. Ratios are of the seconds of whole epochs.
+Each case is a loop of several epochs. It runs without the cache, with it, and at the limit: the
+same steps on kept values in ready tensors. The three take turns, and every figure is the median of
+several turns. Ratios compare the seconds of whole epochs.
 """
 
 import argparse

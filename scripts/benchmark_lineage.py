@@ -1,6 +1,6 @@
-"""Measure what lineage costs: `OMP_NUM_THREADS=1 python scripts/benchmark_lineage.py`.
+"""Measures the costs of lineage: `OMP_NUM_THREADS=1 python scripts/benchmark_lineage.py`.
 
-Every figure is the median of several runs, taken in turns with what it is compared with.
+Every figure is the median of several runs, in turns with the runs that it is compared with.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time reading random rows that were kept before, beside other ways to read them.
+"""Times reading random rows that were kept before, beside other ways to read them.
 
     python scripts/benchmark_read.py [--rows 4096] [--row-kib 128] [--batch 128] [--dir .]
 
@@ -234,12 +234,16 @@ def cold(folder: Path, values: np.ndarray, keys: np.ndarray, batch: int, rounds:
 def main() -> int:
     """Measures and prints tables; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=4096, metavar="N", help="rows in all")
-    parser.add_argument("--row-kib", type=float, default=128, metavar="KIB", help="of a row")
-    parser.add_argument("--batch", type=int, default=128, metavar="N", help="rows of a batch")
-    parser.add_argument("--repeats", type=int, default=200, metavar="N", help="batches, warm")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="epochs, cold")
-    parser.add_argument("--dir", type=Path, default=Path(), help="where the files are written")
+    parser.add_argument("--rows", type=int, default=4096, metavar="N", help="number of rows")
+    parser.add_argument("--row-kib", type=float, default=128, metavar="KIB", help="size of a row")
+    parser.add_argument(
+        "--batch", type=int, default=128, metavar="N", help="number of rows in a batch"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=200, metavar="N", help="number of warm batches"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of cold epochs")
+    parser.add_argument("--dir", type=Path, default=Path(), help="folder for the files")
     args = parser.parse_args()
     random = np.random.default_rng(0)
     values = random.standard_normal((args.rows, int(args.row_kib * 256)), dtype=np.float32)

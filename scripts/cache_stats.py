@@ -1,7 +1,7 @@
 """Shows what is in a cache folder: `python scripts/cache_stats.py [CACHE_DIR]`.
 
-The folder is the directory of an `ActivationCache`, or the `--cache-dir` of `cachefreeze.train`. It
-may be used while runs use the cache; nothing is changed but by `--prune`. Exit code 0: all is well;
+The folder is the directory of an `ActivationCache`, or the `--cache-dir` of `cachefreeze.train`.
+Runs may use the cache at the same time. Only `--prune` changes anything. Exit code 0: all is well;
 1: something is damaged; 2: the folder is no cache, or an option does not fit.
 """
 
@@ -74,8 +74,9 @@ class Group:
         model: Name of the model.
         value: Operation and module that made the value.
         rows: Shape and type of a row, and its bytes.
-        sets: What is known of each set, the oldest first.
-        differences: What tells each set apart from the others, by its name. Nothing if it is alone.
+        sets: Reports of the sets, the oldest first.
+        differences: Settings that tell each set apart from the others, by the name of the set.
+            Empty for a single set.
     """
 
     model: str
@@ -87,14 +88,15 @@ class Group:
 
 @dataclass
 class Contents:
-    """What was found in a directory, and what was done there.
+    """Contents of a directory, and what was removed from it.
 
     Attributes:
-        groups: Sets, by value.
+        groups: Groups of sets that hold the same value.
         problems: A sentence for each part that is damaged.
-        verified: Whether all chunks were read.
-        pruned: What was removed. None if nothing was to be.
-        names: Value of each set, also of those that were removed.
+        verified: Whether all chunks were read and checked.
+        pruned: Removed rows and bytes. None if nothing was to be removed.
+        names: Description of the value of each set, by the name of the set. Removed sets are
+            included.
     """
 
     groups: list[Group]
@@ -115,6 +117,7 @@ class Contents:
 
 
 def main() -> int:
+    """Prints what is in a cache folder; returns the exit code."""
     parser = argparse.ArgumentParser(description="Show what is in a cache folder.")
     parser.add_argument(
         "cache_dir",
@@ -130,12 +133,12 @@ def main() -> int:
         nargs="?",
         const=inf,
         metavar="DAYS",
-        help="remove what killed runs left; with DAYS, also rows that were not used for so long",
+        help="remove files that killed runs left; with DAYS, also rows not used for so many days",
     )
     parser.add_argument(
         "--max-gb",
         type=float,
-        help="what the folder may take, in GB (default: what a run would let it take)",
+        help="most GB that the folder may take (default: as much as a run would let it take)",
     )
     args = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may not know every letter of a name
@@ -167,10 +170,10 @@ def main() -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Compares the options with each other and with the folder.
+    """Checks that the options fit each other and the folder.
 
     Raises:
-        UserError: Something does not fit.
+        UserError: An option makes no sense, or the folder is no cache.
     """
     folder = args.cache_dir
     if args.max_gb is not None and not 0 <= args.max_gb < inf:
@@ -191,7 +194,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def budget_lines(used: float, budget: float, which: str, free: float) -> list[str]:
-    """Says what a folder takes of what it may take, and of the disk."""
+    """Returns lines about the size of a folder, its limit, and the free disk."""
     share = min(used / budget if budget else float(used > 0), 1.0)
     bar = f"[{'#' * int(share * BAR):{BAR}}] {int(share * 100):3}%"  # full only if nothing is left
     line = f"{bar}  {human_bytes(used)} of {human_bytes(budget)} ({which})"
@@ -200,16 +203,16 @@ def budget_lines(used: float, budget: float, which: str, free: float) -> list[st
 
 
 def look(directory: Path, *, check: bool, prune_days: float | None) -> Contents:
-    """Finds out what lies in a directory.
+    """Inspects a directory, and removes what is to be removed first.
 
     Args:
         directory: Folder of an `ActivationCache`.
         check: Whether to read all chunks and compare their checksums.
-        prune_days: Days since the last use after which rows are removed first. If infinite, only
-            what killed runs left goes. If None, nothing does.
+        prune_days: Number of days without use after which rows are removed. If infinite, only files
+            that killed runs left are removed. If None, nothing is removed.
 
     Raises:
-        UserError: the folder is none of an `ActivationCache`.
+        UserError: The folder is no directory of an `ActivationCache`.
     """
     names: dict[str, str] = {}
     pruned = None
@@ -257,7 +260,7 @@ def _differences(sets: list[SetReport]) -> dict[str, dict[str, str]]:
 
 
 def _settings(one: SetReport) -> dict[str, str]:
-    """Returns what the rows of a set depend on, as far as its writer has said it."""
+    """Returns the settings that the rows of a set depend on, as far as they are known."""
     _, mode, shape, gradients = _call(one)
     found = {"mode": mode, "input": shape, "gradients": gradients}
     if isinstance(count := one.about.get("parameters"), int):
@@ -272,7 +275,7 @@ def _settings(one: SetReport) -> dict[str, str]:
 
 
 def _call(one: SetReport) -> tuple[str, str, str, str]:
-    """Returns the name of the model, its mode, the shape of its input, and if it had gradients."""
+    """Returns the model's name, its mode, its input's shape, and whether gradients were enabled."""
     text = _text(one, "model")
     parts = re.fullmatch(r"(.*) \((\w+) mode, ([\dx]*)(, without gradients)?\)", text)
     if parts is None:
@@ -295,7 +298,7 @@ def _text(one: SetReport, name: str) -> str:
 
 
 def row_shape(one: SetReport) -> tuple[int, ...]:
-    """Returns the shape of a row as its user knows it, or else as it lies in memory."""
+    """Returns the shape of a row in the model, or its shape in the file if that is not known."""
     assert one.row is not None
     dims, rows = _numbers(one, "shape"), _numbers(one, "rows")
     if dims is None:
@@ -354,7 +357,7 @@ def _set_as_json(one: SetReport, group: Group) -> dict[str, Any]:
 
 
 def as_text(found: Contents, directory: Path) -> Iterator[str]:
-    """Yields a table for each value, what is damaged, and what was removed."""
+    """Yields the lines of a table for each value, and lines about damage and removed rows."""
     now, model = time.time(), None
     for group in found.groups:
         if group.model != model:
@@ -430,12 +433,12 @@ def _ago(now: float, then: float) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """Cuts a text that is too long, and shows that."""
+    """Returns a text of at most so many characters. A text that is cut ends with dots."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def safe(text: str, most: int = MOST_NAME) -> str:
-    """Returns a text that somebody else wrote as it may go to a terminal."""
+    """Returns a text of unknown origin in a form that is safe to print on a terminal."""
     shown = "".join(each if each.isprintable() else "?" for each in text[: most + 1])
     return cut(shown, most)
 

@@ -1,9 +1,9 @@
-"""Runs beside each other: `python scripts/compare_runs.py RUN RUN... [--html FILE]`.
+"""Compares finished runs: `python scripts/compare_runs.py RUN RUN... [--html FILE]`.
 
-Prints accuracy, time, speed-up against the first run, whether weights are the same (equal letters),
-and which settings differ; with --html also draws accuracy against time, in one file. Exit code 2: a
-folder holds no run that has come to its end, or is named twice, or the page cannot be drawn or
-written.
+It prints the accuracy, the time, the speed-up against the first run, a letter for the weights
+(equal weights have equal letters), and the settings that differ. With --html it also writes a page
+with a picture of accuracy against time. Exit code 2: a folder holds no finished run, or is named
+twice, or the page cannot be drawn or written.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from cachefreeze.report.compare import comparison_lines, comparison_page, load_r
 
 
 def main() -> int:
+    """Prints the comparison; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page too")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, too")
     args = parser.parse_args()
     try:
         runs = load_runs(args.runs)
@@ -34,9 +35,10 @@ def main() -> int:
 
 
 def write(path: Path, page: bytes) -> None:
-    """
+    """Writes the page.
+
     Raises:
-        UserError: it cannot be written.
+        UserError: The page cannot be written.
     """
     try:
         write_atomically(path, page)

@@ -1,9 +1,9 @@
-"""Take the pictures out of a run's report.html, for pages that are no HTML.
+"""Writes the pictures of a run's report.html to files, for pages that are no HTML.
 
     python -m cachefreeze.train --arch wrn --t0 0.5 --output-dir runs/pictures
     python scripts/doc_figures.py runs/pictures docs/figures rates frontier seconds predicted
 
-wrote docs/figures. Each picture follows the reader's light or dark theme, with a ground of its own.
+wrote docs/figures. Each picture follows the reader's light or dark theme, with its own background.
 """
 
 import argparse
@@ -15,12 +15,15 @@ from cachefreeze.errors import UserError
 
 
 def main() -> int:
+    """Writes the pictures; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument("folder", type=Path, help="where the pictures go")
-    parser.add_argument("names", nargs="+", help="which: rates, seconds, frontier, and so on")
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("folder", type=Path, help="folder for the pictures")
+    parser.add_argument(
+        "names", nargs="+", help="names of the pictures: rates, seconds, frontier, and so on"
+    )
     args = parser.parse_args()
     try:
         found = pictures(args.run)
@@ -39,10 +42,10 @@ def main() -> int:
 
 
 def pictures(run: Path) -> dict[str, str]:
-    """The pictures of a run's report, by name, each as a file of its own.
+    """Returns the pictures of a run's report by name, each as the text of an SVG file.
 
     Raises:
-        UserError: there is no such run, or it cannot be drawn.
+        UserError: There is no such run, or the report cannot be drawn.
     """
     from cachefreeze.report.html_report import report  # which may not be had: UserError
     from cachefreeze.report.page import render

@@ -1,4 +1,4 @@
-"""Hold lineage against many models: `python scripts/model_table.py --page docs/models.md`.
+"""Checks lineage on many models: `python scripts/model_table.py --page docs/models.md`.
 
 Every model of `scripts/zoo` runs with three shares of its parameters frozen, in eval and in
 training mode. The traced pass, the passes that kept values are taken from, and replayed passes are
@@ -55,7 +55,7 @@ little about large ones.
 
 @dataclass
 class Result:
-    """What came out for one model, share and mode.
+    """Result of one model, share and mode.
 
     Args:
         model: Name of the model.
@@ -86,7 +86,7 @@ class Result:
 
 @dataclass
 class Outcome:
-    """Everything that a pass leaves behind."""
+    """Outputs, gradients and state that a pass leaves behind."""
 
     outputs: list[torch.Tensor] = field(default_factory=list)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -310,7 +310,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def page(results: Sequence[Result], earlier: str = "") -> Iterator[str]:
-    """The whole page in Markdown, by line.
+    """Yields the lines of the page in Markdown.
 
     Args:
         results: Results of this run.

@@ -1,4 +1,4 @@
-"""Write the page about all options: `python scripts/options_table.py > docs/options.md`."""
+"""Writes the page about all options: `python scripts/options_table.py > docs/options.md`."""
 
 import argparse
 import re
@@ -12,30 +12,31 @@ INTRODUCTION = """\
 # Options
 
 `python scripts/options_table.py > docs/options.md` wrote this page from what
-`python -m cachefreeze.train --help` says. An option for another
-network or data set than the one that is asked for is refused.
+`python -m cachefreeze.train --help` says. Options that do not apply to
+the chosen network or data set are refused.
 """
 TERMINAL = """
 Bars go to the standard error, and only if that is a terminal; a log file gets plain lines in any
-case. `--quiet` is for jobs whose output is sent to somebody (cron): warnings, then all that any run
-tells at its end but what to type next. Errors go to the standard error, with exit code 2 (130 or
-143 after a signal). Neither option is one of the run: `--resume` does not remember them.
+case. `--quiet` is for jobs whose output is sent by mail (cron): it prints warnings, and the results
+at the end of the run. Errors go to the standard error, with exit code 2 (130 or 143 after a
+signal). Neither option is saved with the run: give it again with `--resume`.
 """
 FREEZEOUTS = """
 ## FreezeOut's own options
 
-Those of the train.py of FreezeOut's authors, and what they are here.
+The options of the train.py of FreezeOut's authors, and what to give here.
 """
 
 
 def main() -> int:
+    """Prints the page; returns the exit code."""
     argparse.ArgumentParser(description="Write the page about all options.").parse_args()
     print("\n".join(page()))
     return 0
 
 
 def page() -> Iterator[str]:
-    """The whole page in Markdown, by line."""
+    """Yields the lines of the page in Markdown."""
     yield INTRODUCTION.rstrip()
     for group in options()._action_groups:
         shown = [
@@ -55,7 +56,7 @@ def page() -> Iterator[str]:
 
 
 def spelled(action: argparse.Action) -> str:
-    """An option in all its spellings, and what it takes."""
+    """Returns an option in all its spellings, with the form of its value."""
     names = ", ".join(f"`{name}`" for name in action.option_strings)
     if action.nargs == 0:
         return names
@@ -68,7 +69,7 @@ def spelled(action: argparse.Action) -> str:
 
 
 def _cell(text: str) -> str:
-    """Options as code: two hyphens may become a dash."""
+    """Returns a text with options as code. Two hyphens of plain text may become a dash."""
     coded = re.sub(r"(?<![\w-])--?[A-Za-z][\w-]*", r"`\g<0>`", text)
     return coded.replace("|", "\\|")
 

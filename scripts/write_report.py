@@ -1,7 +1,7 @@
-"""Write a run's report.html anew, from what is in its folder: `python scripts/write_report.py RUN`.
+"""Writes report.html of a run anew, from its files: `python scripts/write_report.py RUN`.
 
-Where the same run was measured without the cache, or without freezing, its times are shown too:
-`--freezing-only RUN` and `--no-freezing RUN`. Exit code 2: a folder is no such run.
+With `--freezing-only RUN` and `--no-freezing RUN` it also shows the times of the same training
+without the cache, or without freezing. Exit code 2: a folder is no such run.
 """
 
 import argparse
@@ -12,15 +12,22 @@ from cachefreeze.errors import UserError
 
 
 def main() -> int:
+    """Writes the report; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument(
-        "--freezing-only", type=Path, metavar="RUN", help="of the same run with --no-cache"
+        "--freezing-only",
+        type=Path,
+        metavar="RUN",
+        help="folder of the same training with --no-cache",
     )
     parser.add_argument(
-        "--no-freezing", type=Path, metavar="RUN", help="likewise, with --no-freeze --no-cache"
+        "--no-freezing",
+        type=Path,
+        metavar="RUN",
+        help="folder of the same training with --no-freeze --no-cache",
     )
     args = parser.parse_args()
     given = {"freezing only": args.freezing_only, "no freezing": args.no_freezing}

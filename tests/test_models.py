@@ -202,7 +202,7 @@ def test_weights_of_another_network_of_hugging_face_are_refused(
     state = load_file(path)
     taken = next(name for name in state if "layer.1" in name or "layers.1" in name)
     save_file({name: value for name, value in state.items() if name != taken}, path)
-    with pytest.raises(UserError, match=r"are not of this network: vit\..* is missing there"):
+    with pytest.raises(UserError, match=r"do not fit this network: they have no vit\."):
         hf.build(hf.weights, weights="DEFAULT")
 
 

@@ -45,7 +45,7 @@ TITLES = {
     "seconds": "Seconds of every epoch",
     "frontier": "Frozen units, and where rows come from",
     "learning": "Accuracy and loss",
-    "kept": "What the cache keeps",
+    "kept": "Size of the cache",
     "predicted": "Predicted beside measured",
 }
 
@@ -321,7 +321,7 @@ def test_each_way_to_train_is_set_beside_its_own_prediction(tmp_path: Path) -> N
 
 def test_where_nothing_is_known_it_says_how_to_come_by_it(tmp_path: Path) -> None:
     page = drawn(make_run(tmp_path / "run", cache=False, forecast=False))
-    assert "Nothing is known to set beside it: scripts/write_report.py shows" in page.words
+    assert "No other times are known. scripts/write_report.py shows" in page.words
     assert "predicted</th>" not in page.text
 
 
@@ -371,7 +371,7 @@ def test_an_epoch_and_a_filling_are_a_line_each(cached: RunResults) -> None:
         "  95% of rows from the cache"
     )
     fill = {"step": 1570, "unit": "group1_block1", "rows": 1797, "seconds": 0.31}
-    assert fill_line(fill) == "  step 1,570: rows after group1_block1 kept: 1,797, 0.3 s"
+    assert fill_line(fill) == "  step 1,570: kept 1,797 rows after group1_block1 in 0.3 s"
 
 
 def test_a_plan_says_when_units_freeze_and_four_times() -> None:
@@ -383,13 +383,13 @@ def test_a_plan_says_when_units_freeze_and_four_times() -> None:
         "body              1,157     51             50.3%",
         "head  trains to the end",
         "",
-        "predicted                              time  of freezing only",
-        "no freezing                      2 min 30 s            125.0%",
-        "freezing only                    2 min 00 s            100.0%",
-        "with the cache                   1 min 50 s             91.7%",
-        "limit: frozen units for nothing  1 min 40 s             83.3%",
+        "predicted                               time  share of freezing only",
+        "no freezing                       2 min 30 s                  125.0%",
+        "freezing only                     2 min 00 s                  100.0%",
+        "with the cache                    1 min 50 s                   91.7%",
+        "limit: frozen units cost nothing  1 min 40 s                   83.3%",
         "",
-        "efficiency 0.50: the share of the limit's saving",
+        "efficiency 0.50: the share of the saving at the limit",
         "predicted from 8 steps",
     ]
     assert forecast_line(forecast).endswith("1 min 40 s at the limit, efficiency 0.50")
@@ -637,11 +637,11 @@ def half_a_forecast(folder: Path) -> None:
     ("hurt", "named"),
     [
         (damaged_json, "summary.json is damaged"),
-        (no_metrics, "metrics.jsonl is not of the run"),
+        (no_metrics, "metrics.jsonl does not belong to the run"),
         (text_for_a_number, "val_accuracy is '<b>', and should be a number"),
         (not_a_number, "wall_seconds is nan, and should be a number"),
-        (other_units, "metrics.jsonl is not of the run"),
-        (unfinished, "has not come to its end: go on with it first (--resume"),
+        (other_units, "metrics.jsonl does not belong to the run"),
+        (unfinished, "is not finished: go on with it first (--resume"),
         (no_run, "holds no run"),
         (of_an_older_version, "another version of cachefreeze made this run, so show it with that"),
         (half_a_forecast, "forecast.limit is None, and should be a number"),

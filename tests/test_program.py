@@ -126,7 +126,7 @@ def test_its_words_say_what_happened_and_what_to_type_next(
     assert len(epochs) == 4
     assert "frozen 4/5" in epochs[-1]
     assert re.search(r"\d+% of rows from the cache$", epochs[-1])
-    assert any("step 4: rows after stem kept: 150" in line for line in lines)
+    assert any("step 4: kept 150 rows after stem in " in line for line in lines)
     text = captured.out
     assert f"{run.summary['val_accuracy']:.2%}" in text
     assert run.summary["cache"]["directory"] in text

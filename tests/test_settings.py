@@ -125,8 +125,11 @@ def test_help_is_in_groups_and_tells_defaults(capsys: pytest.CaptureFixture[str]
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     for group in ("network:", "data:", "schedule (FreezeOut):", "cache:", "training:"):
         assert f" {group} " in text
-    assert "where activations are kept, to be found by later runs (default: data/cache)" in text
-    assert "unit's initial rate by its share of the run (default: on)" in text
+    assert (
+        "folder that cached outputs are kept in; later runs find them there (default: data/cache)"
+        in text
+    )
+    assert "by the share of the run for which it trains (default: on)" in text
     assert "None" not in text
     assert "True)" not in text
     assert "False)" not in text

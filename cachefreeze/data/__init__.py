@@ -1,4 +1,4 @@
-"""Data sets: their images, their splits, their order, and the way from pixels to network input."""
+"""Data sets: their images, splits and order of rows, and the network input made of pixels."""
 
 from cachefreeze.data.images import ArrayImages, FolderImages, Images
 from cachefreeze.data.inputs import InputRows

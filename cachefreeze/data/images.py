@@ -1,4 +1,4 @@
-"""The decoded pixels of one split: in memory, or from image files."""
+"""Decoded pixels of one split, held in memory or read from image files."""
 
 import hashlib
 import signal
@@ -24,28 +24,47 @@ IMAGE_SUFFIXES = (
 
 
 class Images(Protocol):
-    """The decoded pixels of one split and their labels."""
+    """Decoded pixels of one split and their labels.
 
-    labels: Tensor  # (N,) int64, on the CPU
-    identity: str  # changes whenever a decoded pixel may have changed
-    names: str  # changes with the files' names, sizes and labels; with arrays, as `identity`
+    Attributes:
+        labels: Labels of the rows, (N,) int64, on the CPU.
+        identity: Hash that changes whenever a decoded pixel may have changed.
+        names: Hash of the files' names, sizes and labels. For arrays, the same as `identity`.
+    """
+
+    labels: Tensor
+    identity: str
+    names: str
 
     def __len__(self) -> int: ...
 
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        """One uint8 tensor (n, H, W, C) on the CPU for each array of n row indices."""
+        """Yields a uint8 tensor (n, H, W, C) on the CPU for each array of n row indices."""
 
     def sample(self, rows: int) -> Tensor:
-        """Pixels of at most `rows` images, spread over the split, decoded in this process."""
+        """Returns pixels of at most `rows` images, spread over the split.
+
+        They are decoded in this process.
+        """
 
 
 def spread(rows: int, of: int) -> Indices:
-    """`rows` row indices (all, if there are no more) evenly spread over `of` rows."""
+    """Returns row indices that are evenly spread.
+
+    Args:
+        rows: Number of row indices. If there are fewer rows, all are returned.
+        of: Number of rows in all.
+    """
     return np.unique(np.linspace(0, of - 1, min(rows, of)).astype(np.int64))
 
 
 class ArrayImages:
-    """Images that live in memory: `pixels` (N, H, W, C) uint8, `labels` (N,)."""
+    """Images that are held in memory.
+
+    Args:
+        pixels: Images, (N, H, W, C) uint8.
+        labels: Labels of the rows, (N,).
+    """
 
     def __init__(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         self.pixels = np.ascontiguousarray(pixels)
@@ -59,24 +78,38 @@ class ArrayImages:
         return len(self.pixels)
 
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        """Yields a uint8 tensor (n, H, W, C) on the CPU for each array of n row indices."""
         for rows in order:
             yield torch.from_numpy(self.pixels[rows])
 
     def sample(self, rows: int) -> Tensor:
+        """Returns pixels of at most `rows` images, spread over the split."""
         return torch.from_numpy(self.pixels[spread(rows, len(self))])
 
 
 @dataclass(frozen=True)
 class DamagedImage:
-    """A file that could not be decoded: a value, for an exception raised in a worker process
-    would come back with that worker's traceback around the one sentence that the user needs."""
+    """A file that could not be decoded.
+
+    It is a value: an exception of a worker process would come back with that worker's traceback
+    around the one sentence that the user needs.
+
+    Attributes:
+        path: Path of the file.
+        reason: Message of the decoder.
+    """
 
     path: Path
     reason: str
 
 
 class ImageFiles(Dataset[Tensor | DamagedImage]):
-    """Decodes batches of image files to uint8 (n, size, size, 3); what DataLoader workers run."""
+    """Decodes batches of image files to uint8 (n, size, size, 3), in workers of a DataLoader.
+
+    Args:
+        paths: Path of the image of each row.
+        size: Height and width of the decoded images.
+    """
 
     def __init__(self, paths: Sequence[Path], size: int) -> None:
         self.paths = list(paths)
@@ -96,10 +129,12 @@ class FolderImages:
     """Image files, decoded anew whenever they are asked for.
 
     Args:
-        root: the folder that the files' identity is relative to.
-        paths, labels: one a row.
-        size: of the square that they are resized to (shorter side) and cut from (centre).
-        workers: processes that decode; 0 decodes in this one.
+        root: Folder that all images are in. The hashes cover paths relative to it.
+        paths: Path of the image of each row.
+        labels: Label of each row.
+        size: Height and width of the decoded images. The shorter side is resized to it, and the
+            centre is cut out.
+        workers: Number of processes that decode. 0 decodes in this process.
     """
 
     def __init__(
@@ -121,6 +156,11 @@ class FolderImages:
         return len(self.labels)
 
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
+        """Yields a uint8 tensor (n, size, size, 3) on the CPU for each array of n row indices.
+
+        Raises:
+            UserError: A file cannot be decoded.
+        """
         # A generator of its own: without one, each pass would draw from the global random state,
         # and a run that reads fewer images would go on with other random numbers.
         loader: DataLoader[Any] = DataLoader(
@@ -134,12 +174,23 @@ class FolderImages:
         yield from map(undamaged, loader)
 
     def sample(self, rows: int) -> Tensor:
+        """Returns pixels of at most `rows` images, spread over the split.
+
+        Raises:
+            UserError: A file cannot be decoded.
+        """
         return undamaged(self.files[spread(rows, len(self))])
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """What is sent to all processes of a run (Ctrl-C by a terminal, SIGTERM by a job scheduler) is
-    for the parent to act on, who means to finish its step first."""
+    """Lets a worker process ignore SIGINT and the first SIGTERM.
+
+    A terminal (Ctrl-C) or a job scheduler sends them to all processes of a run. The parent acts on
+    them, once it has finished its step.
+
+    Args:
+        worker: Number of the worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The first one only: the parent's own way to end workers that do not end by themselves is to
     # send it until they do.
@@ -147,7 +198,11 @@ def leave_signals_to_the_parent(worker: int) -> None:
 
 
 def undamaged(batch: Tensor | DamagedImage) -> Tensor:
-    """The batch, or a UserError that names the file."""
+    """Returns a batch of pixels.
+
+    Raises:
+        UserError: A file could not be decoded.
+    """
     if isinstance(batch, DamagedImage):
         raise UserError(
             f"{batch.path} cannot be decoded ({batch.reason}): "
@@ -157,7 +212,12 @@ def undamaged(batch: Tensor | DamagedImage) -> Tensor:
 
 
 def decode_image(path: Path, size: int) -> NDArray[np.uint8]:
-    """An image file as RGB (size, size, 3): shorter side resized to `size`, centre cut out."""
+    """Returns an image file as RGB (size, size, 3).
+
+    Args:
+        path: Path of the file.
+        size: Height and width. The shorter side is resized to it, and the centre is cut out.
+    """
     from PIL import Image  # torchvision's own dependency
 
     with Image.open(path) as file:

@@ -1,4 +1,4 @@
-"""From decoded pixels to network input, on the training device."""
+"""Network input made of decoded pixels, on the training device."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,15 +21,15 @@ class InputRows:
     Args:
         images: Images of one split.
         mean: Mean of each channel, of pixels scaled to 0 .. 1.
-        std: Standard deviation of each channel.
-        device: Device that is trained on.
-        augment_seed: Seed of random views, another one of every image in each `epoch`. If None,
-            images are served as they are.
+        std: Standard deviation of each channel, of pixels scaled to 0 .. 1.
+        device: Device that the network is trained on.
+        augment_seed: Seed of the random views. Every image has another view in each epoch. If None,
+            images are not augmented.
         kept_on: Device whose memory holds the pixels once they have been decoded, one byte an
             element. If None, they are decoded whenever they are asked for.
 
     Attributes:
-        epoch: Number of the epoch whose views are served.
+        epoch: Number of the epoch whose random views are returned.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class InputRows:
         return len(self.images)
 
     def batches(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        """Yields one tensor for each array of row indices."""
+        """Yields a tensor (n, C, H, W) for each array of n row indices."""
         pixels = self._pixels.decode(order)
         if self.augment_seed is None:
             yield from map(self.from_pixels, pixels)
@@ -78,7 +78,7 @@ class KeptPixels:
 
     Args:
         images: Images of one split.
-        device: Device whose memory holds them.
+        device: Device whose memory holds the pixels.
     """
 
     def __init__(self, images: Images, device: torch.device) -> None:
@@ -90,7 +90,7 @@ class KeptPixels:
         self._there = np.zeros(len(images), bool)
 
     def decode(self, order: Sequence[Indices]) -> Iterator[Tensor]:
-        """Yields pixels as `Images.decode` does, on the device."""
+        """Yields a uint8 tensor (n, H, W, C) on the device for each array of n row indices."""
         there, missing = self._there.copy(), []
         for rows in order:
             missing.append(np.unique(rows[~there[rows]]))
@@ -117,7 +117,7 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
 
 
 def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Draws views of all rows, (rows, 3): top, left, and whether mirrored.
+    """Draws random views of all rows, (rows, 3): top, left, and whether mirrored (1) or not (0).
 
     They are drawn for the whole epoch, so that a row's view does not depend on its batch.
     """
@@ -131,7 +131,7 @@ def augment(pixels: Tensor, views: Tensor) -> Tensor:
 
     Args:
         pixels: Images, (n, H, W, C).
-        views: Views as in `random_views`, (n, 3), on the device of the pixels.
+        views: Random views of `random_views`, (n, 3), on the device of the pixels.
     """
     n, height, width, _ = pixels.shape
     padded = F.pad(pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))

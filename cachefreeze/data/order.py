@@ -1,4 +1,4 @@
-"""The order of rows: a function of the seed and the epoch alone, cut into full batches."""
+"""The order of rows in an epoch, which depends only on seed and epoch, cut into full batches."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def full_batches(order: Indices, batch_size: int) -> list[Indices]:
 
     Args:
         order: Row indices.
-        batch_size: Number of rows of a batch. If there are fewer rows, all are one batch.
+        batch_size: Number of rows in a batch. If there are fewer rows in all, they are one batch.
     """
     size = min(batch_size, len(order))
     count = -(-len(order) // size) if size else 0

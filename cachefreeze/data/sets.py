@@ -1,4 +1,4 @@
-"""Data sets: a training and a validation split of the same classes."""
+"""Data sets, each with a training and a validation split of the same classes."""
 
 import os
 import time
@@ -37,21 +37,31 @@ Bar = Callable[[Iterator[Tensor], int], Iterable[Tensor]]
 class DataSet:
     """A training split and a validation split of the same classes.
 
-    `mean` and `std` are per channel, of pixels scaled to 0 .. 1.
+    Attributes:
+        name: Name of the data set.
+        classes: Names of the classes.
+        train: Images of the training split.
+        val: Images of the validation split.
+        image_shape: Channels, height and width of the images.
+        mean: Mean of each channel, of pixels scaled to 0 .. 1.
+        std: Standard deviation of each channel, of pixels scaled to 0 .. 1.
     """
 
     name: str
     classes: tuple[str, ...]
     train: Images
     val: Images
-    image_shape: tuple[int, int, int]  # channels, height, width
+    image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is trained on, to tell whether it is the same as before: `same` is for certain not
-        the same if it differs; `identity` also differs if files were only copied or touched."""
+        """Facts that tell whether a resumed run has the data set that it began with.
+
+        If `same` differs, the data set is another one for certain. `identity` also differs if files
+        were only copied or touched.
+        """
         statistics = [list(self.mean), list(self.std)]
         return {
             "same": [list(self.classes), self.train.names, self.val.names, *statistics],
@@ -60,6 +70,7 @@ class DataSet:
 
     @property
     def outline(self) -> "Outline":
+        """Outline of the data set."""
         return Outline(
             self.name,
             len(self.train),
@@ -71,7 +82,16 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a plan needs to know of a data set, which need not be there."""
+    """Sizes of a data set, which are all that a plan needs. The data set itself need not be there.
+
+    Attributes:
+        name: Name of the data set.
+        train_rows: Number of training images.
+        val_rows: Number of validation images.
+        classes: Number of classes.
+        image_shape: Channels, height and width of the images.
+        decode_seconds: Seconds that decoding an image takes.
+    """
 
     name: str
     train_rows: int
@@ -82,7 +102,7 @@ class Outline:
 
     @property
     def description(self) -> str:
-        """One line for people."""
+        """Description of the data set in one line."""
         return (
             f"{self.name}: {self.train_rows:,} training and {self.val_rows:,} validation images, "
             f"{'x'.join(map(str, self.image_shape))}, {self.classes} classes"
@@ -99,14 +119,21 @@ def load(
     bar: Bar,
     normalization: Statistics | None = None,
 ) -> DataSet:
-    """The data set `digits`, `cifar10`, `cifar100` or `imagefolder`; see their loaders.
+    """Loads a data set.
 
     Args:
-        normalization: mean and standard deviation by channel to normalise with, instead of those of
-            the training images. A folder's images are not all decoded then.
+        name: Name of the data set: `digits`, `cifar10`, `cifar100` or `imagefolder`.
+        folder: Folder of an `imagefolder`. For CIFAR, the folder that it is in or downloaded to.
+        image_size: Height and width of the images of an `imagefolder`.
+        val_fraction: Share of every class of an `imagefolder` that becomes the validation split.
+            None if the folder has one.
+        workers: Number of processes that decode images of an `imagefolder`.
+        bar: Function that wraps a pass over images and shows its progress.
+        normalization: Mean and standard deviation of each channel to normalise with, in place of
+            those of the training images. A folder's images are not all decoded then.
 
     Raises:
-        UserError: it is not there, or not as it should be.
+        UserError: The data set is not there, cannot be read, or is damaged.
     """
     if name == "imagefolder":
         with reading(folder):
@@ -127,10 +154,18 @@ def load(
 def outline(
     name: str, folder: Path, *, image_size: int, val_fraction: float | None, workers: int
 ) -> Outline:
-    """What can be said of a data set without reading it; CIFAR need not be there.
+    """Returns the sizes of a data set without reading it. CIFAR need not be there.
+
+    Args:
+        name: Name of the data set: `digits`, `cifar10`, `cifar100` or `imagefolder`.
+        folder: Folder of an `imagefolder`.
+        image_size: Height and width of the images of an `imagefolder`.
+        val_fraction: Share of every class of an `imagefolder` that becomes the validation split.
+            None if the folder has one.
+        workers: Number of processes that decode images of an `imagefolder`.
 
     Raises:
-        UserError: a folder of images is not there, or not as it should be.
+        UserError: A folder of images is not there, cannot be read, or has no two splits.
     """
     if name == "digits":
         return load_digits().outline
@@ -146,7 +181,12 @@ def outline(
 
 
 def decode_seconds(images: Images, workers: int) -> float:
-    """What decoding an image takes with so many processes, by a sample."""
+    """Measures the seconds that decoding an image takes, on a sample.
+
+    Args:
+        images: Images of one split.
+        workers: Number of processes that decode.
+    """
     start = time.perf_counter()
     decoded = len(images.sample(SAMPLE))
     return (time.perf_counter() - start) / decoded / max(workers, 1)
@@ -154,7 +194,7 @@ def decode_seconds(images: Images, workers: int) -> float:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """What the file system refuses inside is the user's to mend."""
+    """Turns errors of the file system into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -165,7 +205,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def load_digits(val_fraction: float = 0.2) -> DataSet:
-    """scikit-learn's 1,797 handwritten digits of 8x8 grey pixels, upscaled to 32x32 RGB."""
+    """Loads scikit-learn's 1,797 handwritten digits of 8x8 grey pixels, upscaled to 32x32 RGB."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     bunch = sklearn_digits()
@@ -182,10 +222,14 @@ def load_digits(val_fraction: float = 0.2) -> DataSet:
 
 
 def load_cifar(name: str, folder: Path) -> DataSet:
-    """CIFAR-10 or CIFAR-100 (`cifar10`, `cifar100`), downloaded into `folder` when missing.
+    """Loads CIFAR-10 or CIFAR-100. It is downloaded if it is missing.
+
+    Args:
+        name: Name of the data set: `cifar10` or `cifar100`.
+        folder: Folder that the data set is in, or downloaded to.
 
     Raises:
-        UserError: it is not there and cannot be downloaded.
+        UserError: The data set is not there and cannot be downloaded.
     """
     from torchvision import datasets  # takes seconds
 
@@ -230,21 +274,26 @@ def load_folder(
     bar: Bar,
     normalization: Statistics | None = None,
 ) -> DataSet:
-    """Folders of images: ROOT/train/CLASS/* with ROOT/val or ROOT/test, or ROOT/CLASS/*.
+    """Loads folders of images: ROOT/train/CLASS/* with ROOT/val or ROOT/test, or ROOT/CLASS/*.
 
-    Every image is decoded once here: the training rows for their mean and standard deviation, all
-    of them so that a damaged file is found now and not in the middle of the night. With a
-    `normalization` that is given none is: a run that finds all rows in its cache needs none.
+    Every image is decoded once here. The mean and standard deviation come from the training images,
+    and a damaged file is found now and not in the middle of the night. If `normalization` is given,
+    no image is decoded: a run that finds all rows in its cache needs none.
 
     Args:
-        size: see `FolderImages`.
-        val_fraction: the share of every class that becomes the validation split where the folder
-            has none.
-        workers: see `FolderImages`.
-        bar: shows how that first pass gets on.
+        root: Folder of the data set.
+        size: Height and width of the decoded images. The shorter side is resized to it, and the
+            centre is cut out.
+        val_fraction: Share of every class that becomes the validation split. None if the folder has
+            one.
+        workers: Number of processes that decode. 0 decodes in this process.
+        bar: Function that wraps the first pass over the images and shows its progress.
+        normalization: Mean and standard deviation of each channel to normalise with. If None, those
+            of the training images.
 
     Raises:
-        UserError: no images, fewer than two classes, no validation split, or a damaged file.
+        UserError: There are no images, fewer than two classes, or no validation split, or a file is
+            damaged.
     """
     train, val, classes = find_images(root, size=size, val_fraction=val_fraction, workers=workers)
     if normalization is not None:
@@ -262,7 +311,20 @@ def _name(root: Path) -> str:
 def find_images(
     root: Path, *, size: int, val_fraction: float | None, workers: int
 ) -> tuple[FolderImages, FolderImages, tuple[str, ...]]:
-    """The training and the validation images of `load_folder`, not decoded yet, and the classes."""
+    """Finds the training and the validation images of a folder, and the classes.
+
+    Nothing is decoded yet.
+
+    Args:
+        root: Folder of the data set.
+        size: Height and width of the decoded images.
+        val_fraction: Share of every class that becomes the validation split. None if the folder has
+            one.
+        workers: Number of processes that decode.
+
+    Raises:
+        UserError: There are no images, fewer than two classes, or no validation split.
+    """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give --data-dir a folder of images")
     has_train = (root / "train").is_dir()
@@ -271,7 +333,7 @@ def find_images(
     if has_train and held_out is not None:
         if val_fraction is not None:
             raise UserError(
-                f"{held_out} is there to validate on: leave out --val-fraction, or move it away"
+                f"{held_out} holds the validation images: leave out --val-fraction, or move it away"
             )
         val_paths, val_labels, val_classes = list_images(held_out)
         if val_classes != classes:
@@ -295,7 +357,11 @@ def find_images(
 
 
 def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Image files below each class's sub-folder in sorted order, their labels, and the classes."""
+    """Returns the image files below each class's sub-folder, sorted, their labels, and the classes.
+
+    Raises:
+        UserError: There are fewer than two classes, or one has no images.
+    """
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     paths, labels = [], []
     for label, name in enumerate(classes):
@@ -313,7 +379,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
 
 
 def one_pass(images: Images, bar: Bar) -> Iterable[Tensor]:
-    """All images in order, in batches."""
+    """Yields all images in order, in batches of 256."""
     rows = np.arange(len(images))
     order = [rows[start : start + 256] for start in range(0, len(rows), 256)]
     return bar(images.decode(order), len(order))
@@ -322,9 +388,9 @@ def one_pass(images: Images, bar: Bar) -> Iterable[Tensor]:
 def statistics(
     images: Images, bar: Bar = lambda batches, total: batches
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, of pixels scaled to 0 .. 1.
+    """Returns the mean and standard deviation of each channel, of pixels scaled to 0 .. 1.
 
-    Summed as whole numbers, so that the result does not depend on the order of the rows.
+    Pixels are summed as whole numbers, so the result does not depend on the order of the rows.
     """
     count, total, squares = 0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     for pixels in one_pass(images, bar):
@@ -342,10 +408,21 @@ def statistics(
 def stratified_split(
     labels: NDArray[np.int64], fraction: float, classes: Sequence[str]
 ) -> tuple[Indices, Indices]:
-    """Row indices of a training and a validation part with the given share of every class.
+    """Splits rows into a training and a validation part, class by class.
 
-    The same labels always give the same split, whatever the seed of the run: accuracies of
-    different seeds are of the same rows. Every class keeps at least one row in each part.
+    The same labels always give the same split, whatever the seed of the run, so that runs of
+    different seeds are validated on the same rows. Every class keeps at least one row in each part.
+
+    Args:
+        labels: Label of each row.
+        fraction: Share of every class that goes to the validation part.
+        classes: Names of the classes.
+
+    Returns:
+        Row indices of the training part, and of the validation part.
+
+    Raises:
+        UserError: A class has a single row.
     """
     random = np.random.default_rng(0)
     held_out = []

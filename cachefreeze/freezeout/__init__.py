@@ -1,4 +1,4 @@
-"""FreezeOut (Brock et al., 2017): each unit's rate falls to zero, first units first, and stays."""
+"""FreezeOut (Brock et al., 2017): units freeze one by one, as their rates fall to zero."""
 
 from cachefreeze.freezeout.freezing import freeze, unfreeze
 from cachefreeze.freezeout.schedule import SHAPES, Schedule

@@ -1,4 +1,4 @@
-"""Freezes modules for good, and thaws them again."""
+"""Functions that freeze modules for good, and unfreeze them."""
 
 from functools import partial
 

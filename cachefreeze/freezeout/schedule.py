@@ -1,4 +1,4 @@
-"""FreezeOut's arithmetic (Brock et al., 2017, section 2): when units freeze, and their rates."""
+"""FreezeOut's arithmetic (Brock et al., 2017, section 2): rates of units, and freezing steps."""
 
 import math
 from bisect import bisect_right
@@ -15,21 +15,22 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of every unit at every step; unit i trains for a share t_i of the run.
+    """The learning rates of all units at every step. Unit i trains for a share t_i of the run.
 
     Args:
-        units: how many there are, the head (the last, which never freezes) included.
-        total_steps: optimiser steps of the whole run.
-        t0: share of the run, before `shape`, after which the first unit freezes; in (0, 1].
-            At 1 nothing freezes, and every unit follows one plain cosine.
-        shape: `linear`, `squared` or `cubic`: g in t_i = g(t0 + (1 - t0) i / L).
-        scale_lr: divide unit i's initial rate by t_i, so that all units' rates have equal
-            integrals over the run.
-        first: so many units are frozen before the first step; the others follow the schedule of a
-            network that they are all of.
+        units: Number of units, with the head: the last unit, which never freezes.
+        total_steps: Number of optimizer steps of the whole run.
+        t0: Share of the run after which the first unit freezes, before `shape` is applied; in
+            (0, 1]. At 1 nothing freezes, and every unit follows one plain cosine.
+        shape: Name of the function g in t_i = g(t0 + (1 - t0) i / L): `linear`, `squared` or
+            `cubic`.
+        scale_lr: Whether unit i's initial rate is divided by t_i, so that all units' rates have
+            equal integrals over the run.
+        first: Number of units that are frozen before the first step. The other units follow the
+            schedule of a network that has no units but them.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: A value is outside its range.
     """
 
     units: int
@@ -55,22 +56,22 @@ class Schedule:
 
     @cached_property
     def ends(self) -> tuple[float, ...]:
-        """t_i of every unit: the share of the run for which it trains, in [0, 1]."""
+        """Share t_i of the run for which each unit trains, in [0, 1]."""
         shape, last = SHAPES[self.shape], self.units - 1 - self.first
         hidden = [shape(self.t0 + (1 - self.t0) * unit / last) for unit in range(last)]
         return (*(0.0 for _ in range(self.first)), *hidden, 1.0)
 
     @cached_property
     def freeze_steps(self) -> tuple[int, ...]:
-        """The first step at which each unit is frozen; `total_steps` if it trains to the end."""
+        """First step at which each unit is frozen; `total_steps` if it trains to the end."""
         return tuple(_ceil(end * self.total_steps) for end in self.ends)
 
     def frontier(self, step: int) -> int:
-        """How many units are frozen when the given step (from 0) is taken, or after the last."""
+        """Returns the number of units that are frozen at a step (from 0), or after the last."""
         return bisect_right(self.freeze_steps, min(step, self.total_steps - 1))
 
     def factor(self, unit: int, step: int) -> float:
-        """What the unit's base rate is multiplied with at the given step (from 0)."""
+        """Returns the factor on the base rate of a unit at a step (from 0)."""
         if step >= self.freeze_steps[unit]:
             return 0.0
         end = self.ends[unit]
@@ -79,6 +80,6 @@ class Schedule:
 
 
 def _ceil(steps: float) -> int:
-    """The next whole number, where a product that is whole but for rounding counts as whole."""
+    """Rounds up, but a product that is whole except for rounding errors counts as whole."""
     whole = round(steps)
     return whole if abs(steps - whole) < 1e-9 * steps else math.ceil(steps)

@@ -13,12 +13,12 @@ from cachefreeze.freezeout.units import freeze_parameters, units_of
 def param_groups(
     model: nn.Module, /, *example: Any, decay_all: bool = True, **kwargs: Any
 ) -> list[dict[str, Any]]:
-    """Returns parameter groups for any optimizer, a unit each and in order.
+    """Returns parameter groups for any optimizer: one for each unit, in order.
 
     Args:
-        model: Model, see `units_of`.
+        model: Model to train.
         *example: Positional arguments of a forward pass, which shows the order of the units.
-        decay_all: Whether all parameters are in one group of their unit. If False, biases and the
+        decay_all: Whether weight decay applies to all parameters. If False, biases and the
             parameters of norms (all that have one axis or none) are in groups of their own,
             without weight decay.
         **kwargs: Keyword arguments of that pass.
@@ -55,22 +55,26 @@ class FreezeOutLR(LRScheduler):
     no gradient any more, and modules all of whose parameters are frozen stay in eval mode whatever
     `train()` is called (see `freeze`). Its parameter group stays in the optimizer, at rate 0.
     (FreezeOut, Brock et al., 2017, section 2.) First units that take no gradient when the scheduler
-    is made count as frozen; the others follow the schedule of a model that they are all of.
+    is made count as frozen. The other units follow the schedule of a model that has no units but
+    them.
 
     Args:
         optimizer: Optimizer with the groups of `param_groups(model)`, or with one group a unit in
-            the order in which they freeze. The groups' rates are the base rates, which need not be
-            equal.
+            the order in which they freeze. The rates of the groups are the base rates. They may
+            differ.
         model: Model that is trained.
         total_steps: Number of optimizer steps of the whole run.
-        t0: Share of the run after which the first unit freezes, see `Schedule`.
-        shape: How freezing moves on from there, see `Schedule`.
-        scale_lr: Whether initial rates are divided by the share of the run, see `Schedule`.
+        t0: Share of the run after which the first unit freezes, before `shape` is applied; in
+            (0, 1]. At 1 nothing freezes.
+        shape: Name of the function that spreads the freezes from there to the end of the run:
+            `linear`, `squared` or `cubic`.
+        scale_lr: Whether each unit's initial rate is divided by the share of the run for which it
+            trains.
         last_epoch: Last step taken, as in every PyTorch scheduler. -1 starts a run.
 
     Attributes:
         names: Names of the units.
-        schedule: Rates and freezes, by step.
+        schedule: Rates and freezes of the units at every step.
 
     Raises:
         ValueError: A value is outside its range, or the optimizer holds other parameters than the
@@ -174,13 +178,13 @@ class FreezeOutLR(LRScheduler):
             state_dict: State from `state_dict`.
 
         Raises:
-            ValueError: The state is of other parameter groups.
+            ValueError: The state was saved with other parameter groups.
         """
         if len(state_dict["base_lrs"]) != len(self._unit_of):
             raise ValueError(
-                f"the scheduler's state is of {len(state_dict['base_lrs'])} parameter groups and "
-                f"the optimizer has {len(self._unit_of)}: load it with the network and the groups "
-                "that it was saved with"
+                f"the scheduler's state has {len(state_dict['base_lrs'])} parameter groups and the "
+                f"optimizer has {len(self._unit_of)}: load it with the network and the groups that "
+                "it was saved with"
             )
         self.last_epoch = state_dict["last_epoch"]
         self.base_lrs = list(state_dict["base_lrs"])

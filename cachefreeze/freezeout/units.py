@@ -26,8 +26,9 @@ class Unit:
     """Parameters that freeze together: those of a block, a stem, or a head.
 
     Attributes:
-        name: Path of the largest module all of whose parameters are in the unit, or of its first.
-        parameters: Parameters.
+        name: Path of the largest module whose parameters are all in the unit, or of the first
+            module.
+        parameters: Parameters of the unit.
     """
 
     name: str
@@ -40,8 +41,8 @@ class _Part:
 
     Attributes:
         name: Path of the module.
-        parameters: Parameters.
-        joins: Which part it freezes with: the one before, the one behind, or (0) none.
+        parameters: Parameters of the module.
+        joins: Part that it freezes with: -1 for the one before, 1 for the next one, 0 for none.
     """
 
     name: str
@@ -61,7 +62,7 @@ def units_of(model: nn.Module, /, *example: Any, **kwargs: Any) -> list[Unit]:
     trains as long as the head.
 
     Args:
-        model: Model.
+        model: Model whose units are found.
         *example: Positional arguments of a forward pass. With them, units come in the order in
             which the pass meets their parameters. It runs once, in eval mode and without gradients;
             modes, buffers and random state are put back. Modules that it does not meet freeze with
@@ -70,7 +71,7 @@ def units_of(model: nn.Module, /, *example: Any, **kwargs: Any) -> list[Unit]:
         **kwargs: Keyword arguments of that pass.
 
     Returns:
-        Units. Each parameter of the model is in one of them.
+        Units in order. Each parameter of the model is in one of them.
 
     Raises:
         UserError: The model has no parameters.
@@ -83,12 +84,12 @@ def units_of(model: nn.Module, /, *example: Any, **kwargs: Any) -> list[Unit]:
 
 
 def count_of(units: Sequence[Unit], first: int | str) -> int:
-    """Returns how many units are meant.
+    """Returns the number of the first units that a number or a name stands for.
 
     Args:
         units: Units of a model.
-        first: Number of them, or of all but so many if it is negative; or the name of the last of
-            them, or of a module or group whose last unit it is.
+        first: Number of units. If it is negative, that many units at the end are left out. Or the
+            name of the last of the units, or of a module or group that ends with it.
 
     Raises:
         UserError: There are no such units.
@@ -101,7 +102,9 @@ def count_of(units: Sequence[Unit], first: int | str) -> int:
             raise UserError(f"the network has no unit {first!r}: it has {names}")
         return found[-1] + 1
     if not -len(units) <= first <= len(units):
-        raise UserError(f"cannot freeze {first} units of a network that has {len(units)}")
+        raise UserError(
+            f"cannot freeze {first} units of a network that has {len(units)}: give a smaller number"
+        )
     return first + len(units) if first < 0 else first
 
 
@@ -109,13 +112,14 @@ def freeze_units(model: nn.Module, first: int | str, /, *example: Any, **kwargs:
     """Freezes the first units of a model for good, before it trains.
 
     Args:
-        model: Model.
-        first: Number or name, see `count_of`.
-        *example: Positional arguments of a forward pass, see `units_of`.
+        model: Model whose units are frozen.
+        first: Number of units, or name of the last of them. If the number is negative, that many
+            units at the end are left out.
+        *example: Positional arguments of a forward pass, which shows the order of the units.
         **kwargs: Keyword arguments of that pass.
 
     Returns:
-        Units that are frozen.
+        Units that have been frozen.
 
     Raises:
         UserError: There are no such units.
@@ -133,8 +137,8 @@ def freeze_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> N
     of a dropout would reach nothing but frozen modules. Elsewhere their order is not known.
 
     Args:
-        model: Model that the parameters are of.
-        parameters: Parameters.
+        model: Model that holds the parameters.
+        parameters: Parameters to freeze.
     """
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -171,12 +175,12 @@ def _amid_frozen(children: Sequence[nn.Module]) -> list[nn.Module]:
 def _parts(
     module: nn.Module, kinds: Mapping[type, int], path: str = "", is_root: bool = False
 ) -> Iterator[_Part]:
-    """Walks down to the smallest things that freeze.
+    """Yields the smallest parts of a module that freeze.
 
     Args:
-        module: Module.
+        module: Module whose parts are found.
         kinds: Number of modules of each class in the model.
-        path: Path of the module.
+        path: Path of the module in the model.
         is_root: Whether it is the model, or all that a wrapper around it holds.
     """
     if not is_root and not _is_container(module) and not _holds_blocks(module, kinds):
@@ -200,7 +204,7 @@ def _parts(
 
 
 def _is_container(module: nn.Module) -> bool:
-    """Says whether a module does nothing but to hold others, in order."""
+    """Says whether a module does nothing but hold others, in order."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return type(module).forward is nn.Module.forward
     return type(module) is nn.Sequential

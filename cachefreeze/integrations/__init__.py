@@ -1,1 +1,1 @@
-"""The cache for trainers of other packages; each module here needs the package that it is for."""
+"""The cache in trainers of other packages. Each module needs the package that it is named after."""

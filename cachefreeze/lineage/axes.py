@@ -292,9 +292,7 @@ class _Search:
         self._program = Program(trace)
         self._choices = _choices(rows)
 
-    def run(
-        self, given: Mapping[int, Tensor], wanted: Collection[int] | None
-    ) -> dict[int, Tensor]:
+    def run(self, given: Mapping[int, Tensor], wanted: Collection[int] | None) -> dict[int, Tensor]:
         """Runs the operations that lead to wanted values, and returns those values."""
         trace, keep = self._trace, frozenset(wanted or ())
         chosen = trace.operations if wanted is None else self._program.needed(wanted, given)

@@ -169,9 +169,7 @@ def _takes_all_rows(places: Any) -> bool:
     return places[0] == slice(None) and all(isinstance(one, plain) for one in places)
 
 
-def _dimension(
-    operation: Operation, place: int, name: str, default: Any, size: int
-) -> int | None:
+def _dimension(operation: Operation, place: int, name: str, default: Any, size: int) -> int | None:
     """Returns an argument that is a dimension, counted from the first one."""
     found = _argument(operation, place, name, default)
     return found % size if isinstance(found, int) else None

@@ -34,16 +34,23 @@ def build(
     image_size: int = 224,
     weights: str | None = None,
 ) -> nn.Module:
-    """A network, freshly initialised unless `weights` are named.
+    """Builds a network by its name.
 
     Args:
         arch: `wrn` (which needs `depth` and `width`), `densenet` (`depth` and `growth_rate`), `vgg`
             (`depth`), `torchvision:NAME`, `timm:NAME` or `hf:NAME`.
-        classes: outputs; weights bring their own number of them.
-        image_size, weights: of a ready-made network, see `build_ready_made`.
+        classes: Number of outputs. Named weights bring their own number of outputs.
+        depth: Number of layers of a `wrn`, `densenet` or `vgg`.
+        width: Widening factor of a `wrn`.
+        growth_rate: Number of channels that each dense layer of a `densenet` adds.
+        bottleneck: Whether a `densenet` is a DenseNet-BC.
+        dropout: Dropout probability of a `wrn`, `densenet` or `vgg`.
+        image_size: Height and width of the images, for networks of other libraries.
+        weights: Name of trained weights for a network of another library, or `DEFAULT`. If None,
+            the network is freshly initialised.
 
     Raises:
-        UserError: sizes that the network cannot have, or a name that does not exist.
+        UserError: The network cannot have these sizes, or there is no network of this name.
     """
     library, colon, name = arch.partition(":")
     if colon:

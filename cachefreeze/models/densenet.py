@@ -23,6 +23,7 @@ class DenseLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, channels, H, W) to (N, channels + growth_rate, H, W)."""
         new = F.relu(self.bn1(x))
         if self.conv1 is not None and self.bn2 is not None:
             new = F.relu(self.bn2(self.conv1(new)))
@@ -30,7 +31,7 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-    """(N, C, H, W) to (N, out_channels, H/2, W/2): BN-ReLU-conv1x1, 2x2 average pooling."""
+    """Maps (N, C, H, W) to (N, out_channels, H/2, W/2): BN-ReLU-conv1x1, 2x2 average pooling."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -38,6 +39,7 @@ class Transition(nn.Module):
         self.conv = conv(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, channels, H, W) to (N, out_channels, H/2, W/2)."""
         return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
 
 
@@ -50,19 +52,23 @@ def densenet(
     dropout: float = 0.0,
     channels: int = 3,
 ) -> nn.Sequential:
-    """DenseNet-BC (reduction 0.5) as a sequence of units: stem, dense layers, transitions, head.
+    """Builds a DenseNet as a sequence of units: stem, dense layers, transitions, head.
 
     Args:
-        classes: outputs of the classifier.
-        depth: 6n+4 layers with bottlenecks (n dense layers in each of three blocks), 3n+4 without.
-        growth_rate: channels that each dense layer adds.
-        bottleneck: a 1x1 convolution to 4 x growth_rate channels first, and transitions that
-            halve the channels; without it the plain DenseNet of the paper.
-        dropout: after each dense layer's last convolution (0.2 in the paper where it is used).
-        channels: of the input images, (N, channels, H, W); H and W at least 4.
+        classes: Number of outputs of the classifier.
+        depth: Number of layers: 6n+4 with bottlenecks (n dense layers in each of three blocks),
+            3n+4 without.
+        growth_rate: Number of channels that each dense layer adds.
+        bottleneck: Whether the network is a DenseNet-BC with reduction 0.5: a 1x1 convolution to
+            4 x growth_rate channels comes first in each dense layer, and transitions halve the
+            channels. If False, it is the plain DenseNet of the paper.
+        dropout: Probability of the dropout after each dense layer's last convolution (0.2 in the
+            paper where it is used).
+        channels: Number of channels of the input images, (N, channels, H, W). H and W are at least
+            4.
 
     Raises:
-        UserError: the depth has another form, or the growth rate is below 1.
+        UserError: The depth has another form, or the growth rate is below 1.
     """
     per_layer = 6 if bottleneck else 3
     if depth < per_layer + 4 or (depth - 4) % per_layer:

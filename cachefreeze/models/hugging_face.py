@@ -12,10 +12,10 @@ from cachefreeze.errors import UserError, first_line
 
 
 class Logits(nn.Module):
-    """Calls a classifier of transformers with images alone; gives its logits alone.
+    """An image classifier of transformers that takes a tensor and returns a tensor.
 
     Args:
-        model: Classifier.
+        model: Image classifier of transformers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,14 +34,14 @@ def build_hugging_face(
 
     Args:
         name: Folder with a config.json, or a name on the hub.
-        classes: Number of outputs. Weights bring their own number of them.
+        classes: Number of outputs. Weights bring their own number of outputs.
         image_size: Height and width of the images.
         weights: Folder or name on the hub that safetensors are loaded from, or `DEFAULT` for those
             of `name` itself. If None, weights are initialised.
 
     Raises:
-        UserError: transformers is not installed, there is no such image classifier, it cannot be
-            downloaded, or its weights are for images of another size.
+        UserError: The package transformers is not installed, there is no such image classifier, it
+            cannot be downloaded, or its weights are for images of another size.
     """
     transformers = _import_transformers()
     auto = transformers.AutoModelForImageClassification
@@ -62,9 +62,7 @@ def build_hugging_face(
     body = f"{model.base_model_prefix}."
     missing = sorted(key for key in found["missing_keys"] if key.startswith(body))
     if missing:
-        raise UserError(
-            f"the weights {where} are not of this network: {missing[0]} is missing there"
-        )
+        raise UserError(f"the weights {where} do not fit this network: they have no {missing[0]}")
     made = Logits(model.float().train())
     size = getattr(model.config, "image_size", image_size)
     if size != image_size and not _takes(made, image_size):
@@ -75,17 +73,18 @@ def build_hugging_face(
 
 
 def hugging_face_statistics(name: str, weights: str) -> tuple[Any, Any] | None:
-    """Reads mean and standard deviation, by channel, of the images that weights were trained on.
+    """Reads the mean and standard deviation of the images that weights were trained on.
 
     Args:
-        name: Name of the network, see `build_hugging_face`.
-        weights: Folder or name on the hub, or `DEFAULT`.
+        name: Folder with a config.json, or a name on the hub.
+        weights: Folder or name on the hub, or `DEFAULT` for the weights of `name` itself.
 
     Returns:
-        Mean and standard deviation of pixels scaled to 0 .. 1, or None if nothing says them.
+        Mean and standard deviation of each channel, of pixels scaled to 0 .. 1. None if the weights
+        come without them.
 
     Raises:
-        UserError: transformers is not installed.
+        UserError: The package transformers is not installed.
     """
     processors = _import_transformers().ImageProcessingMixin
     try:
@@ -133,7 +132,7 @@ def _takes(model: nn.Module, size: int) -> bool:
 
 @contextmanager
 def _loading(what: str, instead: str) -> Iterator[None]:
-    """What keeps files from being loaded is the user's to mend. No bar shows meanwhile."""
+    """Turns errors of loading into a UserError, and hides the progress bars of transformers."""
     logging = _import_transformers().logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -20,19 +20,21 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 def build_ready_made(
     library: str, name: str, classes: int, *, image_size: int, weights: str | None = None
 ) -> nn.Module:
-    """A classification network of torchvision, timm or transformers.
+    """Builds a classification network of torchvision, timm or transformers.
 
     Args:
         library: `torchvision`, `timm` or `hf`.
-        name: as in `torchvision.models.list_models()` or `timm.list_models()`; of `hf`, see
-            `build_hugging_face`.
-        classes: outputs; weights bring their own number of them.
-        image_size: that networks of one size only are built for.
-        weights: `DEFAULT`, or a name of the network's weights; None initialises it.
+        name: Name of the network in `torchvision.models.list_models()` or `timm.list_models()`. For
+            `hf`, a folder with a config.json or a name on the hub.
+        classes: Number of outputs. Weights bring their own number of outputs.
+        image_size: Height and width of the images. Only networks that take a single size are built
+            for it.
+        weights: Name of trained weights of the network, or `DEFAULT`. If None, the network is
+            freshly initialised.
 
     Raises:
-        UserError: the library is not installed, there is no such network or weights, or they are
-            not here and cannot be downloaded.
+        UserError: The library is not installed, there is no such network or no such weights, the
+            weights cannot be downloaded, or the network does not take images of this size.
     """
     if library == "hf":
         return build_hugging_face(name, classes, image_size=image_size, weights=weights)
@@ -61,11 +63,21 @@ def build_ready_made(
 
 
 def weights_statistics(library: str, name: str, weights: str) -> Statistics | None:
-    """Mean and standard deviation by channel of the images that weights were trained on, of pixels
-    scaled to 0 .. 1, or None if they are not known. No weights are downloaded.
+    """Returns the mean and standard deviation of the images that weights were trained on.
+
+    No weights are downloaded.
+
+    Args:
+        library: `torchvision`, `timm` or `hf`.
+        name: Name of the network in the library.
+        weights: Name of the weights, or `DEFAULT`.
+
+    Returns:
+        Mean and standard deviation of each channel, of pixels scaled to 0 .. 1. None if they are
+        not known.
 
     Raises:
-        UserError: there is no such network, or weights.
+        UserError: The library is not installed, or there is no such network or no such weights.
     """
     if library == "hf":
         return hugging_face_statistics(name, weights)
@@ -74,7 +86,7 @@ def weights_statistics(library: str, name: str, weights: str) -> Statistics | No
         _check_name("timm", name, timm.list_models())
         known = timm.get_pretrained_cfg(_tagged(name, weights))
         if known is None:
-            raise UserError(f"timm has no weights {weights} of {name}: leave out --weights")
+            raise UserError(f"timm has no weights {weights} for {name}: leave out --weights")
         return tuple(known.mean), tuple(known.std)
     _check_name("torchvision", name, torchvision_names())
     preset = _torchvision_weights(name, weights).transforms()
@@ -82,7 +94,7 @@ def weights_statistics(library: str, name: str, weights: str) -> Statistics | No
 
 
 def torchvision_names() -> list[str]:
-    """Of the networks for classification."""
+    """Returns the names of torchvision's networks for classification."""
     models = _torchvision_models()
     return models.list_models(module=models)
 
@@ -96,10 +108,10 @@ def _torchvision_models() -> Any:
 
 
 def import_timm() -> Any:
-    """The library.
+    """Returns timm.
 
     Raises:
-        UserError: it is not installed.
+        UserError: The package timm is not installed.
     """
     try:
         import timm
@@ -113,24 +125,24 @@ def import_timm() -> Any:
 def _check_name(library: str, name: str, names: Sequence[str]) -> None:
     if name not in names:
         close = difflib.get_close_matches(name, names)
-        hint = (
-            f": did you mean {' or '.join(close)}?" if close else f", but {', '.join(names[:5])}..."
-        )
-        raise UserError(f"{library} has no network {name!r} for classification{hint}")
+        hint = f"did you mean {' or '.join(close)}?"
+        if not close:
+            hint = f"choose another, such as {', '.join(names[:3])}"
+        raise UserError(f"{library} has no network {name!r} for classification: {hint}")
 
 
 def _torchvision_weights(name: str, weights: str) -> Any:
     known = _torchvision_models().get_model_weights(name)
     wanted = weights.removeprefix(f"{known.__name__}.")
     if wanted != "DEFAULT" and wanted not in known.__members__:
+        choice = f"choose {', '.join(known.__members__)}" if known.__members__ else "leave them out"
         raise UserError(
-            f"there is no file {weights}, and torchvision has no such weights of {name}: choose "
-            f"{', '.join(known.__members__) or 'none, for it has none'}"
+            f"there is no file {weights}, and torchvision has no such weights for {name}: {choice}"
         )
     try:
         return known[wanted]
     except KeyError:
-        raise UserError(f"torchvision has no weights of {name}: leave out --weights") from None
+        raise UserError(f"torchvision has no weights for {name}: leave out --weights") from None
 
 
 def _timm_model(name: str, classes: int, image_size: int, weights: str | None) -> nn.Module:
@@ -149,13 +161,13 @@ def _timm_model(name: str, classes: int, image_size: int, weights: str | None) -
 
 
 def _tagged(name: str, weights: str) -> str:
-    """timm's way to name a network with one of its weights."""
+    """Returns timm's name of a network with one of its weights."""
     return name if weights == "DEFAULT" else f"{name}.{weights}"
 
 
 @contextmanager
 def _sized(what: str, size: int) -> Iterator[None]:
-    """A size that is no multiple of a network's patches is the user's to mend."""
+    """Turns errors of a network that does not take a size of images into a UserError."""
     try:
         yield
     except (AssertionError, ValueError) as error:
@@ -167,7 +179,7 @@ def _sized(what: str, size: int) -> Iterator[None]:
 
 @contextmanager
 def _loading(what: str, url: str | None) -> Iterator[None]:
-    """What keeps weights from being loaded is the user's to mend. Nothing in them can run code."""
+    """Turns errors of loading into a UserError. Nothing in the weights can run code."""
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -177,7 +189,7 @@ def _loading(what: str, url: str | None) -> Iterator[None]:
         mend = "give --weights a file"
         if url is not None:
             mend = f"download {url} yourself and give it as --weights FILE"
-        raise UserError(f"{what} are not here and cannot be had ({reason}): {mend}") from error
+        raise UserError(f"cannot load {what} ({reason}): {mend}") from error
     finally:
         if before is None:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]

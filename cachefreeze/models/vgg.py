@@ -13,7 +13,7 @@ STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2,
 
 
 class ConvLayer(nn.Module):
-    """conv3x3-BN-ReLU and, at the end of a stage, 2x2 max pooling."""
+    """A layer: conv3x3-BN-ReLU and, at the end of a stage, 2x2 max pooling."""
 
     def __init__(self, in_channels: int, out_channels: int, pool: bool) -> None:
         super().__init__()
@@ -22,13 +22,15 @@ class ConvLayer(nn.Module):
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, H, W), or half as high and wide."""
         return self.pool(F.relu(self.bn(self.conv(x))))
 
 
 class Head(nn.Sequential):
-    """(N, 512, H, W) to (N, classes): global pooling, then two hidden layers of 512 with dropout.
+    """The head: global pooling, then two hidden layers of 512 with dropout.
 
-    At 32x32 the pooling sees one pixel and changes nothing; other sizes need it.
+    It maps (N, 512, H, W) to (N, classes). At 32x32 the pooling sees one pixel and changes nothing;
+    other sizes need it.
     """
 
     def __init__(self, classes: int, dropout: float) -> None:
@@ -46,16 +48,17 @@ class Head(nn.Sequential):
 
 
 def vgg(classes: int, *, depth: int = 16, dropout: float = 0.5, channels: int = 3) -> nn.Sequential:
-    """VGG-depth with batch norm as a sequence of units: every convolution layer, head.
+    """Builds a VGG with batch norm as a sequence of units: every convolution layer, head.
 
     Args:
-        classes: outputs of the classifier.
-        depth: 11, 13, 16 or 19 layers with weights in the paper's count.
-        dropout: before each of the head's two hidden layers.
-        channels: of the input images, (N, channels, H, W); H and W at least 32.
+        classes: Number of outputs of the classifier.
+        depth: Number of layers with weights in the paper's count: 11, 13, 16 or 19.
+        dropout: Probability of the dropout before each of the head's two hidden layers.
+        channels: Number of channels of the input images, (N, channels, H, W). H and W are at least
+            32.
 
     Raises:
-        UserError: another depth.
+        UserError: The depth is another one.
     """
     if depth not in STAGES:
         raise UserError(f"depth {depth} does not fit a VGG: use 11, 13, 16 or 19")

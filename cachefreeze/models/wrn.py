@@ -12,8 +12,8 @@ from cachefreeze.models.layers import Classifier, conv, initialize
 class WideBlock(nn.Module):
     """A pre-activation residual block: BN-ReLU-conv3x3-BN-ReLU-(dropout)-conv3x3.
 
-    (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride). Where the shape changes, the
-    shortcut is a 1x1 convolution of the activated input (figure 1(d) and the authors' code).
+    Where the shape changes, the shortcut is a 1x1 convolution of the activated input (figure 1(d)
+    and the authors' code).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float) -> None:
@@ -27,6 +27,7 @@ class WideBlock(nn.Module):
         self.shortcut = None if same_shape else conv(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
         activated = F.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(activated)
         out = self.dropout(F.relu(self.bn2(self.conv1(activated))))
@@ -41,17 +42,19 @@ def wrn(
     dropout: float = 0.0,
     channels: int = 3,
 ) -> nn.Sequential:
-    """WRN-depth-width as a sequence of units: stem, every residual block, head.
+    """Builds WRN-depth-width as a sequence of units: stem, every residual block, head.
 
     Args:
-        classes: outputs of the classifier.
-        depth: 6n+4 layers, n blocks in each of the three groups.
-        width: the factor on 16, 32 and 64 channels.
-        dropout: between the two convolutions of a block (0.3 in the paper where it is used).
-        channels: of the input images, (N, channels, H, W); H and W at least 4.
+        classes: Number of outputs of the classifier.
+        depth: Number of layers: 6n+4 with n blocks in each of the three groups.
+        width: Widening factor of the groups, which have 16, 32 and 64 channels at width 1.
+        dropout: Probability of the dropout between the two convolutions of a block (0.3 in the
+            paper where it is used).
+        channels: Number of channels of the input images, (N, channels, H, W). H and W are at least
+            4.
 
     Raises:
-        UserError: the depth is not of the form 6n+4, or the width is below 1.
+        UserError: The depth is not of the form 6n+4, or the width is below 1.
     """
     if depth < 10 or (depth - 4) % 6:
         raise UserError(

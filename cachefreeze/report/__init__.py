@@ -1,1 +1,1 @@
-"""What a run tells: its files, its lines on the terminal, its page, and runs side by side."""
+"""Results of runs: files, lines on the terminal, the page of a run, and comparisons of runs."""

@@ -1,4 +1,4 @@
-"""Several runs beside each other: as lines for a terminal, and as a page in one file."""
+"""Comparisons of runs, as lines for a terminal and as a page in one file."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def load_runs(folders: Sequence[Path]) -> list[RunResults]:
         folders: Folders of the runs.
 
     Raises:
-        UserError: One holds no run that has ended, or is named twice.
+        UserError: A folder holds no finished run, or is named twice.
     """
     seen = set()
     for folder in folders:
@@ -34,7 +34,7 @@ def load_runs(folders: Sequence[Path]) -> list[RunResults]:
 def comparison_lines(runs: Sequence[RunResults]) -> list[str]:
     """Returns a table of results, and one of the settings that are not the same in all runs.
 
-    Speed-up is the time of the first run by that of another.
+    Speed-up is the time of the first run divided by the time of each run.
     """
     lines = format_table([HEADER, *_rows(runs)], right=range(1, 6))
     settings = differing_settings(runs)
@@ -44,10 +44,10 @@ def comparison_lines(runs: Sequence[RunResults]) -> list[str]:
 
 
 def comparison_page(runs: Sequence[RunResults]) -> bytes:
-    """Returns the same as a page, with accuracy against time.
+    """Returns the same tables as a page, with a picture of accuracy against time.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: The package matplotlib is not installed.
     """
     # matplotlib is an extra, which the lines above do without.
     from cachefreeze.report import figures
@@ -82,7 +82,7 @@ def comparison_page(runs: Sequence[RunResults]) -> bytes:
 
 
 def _rows(runs: Sequence[RunResults]) -> list[list[str]]:
-    """Returns a row for each run, as `HEADER` says."""
+    """Returns a row for each run, with the columns of `HEADER`."""
     first = runs[0].summary["wall_seconds"]
     return [
         [
@@ -99,7 +99,7 @@ def _rows(runs: Sequence[RunResults]) -> list[list[str]]:
 
 
 def names_of(runs: Sequence[RunResults]) -> list[str]:
-    """Returns the runs' folders, by as many of their last parts as tell them apart."""
+    """Returns a name for each run: the last parts of its folder's path, as many as are needed."""
     paths = [run.folder.resolve().parts for run in runs]
     for count in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-count:]) for path in paths]
@@ -109,8 +109,10 @@ def names_of(runs: Sequence[RunResults]) -> list[str]:
 
 
 def differing_settings(runs: Sequence[RunResults]) -> list[list[str]]:
-    """Returns a row for every setting that is not the same in all runs: its name, and its value in
-    each run as JSON. `-` stands for none."""
+    """Returns a row for every setting that is not the same in all runs.
+
+    It holds the name of the setting, and its value in each run as JSON. `-` stands for no value.
+    """
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.args if name not in PLACES):
         values = [json.dumps(run.args[name]) if name in run.args else "-" for run in runs]
@@ -120,7 +122,7 @@ def differing_settings(runs: Sequence[RunResults]) -> list[list[str]]:
 
 
 def _weights_of(runs: Sequence[RunResults]) -> list[str]:
-    """Returns a letter and a hash for each run's weights. Equal ones have the same letter."""
+    """Returns a letter and a hash for the weights of each run. Equal weights share a letter."""
     hashes = [run.summary["weights_sha256"] for run in runs]
     order = list(dict.fromkeys(hashes))
     return [f"{_letters(order.index(each))} {each[:12]}" for each in hashes]

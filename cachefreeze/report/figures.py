@@ -1,6 +1,6 @@
-"""The pictures of a run: numbers in, SVG text out. Knows no HTML and no files.
+"""The pictures of a run, drawn from numbers as SVG text.
 
-Needs matplotlib: without it, importing this raises a UserError.
+This module needs matplotlib. Without it, the import raises a UserError.
 
 A picture is 360 units wide, with text of size 10, so that it can be read on a phone. Colours are
 CSS variables, so that a page can be light or dark. One thing has one colour in every picture. The
@@ -82,14 +82,14 @@ def rates(
     freezes: Sequence[float | None],
     end: float,
 ) -> str:
-    """Draws the rate of every unit over time: a row a unit, with a dot where it freezes.
+    """Draws the learning rate of every unit over time: a row for each, with a dot where it freezes.
 
-    Each row is as high as its highest rate, which stands at its end.
+    Each row is scaled to its highest rate, which is written at the end of the row.
 
     Args:
-        curves: Times in epochs, in order, and rates of every unit.
+        curves: Pairs of time, in epochs, and rate for every unit, in order of time.
         names: Names of the units.
-        freezes: Time in epochs at which each unit freezes. None: it never does.
+        freezes: Time at which each unit freezes, in epochs. None for a unit that never does.
         end: Length of the run, in epochs.
     """
     units = len(names)
@@ -125,7 +125,7 @@ def rates(
 
 
 def seconds(parts: Mapping[str, Sequence[float]]) -> str:
-    """Draws the seconds of every epoch as a bar of parts that stand on each other.
+    """Draws the seconds of every epoch as a stacked bar.
 
     Args:
         parts: Seconds in every epoch, for each of `PARTS`.
@@ -219,7 +219,7 @@ def kept(sizes: Sequence[float]) -> str:
 
 
 def predicted(ways: Sequence[Way]) -> str:
-    """Draws pairs of bars, a pair for each way to train. An estimated time is hollow."""
+    """Draws a pair of bars for each way to train. The bar of an estimated time is hollow."""
     with _drawing(75 + 30 * len(ways)) as figure:
         axes = figure.subplots()
         for number, way in enumerate(ways):
@@ -241,10 +241,11 @@ def predicted(ways: Sequence[Way]) -> str:
 
 
 def accuracy_against_time(runs: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> str:
-    """Draws a line a run.
+    """Draws accuracy against time, with a line for each run.
 
     Args:
-        runs: Name, seconds from the start to the end of every epoch, and the accuracy there.
+        runs: Name of each run, seconds from its start to the end of every epoch, and the accuracy
+            at the end of every epoch.
     """
     with _drawing(240 + 14 * len(runs)) as figure:
         axes, lines = figure.subplots(), []
@@ -264,7 +265,7 @@ def accuracy_against_time(runs: Sequence[tuple[str, Sequence[float], Sequence[fl
 def _bars(
     axes: Axes, tops: Sequence[float], colour: str, name: str, below: Sequence[float] | None = None
 ) -> None:
-    """Draws a bar an epoch, each from `below` (the axis if None) to its top."""
+    """Draws a bar for every epoch, from `below` (the axis if None) to its top."""
     edges = [number + 0.5 for number in range(len(tops) + 1)]
     baseline = [0.0] * len(tops) if below is None else below
     axes.stairs(tops, edges, baseline=baseline, fill=True, **_look(colour, name, name))
@@ -283,7 +284,7 @@ def _c(name: str) -> str:
 
 @contextmanager
 def _drawing(height: float) -> Iterator[Figure]:
-    """Makes a figure of this height in our own style, whatever the user's matplotlib is told."""
+    """Yields a figure of this height in our own style, whatever the user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -305,12 +306,12 @@ def _epoch_numbers(axes: Axes, epochs: int) -> None:
 
 
 def _every(names: int) -> int:
-    """Returns every how many of so many rows there is room for a name."""
+    """Returns n if there is room for the name of every n-th row only."""
     return -(-names // MOST_NAMES)
 
 
 def _legend(figure: Figure) -> None:
-    """Puts a legend above all axes, where no line can run into it: every label once."""
+    """Puts one legend with every label above all axes, where no line can run into it."""
     named: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -319,8 +320,11 @@ def _legend(figure: Figure) -> None:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """Returns the figure as an `svg` element. Ids begin with its name, so that it can stand beside
-    others; colours are CSS variables; text is in the page's own type."""
+    """Returns the figure as an `svg` element.
+
+    Ids begin with its name, so that a page can hold several figures. Colours are CSS variables, and
+    text is in the font of the page.
+    """
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     text = file.getvalue()

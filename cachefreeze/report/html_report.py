@@ -1,4 +1,4 @@
-"""report.html: a run as a page in one file, made of what is in its folder. Needs matplotlib."""
+"""The page report.html of a run, made of the files in the run's folder. It needs matplotlib."""
 
 import json
 import shlex
@@ -17,25 +17,26 @@ REPORT = "report.html"
 WORDS = {
     "unit": "the smallest part of a network that freezes: its first layers, a block, the "
     "classifier",
-    "measured": "the time of a whole run that was made",
-    "estimated": "this run's time, and what the cache saved by its own clocks less what filling it "
-    "took",
-    "predicted": "what the first steps of this run let expect of the whole",
-    "freezing only": "the same with FreezeOut and without a cache: frozen units run in every step",
-    "no freezing": "the same with all units trained to the end, without a cache",
-    "with the cache": "the same with FreezeOut and with a cache",
-    "limit": "the same with frozen units that cost nothing: what no cache can beat",
-    "row": "what frozen units make of one image",
+    "measured": "the time of a whole run, by the clock",
+    "estimated": "the time of this run, plus the seconds that the cache saved, less the seconds "
+    "that filling the cache took",
+    "predicted": "the time of a whole run, computed from the first steps of this run",
+    "freezing only": "the same training with FreezeOut and without a cache: frozen units run in "
+    "every step",
+    "no freezing": "the same training with all units trained to the end, without a cache",
+    "with the cache": "the same training with FreezeOut and with a cache",
+    "limit": "the same training if frozen units cost nothing: no cache can be faster",
+    "row": "the output of the frozen units for one image",
 }
 
 
 def write_report(folder: Path, measured: dict[str, Path] | None = None) -> Path:
-    """Makes a run's folder into a page, and returns the path of the page.
+    """Makes the page of a run, and returns its path.
 
     Args:
-        folder: Folder of a run that has ended.
-        measured: Folders of the same run by "freezing only" and "no freezing", as far as they were
-            made. In the place of others stands what is estimated or predicted.
+        folder: Folder of a finished run.
+        measured: Folders of runs of the same training, by "freezing only" and "no freezing". The
+            page shows estimated or predicted times for those that are left out.
 
     Raises:
         UserError: There is no such run, its files are damaged, another run differs in more than
@@ -60,11 +61,13 @@ def _refuse_another(run: RunResults, name: str, other: RunResults) -> None:
         if run.args.get(setting) != other.args.get(setting):
             raise UserError(
                 f"{other.folder} was run with {setting} {other.args.get(setting)}, and "
-                f"{run.folder} with {run.args.get(setting)}: their times cannot be compared"
+                f"{run.folder} with {run.args.get(setting)}: name a run of the same training"
             )
     if other.args["freeze"] != (name == "freezing only") or other.args["cache"]:
         options = "--no-cache" if name == "freezing only" else "--no-freeze --no-cache"
-        raise UserError(f"{other.folder} is no run with {name}: that is one with {options}")
+        raise UserError(
+            f"{other.folder} is no run with {name}: name a run that was given {options}"
+        )
 
 
 def report(run: RunResults, measured: dict[str, RunResults]) -> bytes:
@@ -72,7 +75,7 @@ def report(run: RunResults, measured: dict[str, RunResults]) -> bytes:
 
     Args:
         run: Results of the run.
-        measured: Results of the same run by name of the way; see `write_report`.
+        measured: Results of runs of the same training, by "freezing only" and "no freezing".
     """
     found = ways(run.summary, {k: other.summary["wall_seconds"] for k, other in measured.items()})
     return render(
@@ -134,7 +137,7 @@ def _rates(run: RunResults) -> Picture:
 
 
 def _curves(run: RunResults) -> list[list[tuple[float, float]]]:
-    """Returns epochs and rates of every unit: at the start, after every epoch, at its freeze."""
+    """Returns pairs of epoch and rate for every unit: at the start, after epochs, at its freeze."""
     summary = run.summary
     curves = []
     for unit, (rate, freeze) in enumerate(
@@ -192,7 +195,7 @@ def _learning(run: RunResults) -> Picture:
 
 
 def _kept(run: RunResults) -> Picture:
-    title, sizes = "What the cache keeps", [line["cache_bytes"] for line in run.metrics]
+    title, sizes = "Size of the cache", [line["cache_bytes"] for line in run.metrics]
     if not any(sizes):
         enabled = run.summary["cache"]["enabled"]
         return Picture(title, why="no row was kept" if enabled else "there was no cache")
@@ -223,7 +226,7 @@ def _count(count: int, what: str) -> str:
 
 
 def _epoch_columns(run: RunResults) -> dict[str, tuple[str, str]]:
-    """Returns the columns of the table of epochs, each with its key in a line and its format."""
+    """Returns the columns of the table of epochs, each with its key in metrics.jsonl and format."""
     return {
         "epoch": ("epoch", "{:,}"),
         "step": ("step", "{:,}"),

@@ -1,4 +1,4 @@
-"""What a run writes after every epoch: lines of JSON, a table, and events for TensorBoard.
+"""Metrics of every epoch, written as lines of JSON, a table, and events for TensorBoard.
 
 `run_results` says what a line holds.
 """
@@ -35,9 +35,9 @@ class Folder(Protocol):
 
 
 class Metrics:
-    """Writes metrics.jsonl, metrics.csv and, if wanted, the files of TensorBoard.
+    """Writes metrics.jsonl, metrics.csv and, if wanted, events for TensorBoard.
 
-    Nothing is written before the first epoch, or `rewrite`.
+    Nothing is written before the end of the first epoch, or `rewrite`.
 
     Args:
         folder: Folder of the run.
@@ -55,10 +55,10 @@ class Metrics:
         self._events: SummaryWriter | None = None
 
     def add(self, lines: Sequence[Line]) -> None:
-        """Writes one more epoch.
+        """Adds the line of one more epoch to all files.
 
         Args:
-            lines: Lines of all epochs so far. The last is new.
+            lines: Lines of all epochs so far. The last one is new.
         """
         with self._folder.writing():
             with (self._folder.path / JSONL).open("a") as file:
@@ -68,7 +68,7 @@ class Metrics:
             self._add_events(lines[-1:], purge_step=None)
 
     def rewrite(self, lines: Sequence[Line]) -> None:
-        """Writes all files anew. What came after a checkpoint is written again later.
+        """Writes all files anew, without the epochs that came after a checkpoint.
 
         Args:
             lines: Lines of all epochs so far.
@@ -84,7 +84,7 @@ class Metrics:
                 self._add_events(lines, purge_step=None)
 
     def close(self) -> None:
-        """Writes what is not written yet."""
+        """Writes the events that are not written yet."""
         if self._events is not None:
             with self._folder.writing():
                 self._events.close()
@@ -113,9 +113,10 @@ class Metrics:
 
 
 def check_tensorboard() -> None:
-    """
+    """Checks that TensorBoard is installed.
+
     Raises:
-        UserError: TensorBoard is not installed.
+        UserError: The package tensorboard is not installed.
     """
     try:
         import torch.utils.tensorboard  # noqa: F401
@@ -127,7 +128,7 @@ def check_tensorboard() -> None:
 
 
 def as_row(line: Line, units: Sequence[str]) -> dict[str, float]:
-    """Returns a line with one number a column: the rate of a unit is in `lr_<unit>`."""
+    """Returns a line with one number in each column. The rate of a unit is in `lr_<unit>`."""
     row: dict[str, float] = {}
     for name, value in line.items():
         if name == "lr":
@@ -138,7 +139,7 @@ def as_row(line: Line, units: Sequence[str]) -> dict[str, float]:
 
 
 def _tag(column: str) -> str:
-    """Returns the name in TensorBoard: rates and seconds have a group of charts each."""
+    """Returns the name of a column in TensorBoard, where rates and seconds are groups of charts."""
     if column.startswith("lr_"):
         return f"rate/{column.removeprefix('lr_')}"
     if column.endswith("seconds"):

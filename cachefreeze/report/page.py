@@ -1,4 +1,4 @@
-"""Pages in one file, from the templates beside this module.
+"""Pages in one file, made from the templates beside this module.
 
 A page runs no script and asks for nothing: its policy forbids both. Whatever is put into a template
 is escaped, but for pictures.
@@ -20,10 +20,10 @@ class Picture:
     """A picture, or the reason why there is none.
 
     Attributes:
-        title: Title above it.
-        svg: Picture, as an `svg` element. Empty if it would say nothing.
-        alternative: Text for those who cannot see it.
-        why: Reason why it was left out.
+        title: Title above the picture.
+        svg: Picture, as an `svg` element. Empty if it was left out.
+        alternative: Text for those who cannot see the picture.
+        why: Reason why the picture was left out.
     """
 
     title: str
@@ -37,13 +37,13 @@ def render(template: str, **content: Any) -> bytes:
 
     Args:
         template: File name of the template.
-        **content: What the template names.
+        **content: Values of the names in the template.
     """
     return _TEMPLATES.get_template(template).render(colours=figures.COLOURS, **content).encode()
 
 
 def _trusted(svg: str) -> Markup:
-    """Returns a picture of matplotlib's after the name of its element, which the page writes."""
+    """Returns a picture of matplotlib without its first word `<svg`, which the template writes."""
     return Markup(svg.removeprefix("<svg"))
 
 

@@ -1,4 +1,4 @@
-"""The files of a run that has ended, read and checked."""
+"""The files of a finished run, read and checked."""
 
 import json
 import math
@@ -55,13 +55,13 @@ _ARGS = {
 
 @dataclass(frozen=True)
 class RunResults:
-    """What a run left.
+    """Results of a finished run.
 
     Args:
         folder: Folder of the run.
-        args: Settings, from args.json.
-        metrics: One line for every epoch, from metrics.jsonl.
-        summary: Result, from summary.json.
+        args: Settings of the run, from args.json.
+        metrics: Lines of metrics.jsonl, one for every epoch.
+        summary: Contents of summary.json.
     """
 
     folder: Path
@@ -77,15 +77,15 @@ class RunResults:
             folder: Folder of the run.
 
         Raises:
-            UserError: There is no run, it has not ended, another version wrote it, or a file is
+            UserError: There is no run, it is not finished, another version wrote it, or a file is
                 damaged.
         """
         if not (folder / "args.json").is_file():
-            raise UserError(f"{folder} holds no run: name the folder that a run was given")
+            raise UserError(f"{folder} holds no run: name the --output-dir of a run")
         path = folder / "summary.json"
         if not path.is_file():
             raise UserError(
-                f"{folder} has not come to its end: go on with it first (--resume {folder})"
+                f"the run in {folder} is not finished: go on with it first (--resume {folder})"
             )
         summary = _read(path, json.loads, {})
         if summary.get("schema") != SCHEMA:
@@ -101,7 +101,10 @@ class RunResults:
         units = len(summary["units"])
         lists = [summary["initial_rates"], summary["freeze_steps"], *(m["lr"] for m in metrics)]
         if not metrics or any(len(each) != units for each in lists):
-            raise UserError(f"{folder / 'metrics.jsonl'} is not of the run in summary.json")
+            raise UserError(
+                f"{folder / 'metrics.jsonl'} does not belong to the run in summary.json: "
+                "name another run, or train again"
+            )
         return cls(folder, args, metrics, summary)
 
 
@@ -113,15 +116,17 @@ def _read(path: Path, parse: Callable[[bytes], Any], form: Any) -> Any:
     try:
         content = parse(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): see to it, or name another run"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): it cannot be shown") from error
+        raise UserError(f"{path} is damaged ({error}): name another run, or train again") from error
     _check(path, "", content, form)
     return content
 
 
 def _check(path: Path, place: str, value: Any, form: Any) -> None:
-    """Raises UserError, with the place, if a value is not of a form."""
+    """Raises a UserError that names the place if a value does not have the types of an example."""
     here = f"{place}." if place else ""
     if isinstance(form, dict) and isinstance(value, dict):
         for key, each in form.items():

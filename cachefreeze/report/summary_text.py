@@ -1,4 +1,4 @@
-"""What a run tells on the terminal, as lines of text."""
+"""Lines of text that a run prints on the terminal."""
 
 import shlex
 from collections.abc import Container, Mapping, Sequence
@@ -22,15 +22,16 @@ def opening_words(
     weights: tuple[str, Sequence[str]] | None = None,
     first: int = 0,
 ) -> list[str]:
-    """Says what is about to be done.
+    """Returns the lines that a run prints before it begins.
 
     Args:
         settings: Contents of args.json.
-        units: Names of the units.
+        units: Names of the units, in order.
         parameters: Number of parameters of the network.
-        data_set: Description of the data.
-        where: Device and precision.
-        weights: Description of the weights that the run starts from, and the names of what is new.
+        data_set: Description of the data set.
+        where: Device and precision, in words.
+        weights: Description of the weights that the run starts from, and the names of the
+            parameters that are new. None if the network is freshly initialised.
         first: Number of units that are frozen from the start.
     """
     if settings["freeze"]:
@@ -60,13 +61,13 @@ def opening_words(
 
 
 def weights_line(words: str, new: Sequence[str]) -> str:
-    """Says what a network starts from."""
+    """Returns a line about the weights that a network starts from."""
     fresh = f"; new for these classes: {', '.join(new)}" if new else ""
     return f"weights   {words}{fresh}"
 
 
 def forecast_line(forecast: Mapping[str, float]) -> str:
-    """Says what a run with the cache will take.
+    """Returns a line about the time that a run with the cache will take.
 
     Args:
         forecast: Seconds of the whole run: without_freezing, freezing_only, cached, limit.
@@ -75,7 +76,7 @@ def forecast_line(forecast: Mapping[str, float]) -> str:
     share = _efficiency_words(only, cached, limit)
     return (
         f"plan      {duration(cached)} predicted; {duration(only)} with freezing only, "
-        f"{duration(forecast['without_freezing'])} without, {duration(limit)} at the limit"
+        f"{duration(forecast['without_freezing'])} without freezing, {duration(limit)} at the limit"
         f"{share and f', {share}'}"
     )
 
@@ -88,15 +89,16 @@ def plan_words(
     forecast: Mapping[str, float] | None,
     measured_steps: int | None = None,
 ) -> list[str]:
-    """Says when every unit freezes, and the times that are predicted.
+    """Returns tables of the steps at which units freeze, and of the predicted times.
 
     Args:
         names: Names of the units, in order.
-        freeze_steps: First step at which each is frozen; `total_steps` if it never is.
+        freeze_steps: First step at which each unit is frozen; `total_steps` if it never is.
         total_steps: Number of steps of the run.
         steps_per_epoch: Number of steps of an epoch.
-        forecast: Seconds of the whole run: without_freezing, freezing_only, cached, limit.
-        measured_steps: Number of steps that the forecast was made from, to be told.
+        forecast: Seconds of the whole run: without_freezing, freezing_only, cached, limit. If None,
+            no times are shown.
+        measured_steps: Number of steps that the forecast was made from. If None, it is not shown.
     """
     rows = [["unit", "freezes at step", "epoch", "share of the run"]]
     for name, step in zip(names, freeze_steps, strict=True):
@@ -109,27 +111,27 @@ def plan_words(
     if forecast is None:
         return lines
     only = forecast["freezing_only"]
-    rows = [["predicted", "time", "of freezing only"]]
+    rows = [["predicted", "time", "share of freezing only"]]
     for name, seconds in (
         ("no freezing", forecast["without_freezing"]),
         ("freezing only", only),
         ("with the cache", forecast["cached"]),
-        ("limit: frozen units for nothing", forecast["limit"]),
+        ("limit: frozen units cost nothing", forecast["limit"]),
     ):
         rows.append([name, duration(seconds), f"{seconds / only:.1%}"])
     lines += ["", *format_table(rows, right=(1, 2))]
     share = _efficiency_words(only, forecast["cached"], forecast["limit"])
     if share.startswith("efficiency"):
-        share += ": the share of the limit's saving"
+        share += ": the share of the saving at the limit"
     measured = "" if measured_steps is None else f"predicted from {measured_steps} steps"
     return [*lines, "", *filter(None, (share, measured))]
 
 
 def epoch_line(metrics: Mapping[str, Any], epochs: int, units: Sequence[str]) -> str:
-    """Says what came out of an epoch.
+    """Returns a line about an epoch.
 
     Args:
-        metrics: Line of the epoch; see `metrics`.
+        metrics: Line of the epoch in metrics.jsonl.
         epochs: Number of epochs of the run.
         units: Names of the units.
     """
@@ -144,13 +146,13 @@ def epoch_line(metrics: Mapping[str, Any], epochs: int, units: Sequence[str]) ->
 
 
 def fill_line(fill: Mapping[str, Any]) -> str:
-    """Says that the rows of the data set have been kept.
+    """Returns a line that says that the rows of the data set have been kept.
 
     Args:
-        fill: Step, unit (name of the last frozen one), rows, and seconds.
+        fill: Step, unit (name of the last frozen one), number of rows, and seconds.
     """
     return (
-        f"  step {fill['step']:,}: rows after {fill['unit']} kept: {fill['rows']:,}, "
+        f"  step {fill['step']:,}: kept {fill['rows']:,} rows after {fill['unit']} in "
         f"{duration(fill['seconds'])}"
     )
 
@@ -158,7 +160,7 @@ def fill_line(fill: Mapping[str, Any]) -> str:
 def closing_words(
     summary: Mapping[str, Any], settings: Mapping[str, Any], folder: Path, python: str, exact: bool
 ) -> list[str]:
-    """Says what came out, where it lies, and what to type next.
+    """Returns the results of a run, where its files are, and commands to type next.
 
     Args:
         summary: Contents of summary.json.
@@ -196,7 +198,7 @@ def _time_words(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _cache_words(summary: Mapping[str, Any]) -> list[str]:
-    """Says what the cache brought, and what it keeps."""
+    """Returns lines about the time that the cache saved, and about the rows in it."""
     cache, seconds = summary["cache"], saved(summary)
     if not (cache["enabled"] and summary["frozen_units"]):
         return []
@@ -205,7 +207,7 @@ def _cache_words(summary: Mapping[str, Any]) -> list[str]:
         why = (
             "the warnings above say why"
             if cache["messages"]
-            else "too little was left of the run; more --epochs or a smaller --t0 leave more"
+            else "too few steps were left when units froze; use more --epochs or a smaller --t0"
         )
         lines = [f"cache     no row came from it: {why}"]
     else:
@@ -224,7 +226,7 @@ def _cache_words(summary: Mapping[str, Any]) -> list[str]:
 def _hints(
     summary: Mapping[str, Any], settings: Mapping[str, Any], python: str, exact: bool
 ) -> list[str]:
-    """Returns commands that go on from here, each with what it gives."""
+    """Returns commands to type next, each with a line about its result."""
     hints, cache = [], summary["cache"]
     train = f"{python} -m cachefreeze.train"
     if cache["rows_served"]:
@@ -245,7 +247,7 @@ def _hints(
 
 
 def _efficiency_words(freezing_only: float, cached: float, limit: float) -> str:
-    """Says what share of the best saving is reached; if none is, the seconds that are lost."""
+    """Returns the share of the best saving that is reached, or the seconds lost, in words."""
     if cached > freezing_only:
         return f"the cache costs {duration(cached - freezing_only)} more than it saves"
     share = efficiency(freezing_only, cached, limit)
@@ -255,11 +257,11 @@ def _efficiency_words(freezing_only: float, cached: float, limit: float) -> str:
 def format_table(
     rows: Sequence[Sequence[str]], *, right: Container[int] = (), divider: str = "  "
 ) -> list[str]:
-    """Returns lines with columns that are as wide as their widest cell.
+    """Returns the lines of a table, with columns as wide as their widest cell.
 
     Args:
         rows: Cells of every row. The first row is the header.
-        right: Numbers of the columns that are flush right.
+        right: Numbers of the columns that are aligned to the right.
         divider: Text between two columns.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -273,7 +275,11 @@ def format_table(
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the same lines in Markdown."""
+    """Returns the lines of a table in Markdown.
+
+    Args:
+        rows: Cells of every row. The first row is the header.
+    """
     widths = ["-" * max(map(len, column)) for column in zip(*rows, strict=True)]
     return [f"| {line} |" for line in format_table([rows[0], widths, *rows[1:]], divider=" | ")]
 

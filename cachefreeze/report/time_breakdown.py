@@ -1,7 +1,7 @@
-"""The time of a run: what it was spent on, and what it would have been otherwise.
+"""The time of a run by its parts, and the times of other ways to train the same.
 
-The time of a run is what its user waited: from the command to the end of the last epoch. Starting
-Python and drawing the report are not in it, nor is the time between an interruption and `--resume`.
+The time of a run runs from the command to the end of the last epoch. Starting Python and drawing
+the report are not in it, nor is the time between an interruption and `--resume`.
 """
 
 from collections.abc import Mapping
@@ -22,9 +22,10 @@ class Way:
     """One way to train, and its time.
 
     Args:
-        name: "this run", "freezing only", "no freezing", "with the cache", or "limit".
-        seconds: Time that is known best.
-        known: How that time is known: "measured", "estimated", or "predicted".
+        name: Name of the way: "this run", "freezing only", "no freezing", "with the cache", or
+            "limit".
+        seconds: Best known time of the whole run.
+        known: Source of that time: "measured", "estimated", or "predicted".
         predicted: Seconds that were predicted from the first steps of this run. None if there was
             no forecast.
     """
@@ -37,8 +38,8 @@ class Way:
     def by(self, run: "Way") -> float:
         """Returns this time divided by that of a run.
 
-        What was only predicted is set against what was predicted of the run: a machine that has
-        become slower is so for both.
+        A time that was only predicted is divided by the predicted time of the run: if the machine
+        has become slower since, both are wrong by the same factor.
         """
         if self.known == "predicted" and run.predicted is not None:
             return self.seconds / run.predicted
@@ -65,7 +66,7 @@ def ways(summary: Mapping[str, Any], measured: Mapping[str, float] | None = None
 
     Args:
         summary: Contents of summary.json.
-        measured: Seconds of whole runs that were made, by name of the way.
+        measured: Measured seconds of whole runs, by name of the way.
     """
     cached, frozen = summary["cache"]["enabled"], summary["frozen_units"] > 0
     own = "no freezing" if not frozen else "with the cache" if cached else "freezing only"
@@ -86,9 +87,9 @@ def ways(summary: Mapping[str, Any], measured: Mapping[str, float] | None = None
 
 
 def efficiency(freezing_only: float, cached: float, limit: float) -> float | None:
-    """Returns the share of what a cache can save at most that this one saves.
+    """Returns the saving of a cache as a share of the most that any cache can save.
 
-    None stands for the share of nothing: the most is less than a thousandth of the time.
+    None is returned if the most is less than a thousandth of the time.
 
     Args:
         freezing_only: Seconds without a cache.

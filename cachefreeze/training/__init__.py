@@ -1,1 +1,1 @@
-"""Training with FreezeOut: the loop, its settings, checkpoints, and what is told on the way."""
+"""Training with FreezeOut: the loop, its settings, checkpoints, and lines on the terminal."""

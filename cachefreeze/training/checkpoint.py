@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, say if they were damaged, and load without running code.
+"""Checkpoints, written whole or not at all, checked for damage, and loaded without running code.
 
-last.pt      of the last moment that was saved
-previous.pt  the one before
-best.pt      of the epoch with the best validation accuracy: its weights, to start others from
+last.pt      the newest checkpoint
+previous.pt  the checkpoint before it
+best.pt      the weights of the epoch with the best validation accuracy, for others to start from
 """
 
 import hashlib
@@ -28,7 +28,7 @@ MOST_LOST_SECONDS = 300.0
 
 
 def is_due(*, since: float, epoch: float, cost: float, spent: float, wall: float) -> bool:
-    """Says whether a checkpoint is saved at the end of an epoch.
+    """Says whether a checkpoint is due at the end of an epoch.
 
     Checkpoints take at most a hundredth of the time. But a run that is killed never loses more than
     five minutes or one epoch, whichever is longer.
@@ -48,18 +48,18 @@ def is_due(*, since: float, epoch: float, cost: float, spent: float, wall: float
 def save_checkpoint(
     folder: Path, state: Mapping[str, Any], best: Mapping[str, Any] | None = None
 ) -> None:
-    """Replaces `last.pt` in a folder. What was `last.pt` becomes `previous.pt`.
+    """Replaces `last.pt` in a folder. The old `last.pt` becomes `previous.pt`.
 
-    Whenever this is cut off, `last.pt` is the old one or the new one, and `best.pt` is no older
-    than it.
+    If this is cut off at any moment, `last.pt` is the old one or the new one, and `best.pt` is no
+    older than it.
 
     Args:
         folder: Folder of the run.
-        state: Tensors, numbers, strings, and lists and dicts of them.
-        best: What replaces `best.pt` as well. If None, that is left alone.
+        state: Content of `last.pt`: tensors, numbers, strings, and lists and dicts of them.
+        best: Content of `best.pt`. If None, that file is left alone.
 
     Raises:
-        OSError: It cannot be written. The old files are untouched.
+        OSError: A file cannot be written. The old files are untouched.
     """
     last = folder / LAST
     if best is not None:
@@ -81,7 +81,7 @@ def _content(state: Mapping[str, Any]) -> bytes:
 
 
 def _share(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`; files are replaced here, never written into."""
+    """Makes `target` a link to `source`, or a copy of it where there are no links."""
     with partial_beside(target) as temporary:
         try:
             os.link(source, temporary)
@@ -91,29 +91,36 @@ def _share(source: Path, target: Path) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `save_checkpoint` saved. Nothing in the file can run code.
+    """Reads a checkpoint. Nothing in the file can run code.
+
+    Args:
+        path: Path of the file.
+        device: Device that its tensors are loaded to.
 
     Raises:
-        UserError: it cannot be read, is none of ours, or was damaged since.
+        UserError: The file cannot be read, is no checkpoint of cachefreeze, or is damaged.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file")
+        raise UserError(f"{path} is no file: name a checkpoint, such as last.pt")
     state = read_saved(path, str(path), "is no checkpoint of cachefreeze", device)
     if not is_checkpoint(state):
-        raise UserError(f"{path} is no checkpoint of cachefreeze: it has no {CHECKSUM}")
+        raise UserError(
+            f"{path} is no checkpoint of cachefreeze (it has no {CHECKSUM}): name another file"
+        )
     return verified(state, path)
 
 
 def read_saved(path: Path, what: str, otherwise: str, device: torch.device | str = "cpu") -> Any:
-    """What torch saved in a file. Nothing in it can run code.
+    """Reads a file that torch saved. Nothing in it can run code.
 
     Args:
-        path: of the file.
-        what, otherwise: what it is in words, and what to say of it if it is none such.
-        device: that tensors are to be on.
+        path: Path of the file.
+        what: Name of the file for error messages.
+        otherwise: Predicate of the error message if the content is of another kind.
+        device: Device that its tensors are loaded to.
 
     Raises:
-        UserError: it cannot be read, or is none such.
+        UserError: The file cannot be read, or its content is of another kind.
     """
     try:
         found = torch.load(path, map_location=device, weights_only=True)
@@ -128,30 +135,41 @@ def read_saved(path: Path, what: str, otherwise: str, device: torch.device | str
 
 
 def is_checkpoint(found: Any) -> bool:
-    """Whether what was read is what `save_checkpoint` saved."""
+    """Says whether the content of a file is a checkpoint of `save_checkpoint`."""
     return isinstance(found, dict) and CHECKSUM in found
 
 
 def verified(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The content of a checkpoint that was read from `path`.
+    """Returns the content of a checkpoint without its checksum.
+
+    Args:
+        found: Content of the file.
+        path: Path of the file, for error messages.
 
     Raises:
-        UserError: it was damaged since.
+        UserError: The content does not match its checksum.
     """
     state = {name: value for name, value in found.items() if name != CHECKSUM}
     # torch does not check what it reads.
     if found[CHECKSUM] != checksum(state):
-        raise UserError(f"{path} was damaged: its content does not have the checksum that it names")
+        raise UserError(
+            f"{path} is damaged (its content does not match its checksum): use another checkpoint"
+        )
     return state
 
 
 def load_last_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """`last.pt` of a folder, or `previous.pt` where that cannot be used; None if there is neither.
+    """Reads `last.pt` of a folder, or `previous.pt` if that cannot be used.
 
-    `warn` is told if it is not the last.
+    Args:
+        folder: Folder of the run.
+        warn: Function called with a sentence if `last.pt` cannot be used.
+
+    Returns:
+        Content of the checkpoint, or None if there is neither file.
 
     Raises:
-        UserError: there are checkpoints, and none can be used.
+        UserError: There are checkpoints, and none can be used.
     """
     failures = []
     for path in (folder / LAST, folder / PREVIOUS):
@@ -171,8 +189,16 @@ def load_last_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[str,
 
 
 def refuse_oddities(value: Any, depth: int = 0) -> None:
-    """Raises ValueError for what we do not save and what would be hard to look at: lists in lists
-    without end, tensors that claim more elements than they have, or hold none at all."""
+    """Refuses values that no checkpoint of ours holds, and that would be costly to look at.
+
+    Args:
+        value: Content of a file.
+        depth: Number of lists and dicts around the value.
+
+    Raises:
+        ValueError: Lists or dicts are nested too deep, or a tensor claims more elements than it
+            has, or holds none.
+    """
     if depth > MAX_DEPTH:
         raise ValueError("too deep")
     if isinstance(value, Tensor):
@@ -190,7 +216,7 @@ def refuse_oddities(value: Any, depth: int = 0) -> None:
 
 
 def checksum(value: Any) -> str:
-    """SHA-256 of nested dicts and lists of tensors and plain values, by types and bits."""
+    """Returns the SHA-256 of nested dicts and lists of tensors and plain values."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:

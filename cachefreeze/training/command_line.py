@@ -1,4 +1,4 @@
-"""The command line: every option, with its help."""
+"""The options of the command line, with their help texts and defaults."""
 
 import argparse
 from pathlib import Path
@@ -48,20 +48,20 @@ FREEZEOUT = (
     ("--save-weights FILE", "--output-dir FOLDER"),
     ("--resume True", "--resume RUN_DIR"),
     ("--validate, --no-validate", "not there: every epoch ends with a validation"),
-    ("--validate-test", "likewise; for CIFAR that is of its test set"),
+    ("--validate-test", "not there: for CIFAR, every validation is on the test set"),
     ("--const_time", "not there: give --epochs"),
 )
 
 
 def options() -> argparse.ArgumentParser:
-    """All options of the program, in groups by topic."""
+    """Returns a parser of all options of the program, in groups by topic."""
     width = max(len(theirs) for theirs, _ in FREEZEOUT)
     names = "\n".join(f"  {theirs:<{width}}  {ours}" for theirs, ours in FREEZEOUT)
     parser = Parser(
         prog="python -m cachefreeze.train",
         usage="%(prog)s [options]",
-        description="Train with FreezeOut, with frozen work served from a cache.",
-        epilog=f"options of FreezeOut's own code, and what they are here:\n{names}",
+        description="Train a network with FreezeOut, and cache the outputs of frozen units.",
+        epilog=f"options of FreezeOut's own code, and what to give here:\n{names}",
         formatter_class=_Help,
         allow_abbrev=False,
     )
@@ -73,24 +73,25 @@ def options() -> argparse.ArgumentParser:
         "--model",
         default="wrn",
         metavar="NAME",
-        help="wrn, densenet or vgg; sizes may be spelled out, as in wrn40_4; without them the "
-        "data set decides; torchvision:NAME, timm:NAME and hf:NAME (of transformers) are theirs",
+        help="network to train: wrn, densenet or vgg, with sizes (wrn40_4) or with the default "
+        "sizes for the data set; or one of another library: torchvision:NAME, timm:NAME, or "
+        "hf:NAME for transformers",
     )
     group.add_argument(
         "--weights",
         metavar="DEFAULT|NAME|FILE",
-        help="start from weights that were trained before: those of torchvision, timm or "
-        "transformers by name, a state dict, or a checkpoint of a run; the head is new if the "
-        "classes are",
+        help="start from trained weights: a name of weights in torchvision, timm or transformers, "
+        "a file with a state dict, or a checkpoint of a run; for other classes the head is new",
     )
     group.add_argument(
         "--freeze-first",
         metavar="UNIT|N",
-        help="freeze the network up to and with this unit, or its first N units (negative: all but "
-        "N), before the first step; the others train to the end, or by FreezeOut with --schedule",
+        help="freeze all units up to and including UNIT, or the first N units (-N: all but the "
+        "last N), before the first step; the other units train to the end, or freeze by FreezeOut "
+        "if --schedule is given",
     )
     group.add_argument(
-        "-L", "--depth", type=int, metavar="N", help="layers (6n+4 for wrn and densenet)"
+        "-L", "--depth", type=int, metavar="N", help="number of layers (6n+4 for wrn and densenet)"
     )
     group.add_argument("--width", type=int, metavar="N", help="widening factor of a wrn")
     group.add_argument(
@@ -98,43 +99,49 @@ def options() -> argparse.ArgumentParser:
         "--growth-rate",
         type=int,
         metavar="N",
-        help="channels each dense layer of a densenet adds",
+        help="number of channels that each dense layer of a densenet adds",
     )
     group.add_argument(
-        "--bottleneck", action=flag, default=True, help="DenseNet-BC, or the plain one"
+        "--bottleneck",
+        action=flag,
+        default=True,
+        help="make a densenet a DenseNet-BC; --no-bottleneck makes it the plain DenseNet",
     )
     group.add_argument(
         "--dropout",
         type=float,
         metavar="P",
-        help="in blocks, or in the head of a vgg (default: 0, of a vgg 0.5)",
+        help="dropout probability in blocks, or in the head of a vgg (default: 0; for a vgg 0.5)",
     )
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default="digits", help="what to train on")
+    group.add_argument("--dataset", choices=DATASETS, default="digits", help="data set to train on")
     group.add_argument(
         "--data-dir",
         type=Path,
         metavar="FOLDER",
-        help="the folder of an imagefolder; where cifar is, or is downloaded to (default: data)",
+        help="folder of the images of an imagefolder; for cifar, the folder that it is in or "
+        "downloaded to (default: data)",
     )
     group.add_argument(
         "--image-size",
         type=int,
         metavar="N",
-        help="imagefolder: images become squares of this (default: 64)",
+        help="height and width that images of an imagefolder are resized and cropped to (default: "
+        "64)",
     )
     group.add_argument(
         "--val-fraction",
         type=float,
         metavar="SHARE",
-        help="imagefolder without a val or test folder: share of each class to validate on",
+        help="share of each class to validate on, for an imagefolder without a val or test folder",
     )
     group.add_argument(
         "--augment",
         action=flag,
         default=False,
-        help="random crop with 4 pixels of padding, and flip; switches the cache off",
+        help="crop images (padded by 4 pixels) and flip them at random; this switches the cache "
+        "off",
     )
 
     group = parser.add_argument_group("schedule (FreezeOut)")
@@ -143,20 +150,21 @@ def options() -> argparse.ArgumentParser:
         "--t_0",
         type=float,
         metavar="SHARE",
-        help="share of the run after which the first unit freezes, before --schedule is applied "
-        "(default: 0.8)",
+        help="share of the run after which the first unit freezes, before --schedule is applied: "
+        "with cubic, 0.8 means after 0.8^3 = 51%% of the run (default: 0.8)",
     )
     group.add_argument(
         "--schedule",
         "--how_scale",
         choices=tuple(SHAPES),
-        help="how freezing moves on from there to the end (default: cubic)",
+        help="function that spreads the freezes of the other units from there to the end of the "
+        "run (default: cubic)",
     )
     group.add_argument(
         "--scale-lr",
         action=flag,
         default=True,
-        help="divide each unit's initial rate by its share of the run",
+        help="divide each unit's initial learning rate by the share of the run for which it trains",
     )
     for theirs, action in (("--scale_lr", "store_true"), ("--no_scale", "store_false")):
         group.add_argument(
@@ -166,7 +174,7 @@ def options() -> argparse.ArgumentParser:
         "--freeze",
         action=flag,
         default=True,
-        help="--no-freeze trains everything to the end on one cosine: the baseline",
+        help="freeze units; --no-freeze, the baseline, trains all of them to the end on one cosine",
     )
 
     group = parser.add_argument_group("cache")
@@ -174,46 +182,53 @@ def options() -> argparse.ArgumentParser:
         "--cache",
         action=flag,
         default=None,
-        help="--no-cache is FreezeOut as published: frozen units run in every step (default: on, "
-        "but for --augment)",
+        help="cache the outputs of frozen units; with --no-cache frozen units run in every step, "
+        "as in the FreezeOut paper (default: on; off with --augment)",
     )
     group.add_argument(
         "--cache-dir",
         type=Path,
         default=Path("data/cache"),
         metavar="FOLDER",
-        help="where activations are kept, to be found by later runs",
+        help="folder that cached outputs are kept in; later runs find them there",
     )
     group.add_argument(
         "--cache-max-gb",
         type=float,
         metavar="GB",
-        help="what the folder may take, in GB (default: half of the free disk)",
+        help="most GB that this folder may take (default: half of the free disk)",
     )
     group.add_argument(
         "--cache-codec",
         choices=["raw", "zstd"],
         default="raw",
-        help="zstd takes half of the disk after a ReLU and hardly less elsewhere, and more time "
-        "where rows do not fit into memory; the bits are the same (default: raw)",
+        help="format of cached outputs on the disk: zstd takes half of the room after a ReLU and "
+        "hardly less elsewhere, and more time where rows do not fit into memory; the bits are the "
+        "same (default: raw)",
     )
     for option in GONE:
         group.add_argument(option, nargs="?", action=_Gone, help=argparse.SUPPRESS)
 
-    group = parser.add_argument_group("a look ahead")
+    group = parser.add_argument_group("preview")
     group.add_argument(
         "--plan",
         action="store_true",
-        help="measure some steps, print when units freeze and what the cache would bring, and stop",
+        help="measure some steps, print when units freeze and how long the run would take with the "
+        "cache and without, and stop",
     )
     group.add_argument(
         "--rows",
         type=int,
         nargs=2,
         metavar=("TRAIN", "VAL"),
-        help="with --plan, for an imagefolder that is not there: how many images",
+        help="with --plan, for an imagefolder that is not there: numbers of its images",
     )
-    group.add_argument("--classes", type=int, metavar="N", help="likewise: how many classes")
+    group.add_argument(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="with --plan, for an imagefolder that is not there: number of its classes",
+    )
 
     group = parser.add_argument_group("training")
     defaults = {
@@ -224,7 +239,7 @@ def options() -> argparse.ArgumentParser:
         "--epochs",
         type=int,
         metavar="N",
-        help=f"passes over the data (default: {defaults['epochs']})",
+        help=f"number of passes over the data (default: {defaults['epochs']})",
     )
     group.add_argument(
         "-b",
@@ -232,7 +247,7 @@ def options() -> argparse.ArgumentParser:
         "--batch_size",
         type=int,
         metavar="N",
-        help=f"images a step (default: {defaults['batch_size']})",
+        help=f"number of images in a step (default: {defaults['batch_size']})",
     )
     group.add_argument(
         "--lr",
@@ -241,100 +256,107 @@ def options() -> argparse.ArgumentParser:
         help="base learning rate of SGD (default: 0.1; 0.01 with --weights)",
     )
     group.add_argument(
-        "--momentum", type=float, default=0.9, metavar="M", help="of SGD, Nesterov's"
+        "--momentum", type=float, default=0.9, metavar="M", help="Nesterov momentum of SGD"
     )
-    group.add_argument("--weight-decay", type=float, default=1e-4, metavar="W", help="of SGD")
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights, dropout and row order"
+        "--weight-decay", type=float, default=1e-4, metavar="W", help="weight decay of SGD"
     )
-    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of weights, dropout and row order"
+    )
+    group.add_argument(
+        "--device", choices=DEVICES, default="auto", help="device to train on; auto is the fastest"
+    )
     group.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="auto is bf16 autocast where the hardware multiplies it natively",
+        help="precision of the arithmetic; auto is bf16 autocast where the hardware multiplies "
+        "bf16 natively, and fp32 elsewhere",
     )
     group.add_argument(
         "--tf32",
         action="store_true",
-        help="on CUDA, where fp32 is computed: multiply with 10 bits of mantissa",
+        help="on CUDA with fp32: multiply with 10 bits of mantissa (TensorFloat-32)",
     )
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="on CUDA: only algorithms that give the same bits every time, with the cache and "
-        "without; torch warns of what has none (a CPU always does so)",
+        help="on CUDA: use only algorithms that give the same bits every time, so that runs with "
+        "the cache and without agree; torch warns of operations that have none (a CPU always uses "
+        "such algorithms)",
     )
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile every unit that trains (torch.compile); frozen ones run as they are",
+        help="compile every unit that trains (torch.compile); frozen units run uncompiled",
     )
     group.add_argument(
         "-j",
         "--workers",
         type=int,
         metavar="N",
-        help="processes that decode images of an imagefolder (default: as many as there are "
+        help="number of processes that decode images of an imagefolder (default: number of "
         f"processors, at most {MOST_WORKERS})",
     )
 
-    group = parser.add_argument_group("what a run leaves, and going on with it")
+    group = parser.add_argument_group("files of a run, and resuming it")
     group.add_argument(
         "--tensorboard",
         action=flag,
         default=False,
-        help="write scalars for TensorBoard too, into tensorboard/ of the run's folder",
+        help="write metrics for TensorBoard, too, into tensorboard/ in the run's folder",
     )
     group.add_argument(
         "--output-dir",
         type=Path,
         metavar="FOLDER",
-        help="of this run (default: runs/DATE-TIME-ARCH-DATASET)",
+        help="folder of this run (default: runs/DATE-TIME-ARCH-DATASET)",
     )
     group.add_argument(
         "--report",
         action=flag,
         default=True,
-        help="draw the run's report.html when it has come to its end",
+        help="draw the run's report.html when it is finished",
     )
     group.add_argument(
         "--checkpoint-every",
         type=int,
         metavar="N",
-        help="save every N steps too (default: at ends of epochs, as often as 1%% of the time "
-        "allows, but at least every five minutes; and when interrupted)",
+        help="save a checkpoint every N steps, too (default: at ends of epochs, as often as 1%% of "
+        "the time allows, but at least every five minutes; and when interrupted)",
     )
     group.add_argument(
         "--resume",
         metavar="RUN_DIR|auto",
-        help="go on with a run and its settings; auto: with the newest one of these settings that "
-        "has not come to its end (or with the one in --output-dir), else start one",
+        help="go on with the run in this folder, with its settings; auto goes on with the newest "
+        "unfinished run of the given settings (or with the run in --output-dir), and starts a new "
+        "one if there is none",
     )
 
-    group = parser.add_argument_group("what is told on the terminal")
+    group = parser.add_argument_group("output on the terminal")
     add_verbosity(group)
     return parser
 
 
 def add_verbosity(parser: argparse._ActionsContainer) -> None:
-    """The options that say how much is told on the terminal."""
+    """Adds the options for the output on the terminal."""
     parser.add_argument(
         "--no-progress",
         dest="progress",
         action="store_false",
-        help="lines, and no bars (nor are there any where the output is no terminal)",
+        help="print lines but no bars (where the output is no terminal, there are never bars)",
     )
     parser.add_argument(
         "-q",
         "--quiet",
         action="store_true",
-        help="warnings, errors and the result only; with --plan the plan",
+        help="print warnings, errors and the result only; with --plan, the plan",
     )
 
 
 def meaning(action: argparse.Action) -> str:
-    """What an option does, and its default, unless that is to do nothing."""
+    """Returns the help text of an option with its default, unless the default is to do nothing."""
     # Before Python 3.13 argparse adds this to what may be switched off.
     text = (action.help or "").removesuffix(" (default: %(default)s)").replace("%%", "%")
     default = action.default
@@ -358,7 +380,8 @@ class _Gone(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `UserError` instead of leaving the process."""
+    """A parser that raises `UserError` instead of leaving the process."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError with the message of argparse."""
         raise UserError(f"{message} (see --help)")

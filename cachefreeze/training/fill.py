@@ -1,7 +1,7 @@
-"""When it pays to keep the rows of the training set, after units have frozen.
+"""The decision whether keeping the rows of the training set pays, after units have frozen.
 
-A pass over the data set computes, for every row, what has frozen since the last such pass, and
-writes it. Each later step is spared that work. Costs are those seen in the run's own steps.
+A pass over the data set runs every row through the units that have frozen since the last such pass,
+and writes the results. Each later step is spared that work. Costs are those of the run's own steps.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ class Fill:
 
     Args:
         cost: Seconds of the pass.
-        again: Seconds of it that are spent once more if another pass follows: on reading, writing
-            and comparing rows.
-        spared: Seconds that each later step is spared.
+        again: Seconds of the pass that are spent once more if another pass follows: on reading,
+            writing and comparing rows.
+        spared: Seconds that each later step saves.
         steps_left: Number of steps that are left of the run.
     """
 
@@ -26,15 +26,15 @@ class Fill:
 
     @property
     def gain(self) -> float:
-        """Seconds that it spares the run, if units freeze no more."""
+        """Seconds that the pass saves the run, if no more units freeze."""
         return self.spared * self.steps_left - self.cost
 
 
 def worth_filling(now: Fill, later: Fill | None) -> bool:
-    """Says whether a pass over the training set pays, and whether it pays now.
+    """Says whether a pass over the training set pays now.
 
-    The units that freeze next may be served too by a pass that comes later. This one is left out
-    for its sake if, until then, it spares less than it costs.
+    A later pass may serve the units that freeze next, too. The pass at this step is left out in
+    favour of it if, until then, this pass saves less than the seconds that it adds (`again`).
 
     Args:
         now: Pass at this step.

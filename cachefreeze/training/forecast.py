@@ -1,4 +1,4 @@
-"""How long a run takes, with the cache and without, predicted from its first steps.
+"""Predictions of the time of a run, with the cache and without, made from its first steps.
 
 A step costs a forward pass through every unit that is not served, and a backward pass, which is
 shared among the units that train as the forward pass is. The arithmetic is pure; `forward_seconds`
@@ -34,15 +34,15 @@ WARM_UP, TIMED, PASSES = 2, 5, 2
 
 @dataclass(frozen=True)
 class Costs:
-    """What a batch costs.
+    """Costs of a batch, in seconds.
 
     Args:
         forward: Seconds of the forward pass through each unit.
         backward: Seconds of the backward pass and the update, for each second of the forward pass
             through the units that train.
-        read: Seconds of reading the batch's kept rows, by the number of frozen units.
+        read: Seconds of reading the batch's kept rows, for each number of frozen units.
         load: Seconds of waiting for the batch's pixels.
-        write: Seconds of keeping the batch's rows, by the number of frozen units.
+        write: Seconds of writing the batch's rows, for each number of frozen units.
     """
 
     forward: tuple[float, ...]
@@ -55,13 +55,13 @@ class Costs:
     def measured(
         cls, step: float, load: float, forward: Sequence[float], sizes: Sequence[int], frozen: int
     ) -> "Costs":
-        """Derives costs from what was measured.
+        """Computes costs from measured times.
 
         Args:
             step: Seconds of a whole step in which all units ran.
-            load: Seconds of it that were spent on waiting for pixels.
+            load: Seconds of the step that were spent on waiting for pixels.
             forward: Seconds of the forward pass through each unit.
-            sizes: Bytes of the batch in front of each unit.
+            sizes: Bytes of the input of each unit.
             frozen: Number of units that were frozen.
         """
         backward = max(step - load - sum(forward), 0.0) / max(sum(forward[frozen:]), 1e-9)
@@ -72,15 +72,24 @@ class Costs:
 
     @classmethod
     def unknown(cls, units: int) -> "Costs":
-        """Returns costs in the right proportion if one unit costs as much as another."""
+        """Returns costs of one second for each unit, for when nothing was measured.
+
+        Only their proportions mean anything.
+        """
         return cls((1.0,) * units, 2.0, (0.0,) * (units + 1), 0.0, (0.0,) * (units + 1))
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], units: int) -> "Costs":
-        """Reads what `dataclasses.asdict` gave.
+        """Reads costs from the dict that `dataclasses.asdict` made of them.
+
+        Args:
+            found: Dict of costs.
+            units: Number of units of the network.
 
         Raises:
-            ValueError, TypeError, KeyError: It is something else.
+            KeyError: A field is missing.
+            TypeError: A field has another type.
+            ValueError: A field is no number, or the costs are those of another network.
         """
         names = ("forward", "read", "write")
         forward, read, write = (tuple(map(float, found[name])) for name in names)
@@ -95,8 +104,8 @@ class Span:
 
     Args:
         steps: Number of steps.
-        seconds: Seconds of all of them, with the validation that falls among them.
-        before: Seconds that are spent before the first, on filling the cache.
+        seconds: Seconds of all these steps, with their share of the validations.
+        before: Seconds before the first of these steps, spent on filling the cache.
     """
 
     steps: int
@@ -106,15 +115,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Run:
-    """What a forecast needs to know of a run.
+    """Sizes of a run, which a forecast is made from.
 
     Args:
         freeze_steps: First step at which each unit is frozen; `total_steps` if it never is.
-        total_steps: Number of steps.
+        total_steps: Number of steps of the run.
         steps_per_epoch: Number of steps of an epoch.
         train_rows: Number of training rows.
         val_rows: Number of validation rows.
-        batch_size: Number of rows of a batch.
+        batch_size: Number of rows in a batch.
         keeps_pixels: Whether decoded pixels stay in memory.
     """
 
@@ -132,11 +141,11 @@ class Run:
         return -(-self.val_rows // self.batch_size)
 
     def spans(self, costs: Costs, way: str) -> list[Span]:
-        """Predicts the run.
+        """Predicts the run, as spans of steps that cost the same.
 
         Args:
             costs: Costs of a batch.
-            way: One of `WAYS`.
+            way: Way to train: one of `WAYS`.
         """
         found, kept = [], 0
         forward = [0.0, *accumulate(costs.forward)]  # through so many units
@@ -164,8 +173,8 @@ class Run:
         """Predicts a pass over the training set that keeps its rows.
 
         Args:
-            step: Step before which it is made, from 0. At the first one rows are kept as the first
-                epoch passes, which costs the same.
+            step: Number of the step before which the pass is made, from 0. Before step 0 there is
+                no pass: rows are kept during the first epoch, which costs the same.
             kept: Number of units whose rows are kept already.
             costs: Costs of a batch.
         """
@@ -187,7 +196,7 @@ class Run:
         """Says whether rows are kept when units have frozen before a step.
 
         Args:
-            step: Step, from 0.
+            step: Number of the step, from 0.
             kept: Number of units whose rows are kept already.
             costs: Costs of a batch.
         """
@@ -201,7 +210,7 @@ class Run:
         return worth_filling(self.fill(step, kept, costs), later)
 
     def forecast(self, costs: Costs) -> dict[str, float]:
-        """Predicts the seconds of the whole run, each way."""
+        """Predicts the seconds of the whole run, for each of `WAYS`."""
         spans = {way: self.spans(costs, way) for way in WAYS}
         return {way: sum(one.before + one.seconds for one in spans[way]) for way in WAYS}
 
@@ -211,17 +220,17 @@ def forward_seconds(
 ) -> tuple[list[float], list[int]]:
     """Measures the forward pass through each unit, in eval mode, on a copy of the model.
 
-    A unit's time runs from when a module with its parameters is called until one with another
-    unit's is.
+    The time of a unit begins when a module with its parameters is called. It ends when a module
+    with parameters of another unit is called.
 
     Args:
-        model: Model.
+        model: Model to measure.
         units: Units of the model.
-        x: Batch.
+        x: Batch of network input.
         dtype: Type for autocast, or None.
 
     Returns:
-        Seconds of each unit, and bytes of the tensor that is handed to it.
+        Seconds of each unit, and bytes of its input.
     """
     unit_of = {id(p): number for number, unit in enumerate(units) for p in unit.parameters}
     owners = {

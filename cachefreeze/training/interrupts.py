@@ -1,4 +1,4 @@
-"""Ctrl-C and the system's request to stop, as a question that can be asked between two steps."""
+"""Requests to stop (Ctrl-C, SIGTERM), noted so that a run can stop between two steps."""
 
 import signal
 import threading
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class Interrupts:
-    """While it is entered, the first SIGINT or SIGTERM is only noted; the second interrupts at
-    once, with a KeyboardInterrupt.
+    """A context that notes the first SIGINT or SIGTERM. A second raises KeyboardInterrupt at once.
 
-    Outside the main thread, where Python lets nobody handle signals, nothing is noted.
+    It is true once a signal was noted. Outside the main thread, where Python lets nobody handle
+    signals, nothing is noted.
 
     Attributes:
-        received: the signal that was noted, or None.
+        received: Signal that was noted, or None.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -23,7 +23,7 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
-        """Whether to stop."""
+        """Says whether to stop."""
         return self.received is not None
 
     def __enter__(self) -> "Interrupts":

@@ -1,4 +1,4 @@
-"""The network of a run: built, and loaded with weights that were trained before."""
+"""The network of a run, and the trained weights that it may start from."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ from cachefreeze.training.settings import Settings
 
 @dataclass(frozen=True)
 class Weights:
-    """What a network starts from.
+    """Trained weights that a network starts from.
 
     Args:
-        words: what they are, for people.
-        statistics: mean and standard deviation of the images that they were trained on; None if
-            that is not known.
-        state: by name, of a file; None if they are known by name to the network's library.
-        classes: that the head tells apart, if it is known.
+        words: Description of the weights.
+        statistics: Mean and standard deviation of the images that they were trained on. None if
+            they are not known.
+        state: Tensors by name, read from a file. None if the network's library loads them.
+        classes: Names of the classes that they were trained on. None if they are not known.
     """
 
     words: str
@@ -35,11 +35,16 @@ class Weights:
 
 
 def find_weights(settings: Settings) -> Weights | None:
-    """The weights that a run starts from, if it does not start from nothing. None are downloaded
-    yet.
+    """Finds the trained weights that a run starts from. Nothing is downloaded yet.
+
+    Args:
+        settings: Settings of the run.
+
+    Returns:
+        Weights, or None if the network is freshly initialised.
 
     Raises:
-        UserError: they are not there, or are no weights.
+        UserError: There are no such weights, or the file holds none.
     """
     named = settings.weights
     if named is None:
@@ -69,20 +74,26 @@ def find_weights(settings: Settings) -> Weights | None:
 
 
 def trained_on(state: Mapping[str, Any], what: str) -> tuple[tuple[str, ...], Statistics]:
-    """Classes, and mean and deviation of the images, that a checkpoint is of.
+    """Returns the classes of a checkpoint, and the mean and standard deviation of its images.
+
+    Args:
+        state: Contents of the checkpoint.
+        what: Name of the checkpoint for error messages.
 
     Raises:
-        UserError: it does not say; `what` it is, in words.
+        UserError: The checkpoint does not hold them.
     """
     try:
         classes, _, _, mean, std = state["data"]["same"]
         return tuple(classes), (tuple(map(float, mean)), tuple(map(float, std)))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{what} does not say what it was trained on") from error
+        raise UserError(
+            f"{what} does not say what it was trained on: use the last.pt or best.pt of a run"
+        ) from error
 
 
 def _state_dict(found: Any, named: str) -> dict[str, Tensor]:
-    """A state dict as people save it: plain, or in a dict under one of the usual names."""
+    """Returns a state dict, which may lie in a dict under one of the usual names."""
     for name in ("state_dict", "model", "model_state_dict"):
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
@@ -93,8 +104,11 @@ def _state_dict(found: Any, named: str) -> dict[str, Tensor]:
 
 
 def _plain_name(name: str) -> str:
-    """Without the words that DistributedDataParallel and torch.compile put before it, and as
-    torchvision writes it now (its DenseNets were saved with `norm.1` for `norm1`)."""
+    """Returns the name of a parameter as its network has it now.
+
+    DistributedDataParallel and torch.compile put words before it, and torchvision's DenseNets were
+    saved with `norm.1` for `norm1`.
+    """
     while name.startswith(("module.", "_orig_mod.")):
         name = name.partition(".")[2]
     return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)", r"\1\2", name)
@@ -108,11 +122,11 @@ def make_network(
     Args:
         settings: Settings of the run.
         classes: Names of the classes.
-        weights: Weights that the network starts from.
+        weights: Weights that the network starts from. If None, it is freshly initialised.
 
     Returns:
-        Network, and the names of those of its parameters that are new although it starts from
-        weights: of a head for other classes.
+        Network, and the names of the parameters that are new although it starts from weights: those
+        of a head for other classes.
 
     Raises:
         UserError: The network cannot have such sizes, or the weights do not fit it.
@@ -132,14 +146,14 @@ def _build(settings: Settings, classes: int, weights: str | None = None) -> nn.M
 
 
 def check_network(settings: Settings, image_shape: tuple[int, int, int]) -> None:
-    """Checks, before anything that takes long, that a network fits.
+    """Checks that a network fits the settings, before anything that takes long.
 
     Args:
         settings: Settings of the run.
         image_shape: Channels, height and width of the images.
 
     Raises:
-        UserError: The network cannot be had, cannot be frozen as asked, or does not take such
+        UserError: There is no such network, it cannot be frozen as asked, or it does not take such
             images.
     """
     model = _outline(settings, 2)
@@ -169,7 +183,7 @@ def check_network(settings: Settings, image_shape: tuple[int, int, int]) -> None
 
 
 def _outline(settings: Settings, classes: int) -> nn.Module:
-    """The network without memory for its weights."""
+    """Builds the network without memory for its weights."""
     try:
         with torch.device("meta"):
             return _build(settings, classes)
@@ -180,8 +194,17 @@ def _outline(settings: Settings, classes: int) -> nn.Module:
 def _load(
     settings: Settings, model: nn.Module, classes: int, weights: Weights, same: bool
 ) -> list[str]:
-    """Load a state dict, but for what depends on the classes, if they are others; returns the names
-    of that."""
+    """Loads a state dict; returns the names of the parameters that are left out.
+
+    Those whose shapes depend on the number of classes are left out if the classes are others.
+
+    Args:
+        settings: Settings of the run.
+        model: Network to load.
+        classes: Number of classes of the network.
+        weights: Weights with a state dict.
+        same: Whether the weights were trained on the same classes.
+    """
     assert weights.state is not None
     state, own = weights.state, model.state_dict()
     other = _outline(settings, classes + 1).state_dict()
@@ -192,24 +215,27 @@ def _load(
     wanted = {name: tensor for name, tensor in own.items() if not renew or name not in by_class}
     for name, tensor in wanted.items():
         if name not in state or state[name].shape != tensor.shape:
-            there = tuple(state[name].shape) if name in state else "missing"
+            there = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
             raise UserError(
-                f"--weights {weights.words} are not of {settings.network}: {name} is {there} there,"
-                f" and {tuple(tensor.shape)} here"
+                f"--weights {weights.words} do not fit {settings.network}: {name} {there}, and "
+                f"should have shape {tuple(tensor.shape)}"
             )
     # Heads that torchvision's files have and that it leaves out as well.
     unknown = sorted(n for n in set(state) - set(own) if not n.lower().startswith("aux"))
     if unknown:
         raise UserError(
-            f"--weights {weights.words} are not of {settings.network}, which has no {unknown[0]}"
+            f"--weights {weights.words} do not fit {settings.network}, which has no {unknown[0]}"
         )
     model.load_state_dict({name: state[name] for name in wanted}, strict=False)
     return sorted(by_class) if renew else []
 
 
 def _with_new_head(trained: nn.Module, fresh: nn.Module) -> tuple[nn.Module, list[str]]:
-    """A trained network with those modules of a fresh one that are for another number of classes;
-    and the names of what is new."""
+    """Returns a trained network with the head of a fresh one, and the names of the new parameters.
+
+    The head is all modules whose shapes differ because the networks differ in the number of
+    classes.
+    """
     ours, theirs = fresh.state_dict(), trained.state_dict()
     new = sorted(
         name

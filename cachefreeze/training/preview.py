@@ -1,4 +1,4 @@
-"""`--plan`: when units freeze and what the cache would bring, without training."""
+"""The preview of `--plan`: the steps at which units freeze, and predicted times of the run."""
 
 import time
 
@@ -17,18 +17,18 @@ from cachefreeze.training.terminal import say
 
 
 def preview(settings: Settings) -> dict[str, float]:
-    """Measures some steps on random pixels, predicts the run, and prints that.
+    """Measures some steps on random pixels, and prints a prediction of the run.
 
-    The data set need not be there: arithmetic takes as long on random pixels, by random weights.
+    The data set need not be there: steps on random pixels with random weights take as long.
 
     Args:
         settings: Settings of the run.
 
     Returns:
-        Predicted seconds of the whole run, each way.
+        Predicted seconds of the whole run, for each way to train.
 
     Raises:
-        UserError: Something does not fit.
+        UserError: The settings do not fit the network, the data set or the device.
     """
     device = resolve_device(settings.device)
     dtype = resolve_precision(settings.precision, device)

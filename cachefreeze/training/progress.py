@@ -1,4 +1,4 @@
-"""The bar of a run, and how long it will still take."""
+"""The progress bar of a run, and the prediction of the time that is left."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ TRUST = 0.05
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. What is not known yet is None.
+    """Progress of a run. A value that is not known yet is None.
 
     Args:
         epoch: Number of the present epoch, from 1.
         epochs: Number of all epochs.
-        loss: Loss of the last step, or where asking for it would wait for a device, of the last
-            epoch.
+        loss: Loss of the last step. On devices other than the CPU, loss of the last epoch: reading
+            that of the last step would wait for the device.
         accuracy: Accuracy of the last validation.
         frozen: Number of frozen units.
         units: Number of all units.
@@ -47,11 +47,11 @@ class Progress:
 
 
 class RunBar:
-    """One bar for a whole run, on a terminal. Use it as a context.
+    """A progress bar for a whole run, on a terminal. Use it as a context.
 
     Args:
         steps: Number of steps of the run.
-        progress: Function that is asked for what to show, only when it is drawn.
+        progress: Function that returns the progress. It is called only when the bar is drawn.
     """
 
     def __init__(self, steps: int, progress: Callable[[], Progress]) -> None:
@@ -60,7 +60,7 @@ class RunBar:
         self._next = 0.0
 
     def update(self, step: int) -> None:
-        """Draws the bar, if it is time.
+        """Draws the bar, unless it was drawn just now.
 
         Args:
             step: Number of steps that have been taken.
@@ -82,15 +82,16 @@ class RunBar:
 
 
 class Eta:
-    """How long a run will still take: what is predicted of the rest, at the speed seen so far.
+    """Predicts the time that is left: the prediction for the rest, at the speed seen so far.
 
-    Epochs get shorter as units freeze, so the steps that are left tell little of the time.
+    Epochs get shorter as units freeze, so the number of steps that are left says little.
 
     Args:
         spans: Prediction of the whole run.
-        step: Number of steps that were taken when this was made.
-        now: Clock at that time, in seconds.
-        trust: Share of the prediction that counts as come true; 0 if it is not in seconds.
+        step: Number of steps that have been taken.
+        now: Clock, in seconds.
+        trust: Share of the prediction that counts as confirmed from the start. 0 if the prediction
+            is not in seconds.
     """
 
     def __init__(self, spans: Sequence[Span], step: int, now: float, trust: float = TRUST) -> None:
@@ -100,7 +101,7 @@ class Eta:
         self._believed = trust * self._all
 
     def _after(self, step: int) -> float:
-        """Predicts what is left after so many steps."""
+        """Returns the predicted seconds that are left after a number of steps."""
         left, stop = 0.0, sum(span.steps for span in self._spans)
         for span in reversed(self._spans):
             start = stop - span.steps
@@ -111,7 +112,7 @@ class Eta:
         return left
 
     def seconds_left(self, step: int, now: float) -> float | None:
-        """Returns the seconds that are left, or None if nothing was seen yet that could tell.
+        """Returns the seconds that are left, or None if no step was seen yet.
 
         Args:
             step: Number of steps that have been taken.
@@ -125,9 +126,13 @@ class Eta:
 
 
 def status(now: Progress, columns: int) -> str:
-    """Says how far a run has come, in as many words as there is room for.
+    """Returns the progress of a run in words, as many as there is room for.
 
-    The last to go are the epoch and the time that is left.
+    The epoch and the time that is left are always among them.
+
+    Args:
+        now: Progress of the run.
+        columns: Number of characters that there is room for.
     """
     number = f"{now.epoch:>{len(str(now.epochs))}}/{now.epochs}"
     epoch = f"epoch {number}"
@@ -153,7 +158,7 @@ def status(now: Progress, columns: int) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Returns a time as short as it can be told: `0:07`, `12:34`, `3:12:34`."""
+    """Returns a number of seconds as a clock shows it: `0:07`, `12:34`, `3:12:34`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

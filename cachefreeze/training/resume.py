@@ -1,4 +1,4 @@
-"""`--resume`: which run to go on with, where it stood, and with what settings."""
+"""The search for the run that `--resume` goes on with, and the check that it is the same run."""
 
 import dataclasses
 import json
@@ -31,14 +31,15 @@ FREE = {
 
 @dataclass(frozen=True)
 class Start:
-    """What a command line asks to be done.
+    """A run that a command line asks for.
 
     Args:
-        settings: of the run.
-        command: the words that say so, without those that name its folder, and `verbosity`.
-        verbosity: how much to tell of it.
-        resuming: the folder holds it already.
-        finished: there is nothing left to do.
+        settings: Settings of the run.
+        command: Words of the command line that are settings of the run. Its folder and the
+            verbosity are left out.
+        verbosity: Amount of lines and bars on the terminal.
+        resuming: Whether the folder holds this run already.
+        finished: Whether the run has nothing left to do.
     """
 
     settings: Settings
@@ -49,10 +50,13 @@ class Start:
 
 
 def start_of(argv: Sequence[str]) -> Start:
-    """What a command line asks for: a new run, or an old one to go on with.
+    """Returns the run that a command line asks for: a new run, or an old one to go on with.
+
+    Args:
+        argv: Words of the command line.
 
     Raises:
-        UserError: a setting makes no sense, there is no such run, its files cannot be used, or a
+        UserError: A setting makes no sense, there is no such run, its files cannot be used, or a
             setting was changed that would change its results.
     """
     known, verbosity, words = split(argv)
@@ -61,7 +65,7 @@ def start_of(argv: Sequence[str]) -> Start:
     if target is None:
         return Start(parse([*words, *named]), words, verbosity)
     if "--plan" in words:
-        raise UserError("--plan shows what a new run would keep: leave out --resume")
+        raise UserError("--plan is for a new run: leave out --resume")
     if target == "auto":
         settings = parse([*words, *named])
         folder = output_dir if output_dir is not None else newest_unfinished(settings)
@@ -70,13 +74,15 @@ def start_of(argv: Sequence[str]) -> Start:
     else:
         folder = Path(target)
         if output_dir not in (None, folder):
-            raise UserError(f"--resume {folder} goes on in that folder: leave out --output-dir")
+            raise UserError(f"--resume {folder} writes to that folder: leave out --output-dir")
     return _go_on(folder, words, verbosity)
 
 
 def newest_unfinished(settings: Settings) -> Path | None:
-    """The newest folder in `runs` of a run with the same results that was cut off, and that no
-    process is at work on."""
+    """Returns the newest folder in `runs` of an unfinished run with the same results.
+
+    A run that a process is working on does not count. None if there is no such run.
+    """
     if not RUNS.is_dir():
         return None
     for folder in sorted(RUNS.iterdir(), reverse=True):  # their names begin with the time
@@ -116,7 +122,7 @@ def _go_on(folder: Path, words: list[str], verbosity: Verbosity) -> Start:
 
 
 def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Settings and command line from a run's args.json."""
+    """Reads the settings and the command line from args.json of a run."""
     path = folder / "args.json"
     try:
         if not path.is_file():  # nor a pipe, which would never end
@@ -128,17 +134,19 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return dict(stored), command
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder} holds no run to go on with: name the folder that a run was given, or "
+            f"{folder} holds no run to go on with: name the --output-dir of a run, or give "
             "--resume auto"
         ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): see to it, or start a new run"
+        ) from error
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} does not describe a run: start a new one") from error
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Settings in which two runs differ so that their results do."""
+    """Returns the names of settings that differ between two runs and change the results."""
     # A setting that a run before it does not know of is as it was then: off.
     names = [field.name for field in dataclasses.fields(Settings) if field.name not in FREE]
     return [name for name in names if _differs(name, one, other)]
@@ -162,24 +170,25 @@ def check_same_run(
     path: Path,
     warn: Callable[[str], None],
 ) -> None:
-    """See that a checkpoint is of the run that is to go on, with what it was trained on.
+    """Checks that a checkpoint belongs to the run that goes on, and that its data are the same.
 
     Args:
-        state: of the checkpoint, which lies at `path`.
-        settings: of the run.
-        data: see `DataSet.facts`.
-        numerics: what decides the last bits besides the settings; `device` and `precision` must be
-            the same.
-        warn: is told what may change the results, but need not.
+        state: Contents of the checkpoint.
+        settings: Settings of the run.
+        data: Facts about the data set, from `DataSet.facts`.
+        numerics: Values that decide the last bits of results, besides the settings. `device` and
+            `precision` must be the same as before.
+        path: Path of the checkpoint, for error messages.
+        warn: Function called with a sentence for each change that may alter the results.
 
     Raises:
-        UserError: it is not.
+        UserError: The checkpoint belongs to another run, or the data or the device are others.
     """
     changed = differences(state["settings"], settings.as_json())
     if changed:
         raise UserError(
-            f"{path} is of a run with another {option_of(changed[0])} than its args.json says: "
-            "start a new run"
+            f"{path} was saved by a run with another {option_of(changed[0])} than the args.json "
+            "beside it says: start a new run"
         )
     if state["data"]["same"] != data["same"]:
         raise UserError(
@@ -188,17 +197,17 @@ def check_same_run(
         )
     if state["data"]["identity"] != data["identity"]:
         warn(
-            "image files were copied or written since: if they do not hold the same images, the "
-            "results will differ"
+            "image files were copied or written since the run was started: if they do not hold the "
+            "same images, the results will differ"
         )
     before = state["numerics"]
     for name, option in (("device", "--device"), ("precision", "--precision")):
         if before[name] != numerics[name]:
             raise UserError(
                 f"the run was started with {option} {before[name]}, and {numerics[name]} would "
-                "change its results: go on with it there, or start a new run"
+                f"change its results: give {option} {before[name]}, or start a new run"
             )
     changed = [name for name in numerics if before.get(name) != numerics[name]]
     if changed:
         was = ", ".join(f"{name} {before.get(name)}" for name in changed)
-        warn(f"not as it was before ({was}): the last bits of the results may differ")
+        warn(f"the last bits of the results may differ, because the run was started with {was}")

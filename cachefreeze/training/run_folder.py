@@ -1,4 +1,4 @@
-"""The folder of a run: one run's, one process's, and every file whole; and that of the cache."""
+"""The folder of a run, which only one process writes to, and the folder of the cache."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,11 +17,13 @@ class RunFolder:
     Nothing is written before `create`.
 
     Args:
-        path: of the folder.
-        resume: it holds the run that is to go on; from here on no other process may.
+        path: Path of the folder.
+        resume: Whether the folder holds the run that goes on. If so, it is locked at once against
+            other processes.
 
     Raises:
-        UserError: here and later: it holds another run, or cannot be written.
+        UserError: The folder holds another run, or cannot be written, or another process is
+            training in it. Methods raise it, too.
     """
 
     # args.json alone is of a run that ended before its first epoch: there is nothing to lose.
@@ -39,8 +41,13 @@ class RunFolder:
         self._refuse_another_run()
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder, unless it is there, with the run's settings in args.json. From here on
-        until `close` no other process may."""
+        """Makes the folder, unless it is there, and writes args.json.
+
+        The folder is locked against other processes until `close`.
+
+        Args:
+            settings: Settings of the run.
+        """
         if self._lock is None:
             with self.writing():
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +58,7 @@ class RunFolder:
         self.write_json("args.json", settings)
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Unlocks the folder."""
         if self._lock is not None:
             unlock_file(self._lock)
             self._lock = None
@@ -71,12 +78,18 @@ class RunFolder:
             )
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a file of JSON, whole or not at all.
+
+        Args:
+            name: Name of the file.
+            content: Content of the file.
+        """
         with self.writing():
             write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Errors of the file system inside are the user's to mend."""
+        """Turns errors of the file system into a UserError."""
         try:
             yield
         except OSError as error:
@@ -93,10 +106,10 @@ def check_cache_folder(folder: Path) -> None:
     """Checks that a folder can hold kept rows. Nothing is written.
 
     Args:
-        folder: Folder, which need not be there.
+        folder: Folder for kept rows. It need not be there.
 
     Raises:
-        UserError: It cannot be made, or holds other files.
+        UserError: The folder cannot be made, or holds other files.
     """
     problem = why_not_writable(folder)
     try:
@@ -112,10 +125,10 @@ def check_cache_folder(folder: Path) -> None:
 
 
 def make_cache_folder(folder: Path) -> None:
-    """Makes the folder for kept rows now, and not when units freeze, hours later.
+    """Makes the folder for kept rows, so that an error shows now, not hours later.
 
     Raises:
-        UserError: It cannot be made, or holds other files.
+        UserError: The folder cannot be made, or holds other files.
     """
     check_cache_folder(folder)
     try:

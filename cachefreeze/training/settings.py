@@ -1,4 +1,4 @@
-"""The settings of a run: the command line, checked, with the data set's defaults filled in."""
+"""The settings of a run, read from the command line, with the defaults of the data set."""
 
 import argparse
 import dataclasses
@@ -27,7 +27,7 @@ _SMALLEST_IMAGE = {"wrn": 8, "densenet": 8, "vgg": 32}
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. `args.json` holds these fields."""
+    """All settings of a run. `args.json` holds these fields."""
 
     arch: str
     depth: int | None  # of our own networks only
@@ -72,7 +72,7 @@ class Settings:
 
     @property
     def network(self) -> str:
-        """The network's name with its sizes, such as wrn16_2 or torchvision:resnet18."""
+        """Name of the network with its sizes, such as wrn16_2 or torchvision:resnet18."""
         if self.library is not None:
             return self.arch
         second = {"wrn": self.width, "densenet": self.growth_rate}.get(self.arch)
@@ -80,35 +80,39 @@ class Settings:
 
     @property
     def library(self) -> str | None:
-        """Whose network it is, if it is none of ours."""
+        """Name of the library that the network comes from, or None if it is one of ours."""
         return self.arch.rpartition(":")[0] or None
 
     @property
     def model_name(self) -> str:
-        """The network's name in that library."""
+        """Name of the network in that library."""
         return self.arch.rpartition(":")[2]
 
     @property
     def cache_bytes(self) -> int | None:
-        """What the cache folder may take, if that is said."""
+        """Most bytes that the cache folder may take, or None if no limit was given."""
         return None if self.cache_max_gb is None else int(self.cache_max_gb * 1e9)
 
     def network_sizes(self) -> dict[str, Any]:
-        """What `models.build` takes besides the architecture and the number of classes."""
+        """Returns arguments of `models.build`: all but the architecture, classes and weights."""
         names = ("depth", "width", "growth_rate", "bottleneck", "dropout", "image_size")
         return {name: getattr(self, name) for name in names}
 
     def as_json(self) -> dict[str, Any]:
-        """Names and plain values."""
+        """Returns the settings as a dict of plain values."""
         fields = dataclasses.asdict(self)
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 
 def split(argv: Sequence[str]) -> tuple[argparse.Namespace, Verbosity, list[str]]:
-    """Takes apart what is said of this process and what is said of the run.
+    """Splits a command line into options of this process and settings of the run.
+
+    Args:
+        argv: Words of the command line.
 
     Returns:
-        `resume` and `output_dir`, how much is told, and the words that are settings of the run.
+        Values of `resume` and `output_dir`, the verbosity, and the words that are settings of the
+        run.
     """
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
@@ -119,10 +123,13 @@ def split(argv: Sequence[str]) -> tuple[argparse.Namespace, Verbosity, list[str]
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
-    """The settings that a command line asks for.
+    """Reads the settings of a run from a command line.
+
+    Args:
+        argv: Words of the command line. If None, those of this process.
 
     Raises:
-        UserError: an option that does not exist, or a value that makes no sense.
+        UserError: An option does not exist, or a value makes no sense.
     """
     args = options().parse_args(argv)
     arch, depth, second = _parse_arch(args.arch)
@@ -171,7 +178,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 
 
 def _parse_arch(text: str) -> tuple[str, int | None, int | None]:
-    """`wrn40_4` is wrn, 40, 4; sizes may be left out."""
+    """Splits a name such as `wrn40_4` into wrn, 40 and 4. Sizes may be left out."""
     if re.fullmatch(r"(torchvision|timm):[\w.-]+|hf:[\w./~-]+", text):
         return text, None, None
     match = re.fullmatch(r"([a-z]+)(\d+)?(?:_(\d+))?", text.lower())
@@ -195,7 +202,7 @@ def _only_one(option: str, given: int | None, spelled: int | None, default: int)
 
 
 def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
-    """An option that would do nothing is a mistake that nobody would notice."""
+    """Refuses options that would do nothing: nobody would notice the mistake."""
     for option, given, applies, to in (
         ("--depth", args.depth is not None, arch in ARCHITECTURES, "wrn, densenet and vgg"),
         ("--dropout", args.dropout is not None, arch in ARCHITECTURES, "wrn, densenet and vgg"),
@@ -215,16 +222,17 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
             raise UserError(f"{option} is for {to} only: leave it out, or choose {to}")
     if args.t0 is not None and args.freeze_first is not None and args.schedule is None:
         raise UserError(
-            "--t0 is for units that freeze by FreezeOut: with --freeze-first the others train to "
-            "the end, unless --schedule is given too"
+            "--t0 is for units that freeze by FreezeOut, and with --freeze-first the others train "
+            "to the end: leave it out, or give --schedule too"
         )
     if args.schedule is not None and not args.freeze and args.freeze_first is not None:
         raise UserError(
-            "--schedule asks for FreezeOut and --no-freeze for none: leave out one of them"
+            "--schedule is for FreezeOut, and --no-freeze trains without it: leave out one of them"
         )
     if (args.rows is None) != (args.classes is None) or (args.rows and not args.plan):
         raise UserError(
-            "--rows and --classes describe a data set that is not there, for --plan: give all three"
+            "--rows and --classes are for --plan, and describe an imagefolder that is not there: "
+            "give all three"
         )
     if args.rows is not None and args.dataset != "imagefolder":
         raise UserError(f"the size of {args.dataset} is known: leave out --rows and --classes")
@@ -233,7 +241,7 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
             "--dataset imagefolder needs --data-dir: a folder with one sub-folder of images a class"
         )
     if args.tf32 and args.precision == "bf16":
-        raise UserError("--tf32 is about float32: leave it out, or give --precision fp32")
+        raise UserError("--tf32 has no effect on bf16: leave it out, or give --precision fp32")
     if args.plan and (args.cache is False or args.augment):
         raise UserError("--plan shows what the cache would do: leave out --no-cache and --augment")
 
@@ -270,7 +278,7 @@ def option_of(name: str) -> str:
 
 
 def _new_output_dir(name: str) -> Path:
-    """runs/DATE-TIME-NAME, with a number when that is taken."""
+    """Returns the path runs/DATE-TIME-NAME, with a number if that is taken."""
     base = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 1000))
     return next(path for path in candidates if not path.exists())

@@ -1,4 +1,4 @@
-"""One step of training, and the optimizer and schedule that it takes."""
+"""One step of training, and the optimizer and schedule for it."""
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,11 @@ from cachefreeze.training.settings import Settings
 def prepare(
     settings: Settings, model: nn.Module, example: Tensor, total_steps: int
 ) -> tuple[torch.optim.Optimizer, FreezeOutLR]:
-    """Freezes what is frozen from the start, and makes the optimizer and its schedule.
+    """Freezes the units that are frozen from the start; returns the optimizer and its schedule.
 
     Args:
         settings: Settings of the run.
-        model: Network on its device.
+        model: Network, on the device of the run.
         example: Batch of any images, which shows the order of the units.
         total_steps: Number of steps of the run.
     """
@@ -47,8 +47,8 @@ def logits_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Returns the network's output in float32.
 
     Args:
-        model: Network.
-        x: Batch of images.
+        model: Network to run.
+        x: Batch of network input.
         dtype: Type for autocast, or None.
     """
     with autocast(x.device, dtype):
@@ -62,7 +62,15 @@ def take_step(
     labels: Tensor,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """Takes one optimizer step on a batch; returns its mean loss."""
+    """Takes one optimizer step on a batch; returns its mean loss.
+
+    Args:
+        model: Network to train.
+        optimizer: Optimizer of its parameters.
+        x: Batch of network input.
+        labels: Labels of the batch, (n,).
+        dtype: Type for autocast, or None.
+    """
     loss = F.cross_entropy(logits_of(model, x, dtype), labels)
     optimizer.zero_grad()
     loss.backward()

@@ -1,4 +1,4 @@
-"""What is told on the terminal: lines, bars, and how much of both."""
+"""Lines and bars on the terminal, and the verbosity that decides which of them show."""
 
 import logging
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 @dataclass(frozen=True)
 class Verbosity:
-    """How much is told.
+    """Amount of output on the terminal. Warnings and results always show.
 
     Args:
-        lines: Whether lines tell what goes on, beside warnings and results.
-        bars: Whether bars are drawn where the output is a terminal.
+        lines: Whether lines about the progress are printed.
+        bars: Whether bars are drawn, where the output is a terminal.
     """
 
     lines: bool = True
@@ -29,7 +29,7 @@ _verbosity = EVERYTHING
 
 
 class _Warnings(logging.Handler):
-    """Tells what the cache logs."""
+    """Prints what the cache logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warn(record.getMessage())
@@ -37,7 +37,7 @@ class _Warnings(logging.Handler):
 
 @contextmanager
 def speaking(verbosity: Verbosity) -> Iterator[None]:
-    """Tells so much inside. What the library logs is told as warnings."""
+    """Sets the verbosity inside. What the library logs is printed as warnings."""
     global _verbosity
     before, _verbosity = _verbosity, verbosity
     log, handler = logging.getLogger("cachefreeze"), _Warnings(logging.WARNING)
@@ -53,7 +53,7 @@ def say(line: str, *, always: bool = False) -> None:
     """Prints a line without tearing the bars.
 
     Args:
-        line: Line.
+        line: Line to print.
         always: Whether it is printed even if only warnings and results are wanted.
     """
     if always or _verbosity.lines:
@@ -61,7 +61,7 @@ def say(line: str, *, always: bool = False) -> None:
 
 
 def warn(sentence: str) -> None:
-    """Prints what is not as it should be."""
+    """Prints a warning."""
     say(f"  {sentence}", always=True)
 
 
@@ -69,9 +69,9 @@ def progress_bar(description: str, total: int, unit: str, **options: Any) -> "tq
     """Returns a bar that shows only on a terminal, and goes when it is closed.
 
     Args:
-        description: What is done.
-        total: Number of units to do.
-        unit: Name of a unit.
+        description: Name of the work, printed before the bar.
+        total: Number of pieces of work.
+        unit: Name of a piece of work, such as `batch`.
         **options: Options of tqdm.
     """
     return tqdm(
@@ -87,7 +87,7 @@ def progress_bar(description: str, total: int, unit: str, **options: Any) -> "tq
 
 
 def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
-    """Draws a bar around a pass over the images."""
+    """Yields the batches of a pass over the images, and draws a bar meanwhile."""
     with progress_bar("reading images", total, "batch") as bar:
         for batch in batches:
             yield batch

@@ -58,19 +58,20 @@ class Trainer:
 
     Args:
         settings: Settings of the run.
-        data: Data set.
-        model: Network, initialised. It is trained in place.
+        data: Data set to train on.
+        model: Initialised network. It is trained in place.
         device: Device to train on.
-        autocast_dtype: Type for the forward pass, or None.
+        autocast_dtype: Type for autocast, or None.
         folder: Folder of the run.
-        command: Words that the settings were given by, for whoever resumes the run.
+        command: Words of the command line that are settings of the run. They are saved for
+            `--resume`.
 
     Attributes:
         epoch: Number of whole epochs so far.
         position: Number of batches so far in the present epoch.
         step: Number of steps so far.
-        metrics: A line for each whole epoch.
-        written: The same in the run's folder.
+        metrics: Line of each whole epoch.
+        written: Files of these lines in the run's folder.
         started: Clock when this process began with the run.
     """
 
@@ -138,13 +139,13 @@ class Trainer:
         self._epoch_start = self._so_far()
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Takes the place of a run that was cut off.
+        """Goes on with a run that was cut off.
 
         Args:
             state: Contents of its checkpoint.
 
         Raises:
-            UserError: The data or the device are not what they were, or the state does not fit.
+            UserError: The data or the device are others than before, or the state does not fit.
         """
         last = self.folder.path / LAST
         try:
@@ -177,13 +178,13 @@ class Trainer:
             raise UserError(f"{last} does not fit this run ({reason}): start a new one") from error
 
     def _numerics(self) -> dict[str, str]:
-        """Returns what decides the last bits besides the settings."""
+        """Returns what decides the last bits of results, besides the settings."""
         own = {"precision": "bf16" if self.autocast_dtype else "fp32"}
         return own | {name: str(value) for name, value in numerics(self.device).items()}
 
     @property
     def place(self) -> str:
-        """How far it has come, for people."""
+        """Progress of the run in words."""
         epoch = min(self.epoch + 1, self.settings.epochs)
         return f"step {self.step:,} of {self.total_steps:,} (epoch {epoch})"
 
@@ -200,7 +201,7 @@ class Trainer:
 
         Raises:
             Interrupted: The user or the system asked to stop. The state was saved.
-            UserError: The loss is no number any more, or the run's folder cannot be written.
+            UserError: The loss is infinite or not a number, or the run's folder cannot be written.
         """
         with self.interrupts, ExitStack() as self._open:
             self._open.callback(self.written.close)
@@ -325,8 +326,8 @@ class Trainer:
             return loss, int(torch.stack(correct).sum()) / rows
 
     def _labels(self, split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
-        """Yields the labels of each batch. The order travels to the device as a whole: each copy
-        would wait for it."""
+        """Returns an iterator over the labels of each batch."""
+        # The order travels to the device as a whole: each copy would wait for it.
         rows = torch.from_numpy(all_rows(order)).to(self.device)
         return iter(self.labels[split][rows].split([len(indices) for indices in order]))
 
@@ -370,7 +371,7 @@ class Trainer:
         say(fill_line(self.fills[-1]))
 
     def _fill(self, cache: ActivationCache) -> None:
-        """Keeps the rows of the training set. (A validation passes over all of its own at once.)"""
+        """Keeps the rows of the training set. A validation keeps its own rows as they pass."""
         self.model.train()
         order = full_batches(np.arange(len(self.labels["train"])), self.settings.batch_size)
         bar = progress_bar("keeping rows", len(order), "batch", delay=SHOW_AFTER)
@@ -414,7 +415,7 @@ class Trainer:
             self._look_ahead()
 
     def _look_ahead(self) -> None:
-        """Begins to predict the time that is left, by measured costs if there are any."""
+        """Begins to predict the time that is left, from measured costs if there are any."""
         way = "cached" if self.settings.cache else "freezing_only"
         trust = {} if self.costs else {"trust": 0.0}
         spans = self.run.spans(self._likely_costs, way)
@@ -425,7 +426,7 @@ class Trainer:
         return self.costs or Costs.unknown(len(self.names))
 
     def _progress(self) -> Progress:
-        """Returns what the bar shows."""
+        """Returns the progress that the bar shows."""
         last = self.metrics[-1] if self.metrics else {}
         loss, speed = last.get("train_loss"), last.get("images_per_second")
         if self._losses and self.device.type == "cpu":  # elsewhere it would wait for the device
@@ -449,7 +450,7 @@ class Trainer:
 
     @contextmanager
     def _timing(self, part: str) -> Iterator[None]:
-        """Adds the time inside to a part of the run's."""
+        """Adds the time inside to a part of the run's time."""
         began = time.perf_counter()
         try:
             yield
@@ -457,7 +458,7 @@ class Trainer:
             self.seconds[part] += time.perf_counter() - began
 
     def _so_far(self) -> dict[str, float]:
-        """Returns seconds by what they were spent on, and the cache's counts, of all processes."""
+        """Returns the seconds of each part and the cache's counts, of all processes of the run."""
         wall = self.seconds["wall"] + time.perf_counter() - self.started
         counts = {name: self._counts[name] + count for name, count in self._stats().items()}
         return {**self.seconds, "wall": wall, **counts}
@@ -476,7 +477,7 @@ class Trainer:
             raise self._not_finite("loss", float(losses[index]), step)
 
     def _refuse_weights(self) -> None:
-        """Likewise for weights and running statistics."""
+        """Raises UserError if a weight or a running statistic is not a number, or infinite."""
         for name, tensor in self.model.state_dict().items():
             if not (finite := tensor.isfinite()).all():
                 raise self._not_finite(f"weight {name}", float(tensor[~finite][0]), self.step)
@@ -485,7 +486,7 @@ class Trainer:
         schedule, names = self.scheduler.schedule, self.names
         rates = self._rates(step - 1)
         last = self.folder.path / LAST
-        kept = f"; {last} is from before" if last.exists() else ""
+        kept = f"; {last} was saved before that" if last.exists() else ""
         return UserError(
             f"the {what} is {value} at step {step:,} (epoch {self.epoch + 1}), with "
             f"{schedule.frontier(step - 1)} of {len(names)} units frozen and rates from "
@@ -513,7 +514,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """Saves a checkpoint of this very moment, unless it holds what is no number."""
+        """Saves a checkpoint. Raises UserError if a loss or weight is infinite or not a number."""
         began = time.perf_counter()
         with self._timing("checkpoint"):
             self._refuse_losses(self._losses)
@@ -525,7 +526,7 @@ class Trainer:
         self._save_seconds = self._saved - began
 
     def _state_of_weights(self) -> dict[str, Any]:
-        """Returns a copy of the weights, with what another run must know to start from them."""
+        """Returns a copy of the weights, with what another run needs to start from them."""
         model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         return {**self._about(), "model": model, "metrics": list(self.metrics)}
 
@@ -605,7 +606,7 @@ def _place_of_pixels(
 
 
 def _compile(model: nn.Module, units: Sequence[Unit]) -> list[nn.Module]:
-    """Compiles, in place, the largest modules that are of one unit that trains; returns them."""
+    """Compiles, in place, the largest modules within each unit that trains; returns them."""
     # Blocks of one class share it. Beyond it, whichever came last would run uncompiled: others with
     # the cache than without.
     torch._dynamo.config.cache_size_limit = MOST_COMPILED
