@@ -14,7 +14,7 @@ import numpy as np
 
 from cachefreeze.files import open_regular
 
-FORMAT = 1
+FORMAT = 2
 # Rows as they are, or compressed one by one.
 CODECS = ("raw", "zstd")
 # Higher levels take twice the time and gain nothing: activations repeat nothing but zeros.

@@ -35,6 +35,16 @@ def test_an_index_finds_what_a_dict_would(numbers: list[int], step: int) -> None
         assert place == (kept.index(known[number]) if number in known and number % 3 else -1)
 
 
+@pytest.mark.parametrize("count", [8, 50])
+def test_keys_that_look_alike_in_the_table_are_told_apart(count: int) -> None:
+    # Equal in the half that says where they lie, and in the part that is compared first.
+    second = np.arange(60, dtype=np.uint64) << np.uint64(32) | np.uint64(5)
+    keys = np.stack([np.full(60, 126, dtype=np.uint64), second], axis=1)
+    index = Index()
+    index.add(keys[:count])
+    assert index.find(keys).tolist() == [*range(count), *[-1] * (60 - count)]
+
+
 @settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_a_value_is_the_same_after_it_was_taken_apart_and_put_together(data: st.DataObject) -> None:

@@ -92,22 +92,27 @@ def test_a_disk_that_is_full_in_the_middle_of_a_chunk_keeps_those_before(
     directory.close()
 
 
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
 def test_a_disk_that_cannot_be_read_loses_rows_and_raises_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    write(path, np.arange(COUNT))
+    writing = Directory(path, None)
+    writing.rows(NAME, ROW, ABOUT, codec).append(
+        keys_of(np.arange(COUNT)), rows_of(np.arange(COUNT))
+    )
+    writing.close()
     directory = Directory(path, None)
     rows = directory.rows(NAME, ROW, ABOUT)
     numbers = np.arange(COUNT)
     assert read(rows, numbers).all()
-    preadv = os.preadv
+    for call in (os.preadv, os.pread):
 
-    def failing(file: int, buffers: Any, offset: int) -> int:
-        if os.readlink(f"/proc/self/fd/{file}").endswith("c.3.0.0"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(file, buffers, offset)
+        def failing(file: int, what: Any, offset: int, call: Any = call) -> Any:
+            if os.readlink(f"/proc/self/fd/{file}").endswith("c.3.0.0"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(file, what, offset)
 
-    monkeypatch.setattr(os, "preadv", failing)
+        monkeypatch.setattr(os, call.__name__, failing)
     good = read(rows, numbers)
     assert np.flatnonzero(~good).tolist() == list(range(3 * CHUNK_ROWS, 4 * CHUNK_ROWS))
     (sentence,) = directory.messages

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from cachefreeze.store import Directory
 from cachefreeze.store.inspect import prune, verify
@@ -17,20 +18,20 @@ KILLS = 30
 STEP = 5
 
 
-def write_until_killed(path: Path, start: int, progress: int) -> None:
+def write_until_killed(path: Path, start: int, progress: int, codec: str) -> None:
     """Appends a few rows at a time, and says how many there were."""
     directory = Directory(path, None)
-    rows = directory.rows(NAME, ROW, ABOUT)
+    rows = directory.rows(NAME, ROW, ABOUT, codec)
     for first in range(start, start + 10**6, STEP):
         numbers = np.arange(first, first + STEP)
         rows.append(keys_of(numbers), rows_of(numbers))
         os.write(progress, b".")
 
 
-def kill_and_look(path: Path, start: int, seconds: float) -> None:
+def kill_and_look(path: Path, start: int, seconds: float, codec: str = "raw") -> None:
     """Kills a writer after some time; what it left must be right, and all but a few chunks."""
     reader, progress = os.pipe()
-    pid = fork(lambda: write_until_killed(path, start, progress))
+    pid = fork(lambda: write_until_killed(path, start, progress, codec))
     os.close(progress)
     os.read(reader, 1)
     time.sleep(seconds)
@@ -51,10 +52,11 @@ def kill_and_look(path: Path, start: int, seconds: float) -> None:
     directory.close()
 
 
-def test_a_killed_writer_loses_at_most_what_was_not_written(path: Path) -> None:
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_a_killed_writer_loses_at_most_what_was_not_written(path: Path, codec: str) -> None:
     chance = random.Random(0)
     for number in range(KILLS):
-        kill_and_look(path, number * 10**6, chance.random() ** 2 * 0.1)
+        kill_and_look(path, number * 10**6, chance.random() ** 2 * 0.1, codec)
     # What lies there is whole, and what was begun goes with the next tidying up.
     assert list(verify(path)) == []
     assert prune(path, 3600).segments == 0

@@ -60,11 +60,12 @@ def test_plain_zarr_opens_a_segment_and_finds_the_same_rows(
     about = dict(group.attrs["cachefreeze"])
     assert about.pop("about") == ABOUT
     assert about == {
-        "format": 1,
+        "format": 2,
         "set": NAME.hex(),
         "dims": list(dims),
         "dtype": dtype,
         "chunk_rows": CHUNK_ROWS,
+        "codec": "raw",
     }
     assert directory.messages == []
 
