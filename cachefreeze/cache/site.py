@@ -241,7 +241,10 @@ class Site:
         # The pass may write to what it is given.
         copies = [tensor.detach().clone() for tensor in tensors((args, kwargs))]
         around = Surroundings(self._modules, (args, kwargs))
-        output, trace = lineage.trace(module, *args, moving=self._shared.moving.tensors, **kwargs)
+        moving = self._shared.moving.tensors
+        output, trace = lineage.trace(
+            module, *args, moving=moving, frames=around.frames(), **kwargs
+        )
         self._shared.stats.rows_computed += _rows(copies)
         around.settle()
         name = self._words(module, copies)
