@@ -26,7 +26,7 @@ FLOORS = [
 ]
 INSIDE = {
     "lineage": [
-        ["structure", "calls"],
+        ["structure", "calls", "frames"],
         ["soundness", "contents"],
         ["operations"],
         ["known", "modes", "modules", "signature"],
@@ -36,7 +36,11 @@ INSIDE = {
         ["replayer", "axes", "extension", "module_outputs"],
         ["explanation"],
     ],
-    "keys": [["bits", "environment", "surroundings"], ["inputs", "operations", "weights"]],
+    "keys": [
+        ["bits", "code", "environment"],
+        ["inputs", "surroundings", "weights"],
+        ["operations"],
+    ],
     "cache": [
         ["layout", "lengths", "moving", "pace"],
         ["entries", "family"],

@@ -243,7 +243,7 @@ class Site:
         around = Surroundings(self._modules, (args, kwargs))
         moving = self._shared.moving.tensors
         output, trace = lineage.trace(
-            module, *args, moving=moving, frames=around.frames(), **kwargs
+            module, *args, moving=moving, code_frames=around.frames(), **kwargs
         )
         self._shared.stats.rows_computed += _rows(copies)
         around.settle()

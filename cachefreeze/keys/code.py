@@ -27,7 +27,7 @@ _CONTAINERS = (list, tuple, dict, set, frozenset)
 _FOREIGN = frozenset({"torch", "numpy", "builtins", "cachefreeze", *sys.stdlib_module_names})
 # Those of them in which people put functions of their own in the place of others.
 _PATCHED = ("torch", "numpy")
-_PARTS_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
+PARTS_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
 _BUILTINS = vars(builtins)
 
 
@@ -37,8 +37,9 @@ class Place:
     Attributes:
         name: Name for people.
         read: Function that reads it.
-        holder: Dictionary that it is an entry of, and `key` the key. None if it is no entry.
-        key: Key in the dictionary.
+        holder: Dictionary that it is an entry of, or weak reference to the function that it is an
+            attribute of. None if it is neither.
+        key: Key in the dictionary, or name of the attribute.
     """
 
     __slots__ = ("holder", "key", "name", "read")
@@ -47,7 +48,9 @@ class Place:
         self, name: str, read: Callable[[], Any] | None = None, holder: Any = None, key: Any = None
     ) -> None:
         self.name, self.holder, self.key = name, holder, key
-        self.read = read or functools.partial(holder.get, key, NONE)
+        if read is None and isinstance(holder, weakref.ref):
+            read = functools.partial(_part_of, holder, key)
+        self.read: Callable[[], Any] = read or functools.partial(holder.get, key, NONE)
 
 
 class Code:
@@ -139,10 +142,11 @@ class Code:
         if is_foreign(function) or not self._is_new(function, owner):
             return
         reference = weakref.ref(function)
-        for name in _PARTS_OF_FUNCTIONS:
+        for name in PARTS_OF_FUNCTIONS:
             part = "the code" if name == "__code__" else "a default"
-            read = functools.partial(_part_of, reference, name)
-            self._add(f"{part} of {function.__qualname__}", function, read, name)
+            if self._is_new(function, name):
+                called = f"{part} of {function.__qualname__}"
+                self.places.append(Place(called, None, reference, name))
         names = list(dict.fromkeys(_names(code)))
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             self._add(
@@ -255,7 +259,7 @@ class Code:
             return
         local = frame.f_locals
         first = local.get(code.co_varnames[0]) if code.co_argcount else None
-        owner = first if isinstance(first, type) else type(first)
+        owner: Any = first if isinstance(first, type) else type(first)
         if code.co_argcount and not is_tensor(first) and not isinstance(first, type):
             self._object(first)
         for holder in (*map(vars, owner.__mro__), space):

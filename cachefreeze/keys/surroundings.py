@@ -11,14 +11,14 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
-from operator import call, is_not, itemgetter
+from operator import attrgetter, call, is_not, itemgetter
 from typing import Any
 
 import numpy as np
 import xxhash
 from torch import nn
 
-from cachefreeze.keys.code import Code, Place, is_foreign
+from cachefreeze.keys.code import PARTS_OF_FUNCTIONS, Code, Place, is_foreign
 from cachefreeze.lineage.contents import Glance, attributes_of
 from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.soundness import PARTS
@@ -72,6 +72,9 @@ class _Watched:
         return self.opened and not Glance([self.place.read()]).is_same()
 
 
+_parts = attrgetter(*PARTS_OF_FUNCTIONS)
+
+
 class _Look:
     """A quick look at places: whether the very objects of before are there.
 
@@ -81,15 +84,19 @@ class _Look:
 
     def __init__(self, watched: Sequence[_Watched]) -> None:
         spaces: dict[int, tuple[Any, list[str], list[str]]] = {}
-        reads: list[Any] = []
+        self._reads: list[Any] = []
+        self._functions: list[Any] = []
         for one in watched:
             holder, key = one.place.holder, one.place.key
+            if isinstance(holder, weakref.ref):
+                # All three parts of a function are looked at, by whichever of them is a place.
+                self._functions += [holder] if holder not in self._functions[-1:] else []
+                continue
             if holder is None:
-                reads.append(one.place.read)
+                self._reads.append(one.place.read)
                 continue
             _, there, absent = spaces.setdefault(id(holder), (holder, [], []))
             (there if key in holder else absent).append(key)
-        self._reads = reads
         # Twice the first one: of a single key there is no tuple.
         self._entries = [
             (itemgetter(*there, there[0]), holder) for holder, there, _ in spaces.values() if there
@@ -103,13 +110,14 @@ class _Look:
 
     def _ids_now(self) -> list[int]:
         entries = [take(holder) for take, holder in self._entries]
-        return [*map(id, chain(map(call, self._reads), *entries))]
+        functions = chain.from_iterable(map(_parts, map(call, self._functions)))
+        return [*map(id, chain(map(call, self._reads), functions, *entries))]
 
     def is_same(self) -> bool:
         try:
             if self._ids_now() != self._ids:
                 return False
-        except KeyError:
+        except (KeyError, AttributeError):  # an entry, or a function, is gone
             return False
         return (
             all(keys.isdisjoint(absent) for keys, absent in self._absent)

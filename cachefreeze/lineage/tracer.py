@@ -33,7 +33,7 @@ def trace(
     /,
     *args: Any,
     moving: Collection[torch.Tensor] = (),
-    frames: Frames | None = None,
+    code_frames: Frames | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Trace]:
     """Runs one ordinary forward pass and follows it.
@@ -44,7 +44,7 @@ def trace(
         model: Module, or a function or method that calls modules.
         *args: Positional arguments of the call, the example batch among them.
         moving: Parameters and buffers that count as trained although they take no gradient.
-        frames: Sees the functions that run, if somebody wants to know.
+        code_frames: Sees the functions that run, if somebody wants to know.
         **kwargs: Keyword arguments of the call.
 
     Returns:
@@ -65,7 +65,7 @@ def trace(
         raise UserError(
             f"{name!r} uses no torch.nn.Module: give a model, or a function that calls one."
         )
-    tracer = _Tracer(modules, moving, (args, kwargs), frames)
+    tracer = _Tracer(modules, moving, (args, kwargs), code_frames)
     began = time.perf_counter()
     with tracer.following():
         output = model(*args, **kwargs)
