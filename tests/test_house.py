@@ -42,7 +42,7 @@ INSIDE = {
         ["operations"],
     ],
     "cache": [
-        ["layout", "lengths", "moving", "pace"],
+        ["layout", "lengths", "moving", "pace", "verify"],
         ["entries", "family"],
         ["shared"],
         ["selection", "words"],

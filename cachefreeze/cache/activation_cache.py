@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._device import DeviceContext
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.shared import Filled, Shared, Stats
 from cachefreeze.cache.site import Site
+from cachefreeze.cache.verify import VERIFY, Report
 from cachefreeze.cache.words import in_words
 from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
@@ -61,6 +63,9 @@ class ActivationCache:
             False, values that differ by rounding are served too, and the difference is told.
         probation: Number of batches that are computed and compared before any is served. If None,
             a quarter of those before the first row came again, at least 2 and at most 8.
+        verify: What is checked beyond that. "sample" compares a few served batches, and hashes
+            frozen weights again, within 1 % of the time; "all" computes and compares every batch,
+            which takes the time of no cache; "off" does neither.
 
     Raises:
         UserError: Something else than a module is given, a module has no parameter, or has a cache
@@ -80,11 +85,13 @@ class ActivationCache:
         max_bytes: int | None = None,
         exact: bool = True,
         probation: int | None = None,
+        verify: str = "sample",
     ) -> None:
-        _check(models, max_bytes, probation)
+        _check(models, max_bytes, probation, verify)
         folder = None if directory is None else Directory(Path(directory), max_bytes)
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
         self._shared = Shared(Entries(memory, folder), exact, probation)
+        self._shared.report.verify = verify
         self._models = models
         self._sites: dict[int, Site] = {}
         self._parts: dict[int, nn.Module] = {}
@@ -138,6 +145,17 @@ class ActivationCache:
     def messages(self) -> tuple[str, ...]:
         """Sentences that say what limits the cache. They are logged under "cachefreeze", too."""
         return (*self._shared.messages.values(), *self._shared.entries.messages)
+
+    def report(self) -> Report:
+        """Returns what was checked of kept rows and frozen weights, and what was found.
+
+        What was served and what limits it is in `stats` and `messages`, and in `str(cache)`.
+        """
+        report, weights = self._shared.report, self._shared.weights
+        served = self._shared.stats.rows_served
+        return replace(
+            report, found=[*report.found], bytes_hashed=weights.hashed, rows_served=served
+        )
 
     def fill(self, loader: Iterable[Any], call: Callable[[Any], Any] | None = None) -> None:
         """Keeps the rows of a data set before training goes on, by one pass over it.
@@ -267,7 +285,9 @@ def _after_step(optimizer: torch.optim.Optimizer, weights: Any) -> None:
     )
 
 
-def _check(models: Iterable[Any], max_bytes: int | None, probation: int | None) -> None:
+def _check(
+    models: Iterable[Any], max_bytes: int | None, probation: int | None, verify: str
+) -> None:
     models = list(models)
     if not models:
         raise UserError("ActivationCache needs a model: ActivationCache(model).")
@@ -294,6 +314,8 @@ def _check(models: Iterable[Any], max_bytes: int | None, probation: int | None) 
         raise UserError("max_bytes must be a positive number of bytes.")
     if probation is not None and probation < 1:
         raise UserError("probation must be at least 1: nothing is served before it is compared.")
+    if verify not in VERIFY:
+        raise UserError(f"verify must be one of {', '.join(VERIFY)}, and was {verify!r}.")
 
 
 def _close(
@@ -303,9 +325,10 @@ def _close(
     catching.__exit__(None, None, None)
     hook.remove()
     try:
-        if entries.directory is not None:
-            for site in sites.values():
-                for route in site.routes():
+        for site in sites.values():
+            for route in site.routes():
+                route.look_at_the_end()
+                if entries.directory is not None:
                     route.write_all()
     finally:
         entries.close()

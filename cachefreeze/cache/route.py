@@ -356,7 +356,8 @@ class Route:
         self._shared.stats.batches_known += 1
         if self.state is State.PROBATION and self._is_proven:
             self.state = State.SERVING
-        if self.state is State.PROBATION or self._sample_is_due():
+        all_of_them = self._shared.report.verify == "all"
+        if self.state is State.PROBATION or all_of_them or self._sample_is_due():
             return self._compare(module, args, kwargs, keys, places)
         if self.meter.wants_plain(Kind.SERVED):
             return self._plainly(module, args, kwargs)
@@ -480,11 +481,11 @@ class Route:
 
     def write_all(self) -> None:
         """Takes apart what is kept in batches still, so that it gets to the disk."""
-        if self.state is not State.KEEPING or not self._pending:
-            return
-        self._look_at_weights()
-        if self._pending and self._is_as_traced():
-            self._split(self._example)
+        if self.state is State.KEEPING and self._pending:
+            self._look_at_weights()
+            if self._pending and self._is_as_traced():
+                self._split(self._example)
+        self.selection.write_waiting()
 
     def _is_as_traced(self) -> bool:
         """Whether recorded operations make now what they made in the traced pass.
@@ -672,15 +673,27 @@ class Route:
         """Computes a batch that could be served, and compares what is kept with it."""
         began = perf_counter()
         output, kept = self._capture(module, args, kwargs)
-        self._shared.checked_seconds += perf_counter() - began
+        report = self._shared.report
+        report.seconds += perf_counter() - began
         if kept is None or self.state is State.RESTING:
             return output
         stored = self.selection.read(keys, places)
         if stored is None:
             return output
-        for one in self.selection.kept:
-            if not same_bits(kept[one.number], stored[one.number]):
-                self._differs(one.number, kept[one.number], stored[one.number])
+        report.batches_compared += 1
+        report.rows_compared += self.selection.rows
+        different = [
+            one.number
+            for one in self.selection.kept
+            if not same_bits(kept[one.number], stored[one.number])
+        ]
+        if different and self.selection.look_at_all():
+            self._moved(self.selection.name(), late=True)
+            return output
+        for number in different:
+            self._differs(number, kept[number], stored[number])
+            if self.at_rest:
+                return output
         self._compared += 1
         self.family.passed += 1
         return output
@@ -691,27 +704,29 @@ class Route:
         size = computed.double().abs().max().item()
         close = far <= _CLOSE * size
         if close and not self._shared.exact:
-            self._shared.tell(
+            self._shared.find(
                 f"{self._name}: {name} differs",
                 f"Kept rows of {name} differ from computed ones by up to {far:.1e}, of {size:.1e}: "
                 "they are served all the same, for exact=False.",
             )
             return
+        row = self.selection.rows_that_differ(number, computed, stored)
         self.selection.forget(wrong=True)
         if self.family.routes > 1:
             self.family.broken = True
-            self._shared.tell(
+            self._shared.find(
                 f"{self._name}: padding",
                 f"{self._name} is not cached: rows of {name} that are padded to another length "
                 f"differ by {far:.1e}, of {size:.1e}, which is more than rounding. A fixed length "
                 "or pad_to_multiple_of=64 makes rows come again.",
             )
             return
-        why = f"kept rows of {name} differ from computed ones by {far:.1e}, of {size:.1e}"
+        why = f"kept rows of {name} differ from computed ones by {far:.1e}, of {size:.1e}, in {row}"
         more = "exact=False would serve them." if close else (
             "Rows depend on the others of their batch, or on something that the cache cannot see."
         )  # fmt: skip
         self.rest(why, [more])
+        self._shared.report.found.append(f"{self._name}: {why}. {more}")
 
     @property
     def _is_proven(self) -> bool:
@@ -719,7 +734,7 @@ class Route:
         return self._compared > 0 and self.family.passed >= self.family.wanted
 
     def _sample_is_due(self) -> bool:
-        if self._served < self._next_sample:
+        if self._shared.report.verify == "off" or self._served < self._next_sample:
             return False
         # Within 1 % of the time samples come evenly, else at growing distances.
         further = _FIRST_SAMPLE if self._shared.may_check() else self._served
@@ -774,14 +789,24 @@ class Route:
 
     def _look_at_weights(self) -> None:
         """Sees whether frozen bits have changed. Nothing that was made from others is served."""
-        self.selection.look()
-        if self._shared.may_check():
-            weights, frozen = self._shared.weights, self.selection.frozen
-            weights.suspect_next(frozen)
-            self._shared.checked_seconds += weights.hash(frozen)
-        moved = self.selection.name()
-        if not moved:
-            return
+        selection = self.selection
+        selection.look()
+        moved = selection.name()
+        if moved:
+            self._moved(moved)
+        elif self._shared.may_check() and selection.look_at_one_more():
+            self._moved(selection.name(), late=True)
+
+    def _moved(self, moved: Sequence[Tensor], late: bool = False) -> None:
+        """Goes on with the rows of other frozen bits.
+
+        Args:
+            moved: Parameters and buffers that have changed.
+            late: Whether rows may have been served since they have.
+        """
+        if late:
+            self._found_late(moved)
+        self._shared.report.changes += 1
         self._drop_batches()
         family = self.family
         if family.batches - self._moved_at <= _REST:
@@ -792,3 +817,25 @@ class Route:
         else:
             family.seen = {}
         self._moved_at = family.batches
+
+    def _found_late(self, moved: Sequence[Tensor]) -> None:
+        """Says that frozen bits were found to have changed some time ago."""
+        names = [
+            state.name for state in self._trace.states if any(state.tensor() is t for t in moved)
+        ]
+        self._shared.find(
+            f"{self._name}: late",
+            f"{', '.join(names[:1])} of {self._name} was changed in a few places by a way that "
+            "shows nowhere, such as .data or numpy, and was found by a hash of all bits: rows that "
+            "were served just before may be of the weights of before. "
+            'verify="all" compares every batch.',
+        )
+
+    def look_at_the_end(self) -> None:
+        """Hashes all frozen bits a last time, for rows that were served since the last hash."""
+        selection = self.selection
+        if not self._served or self._shared.report.verify == "off" or self.stale:
+            return
+        self._look_at_weights()
+        if selection.look_at_all():
+            self._found_late(selection.name())

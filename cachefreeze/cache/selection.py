@@ -1,5 +1,6 @@
 """What is kept of a traced pass: values, their keys, their rows, and the tables they are in."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from cachefreeze.cache.entries import Table
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.lengths import mask_of, own_lengths
 from cachefreeze.cache.shared import Shared
+from cachefreeze.cache.verify import Unwritten, rows_that_differ
 from cachefreeze.keys import (
     Lineage,
     Look,
@@ -402,7 +404,55 @@ class Selection:
             table = entries.open(
                 one.table, one.layout.dims, value.dtype, value.device, self._about(one, one.layout)
             )
+            if table is not None and table.below is not None:
+                same = functools.partial(self._bits_are, dict(self._digests))
+                table.below = Unwritten(table.below, same)  # type: ignore[assignment]
         return table
+
+    def _bits_are(self, digests: Mapping[int, bytes]) -> bool:
+        """Says whether frozen bits, all of them hashed again, are certain ones."""
+        weights, tensors = self._shared.weights, self.frozen
+        weights.suspect(tensors)
+        return len(tensors) == len(digests) and all(
+            weights.digest(tensor) == digests[number]
+            for number, reference in self._states.items()
+            for tensor in [reference()]
+            if tensor is not None
+        )
+
+    def write_waiting(self) -> None:
+        """Has everything written to the disk that waits for it."""
+        for one in self.kept:
+            table = self._shared.entries.table(one.table)
+            if table is not None and isinstance(table.below, Unwritten):
+                table.below.write()
+
+    def rows_that_differ(self, number: int, computed: Tensor, stored: Tensor) -> str:
+        """Names the first row in which a computed and a stored value differ, for people."""
+        layout = next(one.layout for one in self.kept if one.number == number)
+        assert layout is not None
+        return rows_that_differ(layout.split(computed), layout.split(stored))
+
+    def look_at_one_more(self) -> bool:
+        """Hashes one frozen tensor again, each in its turn. Says whether it has changed unseen."""
+        self._shared.weights.suspect_next(self.frozen)
+        return self._have_changed()
+
+    def look_at_all(self) -> bool:
+        """Hashes all frozen tensors again. Says whether one has changed unseen."""
+        self._shared.weights.suspect(self.frozen)
+        return self._have_changed()
+
+    def _have_changed(self) -> bool:
+        # Rows that were kept since are of other bits than their name says: they are forgotten.
+        old = [one.table for one in self.kept]
+        self._shared.report.seconds += self._shared.weights.hash(self.frozen)
+        before = len(self._moved)
+        self._name()
+        if len(self._moved) == before:
+            return False
+        self._shared.entries.forget(old)
+        return True
 
     def _about(self, one: Kept, layout: Layout) -> dict[str, Any]:
         """Says what a kept value is, for who looks into the directory."""

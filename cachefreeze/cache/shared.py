@@ -10,6 +10,7 @@ from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.moving import Moving
 from cachefreeze.cache.pace import Pace
+from cachefreeze.cache.verify import Report
 from cachefreeze.keys import Weights
 
 _log = logging.getLogger("cachefreeze")
@@ -65,7 +66,7 @@ class Shared:
         filling: Module that is called for the sake of its rows only, if one is.
         held: Bytes of batches that are not taken apart into rows yet.
         served_seconds: Seconds of all calls that were served.
-        checked_seconds: Seconds of them that went into checks beyond what must be.
+        report: What was checked and found.
     """
 
     entries: Entries
@@ -79,7 +80,7 @@ class Shared:
     filling: nn.Module | None = None
     held: int = 0
     served_seconds: float = 0.0
-    checked_seconds: float = 0.0
+    report: Report = field(default_factory=Report)
 
     def __post_init__(self) -> None:
         self.moving = Moving(self.weights)
@@ -102,4 +103,10 @@ class Shared:
 
     def may_check(self) -> bool:
         """Says whether there is time for a check: at most 1 % of what served calls took."""
-        return self.checked_seconds < _SHARE * self.served_seconds
+        wanted = self.report.verify != "off"
+        return wanted and self.report.seconds < _SHARE * self.served_seconds
+
+    def find(self, about: str, sentence: str) -> None:
+        """Tells the user of something wrong that a check has found."""
+        self.report.found.append(sentence)
+        self.tell(about, sentence)

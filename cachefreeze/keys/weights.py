@@ -1,10 +1,10 @@
 """Bits of frozen parameters and buffers: their hashes, and whether they are still the same.
 
 A version counter that moved proves a change, one that did not proves nothing: fused optimizers,
-batch norms, writes through `.data` or numpy move none. So three looks are taken. At every call, a
-few numbers out of every tensor are compared with what they were: who writes to a whole tensor
-changes them. After an event, such as an optimizer's step, all bits are hashed again. And one tensor
-after the other is hashed again as time allows.
+batch norms, writes through `.data` or numpy move none. So three looks are taken. At every call,
+small tensors are compared with what they were, and a few numbers out of every larger one: who
+writes to a whole tensor changes them. After an event, such as an optimizer's step, all bits are
+hashed again. And one tensor after the other is hashed again as time allows.
 """
 
 import time
@@ -17,10 +17,13 @@ import torch
 import xxhash
 
 from cachefreeze.keys.bits import bits_of
+from cachefreeze.lineage.known import off_line
 
 Tensor = torch.Tensor
 
 _SPOTS = 4
+# Bytes of a tensor that is looked at as a whole: a hash of so many takes as long as some spots.
+_SMALL = 4096
 # Fractions of the golden ratio fall evenly between those before them.
 _GOLDEN = 0.6180339887498949
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -36,7 +39,16 @@ class _Memory(NamedTuple):
         return [self.memory[place] for place in self.places]
 
 
-_Looker = _Memory | Callable[[], list[int]]
+class _Whole(NamedTuple):
+    """Hashes all of a small memory on the CPU."""
+
+    memory: Any
+
+    def __call__(self) -> list[int]:
+        return [xxhash.xxh3_64_intdigest(self.memory)]
+
+
+_Looker = _Memory | _Whole | Callable[[], list[int]]
 
 
 @dataclass(eq=False, slots=True)
@@ -77,7 +89,10 @@ class Look:
         self._numbers = [
             number for look, then in spots if isinstance(look, _Memory) for number in then or ()
         ]
-        self._others = [pair for pair in spots if not isinstance(pair[0], _Memory)]
+        whole = [(look.memory, then) for look, then in spots if isinstance(look, _Whole)]
+        self._whole = [memory for memory, _ in whole]
+        self._hashes = [number for _, then in whole for number in then or ()]
+        self._others = [pair for pair in spots if not isinstance(pair[0], (_Memory, _Whole))]
 
     def is_same(self) -> bool:
         """Says whether versions, addresses and some numbers of all tensors are what they were."""
@@ -88,6 +103,7 @@ class Look:
                 [one.data_ptr() for one in tensors] == self._pointers
                 and list(map(_version, tensors)) == self._versions
                 and [memory[place] for memory, place in self._memory] == self._numbers
+                and [*map(xxhash.xxh3_64_intdigest, self._whole)] == self._hashes
                 and all(look() == spots for look, spots in self._others)
             )
         except AttributeError:  # a tensor is gone
@@ -101,10 +117,11 @@ class Weights:
 
     Attributes:
         changes: Number that grows whenever a hash may be another one now.
+        hashed: Bytes of all hashes that were taken.
     """
 
     def __init__(self) -> None:
-        self.changes = 0
+        self.changes = self.hashed = 0
         self._held: dict[int, _Held] = {}
         self._turn = 0
 
@@ -162,10 +179,13 @@ class Weights:
         held.pointer, held.version = tensor.data_ptr(), _version(tensor)
         held.look = _looker(tensor)
         held.spots = held.look() if held.look is not None else None
-        about = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.stride()}".encode()
-        bits = xxhash.xxh3_128(about)
+        about = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.stride()}"
+        if off := off_line(tensor):
+            about += f"@{off}"
+        bits = xxhash.xxh3_128(about.encode())
         bits.update(bits_of(tensor).cpu().numpy().data)
         held.digest = bits.digest()
+        self.hashed += tensor.nbytes
 
 
 def _version(tensor: Tensor) -> int:
@@ -186,6 +206,8 @@ def _looker(tensor: Tensor) -> _Looker | None:
     size = tensor.element_size()
     plain = laid.reshape(-1)
     words = plain.view(_WORDS.get(size, torch.uint8))
+    if tensor.device.type == "cpu" and tensor.nbytes <= _SMALL:
+        return _Whole(words.numpy().data)
     places = sorted({int(len(words) * ((k + 1) * _GOLDEN % 1)) for k in range(_SPOTS)})
     if tensor.device.type != "cpu":
         chosen = torch.tensor(places, device=tensor.device)
