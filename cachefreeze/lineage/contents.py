@@ -76,7 +76,7 @@ def _slots(kind: type) -> list[str]:
     ]
 
 
-_NO_SLOTS = frozenset(("builtins", "torch", "numpy", *sys.stdlib_module_names))
+_NO_SLOTS = frozenset(("builtins", "torch", "numpy", "cachefreeze", *sys.stdlib_module_names))
 
 
 class Glance:
