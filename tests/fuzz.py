@@ -174,7 +174,11 @@ class Round:
         return float(result)
 
     def check(self) -> str:
-        """Returns "equal", "told" or how the weights differ without a word."""
+        """Returns "equal", "told", or how the weights differ without a word.
+
+        "late" is for a few numbers that were written without a version, and again with others
+        before a hash had its turn: what the documentation says that a sample may miss.
+        """
         plain, _ = self.run(cached=False)
         with tempfile.TemporaryDirectory() as folder:
             # A second run finds the rows of the first one.
@@ -189,8 +193,11 @@ class Round:
                 if not torch.equal(one.nan_to_num(), state[name].nan_to_num())
             ]
             if wrong and not told:
-                return f"WRONG {wrong[:3]}"
-            verdict = "told" if wrong else verdict
+                if not any(name in LATE for _, _, name in self.changes):
+                    return f"WRONG {wrong[:3]}"
+                verdict = "late"
+            elif wrong:
+                verdict = "told" if verdict == "equal" else verdict
         return verdict
 
     def __str__(self) -> str:
@@ -219,7 +226,8 @@ def main() -> int:
     seconds = time.perf_counter() - began
     print(
         f"{len(seeds)} rounds in {seconds:.0f} s: {found['equal']} with equal weights, "
-        f"{found['told']} with other ones and told, {found['WRONG']} wrong without a word; "
+        f"{found['told']} with other ones and told, {found['WRONG']} wrong without a word, "
+        f"{found['late']} where a few numbers were overwritten before a hash; "
         f"rows were served in {served}."
     )
     return int(found["WRONG"] > 0)

@@ -737,7 +737,7 @@ class Route:
         if self._shared.report.verify == "off" or self._served < self._next_sample:
             return False
         # Within 1 % of the time samples come evenly, else at growing distances.
-        further = _FIRST_SAMPLE if self._shared.may_check() else self._served
+        further = _FIRST_SAMPLE if self._shared.may_compare else self._served
         self._next_sample = self._served + further
         return True
 
@@ -793,8 +793,9 @@ class Route:
         selection.look()
         moved = selection.name()
         if moved:
-            self._moved(moved)
-        elif self._shared.may_check() and selection.look_at_one_more():
+            self._moved(moved, selection.late)
+            selection.late = False
+        elif self._shared.may_hash and selection.look_at_one_more():
             self._moved(selection.name(), late=True)
 
     def _moved(self, moved: Sequence[Tensor], late: bool = False) -> None:
@@ -834,7 +835,11 @@ class Route:
     def look_at_the_end(self) -> None:
         """Hashes all frozen bits a last time, for rows that were served since the last hash."""
         selection = self.selection
-        if not self._served or self._shared.report.verify == "off" or self.stale:
+        if (
+            not (self._served or self._compared)
+            or self._shared.report.verify == "off"
+            or self.stale
+        ):
             return
         self._look_at_weights()
         if selection.look_at_all():

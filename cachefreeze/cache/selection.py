@@ -86,6 +86,7 @@ class Selection:
         kept: Kept values.
         frozen: Parameters and buffers that the kept values are made from.
         mixes: Operation that looks across the rows of a batch, for people. Empty if none does.
+        late: Whether frozen bits were found to have changed without a look that has seen it.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Selection:
         self._moved: list[Tensor] = []
         self._named_at = -1
         self._look: Look | None = None
+        self.late = False
 
     @property
     def length(self) -> int:
@@ -412,13 +414,17 @@ class Selection:
     def _bits_are(self, digests: Mapping[int, bytes]) -> bool:
         """Says whether frozen bits, all of them hashed again, are certain ones."""
         weights, tensors = self._shared.weights, self.frozen
+        self.look()
+        seen = weights.changes
         weights.suspect(tensors)
-        return len(tensors) == len(digests) and all(
+        same = len(tensors) == len(digests) and all(
             weights.digest(tensor) == digests[number]
             for number, reference in self._states.items()
             for tensor in [reference()]
             if tensor is not None
         )
+        self.late = self.late or (not same and seen == self._named_at)
+        return same
 
     def write_waiting(self) -> None:
         """Has everything written to the disk that waits for it."""
@@ -446,7 +452,9 @@ class Selection:
     def _have_changed(self) -> bool:
         # Rows that were kept since are of other bits than their name says: they are forgotten.
         old = [one.table for one in self.kept]
-        self._shared.report.seconds += self._shared.weights.hash(self.frozen)
+        seconds = self._shared.weights.hash(self.frozen)
+        self._shared.report.seconds += seconds
+        self._shared.hash_seconds += seconds
         before = len(self._moved)
         self._name()
         if len(self._moved) == before:

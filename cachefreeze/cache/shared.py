@@ -14,8 +14,9 @@ from cachefreeze.cache.verify import Report
 from cachefreeze.keys import Weights
 
 _log = logging.getLogger("cachefreeze")
-# Share of the time of served calls that goes into checks beyond what must be.
-_SHARE = 0.01
+# Share of the time of served calls that goes into each of two checks beyond what must be: hashes of
+# frozen bits, and batches that are compared.
+_SHARE = 0.005
 
 
 class Filled(BaseException):
@@ -66,6 +67,7 @@ class Shared:
         filling: Module that is called for the sake of its rows only, if one is.
         held: Bytes of batches that are not taken apart into rows yet.
         served_seconds: Seconds of all calls that were served.
+        hash_seconds: Seconds in which frozen bits were hashed beyond what must be.
         report: What was checked and found.
     """
 
@@ -80,6 +82,7 @@ class Shared:
     filling: nn.Module | None = None
     held: int = 0
     served_seconds: float = 0.0
+    hash_seconds: float = 0.0
     report: Report = field(default_factory=Report)
 
     def __post_init__(self) -> None:
@@ -101,10 +104,18 @@ class Shared:
         self.messages[about] = sentence
         _log.info("%s", sentence)
 
-    def may_check(self) -> bool:
-        """Says whether there is time for a check: at most 1 % of what served calls took."""
-        wanted = self.report.verify != "off"
-        return wanted and self.report.seconds < _SHARE * self.served_seconds
+    @property
+    def may_hash(self) -> bool:
+        """Whether there is time to hash frozen bits beyond what must be."""
+        return self.report.verify != "off" and self._has_time(self.hash_seconds)
+
+    @property
+    def may_compare(self) -> bool:
+        """Whether there is time to compare a batch beyond what must be."""
+        return self._has_time(self.report.seconds - self.hash_seconds)
+
+    def _has_time(self, spent: float) -> bool:
+        return spent < _SHARE * self.served_seconds
 
     def find(self, about: str, sentence: str) -> None:
         """Tells the user of something wrong that a check has found."""

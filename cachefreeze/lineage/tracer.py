@@ -17,6 +17,7 @@ from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls, soundness
 from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.known import buffer_of
+from cachefreeze.lineage.modes import modes_now
 from cachefreeze.lineage.module_calls import DRAWS, ModuleCalls, objects_in
 from cachefreeze.lineage.modules import modules_of, states_of
 from cachefreeze.lineage.operations import SWITCH, Operation, Trace, label, mark
@@ -274,13 +275,15 @@ class _Tracer(ModuleCalls):
 
     @contextmanager
     def _kernels_of(self, module: torch.nn.Module, running: Running) -> Iterator[None]:
-        """Runs a compiled module without the mode that sees kernels.
+        """Runs some modules without the mode that sees kernels.
 
-        Dynamo compiles nothing below such a mode, and what runs then has other bits. What the
+        Dynamo compiles nothing below such a mode, and what runs then has other bits. Kernels of
+        torch's transformers call others, which autocast does not see below such a mode. What the
         module wrote and drew is found by comparison: buffers by their bits, since kernels write to
         some without counting it.
         """
-        if not soundness.is_compiled(module) or _get_current_dispatch_mode() is not self._kernels:
+        changes_bits = soundness.is_compiled(module) or modes_now().autocast
+        if not changes_bits or _get_current_dispatch_mode() is not self._kernels:
             yield
             return
         with _pop_mode_temporarily():
