@@ -277,12 +277,13 @@ def _after_step(optimizer: torch.optim.Optimizer, weights: Any) -> None:
     """Doubts the bits of what an optimizer may have moved."""
     # Optimizers of torch's own leave a parameter alone that has no gradient.
     own = type(optimizer).__module__.startswith("torch.optim")
-    weights.suspect(
+    moved = [
         parameter
         for group in optimizer.param_groups
         for parameter in group["params"]
         if not own or parameter.grad is not None
-    )
+    ]
+    weights.suspect(moved, event=True)
 
 
 def _check(

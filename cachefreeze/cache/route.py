@@ -461,7 +461,8 @@ class Route:
         if self._shared.entries.directory is not None:
             # What gets to the disk stays: all bits are looked at before.
             self._shared.weights.suspect(selection.frozen)
-            if selection.name():
+            if moved := selection.name():
+                self._tell_if_late(moved)
                 self._drop_batches()
         known: dict[int, tuple[Tensor, lineage.Axis]] = {}
         if self._earlier is not None:
@@ -687,9 +688,11 @@ class Route:
             for one in self.selection.kept
             if not same_bits(kept[one.number], stored[one.number])
         ]
-        if different and self.selection.look_at_all():
-            self._moved(self.selection.name(), late=True)
-            return output
+        if different:
+            self.selection.look_again(at_all=True)
+            if moved := self.selection.name():
+                self._moved(moved)
+                return output
         for number in different:
             self._differs(number, kept[number], stored[number])
             if self.at_rest:
@@ -789,24 +792,19 @@ class Route:
 
     def _look_at_weights(self) -> None:
         """Sees whether frozen bits have changed. Nothing that was made from others is served."""
-        selection = self.selection
-        selection.look()
-        moved = selection.name()
-        if moved:
-            self._moved(moved, selection.late)
-            selection.late = False
-        elif self._shared.may_hash and selection.look_at_one_more():
-            self._moved(selection.name(), late=True)
+        self.selection.look()
+        if self._shared.may_hash:
+            self.selection.look_again()
+        if moved := self.selection.name():
+            self._moved(moved)
 
-    def _moved(self, moved: Sequence[Tensor], late: bool = False) -> None:
+    def _moved(self, moved: Sequence[Tensor]) -> None:
         """Goes on with the rows of other frozen bits.
 
         Args:
             moved: Parameters and buffers that have changed.
-            late: Whether rows may have been served since they have.
         """
-        if late:
-            self._found_late(moved)
+        self._tell_if_late(moved)
         self._shared.report.changes += 1
         self._drop_batches()
         family = self.family
@@ -819,8 +817,11 @@ class Route:
             family.seen = {}
         self._moved_at = family.batches
 
-    def _found_late(self, moved: Sequence[Tensor]) -> None:
-        """Says that frozen bits were found to have changed some time ago."""
+    def _tell_if_late(self, moved: Sequence[Tensor]) -> None:
+        """Says that frozen bits have changed some time ago, if nothing had shown it."""
+        if not self.selection.late:
+            return
+        self.selection.late = False
         names = [
             state.name for state in self._trace.states if any(state.tensor() is t for t in moved)
         ]
@@ -834,13 +835,9 @@ class Route:
 
     def look_at_the_end(self) -> None:
         """Hashes all frozen bits a last time, for rows that were served since the last hash."""
-        selection = self.selection
-        if (
-            not (self._served or self._compared)
-            or self._shared.report.verify == "off"
-            or self.stale
-        ):
+        unused = not (self._served or self._compared) or self.stale
+        if unused or self._shared.report.verify == "off":
             return
-        self._look_at_weights()
-        if selection.look_at_all():
-            self._found_late(selection.name())
+        self.selection.look()
+        self.selection.look_again(at_all=True)
+        self._tell_if_late(self.selection.name())

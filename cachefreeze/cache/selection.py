@@ -246,7 +246,11 @@ class Selection:
             digest = b"" if tensor is None else weights.digest(tensor)
             if tensor is not None and self._digests.get(number, digest) != digest:
                 self._moved.append(tensor)
+                self.late = self.late or weights.has_changed_unseen(tensor)
             self._digests[number] = digest
+        if self.late:
+            # Rows that were kept since are of other bits than their name says.
+            self._shared.entries.forget([one.table for one in self.kept if one.name])
         if self._like is not None:
             self._like._name()
             for one, other in zip(self.kept, self._like.kept, strict=True):
@@ -414,17 +418,13 @@ class Selection:
     def _bits_are(self, digests: Mapping[int, bytes]) -> bool:
         """Says whether frozen bits, all of them hashed again, are certain ones."""
         weights, tensors = self._shared.weights, self.frozen
-        self.look()
-        seen = weights.changes
         weights.suspect(tensors)
-        same = len(tensors) == len(digests) and all(
+        return len(tensors) == len(digests) and all(
             weights.digest(tensor) == digests[number]
             for number, reference in self._states.items()
             for tensor in [reference()]
             if tensor is not None
         )
-        self.late = self.late or (not same and seen == self._named_at)
-        return same
 
     def write_waiting(self) -> None:
         """Has everything written to the disk that waits for it."""
@@ -439,28 +439,16 @@ class Selection:
         assert layout is not None
         return rows_that_differ(layout.split(computed), layout.split(stored))
 
-    def look_at_one_more(self) -> bool:
-        """Hashes one frozen tensor again, each in its turn. Says whether it has changed unseen."""
-        self._shared.weights.suspect_next(self.frozen)
-        return self._have_changed()
-
-    def look_at_all(self) -> bool:
-        """Hashes all frozen tensors again. Says whether one has changed unseen."""
-        self._shared.weights.suspect(self.frozen)
-        return self._have_changed()
-
-    def _have_changed(self) -> bool:
-        # Rows that were kept since are of other bits than their name says: they are forgotten.
-        old = [one.table for one in self.kept]
-        seconds = self._shared.weights.hash(self.frozen)
+    def look_again(self, at_all: bool = False) -> None:
+        """Hashes one frozen tensor again, each in its turn, or all of them."""
+        weights = self._shared.weights
+        if at_all:
+            weights.suspect(self.frozen)
+        else:
+            weights.suspect_next(self.frozen)
+        seconds = weights.hash(self.frozen)
         self._shared.report.seconds += seconds
         self._shared.hash_seconds += seconds
-        before = len(self._moved)
-        self._name()
-        if len(self._moved) == before:
-            return False
-        self._shared.entries.forget(old)
-        return True
 
     def _about(self, one: Kept, layout: Layout) -> dict[str, Any]:
         """Says what a kept value is, for who looks into the directory."""

@@ -62,6 +62,9 @@ class _Held:
         version: Version counter, at the last look.
         look: Function that reads a few of its numbers.
         spots: What that function returned.
+        before: Hash before the last one.
+        expected: Whether the last change was to be expected, since an optimizer has stepped.
+        unseen: Whether the bits have changed, and neither an event nor a look has shown it.
     """
 
     tensor: "weakref.ref[Tensor]"
@@ -70,6 +73,9 @@ class _Held:
     version: int = 0
     look: _Looker | None = None
     spots: list[int] | None = None
+    before: bytes = b""
+    expected: bool = False
+    unseen: bool = False
 
 
 class Look:
@@ -143,12 +149,23 @@ class Weights:
         """Returns a look at tensors, all of which have a hash."""
         return Look([self._of(tensor) for tensor in tensors])
 
-    def suspect(self, tensors: Iterable[Tensor]) -> None:
-        """Has tensors hashed again before they are relied upon."""
+    def suspect(self, tensors: Iterable[Tensor], event: bool = False) -> None:
+        """Has tensors hashed again before they are relied upon.
+
+        Args:
+            tensors: Tensors.
+            event: Whether somebody may just have written to them, so that a change is no surprise.
+        """
         for tensor in tensors:
             held = self._held.get(id(tensor))
-            if held is not None and held.digest:
-                self._doubt(held)
+            if held is not None:
+                held.expected = held.expected or event
+                if held.digest:
+                    self._doubt(held)
+
+    def has_changed_unseen(self, tensor: Tensor) -> bool:
+        """Says whether the last hash has shown a change that nothing else had shown."""
+        return self._of(tensor).unseen
 
     def suspect_next(self, tensors: Collection[Tensor]) -> None:
         """Has one of some tensors hashed again, each in its turn."""
@@ -164,7 +181,7 @@ class Weights:
         return time.perf_counter() - began
 
     def _doubt(self, held: _Held) -> None:
-        held.digest = b""
+        held.before, held.digest = held.digest, b""
         self.changes += 1
 
     def _of(self, tensor: Tensor) -> _Held:
@@ -176,6 +193,7 @@ class Weights:
         return held
 
     def _hash(self, held: _Held, tensor: Tensor) -> None:
+        looks_same = bool(held.before) and Look([held]).is_same()
         held.pointer, held.version = tensor.data_ptr(), _version(tensor)
         held.look = _looker(tensor)
         held.spots = held.look() if held.look is not None else None
@@ -185,6 +203,8 @@ class Weights:
         bits = xxhash.xxh3_128(about.encode())
         bits.update(bits_of(tensor).cpu().numpy().data)
         held.digest = bits.digest()
+        held.unseen = looks_same and not held.expected and held.digest != held.before
+        held.expected = False
         self.hashed += tensor.nbytes
 
 
