@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import logging
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -92,6 +93,9 @@ class ActivationCache:
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
         self._shared = Shared(Entries(memory, folder), exact, probation)
         self._shared.report.verify = verify
+        if directory is not None:
+            limit = max_bytes or shutil.disk_usage(directory).free // 2
+            self._shared.most_useless = limit // 4
         self._models = models
         self._sites: dict[int, Site] = {}
         self._parts: dict[int, nn.Module] = {}

@@ -15,6 +15,7 @@ from cachefreeze.cache.family import Family
 from cachefreeze.cache.pace import Kind, Meter
 from cachefreeze.cache.selection import Keys, Selection
 from cachefreeze.cache.shared import Shared
+from cachefreeze.files import human_bytes
 from cachefreeze.keys import Surroundings, same_bits
 from cachefreeze.lineage import Trace
 from cachefreeze.lineage.operations import CONSTANT, INPUT
@@ -139,6 +140,7 @@ class Route:
         self._moved_at, self._moving = -_REST, shared.moving.version
         self._began = 0.0
         self._stored = False
+        self._written = 0
         self._calls, self._carries_on = 0, False
         self._reports: list[lineage.Report] = []
         self._last = last
@@ -344,6 +346,8 @@ class Route:
         family.after += 1
         self._shared.stats.batches += 1
         places = self.selection.find(keys)
+        first = next(iter(places.values()))
+        family.count((len(first), int((first >= 0).sum())))
         if _unknown(places):
             earlier = earlier or self._from_before(inputs)
             if earlier is None:
@@ -406,6 +410,12 @@ class Route:
         """Keeps a batch as it is until rows come again, or in rows if it is known how."""
         if self.selection.settled:
             self.selection.write(batch.keys, batch.kept)
+            self._written += batch.nbytes
+            if self._shared.most_useless < self._written:
+                self._withdraw(
+                    f"{self.family.share_again}, and those that are kept fill "
+                    f"{human_bytes(self._written)} of the directory"
+                )
             return
         self._pending.append(batch)
         self._shared.held += batch.nbytes
@@ -648,20 +658,27 @@ class Route:
             self.selection.write(keys, kept)
         family = self.family
         if family.hardly_known:
-            self.selection.forget()
-            self.rest(
+            self._withdraw(
                 f"{family.known} of {family.after} batches had only rows that came before, so "
-                "that hardly any could be served",
-                [
-                    f"{self.selection.mixes} looks across the rows of a batch: its results are "
-                    "kept for whole batches, and those come with other rows in each epoch."
-                    if self.selection.mixes
-                    else "Augmentation or noise in front of frozen work makes every row another "
-                    "one, and so does padding to other lengths: there, a fixed length or "
-                    "pad_to_multiple_of=64 helps."
-                ],
+                f"that hardly any could be served ({family.share_again})"
             )
         return output
+
+    def _withdraw(self, why: str) -> None:
+        """Leaves the model alone, and removes rows that hardly anybody asks for."""
+        self.selection.withdraw()
+        mixes = self.selection.mixes
+        self.rest(
+            why,
+            [
+                f"{mixes} looks across the rows of a batch: its results are kept for whole "
+                "batches, and those come with other rows in each epoch."
+                if mixes
+                else "Augmentation or noise in front of frozen work makes every row another one, "
+                "and so does padding to other lengths: there, a fixed length or "
+                "pad_to_multiple_of=64 helps."
+            ],
+        )
 
     def _compare(
         self,

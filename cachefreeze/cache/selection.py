@@ -285,6 +285,14 @@ class Selection:
             return self._like.alike(group)
         return b"".join(sorted(one.lineage.digest for one in self.kept if one.group == group))
 
+    def withdraw(self) -> None:
+        """Drops the rows of the kept values, and those that this run has written to the disk."""
+        for one in self.kept:
+            table = self._shared.entries.table(one.table)
+            if table is not None and isinstance(table.below, Unwritten):
+                table.below.withdraw()
+        self.forget()
+
     def forget(self, wrong: bool = False) -> None:
         """Drops the rows of the kept values from memory.
 

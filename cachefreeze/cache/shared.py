@@ -69,6 +69,7 @@ class Shared:
         served_seconds: Seconds of all calls that were served.
         hash_seconds: Seconds in which frozen bits were hashed beyond what must be.
         report: What was checked and found.
+        most_useless: Bytes that are written to the directory before a row has come again.
     """
 
     entries: Entries
@@ -84,6 +85,7 @@ class Shared:
     served_seconds: float = 0.0
     hash_seconds: float = 0.0
     report: Report = field(default_factory=Report)
+    most_useless: int = 0
 
     def __post_init__(self) -> None:
         self.moving = Moving(self.weights)

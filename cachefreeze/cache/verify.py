@@ -104,6 +104,11 @@ class Unwritten:
             for keys, rows in waiting:
                 self._rows.append(keys, rows)
 
+    def withdraw(self) -> None:
+        """Removes what was written here, and writes nothing more."""
+        self._waiting = []
+        self._rows.withdraw()
+
     def forget(self) -> None:
         """Serves and writes none of these rows any more."""
         self._waiting = []
