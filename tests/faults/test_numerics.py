@@ -56,7 +56,7 @@ class OfDefaultType(Net):
     """Makes a tensor of the default type."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head((self.body(x) * torch.full((32,), 0.1)).float())
+        return self.head((self.body(x) * torch.full((32,), 0.1) + torch.full((32,), 0.3)).float())
 
 
 class Compiled(Net):
@@ -148,6 +148,7 @@ def test_autocast_is_switched_in_the_middle(make: type[nn.Module]) -> None:
     assert not differs(run(False), cached)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_rows_of_a_quantised_module_depend_on_others_and_are_not_served() -> None:
     def run(cached: bool) -> Any:
         def make() -> Net:
