@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos lint format
+.PHONY: demo test chaos fuzz lint format
 
 demo: .venv/installed
 	$(BIN)/python -m cachefreeze.train --arch wrn
@@ -15,6 +15,11 @@ test: .venv/installed
 chaos: N ?= 200
 chaos: .venv/installed
 	$(BIN)/python -m tests.chaos $(N)
+
+# Compares N training loops in which something changes with the same ones without the cache.
+fuzz: N ?= 2000
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.fuzz $(N)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -113,7 +113,7 @@ def traced_passes(times: int) -> None:
                                      num_attention_heads=4)  # fmt: skip
     bert = freeze_all_but(transformers.BertForSequenceClassification(config), ["classifier"])
     densenet = freeze_all_but(torchvision.models.densenet121(), ["classifier"])
-    cases = [
+    cases: list[tuple[str, Any, Any, dict[str, Any]]] = [
         ("ResNet-50", resnet, (torch.randn(8, 3, 128, 128),), {}),
         ("BERT, 12 layers of 256", bert, (), text(4, 64)),
         ("DenseNet-121", densenet, (torch.randn(4, 3, 128, 128),), {}),

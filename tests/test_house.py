@@ -26,7 +26,7 @@ FLOORS = [
 ]
 INSIDE = {
     "lineage": [
-        ["structure", "calls"],
+        ["structure", "calls", "frames"],
         ["soundness", "contents"],
         ["operations"],
         ["known", "modes", "modules"],
@@ -39,11 +39,12 @@ INSIDE = {
         ["explanation"],
     ],
     "keys": [
-        ["bits", "code", "environment", "surroundings"],
-        ["inputs", "objects", "operations", "weights"],
+        ["bits", "bytecode", "code", "environment"],
+        ["inputs", "objects", "surroundings", "weights"],
+        ["operations"],
     ],
     "cache": [
-        ["codec", "layout", "lengths", "moving", "pace", "fetching"],
+        ["codec", "layout", "lengths", "moving", "pace", "fetching", "verify"],
         ["entries", "family", "binding"],
         ["known_rows"],
         ["shared", "loader"],

@@ -4,9 +4,11 @@ import atexit
 import contextlib
 import logging
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.loader import Loader
 from cachefreeze.cache.shared import Filled, Shared, Stats
 from cachefreeze.cache.site import Site
+from cachefreeze.cache.verify import VERIFY, Report
 from cachefreeze.cache.words import in_words
 from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
@@ -67,6 +70,9 @@ class ActivationCache:
             False, values that differ by rounding are served too, and the difference is told.
         probation: Number of batches that are computed and compared before any is served. If None,
             a quarter of those before the first row came again, at least 2 and at most 8.
+        verify: What is checked beyond that. "sample" compares a few served batches, and hashes
+            frozen weights again, within 1 % of the time; "all" computes and compares every batch,
+            which takes the time of no cache; "off" does neither.
 
     Raises:
         UserError: Something else than a module is given, a module has no parameter, or has a cache
@@ -87,14 +93,18 @@ class ActivationCache:
         codec: str = "raw",
         exact: bool = True,
         probation: int | None = None,
+        verify: str = "sample",
     ) -> None:
-        _check(models, max_bytes, probation)
+        _check(models, max_bytes, probation, verify)
         _check_codec(codec, directory is not None, exact)
         folder = None if directory is None else Directory(Path(directory), max_bytes)
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
         self._shared = Shared(Entries(memory, folder, codec), exact, probation)
+        self._shared.report.verify = verify
         if directory is not None:
             self._shared.folder = Path(directory).absolute() / "items"
+            limit = max_bytes or shutil.disk_usage(directory).free // 2
+            self._shared.most_useless = limit // 4
         self._models = models
         self._sites: dict[int, Site] = {}
         self._parts: dict[int, nn.Module] = {}
@@ -155,6 +165,17 @@ class ActivationCache:
     def messages(self) -> tuple[str, ...]:
         """Sentences that say what limits the cache. They are logged under "cachefreeze", too."""
         return (*self._shared.messages.values(), *self._shared.entries.messages)
+
+    def report(self) -> Report:
+        """Returns what was checked of kept rows and frozen weights, and what was found.
+
+        What was served and what limits it is in `stats` and `messages`, and in `str(cache)`.
+        """
+        report, weights = self._shared.report, self._shared.weights
+        served = self._shared.stats.rows_served
+        return replace(
+            report, found=[*report.found], bytes_hashed=weights.hashed, rows_served=served
+        )
 
     def fill(self, loader: Iterable[Any], call: Callable[[Any], Any] | None = None) -> None:
         """Keeps the rows of a data set before training goes on, by one pass over it.
@@ -297,15 +318,18 @@ def _after_step(optimizer: torch.optim.Optimizer, weights: Any) -> None:
     """Doubts the bits of what an optimizer may have moved."""
     # Optimizers of torch's own leave a parameter alone that has no gradient.
     own = type(optimizer).__module__.startswith("torch.optim")
-    weights.suspect(
+    moved = [
         parameter
         for group in optimizer.param_groups
         for parameter in group["params"]
         if not own or parameter.grad is not None
-    )
+    ]
+    weights.suspect(moved, event=True)
 
 
-def _check(models: Iterable[Any], max_bytes: int | None, probation: int | None) -> None:
+def _check(
+    models: Iterable[Any], max_bytes: int | None, probation: int | None, verify: str
+) -> None:
     models = list(models)
     if not models:
         raise UserError("ActivationCache needs a model: ActivationCache(model).")
@@ -332,6 +356,8 @@ def _check(models: Iterable[Any], max_bytes: int | None, probation: int | None) 
         raise UserError("max_bytes must be a positive number of bytes.")
     if probation is not None and probation < 1:
         raise UserError("probation must be at least 1: nothing is served before it is compared.")
+    if verify not in VERIFY:
+        raise UserError(f"verify must be one of {', '.join(VERIFY)}, and was {verify!r}.")
 
 
 def _check_codec(codec: str, on_disk: bool, exact: bool) -> None:
@@ -356,9 +382,10 @@ def _close(
     catching.__exit__(None, None, None)
     hook.remove()
     try:
-        if entries.directory is not None:
-            for site in sites.values():
-                for route in site.routes():
+        for site in sites.values():
+            for route in site.routes():
+                route.look_at_the_end()
+                if entries.directory is not None:
                     route.write_all()
     finally:
         entries.close()

@@ -27,6 +27,8 @@ class Family:
         epoch: Number of batches before rows came again.
         routes: Number of routes.
         left_alone: Number of batches that nothing was kept of, for the sake of time.
+        rows: Number of rows that came.
+        rows_again: Number of those that had come before.
         broken: Whether padding was found to change rows by more than rounding.
     """
 
@@ -40,6 +42,8 @@ class Family:
     epoch: int = 0
     routes: int = 0
     left_alone: int = 0
+    rows: int = 0
+    rows_again: int = 0
     broken: bool = False
 
     def note(self, keys: Sequence[tuple[bytes, np.ndarray]]) -> bool:
@@ -54,10 +58,22 @@ class Family:
         for kind, wanted in keys:
             index = self.seen.setdefault(kind, Index())
             found.append((index, wanted, wanted[index.find(wanted) < 0]))
+        self.count(*((len(wanted), len(wanted) - len(new)) for _, wanted, new in found[:1]))
         for index, _, new in found:
             # Left and right of a pair may be one row.
             index.add(distinct(new if len(found) == 1 else new[index.find(new) < 0]))
         return any(2 * len(new) <= len(wanted) for _, wanted, new in found)
+
+    def count(self, *batches: tuple[int, int]) -> None:
+        """Counts the rows of batches, and those of them that had come before."""
+        for rows, again in batches:
+            self.rows += rows
+            self.rows_again += again
+
+    @property
+    def share_again(self) -> str:
+        """Share of the rows that had come before, for people."""
+        return f"{self.rows_again / max(self.rows, 1):.1%} of {self.rows:,} rows had come before"
 
     def begin(self, probation: int | None, is_known: bool = False) -> None:
         """Notes that rows have come again.

@@ -15,6 +15,7 @@ from cachefreeze.cache.family import Family
 from cachefreeze.cache.pace import Kind, Meter
 from cachefreeze.cache.selection import Keys, Selection
 from cachefreeze.cache.shared import Shared
+from cachefreeze.files import human_bytes
 from cachefreeze.keys import Surroundings, same_bits
 from cachefreeze.lineage import Trace, unloaded
 from cachefreeze.lineage.operations import CONSTANT, INPUT
@@ -136,6 +137,7 @@ class Route:
         self._moved_at, self._moving = -_REST, shared.moving.version
         self._began = 0.0
         self._stored = False
+        self._written = 0
         self._calls, self._carries_on = 0, False
         self._reports: list[lineage.Report] = []
         self._last = last
@@ -345,6 +347,8 @@ class Route:
         family.after += 1
         self._shared.stats.batches += 1
         places = self.selection.find(keys)
+        first = next(iter(places.values()))
+        family.count((len(first), int((first >= 0).sum())))
         if _unknown(places):
             self._load(inputs)
             earlier = earlier or self._from_before(inputs)
@@ -358,7 +362,8 @@ class Route:
         self._shared.stats.batches_known += 1
         if self.state is State.PROBATION and self._is_proven:
             self.state = State.SERVING
-        if self.state is State.PROBATION or self._sample_is_due():
+        all_of_them = self._shared.report.verify == "all"
+        if self.state is State.PROBATION or all_of_them or self._sample_is_due():
             return self._compare(module, args, kwargs, keys, places)
         if self.meter.wants_plain(Kind.SERVED):
             return self._plainly(module, args, kwargs)
@@ -428,6 +433,12 @@ class Route:
         """Keeps a batch as it is until rows come again, or in rows if it is known how."""
         if self.selection.settled:
             self.selection.write(batch.keys, batch.kept)
+            self._written += batch.nbytes
+            if self._shared.most_useless < self._written:
+                self._withdraw(
+                    f"{self.family.share_again}, and those that are kept fill "
+                    f"{human_bytes(self._written)} of the directory"
+                )
             return
         self._pending.append(batch)
         self._shared.held += batch.nbytes
@@ -483,7 +494,8 @@ class Route:
         if self._shared.entries.directory is not None:
             # What gets to the disk stays: all bits are looked at before.
             self._shared.weights.suspect(selection.frozen)
-            if selection.name():
+            if moved := selection.name():
+                self._tell_if_late(moved)
                 self._drop_batches()
         known: dict[int, tuple[Tensor, lineage.Axis]] = {}
         if self._earlier is not None:
@@ -503,11 +515,11 @@ class Route:
 
     def write_all(self) -> None:
         """Takes apart what is kept in batches still, so that it gets to the disk."""
-        if self.state is not State.KEEPING or not self._pending:
-            return
-        self._look_at_weights()
-        if self._pending and self._is_as_traced():
-            self._split(self._example)
+        if self.state is State.KEEPING and self._pending:
+            self._look_at_weights()
+            if self._pending and self._is_as_traced():
+                self._split(self._example)
+        self.selection.write_waiting()
 
     def _is_as_traced(self) -> bool:
         """Whether recorded operations make now what they made in the traced pass.
@@ -671,20 +683,27 @@ class Route:
             self.selection.write(keys, kept)
         family = self.family
         if family.hardly_known:
-            self.selection.forget()
-            self.rest(
+            self._withdraw(
                 f"{family.known} of {family.after} batches had only rows that came before, so "
-                "that hardly any could be served",
-                [
-                    f"{self.selection.mixes} looks across the rows of a batch: its results are "
-                    "kept for whole batches, and those come with other rows in each epoch."
-                    if self.selection.mixes
-                    else "Augmentation or noise in front of frozen work makes every row another "
-                    "one, and so does padding to other lengths: there, a fixed length or "
-                    "pad_to_multiple_of=64 helps."
-                ],
+                f"that hardly any could be served ({family.share_again})"
             )
         return output
+
+    def _withdraw(self, why: str) -> None:
+        """Leaves the model alone, and removes rows that hardly anybody asks for."""
+        self.selection.withdraw()
+        mixes = self.selection.mixes
+        self.rest(
+            why,
+            [
+                f"{mixes} looks across the rows of a batch: its results are kept for whole "
+                "batches, and those come with other rows in each epoch."
+                if mixes
+                else "Augmentation or noise in front of frozen work makes every row another one, "
+                "and so does padding to other lengths: there, a fixed length or "
+                "pad_to_multiple_of=64 helps."
+            ],
+        )
 
     def _compare(
         self,
@@ -697,15 +716,29 @@ class Route:
         """Computes a batch that could be served, and compares what is kept with it."""
         began = perf_counter()
         output, kept = self._capture(module, args, kwargs)
-        self._shared.checked_seconds += perf_counter() - began
+        report = self._shared.report
+        report.seconds += perf_counter() - began
         if kept is None or self.state is State.RESTING:
             return output
         stored = self.selection.read(keys, places)
         if stored is None:
             return output
-        for one in self.selection.kept:
-            if not same_bits(kept[one.number], stored[one.number]):
-                self._differs(one.number, kept[one.number], stored[one.number])
+        report.batches_compared += 1
+        report.rows_compared += self.selection.rows
+        different = [
+            one.number
+            for one in self.selection.kept
+            if not same_bits(kept[one.number], stored[one.number])
+        ]
+        if different:
+            self.selection.look_again(at_all=True)
+            if moved := self.selection.name():
+                self._moved(moved)
+                return output
+        for number in different:
+            self._differs(number, kept[number], stored[number])
+            if self.at_rest:
+                return output
         self._compared += 1
         self.family.passed += 1
         return output
@@ -716,27 +749,29 @@ class Route:
         size = computed.double().abs().max().item()
         close = far <= self._shared.closeness(computed) * size
         if close and not self._shared.exact:
-            self._shared.tell(
+            self._shared.find(
                 f"{self._name}: {name} differs",
                 f"Kept rows of {name} differ from computed ones by up to {far:.1e}, of {size:.1e}: "
                 "they are served all the same, for exact=False.",
             )
             return
+        row = self.selection.rows_that_differ(number, computed, stored)
         self.selection.forget(wrong=True)
         if self.family.routes > 1:
             self.family.broken = True
-            self._shared.tell(
+            self._shared.find(
                 f"{self._name}: padding",
                 f"{self._name} is not cached: rows of {name} that are padded to another length "
                 f"differ by {far:.1e}, of {size:.1e}, which is more than rounding. A fixed length "
                 "or pad_to_multiple_of=64 makes rows come again.",
             )
             return
-        why = f"kept rows of {name} differ from computed ones by {far:.1e}, of {size:.1e}"
+        why = f"kept rows of {name} differ from computed ones by {far:.1e}, of {size:.1e}, in {row}"
         more = "exact=False would serve them." if close else (
             "Rows depend on the others of their batch, or on something that the cache cannot see."
         )  # fmt: skip
         self.rest(why, [more])
+        self._shared.report.found.append(f"{self._name}: {why}. {more}")
 
     @property
     def _is_proven(self) -> bool:
@@ -744,10 +779,10 @@ class Route:
         return self._compared > 0 and self.family.passed >= self.family.wanted
 
     def _sample_is_due(self) -> bool:
-        if self._served < self._next_sample:
+        if self._shared.report.verify == "off" or self._served < self._next_sample:
             return False
         # Within 1 % of the time samples come evenly, else at growing distances.
-        further = _FIRST_SAMPLE if self._shared.may_check() else self._served
+        further = _FIRST_SAMPLE if self._shared.may_compare else self._served
         self._next_sample = self._served + further
         return True
 
@@ -803,13 +838,19 @@ class Route:
     def _look_at_weights(self) -> None:
         """Sees whether frozen bits have changed. Nothing that was made from others is served."""
         self.selection.look()
-        if self._shared.may_check():
-            weights, frozen = self._shared.weights, self.selection.frozen
-            weights.suspect_next(frozen)
-            self._shared.checked_seconds += weights.hash(frozen)
-        moved = self.selection.name()
-        if not moved:
-            return
+        if self._shared.may_hash:
+            self.selection.look_again()
+        if moved := self.selection.name():
+            self._moved(moved)
+
+    def _moved(self, moved: Sequence[Tensor]) -> None:
+        """Goes on with the rows of other frozen bits.
+
+        Args:
+            moved: Parameters and buffers that have changed.
+        """
+        self._tell_if_late(moved)
+        self._shared.report.changes += 1
         self._drop_batches()
         family = self.family
         if family.batches - self._moved_at <= _REST:
@@ -820,3 +861,28 @@ class Route:
         else:
             family.seen = {}
         self._moved_at = family.batches
+
+    def _tell_if_late(self, moved: Sequence[Tensor]) -> None:
+        """Says that frozen bits have changed some time ago, if nothing had shown it."""
+        if not self.selection.late:
+            return
+        self.selection.late = False
+        names = [
+            state.name for state in self._trace.states if any(state.tensor() is t for t in moved)
+        ]
+        self._shared.find(
+            f"{self._name}: late",
+            f"{', '.join(names[:1])} of {self._name} was changed in a few places by a way that "
+            "shows nowhere, such as .data or numpy, and was found by a hash of all bits: rows that "
+            "were served just before may be of the weights of before. "
+            'verify="all" compares every batch.',
+        )
+
+    def look_at_the_end(self) -> None:
+        """Hashes all frozen bits a last time, for rows that were served since the last hash."""
+        unused = not (self._served or self._compared) or self.stale
+        if unused or self._shared.report.verify == "off":
+            return
+        self.selection.look()
+        self.selection.look_again(at_all=True)
+        self._tell_if_late(self.selection.name())

@@ -1,5 +1,6 @@
 """What is kept of a traced pass: values, their keys, their rows, and the tables they are in."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from cachefreeze.cache.entries import Table
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.lengths import mask_of, own_lengths
 from cachefreeze.cache.shared import Shared
+from cachefreeze.cache.verify import Unwritten, rows_that_differ
 from cachefreeze.keys import (
     Lineage,
     Look,
@@ -84,6 +86,7 @@ class Selection:
         kept: Kept values.
         frozen: Parameters and buffers that the kept values are made from.
         mixes: Operation that looks across the rows of a batch, for people. Empty if none does.
+        late: Whether frozen bits were found to have changed without a look that has seen it.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Selection:
         self._moved: list[Tensor] = []
         self._named_at = -1
         self._look: Look | None = None
+        self.late = False
 
     @property
     def length(self) -> int:
@@ -267,7 +271,11 @@ class Selection:
             digest = b"" if tensor is None else weights.digest(tensor)
             if tensor is not None and self._digests.get(number, digest) != digest:
                 self._moved.append(tensor)
+                self.late = self.late or weights.has_changed_unseen(tensor)
             self._digests[number] = digest
+        if self.late:
+            # Rows that were kept since are of other bits than their name says.
+            self._shared.entries.forget([one.table for one in self.kept if one.name])
         if self._like is not None:
             self._like._name()
             for one, other in zip(self.kept, self._like.kept, strict=True):
@@ -301,6 +309,14 @@ class Selection:
         if self._like is not None:
             return self._like.alike(group)
         return b"".join(sorted(one.lineage.digest for one in self.kept if one.group == group))
+
+    def withdraw(self) -> None:
+        """Drops the rows of the kept values, and those that this run has written to the disk."""
+        for one in self.kept:
+            table = self._shared.entries.table(one.table)
+            if table is not None and isinstance(table.below, Unwritten):
+                table.below.withdraw()
+        self.forget()
 
     def forget(self, wrong: bool = False) -> None:
         """Drops the rows of the kept values from memory.
@@ -436,7 +452,45 @@ class Selection:
             table = entries.open(
                 one.table, one.layout.dims, value.dtype, value.device, self._about(one, one.layout)
             )
+            if table is not None and table.below is not None:
+                same = functools.partial(self._bits_are, dict(self._digests))
+                table.below = Unwritten(table.below, same)  # type: ignore[assignment]
         return table
+
+    def _bits_are(self, digests: Mapping[int, bytes]) -> bool:
+        """Says whether frozen bits, all of them hashed again, are certain ones."""
+        weights, tensors = self._shared.weights, self.frozen
+        weights.suspect(tensors)
+        return len(tensors) == len(digests) and all(
+            weights.digest(tensor) == digests[number]
+            for number, reference in self._states.items()
+            for tensor in [reference()]
+            if tensor is not None
+        )
+
+    def write_waiting(self) -> None:
+        """Has everything written to the disk that waits for it."""
+        for one in self.kept:
+            table = self._shared.entries.table(one.table)
+            if table is not None and isinstance(table.below, Unwritten):
+                table.below.write()
+
+    def rows_that_differ(self, number: int, computed: Tensor, stored: Tensor) -> str:
+        """Names the first row in which a computed and a stored value differ, for people."""
+        layout = next(one.layout for one in self.kept if one.number == number)
+        assert layout is not None
+        return rows_that_differ(layout.split(computed), layout.split(stored))
+
+    def look_again(self, at_all: bool = False) -> None:
+        """Hashes one frozen tensor again, each in its turn, or all of them."""
+        weights = self._shared.weights
+        if at_all:
+            weights.suspect(self.frozen)
+        else:
+            weights.suspect_next(self.frozen)
+        seconds = weights.hash(self.frozen)
+        self._shared.report.seconds += seconds
+        self._shared.hash_seconds += seconds
 
     def _about(self, one: Kept, layout: Layout) -> dict[str, Any]:
         """Says what a kept value is, for who looks into the directory."""

@@ -15,13 +15,15 @@ from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.moving import Moving
 from cachefreeze.cache.pace import Pace
+from cachefreeze.cache.verify import Report
 from cachefreeze.keys import Weights
 
 _log = logging.getLogger("cachefreeze")
-# Share of the time of served calls that goes into checks beyond what must be.
-_SHARE = 0.01
 # Rounding of another order of additions, as a share of the largest number.
 _CLOSE = 1e-4
+# Share of the time of served calls that goes into each of two checks beyond what must be: hashes of
+# frozen bits, and batches that are compared.
+_SHARE = 0.005
 
 
 class Filled(BaseException):
@@ -75,7 +77,9 @@ class Shared:
         routes: Function that returns all routes.
         held: Bytes of batches that are not taken apart into rows yet.
         served_seconds: Seconds of all calls that were served.
-        checked_seconds: Seconds of them that went into checks beyond what must be.
+        hash_seconds: Seconds in which frozen bits were hashed beyond what must be.
+        report: What was checked and found.
+        most_useless: Bytes that are written to the directory before a row has come again.
     """
 
     entries: Entries
@@ -92,7 +96,9 @@ class Shared:
     routes: Callable[[], Iterable[Any]] = tuple
     held: int = 0
     served_seconds: float = 0.0
-    checked_seconds: float = 0.0
+    hash_seconds: float = 0.0
+    report: Report = field(default_factory=Report)
+    most_useless: int = 0
 
     def __post_init__(self) -> None:
         self.moving = Moving(self.weights)
@@ -138,6 +144,20 @@ class Shared:
         rounded = self.entries.codec == "int8" and can_be_rounded(value.dtype)
         return INT8_ERROR if rounded else _CLOSE
 
-    def may_check(self) -> bool:
-        """Says whether there is time for a check: at most 1 % of what served calls took."""
-        return self.checked_seconds < _SHARE * self.served_seconds
+    @property
+    def may_hash(self) -> bool:
+        """Whether there is time to hash frozen bits beyond what must be."""
+        return self.report.verify != "off" and self._has_time(self.hash_seconds)
+
+    @property
+    def may_compare(self) -> bool:
+        """Whether there is time to compare a batch beyond what must be."""
+        return self._has_time(self.report.seconds - self.hash_seconds)
+
+    def _has_time(self, spent: float) -> bool:
+        return spent < _SHARE * self.served_seconds
+
+    def find(self, about: str, sentence: str) -> None:
+        """Tells the user of something wrong that a check has found."""
+        self.report.found.append(sentence)
+        self.tell(about, sentence)

@@ -15,6 +15,7 @@ from cachefreeze.cache.route import Route, State
 from cachefreeze.cache.shared import Filled, Shared
 from cachefreeze.keys import Surroundings, environment
 from cachefreeze.lineage import calls, unloaded
+from cachefreeze.lineage.known import LINE, off_line
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 
 # Number of signatures of a module, and of ways through it for one signature, that are followed.
@@ -120,6 +121,14 @@ class Site:
         device = given[0].device if given else torch.device("cpu")
         key = _switches(device), _plain_in((args, kwargs)), shapes
         self._calls += 1
+        if any(map(_lies_between_lines, given)):
+            self._shared.tell(
+                f"{self._name}: lines",
+                f"{self._name} is not cached where its input begins between two lines of "
+                f"{LINE} bytes in memory, as some slices of a tensor do: there, results may have "
+                "other last bits. A copy, `x.clone()`, lies on a line.",
+            )
+            return module(*args, **kwargs)
         self._shared.moving.look()
         routes = self._kinds.get(key, [])
         if routes and routes[0].pauses:
@@ -243,7 +252,10 @@ class Site:
         # The pass may write to what it is given.
         copies = [tensor.detach().clone() for tensor in tensors((args, kwargs))]
         around = Surroundings(self._modules, (args, kwargs))
-        output, trace = lineage.trace(module, *args, moving=self._shared.moving.tensors, **kwargs)
+        moving = self._shared.moving.tensors
+        output, trace = lineage.trace(
+            module, *args, moving=moving, code_frames=around.frames(), **kwargs
+        )
         self._shared.stats.rows_computed += _rows(copies)
         around.settle()
         name = self._words(module, copies)
@@ -322,6 +334,10 @@ class Site:
                 for route in routes:
                     if self._flags[route] == flags and not route.stale:
                         yield shapes, route
+
+
+def _lies_between_lines(tensor: torch.Tensor) -> bool:
+    return _is_plain(tensor) and tensor.numel() > 0 and off_line(tensor) > 0
 
 
 def _rows(given: list[torch.Tensor]) -> int:

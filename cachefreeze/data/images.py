@@ -173,6 +173,18 @@ class FolderImages:
         )
         yield from map(undamaged, loader)
 
+    def damaged(self) -> list[DamagedImage]:
+        """Decodes every file, and returns those that cannot be."""
+        loader: DataLoader[Any] = DataLoader(
+            self.files,
+            sampler=[np.array([row]) for row in range(len(self))],
+            batch_size=None,
+            num_workers=self.workers,
+            generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_the_parent,
+        )
+        return [found for found in loader if isinstance(found, DamagedImage)]
+
     def sample(self, rows: int) -> Tensor:
         """Returns pixels of at most `rows` images, spread over the split.
 

@@ -1,5 +1,6 @@
 """Data sets, each with a training and a validation split of the same classes."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,9 @@ from cachefreeze.data.images import IMAGE_SUFFIXES, ArrayImages, FolderImages, I
 from cachefreeze.data.order import Indices
 from cachefreeze.errors import UserError
 
+_log = logging.getLogger("cachefreeze")
+# Number of damaged files that are named.
+_MOST_NAMED = 10
 # Per channel, of the 50,000 training images scaled to 0 .. 1.
 CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -298,9 +302,20 @@ def load_folder(
     train, val, classes = find_images(root, size=size, val_fraction=val_fraction, workers=workers)
     if normalization is not None:
         return DataSet(_name(root), classes, train, val, (3, size, size), *normalization)
-    mean, std = statistics(train, bar)
-    for _ in one_pass(val, bar):
-        pass
+    try:
+        mean, std = statistics(train, bar)
+        for _ in one_pass(val, bar):
+            pass
+    except UserError as error:
+        damaged = [*train.damaged(), *val.damaged()]
+        if len(damaged) < 2:
+            raise
+        named = ", ".join(str(one.path) for one in damaged[:_MOST_NAMED])
+        more = f" and {len(damaged) - _MOST_NAMED} more" if len(damaged) > _MOST_NAMED else ""
+        raise UserError(
+            f"{len(damaged)} images cannot be decoded ({named}{more}): replace the files or remove "
+            "them from the folder"
+        ) from error
     return DataSet(_name(root), classes, train, val, (3, size, size), mean, std)
 
 
@@ -362,20 +377,38 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     Raises:
         UserError: There are fewer than two classes, or one has no images.
     """
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_litter(entry.name)
+    )
+    passed: list[Path] = []
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = sorted(
+        images = sorted(
             path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
         )
+        litter = [p for p in images if any(map(_is_litter, p.relative_to(folder).parts))]
+        files = [path for path in images if path not in set(litter)]
+        passed += litter
         if not files:
             raise UserError(f"{folder / name} has no images in it: add some or remove the folder")
         paths += files
         labels += [label] * len(files)
+    if passed:
+        _log.warning(
+            "%d files are no images of a class and were passed over, such as %s: other programs "
+            "left them there.",
+            len(passed),
+            passed[0],
+        )
     if len(classes) < 2:
         found = f"only the class {classes[0]!r}" if classes else "no class folders"
         raise UserError(f"{folder} has {found}: it needs one sub-folder of images for each class")
     return paths, labels, tuple(classes)
+
+
+def _is_litter(name: str) -> bool:
+    """Says whether a file or folder was left by a notebook, macOS or Windows."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db")
 
 
 def one_pass(images: Images, bar: Bar) -> Iterable[Tensor]:

@@ -2,6 +2,7 @@
 
 import functools
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,20 @@ def environment(device: torch.device) -> tuple[Any, ...]:
         torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_cudnn_sdp_enabled(),
         torch.backends.mha.get_fastpath_enabled(),
+        flushes_denormals(),
     )
+
+
+# The smallest number that is not denormal.
+_SMALLEST = sys.float_info.min
+
+
+def flushes_denormals() -> bool:
+    """Says whether this thread makes zeros of the smallest numbers: `torch.set_flush_denormal`.
+
+    It is a switch of the processor, which torch does not tell. Python's numbers obey it, too.
+    """
+    return _SMALLEST / 2 == 0.0
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 from cachefreeze.keys.bits import bits_of
-from cachefreeze.keys.code import content, globals_of, is_foreign, names, version
+from cachefreeze.keys.bytecode import content, globals_of, is_foreign, names, version
 from cachefreeze.lineage.structure import PLAIN_KINDS
 
 # Packages whose code reads files in no other way than python's `open`.

@@ -92,6 +92,8 @@ class _Writer:
             return name
         value = self._trace.values[number]
         about = f"{value.dtype}{value.shape}{value.stride}{value.device}{value.requires_grad}"
+        if value.off_line:
+            about += f"@{value.off_line}"
         if number in self._inputs:
             name = f"input{len(self.inputs)}"
             self.inputs.append(self._inputs[number])

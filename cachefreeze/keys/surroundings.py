@@ -1,36 +1,129 @@
-"""What the code of modules reads beside its arguments, parameters and buffers.
+"""What a traced pass depends on beside arguments, parameters and buffers, compared at every call.
 
-Attributes that are no numbers or strings (tensors, functions, tuples, arrays), functions that were
-put in the place of others, global variables, closures, and attributes of classes. What a traced
-pass says holds for a later one only if all these are the same.
+Attributes of modules that are no numbers or strings (tensors, functions, arrays), and what code
+reads: global variables, closures, defaults, attributes of classes. What a traced pass says holds
+for a later one only if all these are the same.
 """
 
-import enum
 import functools
-import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
+from operator import attrgetter, call, is_not, itemgetter
 from typing import Any
 
 import numpy as np
 import xxhash
 from torch import nn
 
-from cachefreeze.lineage.contents import Glance, content
+from cachefreeze.keys.code import PARTS_OF_FUNCTIONS, Code, Place, is_foreign
+from cachefreeze.lineage.contents import Glance, attributes_of
+from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.soundness import PARTS
 from cachefreeze.lineage.structure import PLAIN_KINDS, is_tensor
 
-_Read = Callable[[], Any]
-_NONE = object()
-# Depth of calls, and number of functions, that are looked into.
-_DEEP, _MANY_FUNCTIONS = 3, 200
-# Bytes of an array, and number of entries of a container, that are compared.
-_LARGE, _MANY = 1 << 16, 500
-_READ_BY_CODE = (tuple,)
+# Depth that is compared, and number of entries of a container. Of more, the first and last are.
+_DEEP, _MANY, _SOME = 4, 1000, 50
+_SEQUENCES, _SETS = (list, tuple, deque), (set, frozenset)
+_CONTAINERS = (dict, *_SEQUENCES, *_SETS)
+_OPENED = (*_CONTAINERS, np.ndarray)
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-_CONTAINERS = (list, tuple, dict, set, frozenset)
-_FOREIGN = ("torch", "numpy", "builtins")
+# Objects of python's own that people keep settings in.
+_PLAIN_OBJECTS = ("SimpleNamespace", "Namespace")
+
+
+class _Watched:
+    """A place, and what was read there.
+
+    What holds others is described, with the identity of what is no setting; anything else is known
+    by its identity.
+
+    Args:
+        place: Place.
+        opens: Whether an object is compared by what it holds, or by its identity alone.
+    """
+
+    __slots__ = ("alive", "name", "opened", "place", "told", "value")
+
+    def __init__(self, place: Place, opens: bool) -> None:
+        self.place, self.name = place, place.name
+        value = place.read()
+        self.opened = opens and _is_opened(value)
+        self.alive: list[weakref.ref[Any]] = []
+        self.told = self._told(value, self.alive)
+        # The identity of what has no weak reference says something as long as it lives.
+        held = isinstance(value, _CONTAINERS) or not (self.opened or self.alive)
+        self.value: Any = value if held else None
+
+    def _told(self, value: Any, alive: list["weakref.ref[Any]"]) -> Any:
+        return _told(value, alive) if self.opened else _identity(value, alive)
+
+    def is_same(self) -> bool:
+        now = self.place.read()
+        return all(map(is_not, map(call, self.alive), repeat(None))) and (
+            self._told(now, []) == self.told
+        )
+
+    @property
+    def hides(self) -> bool:
+        """Whether a glance cannot tell that it is the same."""
+        return self.opened and not Glance([self.place.read()]).is_same()
+
+
+_parts = attrgetter(*PARTS_OF_FUNCTIONS)
+
+
+class _Look:
+    """A quick look at places: whether the very objects of before are there.
+
+    Args:
+        watched: Places, which hold what they held.
+    """
+
+    def __init__(self, watched: Sequence[_Watched]) -> None:
+        spaces: dict[int, tuple[Any, list[str], list[str]]] = {}
+        self._reads: list[Any] = []
+        self._functions: list[Any] = []
+        for one in watched:
+            holder, key = one.place.holder, one.place.key
+            if isinstance(holder, weakref.ref):
+                # All three parts of a function are looked at, by whichever of them is a place.
+                self._functions += [holder] if holder not in self._functions[-1:] else []
+                continue
+            if holder is None:
+                self._reads.append(one.place.read)
+                continue
+            _, there, absent = spaces.setdefault(id(holder), (holder, [], []))
+            (there if key in holder else absent).append(key)
+        # Twice the first one: of a single key there is no tuple.
+        self._entries = [
+            (itemgetter(*there, there[0]), holder) for holder, there, _ in spaces.values() if there
+        ]
+        self._absent = [(holder.keys(), absent) for holder, _, absent in spaces.values() if absent]
+        self._alive = [reference for one in watched for reference in one.alive]
+        self._held = watched
+        opened = [one.place.read() for one in watched if one.opened]
+        self._glance = Glance({id(value): value for value in opened}.values())
+        self._ids = self._ids_now()
+
+    def _ids_now(self) -> list[int]:
+        entries = [take(holder) for take, holder in self._entries]
+        functions = chain.from_iterable(map(_parts, map(call, self._functions)))
+        return [*map(id, chain(map(call, self._reads), functions, *entries))]
+
+    def is_same(self) -> bool:
+        try:
+            if self._ids_now() != self._ids:
+                return False
+        except (KeyError, AttributeError):  # an entry, or a function, is gone
+            return False
+        return (
+            all(keys.isdisjoint(absent) for keys, absent in self._absent)
+            and all(map(is_not, map(call, self._alive), repeat(None)))
+            and self._glance.is_same()
+        )
 
 
 class Surroundings:
@@ -42,149 +135,120 @@ class Surroundings:
     """
 
     def __init__(self, modules: Iterable[nn.Module], given: Any) -> None:
-        # By identity, those that need not be held by weak reference, others opened each time.
-        self._fixed: list[tuple[str, _Read, Any]] = []
-        self._held: list[tuple[str, _Read, weakref.ref[Any]]] = []
-        self._opened: list[tuple[str, _Read, Any, list[weakref.ref[Any]]]] = []
-        self._objects: list[tuple[str, _Read, Any, Any]] = []
-        self._glance: Glance | None = None
-        seen: set[int] = set()
         modules = list(modules)
-        for name, read in _attributes(modules):
-            # The signature of a trace compares what containers and plain objects hold.
-            self._add(name, read, _CONTAINERS)
-        for name, read in _code(modules, given, seen):
-            self._add(name, read, _READ_BY_CODE)
+        self._code = Code()
+        attributes = list(_attributes(modules))
+        for place in attributes:
+            self._code.take(place.read())
+        for kind in dict.fromkeys(map(type, modules)):
+            self._code.module_class(kind)
+        for function in _functions_in(given, 0):
+            self._code.take(function)
+        # The signature of a trace compares what plain objects among attributes hold.
+        self._watched = [_Watched(one, isinstance(one.read(), _OPENED)) for one in attributes]
+        self._taken = 0
+        self._take()
+        self._look: _Look | None = None
+        self._slow: list[_Watched] = []
 
-    def _add(self, name: str, read: _Read, known: tuple[type, ...]) -> None:
-        value = read()
-        if any(name == other[0] and read() is other[1]() for other in self._opened):
-            return
-        if type(value) in PLAIN_KINDS or (isinstance(value, known) and _is_plain(value, 0)):
-            self._fixed.append((name, read, value))
-        elif known is _READ_BY_CODE and _is_namespace(value):
-            if not any(other is value and name == named for named, _, other, _ in self._objects):
-                self._objects.append((name, read, value, content(value)))
-        elif isinstance(value, (*_CONTAINERS, np.ndarray)):
-            alive: list[weakref.ref[Any]] = []
-            self._opened.append((name, read, _told(value, alive), alive))
-        else:
-            try:
-                self._held.append((name, read, weakref.ref(value)))
-            except TypeError:
-                self._fixed.append((name, read, value))
+    def frames(self) -> Frames:
+        """Makes what looks into the functions that run in the pass."""
+        return self._code.frames(self._take)
+
+    def _take(self) -> None:
+        """Reads the places that were found since the last time."""
+        found, self._taken = self._code.places[self._taken :], len(self._code.places)
+        self._watched += [_Watched(place, True) for place in found]
 
     def settle(self) -> None:
         """Forgets what the pass itself has changed, such as a counter."""
-        self._fixed = [one for one in self._fixed if _is_fixed(one)]
-        self._held = [one for one in self._held if _is_held(one)]
-        self._opened = [one for one in self._opened if _is_opened(one)]
-        self._objects = [one for one in self._objects if _is_object(one)]
-        self._glance = None
+        self._code.resolve()
+        self._take()
+        self._watched = [one for one in self._watched if one.is_same()]
+        self._code.forget()
+        self._look = None
 
     def difference(self) -> str:
         """Names something that has changed, or returns an empty string."""
-        for one in self._fixed:
-            if not _is_fixed(one):
-                return one[0]
-        for other in self._held:
-            if not _is_held(other):
-                return other[0]
-        for opened in self._opened:
-            if not _is_opened(opened):
-                return opened[0]
-        if self._glance is None:
-            self._glance = Glance([value for _, _, value, _ in self._objects])
-        same = all(read() is value for _, read, value, _ in self._objects)
-        if not same or not self._glance.is_same():
-            for one_object in self._objects:
-                if not _is_object(one_object):
-                    return one_object[0]
-        return ""
+        if self._look is None or not self._look.is_same():
+            for one in self._watched:
+                if not one.is_same():
+                    return one.name
+            # What a glance cannot see is compared as a whole each time.
+            self._slow = [one for one in self._watched if one.hides]
+            self._look = _Look([one for one in self._watched if not one.hides])
+            return ""
+        return next((one.name for one in self._slow if not one.is_same()), "")
 
 
-def _is_fixed(one: tuple[str, _Read, Any]) -> bool:
-    now, value = one[1](), one[2]
-    if now is value:
-        return True
-    return type(now) is type(value) and type(value) in _COMPARED and repr(now) == repr(value)
-
-
-_COMPARED = PLAIN_KINDS | {tuple, list, dict, set, frozenset}
-
-
-def _is_object(one: tuple[str, _Read, Any, Any]) -> bool:
-    return content(one[1]()) == one[3]
-
-
-def _is_held(one: tuple[str, _Read, "weakref.ref[Any]"]) -> bool:
-    now = one[1]()
-    return now is not None and one[2]() is now
-
-
-def _is_opened(one: tuple[str, _Read, Any, list["weakref.ref[Any]"]]) -> bool:
-    return all(ref() is not None for ref in one[3]) and _told(one[1](), []) == one[2]
+def _identity(value: Any, alive: list["weakref.ref[Any]"]) -> Any:
+    if type(value) in PLAIN_KINDS:
+        return type(value), repr(value)
+    try:
+        alive.append(weakref.ref(value))
+    except TypeError:
+        return type(value), id(value)
+    return id(value)
 
 
 def _told(value: Any, alive: list["weakref.ref[Any]"], depth: int = 0) -> Any:
-    """Describes a value by what it holds, and objects by their identity.
+    """Describes a value by what it holds, and what holds no settings by its identity.
 
     Args:
         value: Value.
-        alive: Where weak references to those objects go. An identity says something as long as
-            they live.
+        alive: Where weak references to what is known by its identity go. An identity says
+            something as long as the object lives.
         depth: Depth of the value in others.
     """
     kind = type(value)
     if kind in PLAIN_KINDS:
         return kind, repr(value)
-    if isinstance(value, np.ndarray) and value.dtype != object and value.nbytes <= _LARGE:
+    if isinstance(value, np.ndarray) and value.dtype != object:
         return kind, value.shape, str(value.dtype), xxhash.xxh3_128_digest(value.tobytes())
-    if depth <= _DEEP and isinstance(value, dict):
-        items = list(value.items())[:_MANY]
-        return kind, len(value), [(repr(key), _told(one, alive, depth + 1)) for key, one in items]
-    if depth <= _DEEP and isinstance(value, (list, tuple)):
-        return kind, len(value), [_told(one, alive, depth + 1) for one in value[:_MANY]]
-    try:
-        alive.append(weakref.ref(value))
-    except TypeError:
-        return kind, (len(value) if isinstance(value, _CONTAINERS) else id(value))
-    return id(value)
+    if depth <= _DEEP and not is_tensor(value):
+        if isinstance(value, dict):
+            items = _some(list(value.items()))
+            pairs = [(_key(key), _told(one, alive, depth + 1)) for key, one in items]
+            return kind, len(value), pairs
+        if isinstance(value, _SEQUENCES):
+            return kind, len(value), [_told(one, alive, depth + 1) for one in _some(list(value))]
+        if isinstance(value, _SETS):
+            told = sorted(map(repr, (_told(one, alive, depth + 1) for one in _some(list(value)))))
+            return kind, len(value), told
+        if _is_plain_object(value):
+            return kind, _told(attributes_of(value), alive, depth)
+    return _identity(value, alive)
 
 
-def _is_plain(value: Any, depth: int) -> bool:
-    """Says whether a value holds numbers and strings only."""
+def _some(items: list[Any]) -> list[Any]:
+    return items if len(items) <= _MANY else [*items[:_SOME], *items[-_SOME:]]
+
+
+def _key(key: Any) -> Any:
+    return repr(key) if type(key) in PLAIN_KINDS else id(key)
+
+
+def _is_opened(value: Any) -> bool:
+    """Says whether a value is compared by what it holds."""
+    opened = isinstance(value, _OPENED)
+    return opened or (not is_tensor(value) and _is_plain_object(value))
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Says whether a value is a plain object of somebody's own, such as a configuration."""
     kind = type(value)
-    if kind in PLAIN_KINDS:
-        return True
-    if kind not in _COMPARED or depth > _DEEP or len(value) > _MANY:
+    if is_foreign(kind) and kind.__name__ not in _PLAIN_OBJECTS:
         return False
-    return all(_is_plain(one, depth + 1) for one in (value.values() if kind is dict else value))
+    return attributes_of(value) is not None
 
 
-def _attributes(modules: list[nn.Module]) -> Iterator[tuple[str, _Read]]:
-    """Yields attributes, with a name for people and a function that reads each again."""
+def _attributes(modules: list[nn.Module]) -> Iterator[Place]:
+    """Yields attributes of modules that are no numbers or strings."""
     for module in modules:
         held = vars(module)
         for key, value in held.items():
             if key not in PARTS and type(value) not in PLAIN_KINDS:
-                yield f"`{key}` of {type(module).__name__}", functools.partial(held.get, key, _NONE)
-
-
-def _code(modules: list[nn.Module], given: Any, seen: set[int]) -> Iterator[tuple[str, _Read]]:
-    """Yields what code reads beside attributes, in the same way."""
-    for module in modules:
-        for key, value in list(vars(module).items()):
-            if key not in PARTS and isinstance(value, _FUNCTIONS):
-                yield from _in_function(value, type(module), seen, 0)
-    for kind in dict.fromkeys(map(type, modules)):
-        yield (
-            f"`forward` of {kind.__name__}",
-            functools.partial(getattr, kind, "forward", _NONE),
-        )
-        yield from _in_function(getattr(kind, "forward", None), kind, seen, 0)
-    for function in _functions_in(given, 0):
-        yield from _in_function(function, None, seen, 0)
+                yield Place(f"`{key}` of {type(module).__name__}", None, held, key)
 
 
 def read_by_code(kind: type[nn.Module]) -> list[tuple[str, Any]]:
@@ -193,8 +257,9 @@ def read_by_code(kind: type[nn.Module]) -> list[tuple[str, Any]]:
     Args:
         kind: Class of modules.
     """
-    found = _in_function(getattr(kind, "forward", None), kind, set(), 0)
-    return [(name, read()) for name, read in found]
+    code = Code(calls=True)
+    code.module_class(kind)
+    return [(place.name, place.read()) for place in code.places]
 
 
 def _functions_in(value: Any, depth: int) -> Iterator[Any]:
@@ -203,105 +268,3 @@ def _functions_in(value: Any, depth: int) -> Iterator[Any]:
     elif isinstance(value, (tuple, list, dict)) and depth <= _DEEP:
         for one in value.values() if isinstance(value, dict) else value:
             yield from _functions_in(one, depth + 1)
-
-
-def _in_function(
-    function: Any, owner: type | None, seen: set[int], depth: int
-) -> Iterator[tuple[str, _Read]]:
-    """Yields what a function reads beside its arguments, and what functions that it calls read.
-
-    Args:
-        function: Function, method or partial.
-        owner: Class of the object that `self` is.
-        seen: Identities of the functions that were looked into.
-        depth: Depth of calls.
-    """
-    if isinstance(function, functools.partial):
-        function = function.func
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    if code is None or id(function) in seen or depth > _DEEP or len(seen) > _MANY_FUNCTIONS:
-        return
-    if (function.__module__ or "").startswith(_FOREIGN):
-        return
-    seen.add(id(function))
-    found: list[tuple[str, _Read]] = [
-        (f"`{name}` of {function.__qualname__}", functools.partial(_content, cell))
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
-    ]
-    space = function.__globals__
-    for name in _names(code):
-        if name in space:
-            found.append(
-                (f"the global variable `{name}`", functools.partial(space.get, name, _NONE))
-            )
-            if isinstance(space[name], types.ModuleType):
-                found.pop()
-                found += _in_module(space[name], code)
-            elif isinstance(space[name], type) and not _is_foreign(space[name]):
-                found.pop()
-                found += [
-                    (f"`{key}` of {name}", functools.partial(getattr, space[name], key, _NONE))
-                    for key in _names(code)
-                    if key in vars(space[name])
-                ]
-        elif owner is not None and hasattr(owner, name):
-            found.append(
-                (f"`{name}` of {owner.__name__}", functools.partial(getattr, owner, name, _NONE))
-            )
-    for name, read in found:
-        value = read()
-        if isinstance(value, (types.FunctionType, functools.partial)):
-            yield name, read
-            yield from _in_function(value, owner, seen, depth + 1)
-        elif _is_setting(value):
-            yield name, read
-
-
-def _in_module(module: types.ModuleType, code: types.CodeType) -> list[tuple[str, _Read]]:
-    if module.__name__.startswith(_FOREIGN):
-        return []
-    space = vars(module)
-    return [
-        (f"`{name}` of {module.__name__}", functools.partial(space.get, name, _NONE))
-        for name in _names(code)
-        if name in space
-    ]
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for one in code.co_consts:
-        if isinstance(one, types.CodeType):
-            yield from _names(one)
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return _NONE
-
-
-def _is_setting(value: Any) -> bool:
-    return (
-        type(value) in PLAIN_KINDS
-        or isinstance(value, (*_CONTAINERS, np.ndarray))
-        or _is_namespace(value)
-        or (is_tensor(value) and not value.requires_grad)
-    )
-
-
-def _is_foreign(kind: type) -> bool:
-    return (kind.__module__ or "").startswith(_FOREIGN)
-
-
-def _is_namespace(value: Any) -> bool:
-    """Says whether a value is a plain object of somebody's own, such as a configuration."""
-    kind = type(value)
-    closed = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, enum.Enum)
-    if isinstance(value, closed) or is_tensor(value) or _is_foreign(kind):
-        return False
-    if (kind.__module__ or "").partition(".")[0] in sys.stdlib_module_names:  # such as a logger
-        return False
-    return isinstance(getattr(value, "__dict__", None), dict) and Glance([value]).size <= _MANY

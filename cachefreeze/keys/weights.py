@@ -1,10 +1,10 @@
 """Bits of frozen parameters and buffers: their hashes, and whether they are still the same.
 
 A version counter that moved proves a change, one that did not proves nothing: fused optimizers,
-batch norms, writes through `.data` or numpy move none. So three looks are taken. At every call, a
-few numbers out of every tensor are compared with what they were: who writes to a whole tensor
-changes them. After an event, such as an optimizer's step, all bits are hashed again. And one tensor
-after the other is hashed again as time allows.
+batch norms, writes through `.data` or numpy move none. So three looks are taken. At every call,
+small tensors are compared with what they were, and a few numbers out of every larger one: who
+writes to a whole tensor changes them. After an event, such as an optimizer's step, all bits are
+hashed again. And one tensor after the other is hashed again as time allows.
 """
 
 import time
@@ -17,10 +17,13 @@ import torch
 import xxhash
 
 from cachefreeze.keys.bits import bits_of
+from cachefreeze.lineage.known import off_line
 
 Tensor = torch.Tensor
 
 _SPOTS = 4
+# Bytes of a tensor that is looked at as a whole: a hash of so many takes as long as some spots.
+_SMALL = 4096
 # Fractions of the golden ratio fall evenly between those before them.
 _GOLDEN = 0.6180339887498949
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -36,7 +39,16 @@ class _Memory(NamedTuple):
         return [self.memory[place] for place in self.places]
 
 
-_Looker = _Memory | Callable[[], list[int]]
+class _Whole(NamedTuple):
+    """Hashes all of a small memory on the CPU."""
+
+    memory: Any
+
+    def __call__(self) -> list[int]:
+        return [xxhash.xxh3_64_intdigest(self.memory)]
+
+
+_Looker = _Memory | _Whole | Callable[[], list[int]]
 
 
 @dataclass(eq=False, slots=True)
@@ -50,6 +62,9 @@ class _Held:
         version: Version counter, at the last look.
         look: Function that reads a few of its numbers.
         spots: What that function returned.
+        before: Hash before the last one.
+        expected: Whether the last change was to be expected, since an optimizer has stepped.
+        unseen: Whether the bits have changed, and neither an event nor a look has shown it.
     """
 
     tensor: "weakref.ref[Tensor]"
@@ -58,6 +73,9 @@ class _Held:
     version: int = 0
     look: _Looker | None = None
     spots: list[int] | None = None
+    before: bytes = b""
+    expected: bool = False
+    unseen: bool = False
 
 
 class Look:
@@ -77,7 +95,10 @@ class Look:
         self._numbers = [
             number for look, then in spots if isinstance(look, _Memory) for number in then or ()
         ]
-        self._others = [pair for pair in spots if not isinstance(pair[0], _Memory)]
+        whole = [(look.memory, then) for look, then in spots if isinstance(look, _Whole)]
+        self._whole = [memory for memory, _ in whole]
+        self._hashes = [number for _, then in whole for number in then or ()]
+        self._others = [pair for pair in spots if not isinstance(pair[0], (_Memory, _Whole))]
 
     def is_same(self) -> bool:
         """Says whether versions, addresses and some numbers of all tensors are what they were."""
@@ -88,6 +109,7 @@ class Look:
                 [one.data_ptr() for one in tensors] == self._pointers
                 and list(map(_version, tensors)) == self._versions
                 and [memory[place] for memory, place in self._memory] == self._numbers
+                and [*map(xxhash.xxh3_64_intdigest, self._whole)] == self._hashes
                 and all(look() == spots for look, spots in self._others)
             )
         except AttributeError:  # a tensor is gone
@@ -101,10 +123,11 @@ class Weights:
 
     Attributes:
         changes: Number that grows whenever a hash may be another one now.
+        hashed: Bytes of all hashes that were taken.
     """
 
     def __init__(self) -> None:
-        self.changes = 0
+        self.changes = self.hashed = 0
         self._held: dict[int, _Held] = {}
         self._turn = 0
 
@@ -126,12 +149,23 @@ class Weights:
         """Returns a look at tensors, all of which have a hash."""
         return Look([self._of(tensor) for tensor in tensors])
 
-    def suspect(self, tensors: Iterable[Tensor]) -> None:
-        """Has tensors hashed again before they are relied upon."""
+    def suspect(self, tensors: Iterable[Tensor], event: bool = False) -> None:
+        """Has tensors hashed again before they are relied upon.
+
+        Args:
+            tensors: Tensors.
+            event: Whether somebody may just have written to them, so that a change is no surprise.
+        """
         for tensor in tensors:
             held = self._held.get(id(tensor))
-            if held is not None and held.digest:
-                self._doubt(held)
+            if held is not None:
+                held.expected = held.expected or event
+                if held.digest:
+                    self._doubt(held)
+
+    def has_changed_unseen(self, tensor: Tensor) -> bool:
+        """Says whether the last hash has shown a change that nothing else had shown."""
+        return self._of(tensor).unseen
 
     def suspect_next(self, tensors: Collection[Tensor]) -> None:
         """Has one of some tensors hashed again, each in its turn."""
@@ -147,7 +181,7 @@ class Weights:
         return time.perf_counter() - began
 
     def _doubt(self, held: _Held) -> None:
-        held.digest = b""
+        held.before, held.digest = held.digest, b""
         self.changes += 1
 
     def _of(self, tensor: Tensor) -> _Held:
@@ -159,13 +193,19 @@ class Weights:
         return held
 
     def _hash(self, held: _Held, tensor: Tensor) -> None:
+        looks_same = bool(held.before) and Look([held]).is_same()
         held.pointer, held.version = tensor.data_ptr(), _version(tensor)
         held.look = _looker(tensor)
         held.spots = held.look() if held.look is not None else None
-        about = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.stride()}".encode()
-        bits = xxhash.xxh3_128(about)
+        about = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.stride()}"
+        if off := off_line(tensor):
+            about += f"@{off}"
+        bits = xxhash.xxh3_128(about.encode())
         bits.update(bits_of(tensor).cpu().numpy().data)
         held.digest = bits.digest()
+        held.unseen = looks_same and not held.expected and held.digest != held.before
+        held.expected = False
+        self.hashed += tensor.nbytes
 
 
 def _version(tensor: Tensor) -> int:
@@ -186,6 +226,8 @@ def _looker(tensor: Tensor) -> _Looker | None:
     size = tensor.element_size()
     plain = laid.reshape(-1)
     words = plain.view(_WORDS.get(size, torch.uint8))
+    if tensor.device.type == "cpu" and tensor.nbytes <= _SMALL:
+        return _Whole(words.numpy().data)
     places = sorted({int(len(words) * ((k + 1) * _GOLDEN % 1)) for k in range(_SPOTS)})
     if tensor.device.type != "cpu":
         chosen = torch.tensor(places, device=tensor.device)

@@ -3,6 +3,7 @@
 Such are the configurations of Hugging Face's models, which all parts of a model share.
 """
 
+import sys
 import types
 from array import array
 from collections import deque
@@ -47,16 +48,35 @@ def content(value: Any, depth: int = 0) -> Any:
     if isinstance(value, dict):
         pairs = list(value.items())[:_MANY]
         return type(value), [(repr(key), content(item, depth + 1)) for key, item in pairs]
-    held = _attributes(value)
+    held = attributes_of(value)
     return (type(value), content(held, depth)) if held is not None else None
 
 
-def _attributes(value: Any) -> dict[str, Any] | None:
+def attributes_of(value: Any) -> dict[str, Any] | None:
     """Returns the attributes of a plain object, and None of anything else."""
     if isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType, *_FUNCTIONS)):
         return None
     held = getattr(value, "__dict__", None)
+    slots = _slots(type(value))
+    if slots:
+        there = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        return {**there, **(held if isinstance(held, dict) else {})}
     return held if isinstance(held, dict) else None
+
+
+def _slots(kind: type) -> list[str]:
+    """Returns the names of attributes that objects of somebody's class have without `__dict__`."""
+    if kind.__module__.partition(".")[0] in _NO_SLOTS:
+        return []
+    return [
+        name
+        for one in kind.__mro__
+        for name, value in vars(one).items()
+        if isinstance(value, types.MemberDescriptorType)
+    ]
+
+
+_NO_SLOTS = frozenset(("builtins", "torch", "numpy", "cachefreeze", *sys.stdlib_module_names))
 
 
 class Glance:
@@ -98,8 +118,10 @@ class Glance:
             self._views.append(value)
             items = list(value)
         else:
-            held = _attributes(value)
-            if held is not None:
+            held = attributes_of(value)
+            if held is not None and _slots(type(value)):
+                self._sees_all = False
+            elif held is not None:
                 self._objects.append(value)
                 self._dicts.append(held)
                 self._open(held, depth)

@@ -18,6 +18,15 @@ def buffer_of(tensor: torch.Tensor) -> int:
         return 0
 
 
+def off_line(tensor: torch.Tensor) -> int:
+    """Returns the bytes between the last line of 16 and a tensor's first element, on the CPU."""
+    return tensor.data_ptr() % LINE if tensor.device.type == "cpu" else 0
+
+
+# Some kernels of the CPU give other bits where data begin between two lines of so many bytes.
+LINE = 16
+
+
 class Known:
     """Finds the number of the value that a tensor is now. It keeps no tensor alive.
 
@@ -126,6 +135,11 @@ class Known:
     ) -> int:
         strided = tensor.layout is torch.strided and not tensor.is_nested
         number = len(self._values)
+        plain = (
+            strided
+            and type(tensor) in _PLAIN
+            and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        )
         self._buffers[number] = buffer
         self._values.append(
             Value(
@@ -139,9 +153,8 @@ class Known:
                 storage=storage,
                 thing=thing,
                 leaf=tensor.is_leaf,
-                plain=strided
-                and type(tensor) in _PLAIN
-                and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg()),
+                plain=plain,
+                off_line=off_line(tensor) if plain else 0,
             )
         )
         return number

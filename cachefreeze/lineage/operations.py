@@ -50,6 +50,8 @@ class Value:
         storage: Number of the buffer. Views of one buffer share it.
         thing: Number of the tensor object. A written tensor keeps it.
         plain: Whether the tensor is a dense `torch.Tensor`, so that another one can take its place.
+        off_line: Bytes from the last line of 16 to the first element, for some kernels of the CPU
+            give other bits between lines.
         inputs: Bit set of the inputs that the value depends on.
         state: Bit set of the parameters and buffers that the value depends on.
         kind: One of "trained", "live", "frozen", "input" and "constant".
@@ -67,6 +69,7 @@ class Value:
     storage: int
     thing: int
     plain: bool
+    off_line: int = 0
     inputs: int = 0
     state: int = 0
     kind: str = CONSTANT

@@ -172,19 +172,23 @@ def copy_of(tensor: Tensor) -> Tensor:
     return copied.requires_grad_(tensor.requires_grad) if tensor.requires_grad else copied
 
 
-def with_strides(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+def with_strides(tensor: Tensor, stride: tuple[int, ...], off_line: int = 0) -> Tensor:
     """Copies a tensor to a buffer of its own, with certain strides.
 
     Args:
         tensor: Tensor.
         stride: Strides in elements. Where one is 0, the tensor is the same all along.
+        off_line: Bytes between the last line of memory and the first element.
     """
     with torch.no_grad():
         source = tensor.detach()
         for place, step in enumerate(stride):
             if not step:
                 source = source.narrow(place, 0, min(1, source.shape[place]))
-        copied = torch.empty_strided(
-            source.shape, stride, dtype=source.dtype, device=source.device
-        ).copy_(source)
+        copied = torch.empty_strided(source.shape, stride, dtype=source.dtype, device=source.device)
+        if off_line and copied.numel():
+            first = off_line // source.element_size()
+            memory = copied.new_empty(first + copied.untyped_storage().nbytes())
+            copied = memory.as_strided(source.shape, stride, first)
+        copied.copy_(source)
         return copied.expand(tensor.shape) if source.shape != tensor.shape else copied

@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cachefreeze.lineage import calls, soundness
+from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.known import Known, buffer_of
 from cachefreeze.lineage.modes import modes_now
 from cachefreeze.lineage.modules import states_of
@@ -73,9 +74,12 @@ def resting(method: Callable[..., Any]) -> Callable[..., Any]:
         before = self._resting
         self._resting = True
         taken = calls.take_off(self._functions)
+        looked = self.frames is not None and self.frames.pause()
         try:
             return method(self, *args)
         finally:
+            if looked and self.frames is not None:
+                self.frames.resume()
             self._resting = before
             if taken:
                 calls.put_on(self._functions)
@@ -90,10 +94,18 @@ class Recording:
         modules: Modules that the callable uses, each with its name.
         moving: Parameters and buffers that count as trained although they take no gradient.
         given: Arguments of the pass.
+        frames: Sees the functions that run, if somebody wants to know.
     """
 
-    def __init__(self, modules: list[tuple[str, nn.Module]], moving: Any, given: Any) -> None:
+    def __init__(
+        self,
+        modules: list[tuple[str, nn.Module]],
+        moving: Any,
+        given: Any,
+        frames: Frames | None = None,
+    ) -> None:
         self.trace = Trace()
+        self.frames = frames
         self.known = Known(self.trace.values)
         self._functions = Functions(self)
         self._names: dict[int, str] = {}

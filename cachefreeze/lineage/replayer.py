@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cachefreeze.lineage import calls, soundness
+from cachefreeze.lineage.known import off_line
 from cachefreeze.lineage.late import Late, Pass, compute_in
 from cachefreeze.lineage.modes import uncompiled
 from cachefreeze.lineage.module_calls import CallOf
@@ -123,7 +124,7 @@ def capture(
 
 
 def _prepared(plan: Plan, kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Gives kept values the strides and the `requires_grad` that they had in the traced pass."""
+    """Gives kept values what they had in the traced pass: strides, place, `requires_grad`."""
     ready: dict[int, Tensor] = {}
     for number in plan.cut.kept:
         value, tensor = plan.trace.values[number], kept.get(number)
@@ -134,8 +135,8 @@ def _prepared(plan: Plan, kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
                 f"The kept value {plan.trace.describe(number)} was given as "
                 f"{tuple(tensor.shape)}, {tensor.dtype}."
             )
-        if tensor.stride() != value.stride:
-            tensor = with_strides(tensor, value.stride)
+        if tensor.stride() != value.stride or off_line(tensor) != value.off_line:
+            tensor = with_strides(tensor, value.stride, value.off_line)
         if value.requires_grad and not value.leaf:
             anchor = torch.empty(0, requires_grad=True)
             tensor = _Made.apply(anchor, [tensor])

@@ -1,5 +1,6 @@
 """Follows one forward pass: which operations run, in which order, and what each depends on."""
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -14,13 +15,17 @@ from torch.utils._python_dispatch import (
 
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls, soundness
+from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.known import buffer_of
+from cachefreeze.lineage.modes import modes_now
 from cachefreeze.lineage.module_calls import DRAWS, ModuleCalls, objects_in
 from cachefreeze.lineage.modules import modules_of, states_of
 from cachefreeze.lineage.operations import SWITCH, Operation, Trace, label, mark
 from cachefreeze.lineage.recording import Running, digest, resting
 from cachefreeze.lineage.structure import Unknown, describe, numbers, outputs, tensors
 
+# Kernels in which no code of somebody's own runs.
+_OF_TORCH = frozenset(("aten", "prims"))
 _CAME_AND_WENT = "uses a tensor that no torch function made (from numpy, or from a global variable)"
 
 
@@ -29,6 +34,7 @@ def trace(
     /,
     *args: Any,
     moving: Collection[torch.Tensor] = (),
+    code_frames: Frames | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Trace]:
     """Runs one ordinary forward pass and follows it.
@@ -39,6 +45,7 @@ def trace(
         model: Module, or a function or method that calls modules.
         *args: Positional arguments of the call, the example batch among them.
         moving: Parameters and buffers that count as trained although they take no gradient.
+        code_frames: Sees the functions that run, if somebody wants to know.
         **kwargs: Keyword arguments of the call.
 
     Returns:
@@ -59,7 +66,7 @@ def trace(
         raise UserError(
             f"{name!r} uses no torch.nn.Module: give a model, or a function that calls one."
         )
-    tracer = _Tracer(modules, moving, (args, kwargs))
+    tracer = _Tracer(modules, moving, (args, kwargs), code_frames)
     began = time.perf_counter()
     with tracer.following():
         output = model(*args, **kwargs)
@@ -94,6 +101,7 @@ class _Tracer(ModuleCalls):
             calls.segments(self._begin_segment, self._end_segment),
             self._kernels,
             self._functions,
+            self.frames or contextlib.nullcontext(),
         ):
             self._resting = False
             try:
@@ -217,9 +225,12 @@ class _Tracer(ModuleCalls):
             return self._kernel_unseen(func, args, kwargs)
         # Below a torch function, torch has taken the mode off already.
         self._resting = True
+        looked = self.frames is not None and func.namespace in _OF_TORCH and self.frames.pause()
         try:
             return self._kernel(func, args, kwargs)
         finally:
+            if looked and self.frames is not None:
+                self.frames.resume()
             self._resting = False
 
     @resting
@@ -264,13 +275,15 @@ class _Tracer(ModuleCalls):
 
     @contextmanager
     def _kernels_of(self, module: torch.nn.Module, running: Running) -> Iterator[None]:
-        """Runs a compiled module without the mode that sees kernels.
+        """Runs some modules without the mode that sees kernels.
 
-        Dynamo compiles nothing below such a mode, and what runs then has other bits. What the
+        Dynamo compiles nothing below such a mode, and what runs then has other bits. Kernels of
+        torch's transformers call others, which autocast does not see below such a mode. What the
         module wrote and drew is found by comparison: buffers by their bits, since kernels write to
         some without counting it.
         """
-        if not soundness.is_compiled(module) or _get_current_dispatch_mode() is not self._kernels:
+        changes_bits = soundness.is_compiled(module) or modes_now().autocast
+        if not changes_bits or _get_current_dispatch_mode() is not self._kernels:
             yield
             return
         with _pop_mode_temporarily():

@@ -213,35 +213,35 @@ def test_a_backbone_inside_a_call_that_joins_inputs_is_cached_by_itself() -> Non
         assert cache.stats.rows_served >= 32, str(cache)
 
 
-def test_when_more_freezes_the_rows_before_serve_to_compute_those_after() -> None:
+def test_when_more_freezes_the_rows_before_serve_to_compute_those_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(6)])
     model[:3].requires_grad_(False)
     x = torch.randn(64, 16)
     ran: list[int] = []
+    original, first = torch.nn.functional.linear, model[0][0].weight
+
+    def counting(one: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        ran.append(weight is first)
+        return original(one, weight, *rest)
+
+    # From the start: another function would be other frozen work.
+    monkeypatch.setattr(torch.nn.functional, "linear", counting)
     with ActivationCache(model) as cache:
         for number in range(3):
             epoch(model, x, number)
         model[:5].requires_grad_(False)
         # The first batch is traced; from then on the first frozen layer need not run.
         model(x[:BATCH])
-        original = torch.nn.functional.linear
-
-        first = model[0][0].weight
-
-        def counting(one: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-            ran.append(weight is first)
-            return original(one, weight, *rest)
-
-        torch.nn.functional.linear = counting
-        try:
-            result = [model(batch) for batch in batches(x, 5)]
-        finally:
-            torch.nn.functional.linear = original
+        ran.clear()
+        result = [model(batch) for batch in batches(x, 5)]
+        counted = sum(ran)
         for batch, one in zip(batches(x, 5), result, strict=True):
             assert_same(one, plainly(model, batch))
         # Batches of the probation run as a whole, and no other.
-        assert 0 < sum(ran) <= 4
+        assert 0 < counted <= 4
         assert cache.stats.rows_served > 64
 
 

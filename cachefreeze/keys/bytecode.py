@@ -1,0 +1,66 @@
+"""Python code: the names that it uses, and the packages that it is in."""
+
+import dis
+import functools
+import itertools
+import sys
+import types
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+# Packages whose code is known by their versions.
+_BY_VERSION = ("torch", "torchvision", "numpy", "PIL", "scipy", "sklearn", "pandas")
+
+
+def content(cell: Any) -> Any:
+    """Returns what a cell of a closure holds, or None."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def names(code: types.CodeType) -> list[str]:
+    """Returns the names of globals and attributes that code uses."""
+    return list(dict.fromkeys(name for one in _codes(code) for name in one.co_names))
+
+
+@functools.lru_cache(2000)
+def globals_of(code: types.CodeType) -> list[str]:
+    """Returns the names of globals that code reads."""
+    found = (dis.get_instructions(one) for one in _codes(code))
+    steps = itertools.chain.from_iterable(found)
+    return list(dict.fromkeys(one.argval for one in steps if one.opname in _OF_GLOBALS))
+
+
+_OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            yield from _codes(one)
+
+
+def is_foreign(where: str | None) -> bool:
+    """Says whether a module's code is known by a version."""
+    root = (where or "").partition(".")[0]
+    return root in _BY_VERSION or (root in sys.stdlib_module_names and root != "__main__")
+
+
+@functools.cache
+def version(where: str | None) -> str:
+    """Returns the version of the package of a module, if it has one of its own."""
+    root = (where or "").partition(".")[0]
+    if root in sys.stdlib_module_names or not root:
+        return ""
+    module = sys.modules.get(root)
+    found = getattr(module, "__version__", None)
+    if isinstance(found, str):
+        return found
+    try:
+        return metadata.version("pillow" if root == "PIL" else root)
+    except metadata.PackageNotFoundError:
+        return ""

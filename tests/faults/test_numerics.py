@@ -1,0 +1,163 @@
+"""Switches that move the last bits of results are thrown while rows are served, in both ways."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .harness import Loop, Net, differs
+
+
+class Attending(nn.Module):
+    """Attention by its function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(64, 192).requires_grad_(False)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.body(x.flatten(2))[:, None].chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v)[:, 0].mean(1))
+
+
+class Transformer(nn.Module):
+    """A layer of torch's own, which has a fast path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True)
+        self.body = nn.Sequential(nn.Flatten(2), layer, nn.Flatten(), nn.Linear(192, 32))
+        self.body.requires_grad_(False).eval()
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+class Tiny(Net):
+    """Weights so small that they are denormal, and a factor that makes them large again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[4].weight.data.mul_(1e-39)
+        self.body[4].bias.data.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body[:5](x) * 1e38)
+
+
+class OfDefaultType(Net):
+    """Makes a tensor of the default type."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((self.body(x) * torch.full((32,), 0.1) + torch.full((32,), 0.3)).float())
+
+
+class Compiled(Net):
+    """A body under `torch.compile`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.compile(self.body, backend="eager")
+
+
+class Odd(Net):
+    """Rows of odd length: the last elements of a batch are computed by other code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, 65), nn.SiLU())
+        self.body.requires_grad_(False)
+        self.head = nn.Linear(65, 4)
+
+
+def matmul_precision(on: bool) -> None:
+    torch.set_float32_matmul_precision("medium" if on else "highest")
+
+
+def conv_precision(on: bool) -> None:
+    with suppress(AttributeError):  # before torch 2.9
+        torch.backends.mkldnn.conv.fp32_precision = "bf16" if on else "none"
+
+
+SWITCHES: dict[str, tuple[type[nn.Module], Callable[[bool], Any]]] = {
+    "precision of products": (Net, matmul_precision),
+    "precision of convolutions": (Net, conv_precision),
+    "deterministic algorithms": (Net, torch.use_deterministic_algorithms),
+    "oneDNN": (Net, lambda on: torch._C._set_mkldnn_enabled(not on)),
+    "denormals": (Tiny, torch.set_flush_denormal),
+    "threads": (Net, lambda on: torch.set_num_threads(2 if on else 1)),
+    "attention": (Attending, lambda on: torch.backends.cuda.enable_flash_sdp(not on)),
+    "fast path": (Transformer, lambda on: torch.backends.mha.set_fastpath_enabled(not on)),
+    "default type": (
+        OfDefaultType,
+        lambda on: torch.set_default_dtype(torch.float64 if on else torch.float32),
+    ),
+    "compiled": (Compiled, lambda on: None),
+    "odd rows": (Odd, lambda on: None),
+}
+# What moves bits on every processor that this was tried on.
+MOVES = {"oneDNN", "denormals", "attention", "fast path", "default type"}
+
+
+@pytest.fixture(autouse=True)
+def _switches_off() -> Iterator[None]:
+    yield
+    for _, switch in SWITCHES.values():
+        switch(False)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_thrown_and_thrown_back(name: str, tmp_path: Path) -> None:
+    make, switch = SWITCHES[name]
+    changes = {2: lambda model: switch(True), 4: lambda model: switch(False)}
+
+    def run(cached: bool, changes: dict[int, Callable[[Any], Any]]) -> Any:
+        switch(False)
+        return Loop(make, changes, epochs=6).run(cached, tmp_path if cached else None)
+
+    plain = run(False, changes)
+    if name in MOVES:
+        assert differs(run(False, {}), plain), "the switch has moved nothing"
+    for _ in range(2):
+        assert not differs(plain, run(True, changes))
+
+
+@pytest.mark.parametrize("make", [Net, Transformer, Attending], ids=lambda make: make.__name__)
+def test_autocast_is_switched_in_the_middle(make: type[nn.Module]) -> None:
+    def run(cached: bool) -> Any:
+        on = [False]
+
+        def step(model: Any, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=on[0]):
+                return model(x).float()
+
+        def turn(model: Any) -> None:
+            on[0] = not on[0]
+
+        return Loop(make, {2: turn, 5: turn}, step=step).run(cached)
+
+    cached = run(True)
+    assert sum(cached.served) > 0
+    assert not differs(run(False), cached)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_rows_of_a_quantised_module_depend_on_others_and_are_not_served() -> None:
+    def run(cached: bool) -> Any:
+        def make() -> Net:
+            model = Net()
+            torch.ao.quantization.quantize_dynamic(model.body, {nn.Linear}, inplace=True)
+            # Its weights are no tensors of the state, and are compared by the losses.
+            model.body[4].state_dict = lambda *args, **kwargs: {}  # type: ignore[method-assign]
+            return model
+
+        return Loop(make, epochs=4).run(cached)
+
+    assert not differs(run(False), run(True))

@@ -1,0 +1,122 @@
+"""Weights and buffers change, by ways that leave a version and by ways that do not.
+
+Every loop runs to its end, and a second run finds the rows of the first one on the disk.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cachefreeze import ActivationCache
+
+from .changes import LATE, WRITERS, Observed, one_number_by_numpy
+from .harness import BATCH, Loop, Net, batches, differs, images
+
+
+class Watched(Net):
+    """A body with an observer in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.insert(2, Observed())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_weights_change_and_both_runs_end_in_the_plain_weights(name: str, tmp_path: Path) -> None:
+    # The batch norm is the second module, its mean and variance are read by all that follows.
+    loop = Loop(Watched, {2: WRITERS[name]}, epochs=4)
+    plain = loop.run(cached=False)
+    assert differs(Loop(Watched, epochs=4).run(cached=False), plain), "nothing was written"
+    for _ in range(2):
+        cached = loop.run(cached=True, directory=tmp_path)
+        assert sum(cached.served) > 0
+        assert not differs(plain, cached), cached.messages
+
+
+@pytest.mark.parametrize("name", [".data.mul_", "numpy", "buffers by .data", "a moving average"])
+def test_weights_that_come_back_are_served_at_once(name: str) -> None:
+    model, x = Net(), images()
+    model.row = (3, 8, 8)
+    with ActivationCache(model) as cache:
+        for epoch in range(3):
+            for batch in batches(x, epoch):
+                model(batch)
+        expected = model(x[:BATCH])
+        before = {key: one.detach().clone() for key, one in model.body.state_dict().items()}
+        WRITERS[name](model)
+        for epoch in range(3, 5):  # what moves twice within four calls counts as trained
+            for batch in batches(x, epoch):
+                model(batch)
+        for key, one in model.body.state_dict().items():
+            one.data.copy_(before[key])
+        served = cache.stats.rows_served
+        results = [model(x[:BATCH]) for _ in range(12)]
+        assert all(torch.equal(one, expected) for one in results)
+        # Two are compared first, as after every change.
+        assert cache.stats.rows_served - served >= 8 * BATCH
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_few_numbers_that_nothing_shows_are_found_and_told(name: str, tmp_path: Path) -> None:
+    loop = Loop(Net, {3: LATE[name]})
+    late = loop.run(cached=True, directory=tmp_path)
+    assert any("was changed in a few places" in sentence for sentence in late.messages)
+    assert any("body.4.weight" in sentence for sentence in late.messages)
+    # Nothing wrong is on the disk under a clean name: a run without the change is right.
+    unchanged = Loop(Net)
+    assert not differs(unchanged.run(cached=False), unchanged.run(True, tmp_path))
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_verify_all_ends_in_the_plain_weights_whatever_happens(name: str) -> None:
+    loop = Loop(Net, {3: LATE[name]}, options={"verify": "all"})
+    assert not differs(loop.run(cached=False), loop.run(cached=True))
+
+
+def test_the_report_says_what_was_checked_and_found() -> None:
+    model, x = Net(), images()
+    with ActivationCache(model) as cache:
+        for epoch in range(3):
+            for batch in batches(x, epoch):
+                model(batch)
+        before = cache.report()
+        assert before.rows_compared == before.batches_compared * BATCH >= 2 * BATCH
+        assert before.rows_served == cache.stats.rows_served > 0
+        assert before.bytes_hashed >= sum(one.nbytes for one in model.body.parameters())
+        assert not before.found
+        assert "No row differed" in str(before)
+        one_number_by_numpy(model)
+        for epoch in range(3):
+            for batch in batches(x, epoch):
+                model(batch)
+    after = cache.report()
+    assert after.changes == 1
+    assert "was changed in a few places" in str(after)
+    assert not before.found, "an earlier report stays what it was"
+
+
+class Alone(nn.Module):
+    """A body that another model holds as well."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(32, 4)
+
+
+def test_another_model_trains_the_body_that_is_frozen_here() -> None:
+    def change(model: Any) -> None:
+        other = Alone(model.body)
+        for parameter in other.body.parameters():
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(other.parameters(), lr=0.01, fused=True)
+        other.head(other.body(images(8, 3))).sum().backward()
+        optimizer.step()
+        other.body.requires_grad_(False)
+
+    loop = Loop(Net, dict.fromkeys((2, 3, 4), change))
+    cached = loop.run(cached=True)
+    assert not differs(loop.run(cached=False), cached)
+    assert sum(cached.served) > 0
