@@ -19,6 +19,7 @@ from cachefreeze.files import human_bytes
 from cachefreeze.keys import Surroundings, same_bits
 from cachefreeze.lineage import Trace, unloaded
 from cachefreeze.lineage.operations import CONSTANT, INPUT
+from cachefreeze.lineage.program import copy_of
 from cachefreeze.lineage.structure import matches, tensors
 
 Tensor = torch.Tensor
@@ -146,6 +147,7 @@ class Route:
             for one in trace.operations
             if one.escapes and all(trace.values[n].kind in (INPUT, CONSTANT) for n in one.reads)
         ]
+        self._has_traced = False
         self._select(self._example)
         plan = self.selection.plan
         # The route from when less was frozen, if its rows lead to those of this one.
@@ -154,6 +156,11 @@ class Route:
             extension = lineage.Extension(before.selection.plan, plan)
             self._earlier = (before, extension) if extension.is_complete else None
         self.meter = Meter(shared.pace, plan.followed, plan.cut.seconds_saved)
+        held = trace.take_held(plan.cut.kept)
+        if self.state is State.KEEPING and held is not None:
+            self._has_traced = True
+            kept = {number: copy_of(tensor) for number, tensor in held.items()}
+            self._pend(_Batch(self.selection.keys(self._example), kept))
 
     def _select(self, inputs: Mapping[int, Tensor]) -> None:
         """Chooses what is kept, and rests if that saves too little."""
@@ -217,6 +224,7 @@ class Route:
         self.selection.forget()
 
     def _drop_batches(self) -> None:
+        self._has_traced = False
         self._shared.held -= sum(batch.nbytes for batch in self._pending)
         self._pending = []
 
@@ -503,7 +511,12 @@ class Route:
             axes = extension.values(before.selection.axes)
             found = self._from_before(inputs) or {}
             known = {number: (found[number], axes[number]) for number in axes.keys() & found}
-        selection.write(selection.keys(inputs), selection.settle(inputs, known))
+        kept = selection.settle(inputs, known)
+        if not self._has_traced:
+            keys = selection.keys(inputs)
+            if _unknown(selection.find(keys)):
+                given = {number: tensor for number, (tensor, _) in known.items()}
+                selection.write(keys, kept or selection.compute(inputs, given))
         # What is left of the traced batch are the inputs that all rows share.
         self._example = selection.shared_of(self._example)
         for batch in self._pending:

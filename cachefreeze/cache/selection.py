@@ -354,7 +354,7 @@ class Selection:
         self,
         inputs: Mapping[int, Tensor],
         known: Mapping[int, tuple[Tensor, Axis]] | None = None,
-    ) -> dict[int, Tensor]:
+    ) -> dict[int, Tensor] | None:
         """Finds where the rows are in the kept values, by recorded operations on a batch.
 
         Args:
@@ -363,14 +363,13 @@ class Selection:
                 its rows.
 
         Returns:
-            Kept values of that batch, by number.
+            Kept values of that batch, by number, if all of them were computed on the way.
         """
         known = known or {}
-        given = {number: tensor for number, (tensor, _) in known.items()}
         if self._like is not None and self._like.settled:
             for one, other in zip(self.kept, self._like.kept, strict=True):
                 one.layout = other.layout
-            return self.compute(inputs, given)
+            return None
         layouts = self._shared.layouts
         names = [self._layout_name(one) for one in self.kept]
         found = None
@@ -380,7 +379,7 @@ class Selection:
                 layouts[name] = self._layout(one, axes, one.number in mixed)
         for one, name in zip(self.kept, names, strict=True):
             one.layout = layouts[name]
-        return self.compute(inputs, given) if found is None else found
+        return found
 
     def _layout_name(self, one: Kept) -> tuple[Any, ...]:
         """Says what the layout of a value depends on: how it is made, and of how many rows."""
@@ -389,14 +388,15 @@ class Selection:
 
     def _axes(
         self, inputs: Mapping[int, Tensor], known: Mapping[int, tuple[Tensor, Axis]]
-    ) -> tuple[Axes, set[int], dict[int, Tensor]]:
+    ) -> tuple[Axes, set[int], dict[int, Tensor] | None]:
         """Finds the axes of the rows in kept values, and those made by looking across rows.
 
         Every operation is tried by itself: where rows are looked across in the middle, such as in
         `torch.where((x > 9).any(), x / 2, x)`, the end may show it in one batch of a thousand.
 
         Returns:
-            Axes, numbers of the kept values for which rows were looked across, and all kept values.
+            Axes, numbers of the kept values for which rows were looked across, and the kept values
+            if all of them were computed on the way.
         """
         program = self.plan.program
         numbers = [one.number for one in self.kept]
@@ -406,8 +406,7 @@ class Selection:
             return lineage.axes_of(program, found, inputs), set(), found
         axes = lineage.batch_axes(self.trace, *inputs.values(), known=known, wanted=numbers)
         found = {number: tensor.detach() for number, tensor in axes.found.items()}
-        if len(found) < len(set(numbers)):
-            found = self.compute(inputs, given)
+        whole = found if len(found) == len(set(numbers)) else None
         # A model may go through its rows one by one.
         mixing = {n for n in axes.mixing if not _is_a_row(self.trace.operations[n])}
         mixed = {
@@ -415,14 +414,16 @@ class Selection:
             for number in numbers
             if not mixing.isdisjoint(one.number for one in program.needed([number], known))
         }
-        rest = {n: tensor for n, tensor in found.items() if axes.axis(n) is None and n not in mixed}
+        rest = [n for n in numbers if axes.axis(n) is None and n not in mixed]
         if rest:
-            axes.fitting.update(lineage.axes_of(program, rest, inputs).fitting)
+            whole = whole or self.compute(inputs, given)
+            those = {number: whole[number] for number in rest}
+            axes.fitting.update(lineage.axes_of(program, those, inputs).fitting)
         for number in sorted(mixing):
             operation = self.trace.operations[number]
             if mixed and operation.makes:
                 self.mixes = self.mixes or self.trace.describe(operation.makes[0])
-        return axes, mixed, found
+        return axes, mixed, whole
 
     def compute(
         self, inputs: Mapping[int, Tensor], known: Mapping[int, Tensor] | None = None

@@ -1,7 +1,8 @@
 """What a trace holds: values, operations and calls of modules, in the order of one forward pass."""
 
+import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -240,7 +241,7 @@ class State:
 
 @dataclass(eq=False)
 class Trace:
-    """One forward pass in order. It holds no tensor of the pass.
+    """One forward pass in order. It holds no tensor of the pass but those in `held`.
 
     Attributes:
         values: Tensors, by number.
@@ -253,6 +254,8 @@ class Trace:
         asked: Numbers of the values of which the pass asked for gradients.
         signature: What another pass must have in common with this one. See `signature`.
         seconds: Time of the pass, with the work of following it.
+        held: Tensors without gradient that trained work has taken, each with its version then, by
+            number, until `take_held`.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -265,6 +268,46 @@ class Trace:
     asked: list[int] = field(default_factory=list)
     signature: Any = None
     seconds: float = 0.0
+    held: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
+
+    def take_held(self, numbers: Collection[int]) -> dict[int, torch.Tensor] | None:
+        """Returns some values of the pass itself, and lets go of all others.
+
+        Args:
+            numbers: Numbers of the values.
+
+        Returns:
+            Values by number, or None if one was not held or was written to since.
+        """
+        found = {number: self._held_as(number) for number in numbers}
+        self.held = {}
+        whole = {number: tensor for number, tensor in found.items() if tensor is not None}
+        return whole if len(whole) == len(found) else None
+
+    def _held_as(self, number: int) -> torch.Tensor | None:
+        """Returns a value that is held, or that another one on its buffer is a view of."""
+        value = self.values[number]
+        for other, (tensor, version) in self.held.items():
+            if self.values[other].storage != value.storage or tensor._version != version:
+                continue
+            if other == number:
+                return tensor
+            size = math.prod(value.shape)
+            reach = 1 + sum(
+                (n - 1) * step for n, step in zip(value.shape, value.stride, strict=True)
+            )
+            whole = size * value.dtype.itemsize == tensor.untyped_storage().nbytes()
+            if value.dtype == tensor.dtype and size == reach and whole:
+                return None if self._is_written(value) else tensor.as_strided(
+                    value.shape, value.stride, 0
+                )  # fmt: skip
+        return None
+
+    def _rewritten(self, value: Value) -> bool:
+        """Says whether a value's buffer was written to after the value was made."""
+        later = self.operations[value.operation + 1 :]
+        written = {self.values[old].storage for one in later for old, _ in one.writes}
+        return value.storage in written
 
     @property
     def kernel_seconds(self) -> float:

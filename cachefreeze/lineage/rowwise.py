@@ -112,7 +112,7 @@ def _of_one(operation: Operation, value: Value, made: Value, dim: int) -> int | 
         same = len(made.shape) > 0 and made.shape[0] == value.shape[0]
         return 0 if dim == 0 and same and made.dtype == value.dtype else None
     if func in _PERMUTE:
-        given = operation.args[1:]
+        given: Any = operation.args[1:]
         given = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
         order = [one % size for one in given if isinstance(one, int)]
         return order.index(dim) if len(order) == size else None

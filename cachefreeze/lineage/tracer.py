@@ -176,7 +176,20 @@ class _Tracer(ModuleCalls):
                 operation.escapes = not writes
         for value in makes:
             self._unseen.pop(self.known.buffer(value), None)
+        self._hold(args, kwargs, output)
         self._commit(operation, running)
+
+    def _hold(self, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Holds what trained work takes of other work: autograd holds most of it anyway."""
+        if not any(tensor.requires_grad for tensor in tensors(output)):
+            return
+        for tensor in tensors((args, kwargs)):
+            number = self.known.number(tensor)
+            if number < 0 or tensor.requires_grad or tensor.is_inference():
+                continue
+            value = self.trace.values[number]
+            if value.operation >= 0 and value.plain:
+                self.trace.held[number] = tensor.detach(), tensor._version
 
     def _unusual(
         self, operation: Operation, running: Running, args: Any, kwargs: dict[str, Any]
