@@ -38,7 +38,7 @@ INSIDE = {
     ],
     "keys": [["bits", "environment", "surroundings"], ["inputs", "operations", "weights"]],
     "cache": [
-        ["codec", "layout", "lengths", "moving", "pace"],
+        ["codec", "layout", "lengths", "moving", "pace", "table"],
         ["entries", "family"],
         ["shared"],
         ["selection", "words"],
