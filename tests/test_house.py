@@ -44,7 +44,7 @@ INSIDE = {
         ["operations"],
     ],
     "cache": [
-        ["codec", "layout", "lengths", "moving", "pace", "fetching", "verify"],
+        ["codec", "layout", "lengths", "moving", "pace", "fetching", "table", "verify"],
         ["entries", "family", "binding"],
         ["known_rows"],
         ["shared", "loader"],

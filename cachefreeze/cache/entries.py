@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -10,226 +9,14 @@ import torch
 import xxhash
 
 from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
+from cachefreeze.cache.table import BELOW, Table
 from cachefreeze.device import free_device_memory
 from cachefreeze.store import Directory, Row, Rows
-from cachefreeze.store.index import Index, first_ones
 
 Tensor = torch.Tensor
 
-
-# Places from here on are those of rows on the disk.
-_BELOW = 1 << 40
-# Seconds after which rows that others have written are looked for again.
-_LOOK_AGAIN = 2.0
 # Bytes of a row. To find a compressed row takes 16 bytes of the file, and a frame has a head.
 _LEAST_COMPRESSED = 1024
-
-
-class Table:
-    """Rows of one kind of value, by key.
-
-    Memory of the CPU is asked for once, as much as the limit allows, and the system gives it page
-    by page as rows are written: no row is copied because the table has grown.
-
-    Args:
-        row_numel: Number of elements of a row.
-        dtype: Type of the elements.
-        device: Device that the rows are kept on.
-        room: Largest number of rows.
-        below: The same rows on the disk, if they are kept there.
-
-    Attributes:
-        room: Largest number of rows now.
-        most: Largest number of rows ever.
-        row_bytes: Bytes of a row.
-        below: The same rows on the disk, if they are kept there.
-    """
-
-    def __init__(
-        self,
-        row_numel: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        room: int,
-        below: Rows | None = None,
-    ) -> None:
-        self.below = below
-        self._looked = monotonic()
-        self._index = Index()
-        self.room = self.most = room
-        self._rows = _reserve(room, row_numel, dtype, device)
-        self._used = np.zeros(0, dtype=np.uint32)
-        self.row_bytes = max(row_numel * dtype.itemsize, 1)
-
-    def __len__(self) -> int:
-        """Returns the number of rows in memory."""
-        return len(self._index)
-
-    @property
-    def device(self) -> torch.device:
-        """Device that the rows are kept on."""
-        return self._rows.device
-
-    @property
-    def rows_kept(self) -> int:
-        """Number of rows that are kept, in memory or on the disk. Most of them lie in both."""
-        return max(len(self), len(self.below) if self.below is not None else 0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory of the rows and of what they are found by."""
-        beside = self._index.nbytes + self._used.nbytes
-        return len(self) * self.row_bytes + beside + (self.below.nbytes if self.below else 0)
-
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """Returns the place of each row, or -1.
-
-        Args:
-            keys: Keys of the rows, of shape (n, 2).
-        """
-        places = self._index.find(keys)
-        if self.below is not None and (missing := np.flatnonzero(places < 0)).size:
-            if monotonic() - self._looked > _LOOK_AGAIN:
-                self.below.refresh()
-                self._looked = monotonic()
-            lower = self.below.find(keys[missing])
-            places[missing] = np.where(lower < 0, -1, lower + _BELOW)
-        return places
-
-    def read(self, places: np.ndarray, now: int) -> Tensor | None:
-        """Copies rows out of the table.
-
-        Args:
-            places: Places of the rows.
-            now: Time at which they are used, as a number that grows.
-
-        Returns:
-            Rows, of shape (n, elements of a row), or None if one on the disk is damaged or gone.
-        """
-        if places.max(initial=0) < _BELOW:
-            self._used[places] = now
-            chosen = torch.from_numpy(places)
-            return self._rows.index_select(0, chosen.to(self._rows.device))
-        lower = places >= _BELOW
-        found = torch.empty((len(places), self._rows.shape[1]), dtype=self._rows.dtype)
-        memory = found.view(torch.uint8).numpy()
-        assert self.below is not None
-        # Places of rows in memory are none on the disk.
-        good = self.below.read(np.where(lower, places - _BELOW, -1), memory)
-        if not good[lower].all():
-            return None
-        found = found.to(self._rows.device)
-        if not lower.all():
-            upper = np.flatnonzero(~lower)
-            self._used[places[upper]] = now
-            rows = self._rows[torch.from_numpy(places[upper]).to(self._rows.device)]
-            found[torch.from_numpy(upper).to(found.device)] = rows
-        return found
-
-    def write(self, keys: np.ndarray, rows: Tensor, now: int) -> int:
-        """Copies those rows into the table that are not there yet.
-
-        Args:
-            keys: Keys of the rows, of shape (n, 2).
-            rows: Rows, of shape (n, elements of a row).
-            now: Time of the writing, as a number that grows.
-
-        Returns:
-            Number of rows that were not there. Those that have no room in memory are left out of
-            it.
-        """
-        places = self.find(keys)
-        missing = np.flatnonzero(places < 0)
-        missing = missing[first_ones(keys[missing])]
-        if self.below is not None and missing.size:
-            taken = rows[torch.from_numpy(missing).to(rows.device)].cpu()
-            self.below.append(keys[missing], taken.view(torch.uint8).numpy())
-        self._put(keys, rows, missing, now)
-        return len(missing)
-
-    def chunks(self, places: np.ndarray) -> list[int]:
-        """Returns the chunks on the disk that rows lie in, each once.
-
-        Args:
-            places: Places of the rows.
-        """
-        if self.below is None or places.max(initial=0) < _BELOW:
-            return []
-        return self.below.chunks(places[places >= _BELOW] - _BELOW)
-
-    def raise_up(self, chunk: int, now: int) -> None:
-        """Copies the rows of a chunk from the disk into memory.
-
-        Args:
-            chunk: What `chunks` has returned.
-            now: Time of the writing, as a number that grows.
-        """
-        assert self.below is not None
-        loaded = self.below.load(chunk)
-        if loaded is not None:
-            keys, memory = loaded
-            rows = torch.from_numpy(memory).view(self._rows.dtype)
-            self._put(keys, rows, np.flatnonzero(self._index.find(keys) < 0), now)
-
-    def _put(self, keys: np.ndarray, rows: Tensor, new: np.ndarray, now: int) -> None:
-        new = new[: self.room - len(self)]
-        if not new.size:
-            return
-        self._grow(len(self) + len(new))
-        places = self._index.add(keys[new])
-        if places[-1] >= len(self._used):
-            grown = np.zeros(max(2 * len(self._used), places[-1] + 1), dtype=np.uint32)
-            grown[: len(self._used)] = self._used
-            self._used = grown
-        self._used[places] = now
-        if new.size == len(rows):
-            self._rows[places[0] : places[-1] + 1] = rows
-        else:
-            self._rows[places[0] : places[-1] + 1] = rows[torch.from_numpy(new).to(rows.device)]
-
-    def _grow(self, count: int) -> None:
-        if count > len(self._rows):
-            size = min(max(count, 2 * len(self._rows)), self.room)
-            grown = self._rows.new_empty((size, self._rows.shape[1]))
-            grown[: len(self._rows)] = self._rows
-            self._rows = grown
-
-    def used(self) -> np.ndarray:
-        """Returns when each row was used last."""
-        return self._used[: len(self)]
-
-    def forget(self, before: int) -> int:
-        """Drops the rows that were not used since some time. Returns their number.
-
-        Args:
-            before: Rows last used before this time are dropped.
-        """
-        stay = np.flatnonzero(self.used() >= before)
-        dropped = len(self) - len(stay)
-        if dropped:
-            # Piece by piece from the front: no piece is written before it was read.
-            for start in range(0, len(stay), _PIECE):
-                piece = torch.from_numpy(stay[start : start + _PIECE]).to(self._rows.device)
-                self._rows[start : start + len(piece)] = self._rows.index_select(0, piece)
-            self._used = self._used[stay]
-            self._index.keep(stay)
-        return dropped
-
-
-_PIECE = 1024
-
-
-def _reserve(room: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    while room and device.type == "cpu":
-        try:
-            # Not `torch.empty`, which writes to all of it where algorithms must be deterministic.
-            memory = np.empty((room, numel * dtype.itemsize), dtype=np.uint8)
-        except MemoryError:
-            # The system does not promise that much. What there is grows by copies.
-            room //= 2
-        else:
-            return torch.from_numpy(memory).view(dtype)
-    return torch.empty((0, numel), dtype=dtype, device=device)
 
 
 class Entries:
@@ -376,7 +163,7 @@ class Entries:
         table = self._tables.get(name)
         if table is not None and table.below is not None:
             places = table.find(keys)
-            table.below.expect(places[places >= _BELOW] - _BELOW)
+            table.below.expect(places[places >= BELOW] - BELOW)
 
     def _raise_up(
         self, table: Table, keys: np.ndarray, places: np.ndarray, chunks: list[int]
@@ -390,8 +177,8 @@ class Entries:
         room = (self.max_bytes - self.nbytes) // table.below.chunk_bytes
         if room <= 0:
             return places
-        lower = places[places >= _BELOW]
-        table.below.expect(lower - _BELOW)
+        lower = places[places >= BELOW]
+        table.below.expect(lower - BELOW)
         for chunk in chunks[:room]:
             table.raise_up(chunk, self.now)
         return table.find(keys)

@@ -11,10 +11,10 @@ import xxhash
 from torch import nn
 
 from cachefreeze import lineage
-from cachefreeze.cache.entries import Table
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.lengths import mask_of, own_lengths
 from cachefreeze.cache.shared import Shared
+from cachefreeze.cache.table import Table
 from cachefreeze.cache.verify import Unwritten, rows_that_differ
 from cachefreeze.keys import (
     Lineage,

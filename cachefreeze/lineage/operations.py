@@ -293,14 +293,11 @@ class Trace:
             if other == number:
                 return tensor
             size = math.prod(value.shape)
-            reach = 1 + sum(
-                (n - 1) * step for n, step in zip(value.shape, value.stride, strict=True)
-            )
-            whole = size * value.dtype.itemsize == tensor.untyped_storage().nbytes()
-            if value.dtype == tensor.dtype and size == reach and whole:
-                return None if self._is_written(value) else tensor.as_strided(
-                    value.shape, value.stride, 0
-                )  # fmt: skip
+            steps = zip(value.shape, value.stride, strict=True)
+            is_dense = size == 1 + sum((count - 1) * step for count, step in steps)
+            is_whole = size * value.dtype.itemsize == tensor.untyped_storage().nbytes()
+            if value.dtype == tensor.dtype and is_dense and is_whole and not self._rewritten(value):
+                return tensor.as_strided(value.shape, value.stride, 0)
         return None
 
     def _rewritten(self, value: Value) -> bool:

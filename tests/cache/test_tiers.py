@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cachefreeze.cache.entries import Entries, Table
+from cachefreeze.cache.entries import Entries
+from cachefreeze.cache.table import Table
 from cachefreeze.store import Directory
 from cachefreeze.store import format as store_format
 
