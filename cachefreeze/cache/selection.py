@@ -206,12 +206,22 @@ class Selection:
         if not self.settled or any(len(group) > 1 for group in groups):
             return self.settled
         return any(
-            len(keys) == self.rows
-            and any(not (self.find({group: keys})[one.number] < 0).any() for one in self.kept)
+            len(keys) == self.rows and self._holds(group, keys)
             for group in groups
             for keys in rows
             if others.isdisjoint(group)
         )
+
+    def _holds(self, group: tuple[int, ...], keys: np.ndarray) -> bool:
+        """Says whether all rows are there that are made from some input, and reads them ahead."""
+        entries = self._shared.entries
+        for one in self.kept:
+            if one.group == group:
+                wanted, table = self._keys_of(one, {group: keys}), self._table(one)
+                if table is None or (table.find(wanted) < 0).any():
+                    return False
+                entries.prefetch(one.table, wanted)
+        return True
 
     @property
     def settled(self) -> bool:

@@ -641,3 +641,47 @@ def test_a_data_set_that_is_made_anew_is_known(folder: Path) -> None:
             loads.append(dataset.loads)
     assert loads[0] == ROWS
     assert min(loads) <= 2
+
+
+class Pairs(Pictures):
+    """Two pictures in every item."""
+
+    def __getitem__(self, index: int) -> Any:
+        other = len(self) - 1 - index
+        return self.picture(index), self.picture(other), self.targets[index]
+
+
+class Matching(Net):
+    """Two trained results of two frozen ones, each of a picture."""
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        return self.head(self.body(x)) * self.head(self.body(other))
+
+
+def match(cached: bool) -> tuple[Tensor, list[int]]:
+    torch.manual_seed(0)
+    model, dataset = Matching(), Pairs()
+    cache = ActivationCache(model) if cached else None
+    loader = DataLoader(dataset, BATCH, shuffle=True)
+    if cache is not None:
+        torch.manual_seed(0)
+        model.load_state_dict(Matching().state_dict())
+        loader = cache.loader(dataset, BATCH, shuffle=True)
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    loads = []
+    for _ in range(6):
+        before = dataset.loads
+        for x, other, y in loader:
+            loss = F.cross_entropy(model(x, other), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        loads.append(dataset.loads - before)
+    return model.head.weight.detach().clone(), loads
+
+
+def test_two_pictures_of_an_item_are_each_known_by_themselves() -> None:
+    (plain, _), (weight, loads) = match(cached=False), match(cached=True)
+    assert torch.equal(plain, weight)
+    assert loads[0] == 2 * ROWS
+    assert min(loads) <= 4
