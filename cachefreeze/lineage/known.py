@@ -20,7 +20,12 @@ def buffer_of(tensor: torch.Tensor) -> int:
 
 def off_line(tensor: torch.Tensor) -> int:
     """Returns the bytes between the last line of 16 and a tensor's first element, on the CPU."""
-    return tensor.data_ptr() % LINE if tensor.device.type == "cpu" else 0
+    if tensor.device.type != "cpu":
+        return 0
+    try:
+        return tensor.data_ptr() % LINE
+    except RuntimeError:  # inside of `torch.func`, tensors have no memory
+        return 0
 
 
 # Some kernels of the CPU give other bits where data begin between two lines of so many bytes.
