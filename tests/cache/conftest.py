@@ -13,8 +13,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def any_share() -> None:
-    """Leaves the share of the time that must be frozen as it is."""

@@ -3,22 +3,14 @@
 import copy
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import cachefreeze
 from cachefreeze import ActivationCache
-from cachefreeze.cache import route
 
 from .harness import BATCH, assert_same, batches, images, served
-
-
-@pytest.fixture(autouse=True)
-def any_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares are of measured times, and other processes may hold up any operation."""
-    monkeypatch.setattr(route, "LEAST_SHARE", 0.0)
 
 
 class Chain(nn.Sequential):
