@@ -36,6 +36,7 @@ _SWITCHES = [
     "memory-efficient attention",
     "cuDNN attention",
     "fast path of attention",
+    "denormal numbers flushed",
     "processor",
     "torchvision",
 ]
