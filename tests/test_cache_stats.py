@@ -105,7 +105,7 @@ def keep(
 
 
 def about_of(**said: Any) -> dict[str, Any]:
-    settings = ["2.9", "cpu", "AVX2", "highest", "True", "1", *["False"] * 6, "a processor", "0.24"]
+    settings = ["2.9", "cpu", "AVX2", "highest", "True", "1", *["False"] * 7, "a processor", "0.24"]
     return {
         "value": "body.2: linear (8x16)",
         "model": "Net (training mode, 8x64)",
