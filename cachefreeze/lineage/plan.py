@@ -68,7 +68,6 @@ class Planned:
     simple: int = -1
 
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LEFT_OUT = (Action.SKIP, Action.WHOLE)
 _Whole = Callable[[Call, list[Operation], frozenset[int]], bool]
 
@@ -116,10 +115,7 @@ class Plan:
                 self.states[id(tensor)] = state.value
 
     def modules_around(self) -> set[int]:
-        """Returns the modules, by `id`, in whose calls something is left out.
-
-        Containers of torch's own are not among them: they read nothing but their parts.
-        """
+        """Returns the modules, by `id`, in whose calls something is left out."""
         found: set[int] = set()
         for operation in self.trace.operations:
             if operation.number in self.cut.runs:
@@ -128,7 +124,7 @@ class Plan:
             while number >= 0:
                 call = self.trace.calls[number]
                 module = call.module()
-                if module is not None and type(module) not in _CONTAINERS:
+                if module is not None:
                     found.add(id(module))
                 number = call.parent
         return found

@@ -488,12 +488,47 @@ def test_a_part_that_is_exchanged_after_attaching_is_taken_as_it_is(part: str, e
                 twin = copy.deepcopy(model)
                 result, expected = model(batch), twin(batch)
                 assert_same(result, expected)
-                trained = [[p for p in one.parameters() if p.requires_grad] for one in (model, twin)]
+                trained = [
+                    [p for p in one.parameters() if p.requires_grad] for one in (model, twin)
+                ]
                 got = torch.autograd.grad(result.sum(), trained[0])
                 wanted = torch.autograd.grad(expected.sum(), trained[1])
                 for one, other in zip(got, wanted, strict=True):
                     assert_same(one, other)
         assert cache.stats.rows_served - before >= 4 * BATCH
+
+
+class Listed(nn.Module):
+    """Layers in a list, which is never called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(192, 64), nn.Linear(64, 64)]).requires_grad_(False)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("what", ["list", "sequence", "hook"])
+def test_what_is_put_between_frozen_layers_while_more_freezes_is_not_passed_over(what: str) -> None:
+    model, x = Listed() if what == "list" else net(), images()
+    model.extra = nn.Linear(2, 2)  # frozen later on
+    with ActivationCache(model) as cache:
+        warm(cache, model, x, epochs=4)
+        model.extra.requires_grad_(False)
+        if what == "hook":
+            model.body.register_forward_hook(lambda module, args, output: 2 * output)
+        else:
+            layers = model.layers if what == "list" else model.body
+            layers[-1] = LowRank(layers[-1])  # type: ignore[index,arg-type]
+        for epoch in range(6):
+            for batch in batches(x, epoch):
+                assert_same(model(batch), plainly(model, batch))
 
 
 def test_a_model_of_which_nothing_trains_is_told_while_it_steps() -> None:
