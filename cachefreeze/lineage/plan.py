@@ -4,8 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from torch import nn
-
 from cachefreeze.lineage.cut import Cut
 from cachefreeze.lineage.operations import (
     CONSTANT,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
+from cachefreeze.models import meant_network
 from cachefreeze.training.command_line import (
     ARCHITECTURES,
     DEFAULTS,
@@ -183,6 +184,9 @@ def _parse_arch(text: str) -> tuple[str, int | None, int | None]:
         return text, None, None
     match = re.fullmatch(r"([a-z]+)(\d+)?(?:_(\d+))?", text.lower())
     if match is None or match[1] not in ARCHITECTURES:
+        meant = meant_network(text, ARCHITECTURES)
+        if meant is not None:
+            raise UserError(f"--arch {text} is not known: did you mean {meant}?")
         raise UserError(
             f"--arch {text} is not known: choose wrn, densenet or vgg, with sizes if you like "
             "(wrn40_4, densenet76_12, vgg16), or torchvision:NAME, timm:NAME or hf:NAME"

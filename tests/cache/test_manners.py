@@ -570,5 +570,5 @@ def test_a_generator_that_is_empty_is_told_and_one_as_data_set_refused() -> None
         assert not cache.messages
         cache.fill(once)
         assert any("fill was given no batch" in message for message in cache.messages)
-        with pytest.raises(UserError, match="was given 'generator'.*give a list"):
+        with pytest.raises(UserError, match=r"was given 'generator'.*give a list"):
             cache.loader(row for row in x)
