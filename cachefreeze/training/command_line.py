@@ -139,6 +139,11 @@ def options() -> argparse.ArgumentParser:
         help="share of each class to validate on, for an imagefolder without a val or test folder",
     )
     group.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images of an imagefolder that cannot be decoded, and name them",
+    )
+    group.add_argument(
         "--augment",
         action=flag,
         default=False,

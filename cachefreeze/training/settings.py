@@ -42,6 +42,7 @@ class Settings:
     data_dir: Path
     image_size: int
     val_fraction: float | None
+    skip_broken: bool
     augment: bool
     epochs: int
     batch_size: int
@@ -215,6 +216,7 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
         ("--no-bottleneck", not args.bottleneck, arch == "densenet", "densenet"),
         ("--data-dir", args.data_dir is not None, args.dataset != "digits", "other data sets"),
         ("--image-size", args.image_size is not None, args.dataset == "imagefolder", "imagefolder"),
+        ("--skip-broken", args.skip_broken, args.dataset == "imagefolder", "imagefolder"),
         (
             "--val-fraction",
             args.val_fraction is not None,
