@@ -117,6 +117,7 @@ def _run_in(folder: RunFolder, start: Start) -> dict[str, Any]:
         image_size=settings.image_size,
         val_fraction=settings.val_fraction,
         workers=settings.workers,
+        skip_broken=settings.skip_broken,
         bar=track,
         normalization=statistics_of(settings, weights, state),
     )

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from cachefreeze.cache.codec import CODECS
 from cachefreeze.cache.entries import Entries
@@ -33,6 +33,8 @@ from cachefreeze.store import Directory
 
 _log = logging.getLogger("cachefreeze")
 _open: "weakref.WeakSet[ActivationCache]" = weakref.WeakSet()
+# Steps of optimizers, none of which had a gradient, after which the user is told.
+_MANY_STEPS = 8
 
 
 def _close_all() -> None:
@@ -137,9 +139,9 @@ class ActivationCache:
         calls.watch(self._parts.values(), watcher)
         catching = calls.catching()
         catching.__enter__()
-        weights = self._shared.weights
+        shared, numbers = self._shared, {id(one) for part in models for one in part.parameters()}
         hook = register_optimizer_step_post_hook(
-            lambda optimizer, args, kwargs: _after_step(optimizer, weights)
+            lambda optimizer, args, kwargs: _after_step(optimizer, shared, numbers)
         )
         self._close = weakref.finalize(
             self, _close, list(self._parts), catching, hook, self._sites, self._shared.entries
@@ -193,13 +195,21 @@ class ActivationCache:
                 tuple or list.
         """
         self._shared.filling = self._models[0] if len(self._models) == 1 else None
+        empty = True
         try:
             with undone(self._models):
                 for batch in loader:
+                    empty = False
                     with contextlib.suppress(Filled):
                         call(batch) if call is not None else _call_with(self._models[0], batch)
         finally:
             self._shared.filling = None
+        if empty:
+            self._shared.tell(
+                "nothing to fill with",
+                "fill was given no batch: a generator is empty once it was passed over, so give a "
+                "DataLoader or a list.",
+            )
 
     def loader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """Makes a DataLoader that does not load what only frozen work would read.
@@ -218,7 +228,16 @@ class ActivationCache:
             dataset: Data set.
             *args: Further arguments of `torch.utils.data.DataLoader`.
             **kwargs: Further arguments of `torch.utils.data.DataLoader`, by name.
+
+        Raises:
+            UserError: The data set is a generator or another iterator.
         """
+        if isinstance(dataset, Iterator) and not isinstance(dataset, IterableDataset):
+            raise UserError(
+                f"loader needs a data set whose items have numbers, and was given "
+                f"{type(dataset).__name__!r}, which can be passed over once: give a list of its "
+                "items."
+            )
         close, shared = self._close, weakref.ref(self._shared)
         return Loader(lambda: shared() if close.alive else None, dataset, *args, **kwargs)
 
@@ -242,6 +261,7 @@ class ActivationCache:
                 f"No parameter of {type(self._models[0]).__name__} was frozen in any call: freeze "
                 "what does not change with cachefreeze.freeze, or by requires_grad = False.",
             )
+        _tell_if_nothing_trains(self._shared, 1)
         self._close()
         self._models, self._sites, self._parts, self._names = (), {}, {}, {}
         self._shared.held = 0
@@ -314,8 +334,14 @@ def _follows_functions() -> bool:
     )
 
 
-def _after_step(optimizer: torch.optim.Optimizer, weights: Any) -> None:
-    """Doubts the bits of what an optimizer may have moved."""
+def _after_step(optimizer: torch.optim.Optimizer, shared: Shared, numbers: set[int]) -> None:
+    """Doubts the bits of what an optimizer may have moved, and counts steps that moved nothing.
+
+    Args:
+        optimizer: Optimizer that has stepped.
+        shared: What all routes of the cache have in common.
+        numbers: Numbers of the parameters of the models.
+    """
     # Optimizers of torch's own leave a parameter alone that has no gradient.
     own = type(optimizer).__module__.startswith("torch.optim")
     moved = [
@@ -324,7 +350,25 @@ def _after_step(optimizer: torch.optim.Optimizer, weights: Any) -> None:
         for parameter in group["params"]
         if not own or parameter.grad is not None
     ]
-    weights.suspect(moved, event=True)
+    shared.weights.suspect(moved, event=True)
+    if shared.idle_steps is None:
+        return
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(parameter.grad is not None or parameter.requires_grad for parameter in held):
+        shared.idle_steps = None
+    elif any(id(parameter) in numbers for parameter in held):
+        shared.idle_steps += 1
+        _tell_if_nothing_trains(shared, _MANY_STEPS)
+
+
+def _tell_if_nothing_trains(shared: Shared, steps: int) -> None:
+    """Tells the user if optimizers have made so many steps, and nothing was there to be moved."""
+    if shared.idle_steps is not None and shared.idle_steps >= steps:
+        shared.tell(
+            "nothing trains",
+            "Nothing trains: an optimizer steps, and every parameter that it holds is frozen. Set "
+            "requires_grad = True for what shall train, such as the head.",
+        )
 
 
 def _check(

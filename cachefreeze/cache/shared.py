@@ -80,6 +80,8 @@ class Shared:
         hash_seconds: Seconds in which frozen bits were hashed beyond what must be.
         report: What was checked and found.
         most_useless: Bytes that are written to the directory before a row has come again.
+        idle_steps: Number of steps of optimizers that hold nothing but frozen parameters. None once
+            there was a step of another.
     """
 
     entries: Entries
@@ -99,6 +101,7 @@ class Shared:
     hash_seconds: float = 0.0
     report: Report = field(default_factory=Report)
     most_useless: int = 0
+    idle_steps: int | None = 0
 
     def __post_init__(self) -> None:
         self.moving = Moving(self.weights)

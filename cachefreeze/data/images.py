@@ -1,8 +1,9 @@
 """Decoded pixels of one split, held in memory or read from image files."""
 
+import contextlib
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,10 @@ from cachefreeze.errors import UserError
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+
+
+# Files of a split whose header is read to find out how many bits its images have: 0.1 s.
+MOST_HEADERS = 1000
 
 
 class Images(Protocol):
@@ -96,11 +101,13 @@ class DamagedImage:
 
     Attributes:
         path: Path of the file.
-        reason: Message of the decoder.
+        reason: Message of the decoder, or of the disk.
+        is_read: Whether the disk gave the file, so that its content is what is wrong.
     """
 
     path: Path
     reason: str
+    is_read: bool = True
 
 
 class ImageFiles(Dataset[Tensor | DamagedImage]):
@@ -121,7 +128,8 @@ class ImageFiles(Dataset[Tensor | DamagedImage]):
             try:
                 batch[position] = decode_image(self.paths[row], self.size)
             except Exception as error:  # image decoders raise a zoo of types on damaged input
-                return DamagedImage(self.paths[row], str(error) or type(error).__name__)
+                is_read = not isinstance(error, OSError) or error.errno is None
+                return DamagedImage(self.paths[row], str(error) or type(error).__name__, is_read)
         return torch.from_numpy(batch)
 
 
@@ -140,6 +148,7 @@ class FolderImages:
     def __init__(
         self, root: Path, paths: Sequence[Path], labels: Sequence[int], size: int, workers: int
     ) -> None:
+        self.root = root
         self.files = ImageFiles(paths, size)
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.workers = workers
@@ -172,6 +181,33 @@ class FolderImages:
             worker_init_fn=leave_signals_to_the_parent,
         )
         yield from map(undamaged, loader)
+
+    def without(self, paths: Collection[Path]) -> "FolderImages":
+        """Returns the images in the same order without some of them."""
+        kept = [
+            (path, label)
+            for path, label in zip(self.files.paths, self.labels.tolist(), strict=True)
+            if path not in paths
+        ]
+        return FolderImages(
+            self.root, [path for path, _ in kept], [n for _, n in kept], self.files.size,
+            self.workers,
+        )  # fmt: skip
+
+    def too_deep(self) -> list[Path]:
+        """Returns images with more than 8 bits a channel, among a spread of them.
+
+        Of each file in the spread the header is read, and no pixel.
+        """
+        from PIL import Image
+
+        found = []
+        for row in spread(MOST_HEADERS, len(self)):
+            # Damaged files are told of when they are decoded.
+            with contextlib.suppress(Exception), Image.open(self.files.paths[row]) as file:
+                if file.mode.startswith(("I", "F")):
+                    found.append(self.files.paths[row])
+        return found
 
     def damaged(self) -> list[DamagedImage]:
         """Decodes every file, and returns those that cannot be."""

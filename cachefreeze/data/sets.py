@@ -14,7 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cachefreeze.data.images import IMAGE_SUFFIXES, ArrayImages, FolderImages, Images
+from cachefreeze.data.images import (
+    IMAGE_SUFFIXES,
+    ArrayImages,
+    DamagedImage,
+    FolderImages,
+    Images,
+)
 from cachefreeze.data.order import Indices
 from cachefreeze.errors import UserError
 
@@ -49,6 +55,7 @@ class DataSet:
         image_shape: Channels, height and width of the images.
         mean: Mean of each channel, of pixels scaled to 0 .. 1.
         std: Standard deviation of each channel, of pixels scaled to 0 .. 1.
+        skipped: Number of broken images that were left out.
     """
 
     name: str
@@ -58,6 +65,7 @@ class DataSet:
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    skipped: int = 0
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -81,6 +89,7 @@ class DataSet:
             len(self.val),
             len(self.classes),
             self.image_shape,
+            skipped=self.skipped,
         )
 
 
@@ -95,6 +104,7 @@ class Outline:
         classes: Number of classes.
         image_shape: Channels, height and width of the images.
         decode_seconds: Seconds that decoding an image takes.
+        skipped: Number of broken images that were left out.
     """
 
     name: str
@@ -103,13 +113,15 @@ class Outline:
     classes: int
     image_shape: tuple[int, int, int]
     decode_seconds: float = 0.0
+    skipped: int = 0
 
     @property
     def description(self) -> str:
         """Description of the data set in one line."""
+        skipped = f", {self.skipped} broken images left out" if self.skipped else ""
         return (
             f"{self.name}: {self.train_rows:,} training and {self.val_rows:,} validation images, "
-            f"{'x'.join(map(str, self.image_shape))}, {self.classes} classes"
+            f"{'x'.join(map(str, self.image_shape))}, {self.classes} classes{skipped}"
         )
 
 
@@ -122,6 +134,7 @@ def load(
     workers: int,
     bar: Bar,
     normalization: Statistics | None = None,
+    skip_broken: bool = False,
 ) -> DataSet:
     """Loads a data set.
 
@@ -135,6 +148,7 @@ def load(
         bar: Function that wraps a pass over images and shows its progress.
         normalization: Mean and standard deviation of each channel to normalise with, in place of
             those of the training images. A folder's images are not all decoded then.
+        skip_broken: Whether broken images of an `imagefolder` are left out.
 
     Raises:
         UserError: The data set is not there, cannot be read, or is damaged.
@@ -148,6 +162,7 @@ def load(
                 workers=workers,
                 bar=bar,
                 normalization=normalization,
+                skip_broken=skip_broken,
             )
     found = load_digits() if name == "digits" else load_cifar(name, folder)
     if normalization is not None:
@@ -156,7 +171,13 @@ def load(
 
 
 def outline(
-    name: str, folder: Path, *, image_size: int, val_fraction: float | None, workers: int
+    name: str,
+    folder: Path,
+    *,
+    image_size: int,
+    val_fraction: float | None,
+    workers: int,
+    skip_broken: bool = False,
 ) -> Outline:
     """Returns the sizes of a data set without reading it. CIFAR need not be there.
 
@@ -167,6 +188,8 @@ def outline(
         val_fraction: Share of every class of an `imagefolder` that becomes the validation split.
             None if the folder has one.
         workers: Number of processes that decode images of an `imagefolder`.
+        skip_broken: Whether broken images of an `imagefolder` are left out, for which all training
+            images are decoded.
 
     Raises:
         UserError: A folder of images is not there, cannot be read, or has no two splits.
@@ -179,9 +202,11 @@ def outline(
         train, val, classes = find_images(
             folder, size=image_size, val_fraction=val_fraction, workers=workers
         )
-        seconds = decode_seconds(train, workers)
+        whole = train.without({one.path for one in train.damaged()}) if skip_broken else train
+        seconds = decode_seconds(whole, workers)
     shape = (3, image_size, image_size)
-    return Outline(f"imagefolder {folder.name}", len(train), len(val), len(classes), shape, seconds)
+    name, skipped = f"imagefolder {folder.name}", len(train) - len(whole)
+    return Outline(name, len(whole), len(val), len(classes), shape, seconds, skipped)
 
 
 def decode_seconds(images: Images, workers: int) -> float:
@@ -277,12 +302,14 @@ def load_folder(
     workers: int,
     bar: Bar,
     normalization: Statistics | None = None,
+    skip_broken: bool = False,
 ) -> DataSet:
     """Loads folders of images: ROOT/train/CLASS/* with ROOT/val or ROOT/test, or ROOT/CLASS/*.
 
     Every image is decoded once here. The mean and standard deviation come from the training images,
     and a damaged file is found now and not in the middle of the night. If `normalization` is given,
-    no image is decoded: a run that finds all rows in its cache needs none.
+    no image is decoded: a run that finds all rows in its cache needs none. With `skip_broken` all
+    are, for the rows must be the same whenever the run goes on.
 
     Args:
         root: Folder of the data set.
@@ -294,29 +321,83 @@ def load_folder(
         bar: Function that wraps the first pass over the images and shows its progress.
         normalization: Mean and standard deviation of each channel to normalise with. If None, those
             of the training images.
+        skip_broken: Whether images that cannot be decoded are left out, and the user is told. A file
+            that cannot be read is no such image.
 
     Raises:
         UserError: There are no images, fewer than two classes, or no validation split, or a file is
             damaged.
     """
     train, val, classes = find_images(root, size=size, val_fraction=val_fraction, workers=workers)
-    if normalization is not None:
+    _tell_of_bits([*train.too_deep(), *val.too_deep()])
+    if normalization is not None and not skip_broken:
         return DataSet(_name(root), classes, train, val, (3, size, size), *normalization)
+    damaged: list[DamagedImage] = []
     try:
-        mean, std = statistics(train, bar)
-        for _ in one_pass(val, bar):
-            pass
+        mean, std = _in_one_pass(train, val, bar)
     except UserError as error:
         damaged = [*train.damaged(), *val.damaged()]
-        if len(damaged) < 2:
-            raise
-        named = ", ".join(str(one.path) for one in damaged[:_MOST_NAMED])
-        more = f" and {len(damaged) - _MOST_NAMED} more" if len(damaged) > _MOST_NAMED else ""
+        if not skip_broken or not all(one.is_read for one in damaged):
+            if len(damaged) < 2:
+                raise
+            raise UserError(
+                f"{len(damaged)} images cannot be decoded ({_named(damaged)}): replace the files "
+                "or remove them from the folder, or leave them out by --skip-broken"
+            ) from error
+        train, val = _without(damaged, train, val, classes)
+        _log.warning(
+            "Images that cannot be decoded are left out, %d in all: %s.",
+            len(damaged),
+            _named(damaged),
+        )
+        mean, std = _in_one_pass(train, val, bar)
+    used = (mean, std) if normalization is None else normalization
+    shape = (3, size, size)
+    return DataSet(_name(root), classes, train, val, shape, *used, len(damaged))
+
+
+def _in_one_pass(train: FolderImages, val: FolderImages, bar: Bar) -> Statistics:
+    """Decodes all images, and returns the statistics of the training images."""
+    found = statistics(train, bar)
+    for _ in one_pass(val, bar):
+        pass
+    return found
+
+
+def _named(damaged: Sequence[DamagedImage]) -> str:
+    named = ", ".join(str(one.path) for one in damaged[:_MOST_NAMED])
+    more = f" and {len(damaged) - _MOST_NAMED} more" if len(damaged) > _MOST_NAMED else ""
+    return f"{named}{more}"
+
+
+def _without(
+    damaged: Sequence[DamagedImage], train: FolderImages, val: FolderImages, classes: Sequence[str]
+) -> tuple[FolderImages, FolderImages]:
+    """Leaves out broken images.
+
+    Raises:
+        UserError: A class has no training image left, or there is no validation image left.
+    """
+    paths = {one.path for one in damaged}
+    train, val = train.without(paths), val.without(paths)
+    left = set(train.labels.tolist())
+    gone = [name for label, name in enumerate(classes) if label not in left]
+    if gone or not len(val):
+        what = f"training image of the class {gone[0]!r}" if gone else "validation image"
         raise UserError(
-            f"{len(damaged)} images cannot be decoded ({named}{more}): replace the files or remove "
-            "them from the folder"
-        ) from error
-    return DataSet(_name(root), classes, train, val, (3, size, size), mean, std)
+            f"no {what} is left without those that cannot be decoded ({_named(damaged)}): replace "
+            "the files"
+        )
+    return train, val
+
+
+def _tell_of_bits(paths: Sequence[Path]) -> None:
+    if paths:
+        _log.warning(
+            "%s and others have more than 8 bits a channel: values above 255 are read as 255, as "
+            "torchvision's ImageFolder reads them; scale such images to 8 bits before.",
+            paths[0],
+        )
 
 
 def _name(root: Path) -> str:

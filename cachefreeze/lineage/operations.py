@@ -287,6 +287,8 @@ class Trace:
     def _held_as(self, number: int) -> torch.Tensor | None:
         """Returns a value that is held, or that another one on its buffer is a view of."""
         value = self.values[number]
+        if self._rewritten(value):  # a write through `.data` or numpy counts nowhere
+            return None
         for other, (tensor, version) in self.held.items():
             if self.values[other].storage != value.storage or tensor._version != version:
                 continue
@@ -296,7 +298,7 @@ class Trace:
             steps = zip(value.shape, value.stride, strict=True)
             is_dense = size == 1 + sum((count - 1) * step for count, step in steps)
             is_whole = size * value.dtype.itemsize == tensor.untyped_storage().nbytes()
-            if value.dtype == tensor.dtype and is_dense and is_whole and not self._rewritten(value):
+            if value.dtype == tensor.dtype and is_dense and is_whole:
                 return tensor.as_strided(value.shape, value.stride, 0)
         return None
 

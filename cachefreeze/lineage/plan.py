@@ -4,8 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from torch import nn
-
 from cachefreeze.lineage.cut import Cut
 from cachefreeze.lineage.operations import (
     CONSTANT,
@@ -68,7 +66,6 @@ class Planned:
     simple: int = -1
 
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LEFT_OUT = (Action.SKIP, Action.WHOLE)
 _Whole = Callable[[Call, list[Operation], frozenset[int]], bool]
 
@@ -116,10 +113,7 @@ class Plan:
                 self.states[id(tensor)] = state.value
 
     def modules_around(self) -> set[int]:
-        """Returns the modules, by `id`, in whose calls something is left out.
-
-        Containers of torch's own are not among them: they read nothing but their parts.
-        """
+        """Returns the modules, by `id`, in whose calls something is left out."""
         found: set[int] = set()
         for operation in self.trace.operations:
             if operation.number in self.cut.runs:
@@ -128,7 +122,7 @@ class Plan:
             while number >= 0:
                 call = self.trace.calls[number]
                 module = call.module()
-                if module is not None and type(module) not in _CONTAINERS:
+                if module is not None:
                     found.add(id(module))
                 number = call.parent
         return found

@@ -88,13 +88,15 @@ def row_dimension(
     first = operation.args[0] if operation.args else None
     if not (isinstance(first, Ref) and reached == [first.number]):
         return None
-    return _of_one(operation, values[first.number], made, dim)
+    return _of_one(operation, values, values[first.number], made, dim)
 
 
 _ATTENTION = F.scaled_dot_product_attention
 
 
-def _of_one(operation: Operation, value: Value, made: Value, dim: int) -> int | None:
+def _of_one(
+    operation: Operation, values: Sequence[Value], value: Value, made: Value, dim: int
+) -> int | None:
     """Returns the dimension of the rows in the result of a function of one value."""
     func, size = operation.func, len(value.shape)
     if func in _OF_IMAGES:
@@ -102,7 +104,10 @@ def _of_one(operation: Operation, value: Value, made: Value, dim: int) -> int | 
     if func is _BATCH_NORM:
         return 0 if dim == 0 and not _argument(operation, 5, "training", False) else None
     if func in _LINEAR:
-        return dim if dim < size - 1 else None
+        bias = _argument(operation, 2, "bias", None)
+        # A bias may have something of its own for every place of the batch.
+        shared = not isinstance(bias, Ref) or len(values[bias.number].shape) < 2
+        return dim if dim < size - 1 and shared else None
     if func is _LAYER_NORM:
         normalized = _argument(operation, 1, "normalized_shape", made.shape)
         return dim if dim < size - len(normalized) else None
@@ -137,8 +142,10 @@ def _apart(
     operation: Operation, values: Sequence[Value], reached: Sequence[int], dim: int
 ) -> int | None:
     """Returns the dimension of the rows in the parts of a value."""
-    first = operation.args[0]
+    first = operation.args[0] if operation.args else None
     if not (isinstance(first, Ref) and list(reached) == [first.number]):
+        return None
+    if "axis" in operation.kwargs:  # torch takes numpy's word for `dim`, too
         return None
     size, alone = len(values[first.number].shape), operation.func in _UNBIND
     along = _dimension(operation, 1 if alone else 2, "dim", 0, size)
@@ -166,7 +173,9 @@ def _takes_all_rows(places: Any) -> bool:
     if not isinstance(places, tuple) or not places:
         return False
     plain = (int, slice, type(None), type(Ellipsis))
-    return places[0] == slice(None) and all(isinstance(one, plain) for one in places)
+    # A truth value takes elements, as a tensor does.
+    known = all(isinstance(one, plain) and not isinstance(one, bool) for one in places)
+    return known and places[0] == slice(None)
 
 
 def _dimension(operation: Operation, place: int, name: str, default: Any, size: int) -> int | None:

@@ -89,20 +89,24 @@ class Signature:
         return self.difference_of_modules()
 
     def renew(self, counting: Collection[int]) -> bool:
-        """Takes modules as they are now, unless one has changed that counts.
+        """Takes modules as they are now, if parts of them were frozen and nothing else was done.
 
         Args:
-            counting: Modules that must be as they were, by `id`.
+            counting: Modules that must be as they were, by `id`. Containers of torch's own read
+                nothing but their parts: their mode may have changed.
 
         Returns:
-            Whether none of them has changed.
+            Whether modules are as they were in all that counts.
         """
         if any(content(value) != before for _, value, before in self._settings):
             return False
         changed = [part for part in self._parts if not part.is_same()]
         modules = [part.module() for part in changed]
-        if any(module is None or id(module) in counting for module in modules):
-            return False
+        for part, module in zip(changed, modules, strict=True):
+            if module is None or not part.is_same_but_for_freezing():
+                return False
+            if id(module) in counting and part.kind not in _CONTAINERS:
+                return False
         for part, module in zip(changed, modules, strict=True):
             assert module is not None
             part.take_anew(module)
@@ -199,6 +203,7 @@ class _Glance:
 _held_by, _takes_gradient = attrgetter("__dict__"), attrgetter("requires_grad")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HELD = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _nothing(held: Any) -> tuple[()]:
@@ -279,6 +284,22 @@ class _Part:
                 or _tensors(held["_buffers"]) == self.buffers
             )
             and (not self.parts or [(k, id(v)) for k, v in held["_modules"].items()] == self.parts)
+        )
+
+    def is_same_but_for_freezing(self) -> bool:
+        """Says whether nothing but its mode, and which parameters take gradient, has changed.
+
+        Parts count wherever they are: a list of modules is never called itself.
+        """
+        module = self.module()
+        if module is None or type(module) is not self.kind:
+            return False
+        other = _Part(self.name, module)
+        before = dict(zip(self.keys, self.plain, strict=True))
+        now = vars(module)
+        return (other.parts, other.hooks) == (self.parts, self.hooks) and all(
+            key in now and (key == "training" or _equal(now[key], value))
+            for key, value in before.items()
         )
 
     def difference(self) -> str:

@@ -354,6 +354,12 @@ class _Tracer(ModuleCalls):
                 for operation in trace.operations:
                     if state.value in operation.reads and not operation.must_run:
                         operation.must_run, operation.taints = _CAME_AND_WENT, True
+        # What numpy was given may be written to by then, and nothing tells.
+        trace.held = {
+            number: held
+            for number, held in trace.held.items()
+            if trace.values[number].storage not in self._exposed
+        }
         self._generators_now()
         if self._hidden_draws or self._python != soundness.python_generators():
             self._distrust()

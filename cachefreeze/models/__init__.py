@@ -9,6 +9,7 @@ from cachefreeze.models.ready_made import (
     IMAGENET,
     Statistics,
     build_ready_made,
+    meant_network,
     weights_statistics,
 )
 from cachefreeze.models.vgg import vgg
@@ -18,6 +19,7 @@ __all__ = [
     "IMAGENET",
     "Statistics",
     "build",
+    "meant_network",
     "weights_statistics",
 ]
 

@@ -3,8 +3,9 @@
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -91,6 +92,35 @@ def weights_statistics(library: str, name: str, weights: str) -> Statistics | No
     _check_name("torchvision", name, torchvision_names())
     preset = _torchvision_weights(name, weights).transforms()
     return tuple(preset.mean), tuple(preset.std)
+
+
+def meant_network(text: str, own: Sequence[str]) -> str | None:
+    """Guesses which network is meant by a name that is none.
+
+    It may import torchvision and timm, which takes seconds.
+
+    Args:
+        text: Name that was given, such as resnet18 or densnet40_12.
+        own: Names of our own networks, without sizes.
+
+    Returns:
+        Name with its library, or with its sizes. None if nothing is close.
+    """
+    name = text.rpartition(":")[2].lower()
+    if "/" in name:
+        return f"hf:{text.rpartition(':')[2]}"
+    letters = re.match("[a-z]*", name)
+    assert letters is not None
+    libraries = {"torchvision": torchvision_names()}
+    with suppress(UserError):
+        libraries["timm"] = import_timm().list_models()
+    for cutoff in (1.0, 0.8):
+        for library, names in libraries.items():
+            for close in difflib.get_close_matches(name, names, n=1, cutoff=cutoff):
+                return f"{library}:{close}"
+    for close in difflib.get_close_matches(letters[0], own, n=1):
+        return close + name[letters.end() :]
+    return None
 
 
 def torchvision_names() -> list[str]:

@@ -1,6 +1,8 @@
 """The options of the command line, with their help texts and defaults."""
 
 import argparse
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,6 +137,11 @@ def options() -> argparse.ArgumentParser:
         type=float,
         metavar="SHARE",
         help="share of each class to validate on, for an imagefolder without a val or test folder",
+    )
+    group.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images of an imagefolder that cannot be decoded, and name them",
     )
     group.add_argument(
         "--augment",
@@ -371,6 +378,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return meaning(action).replace("%", "%%")
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns a question that names what is closest to a word, or nothing if nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f": did you mean {close[0]}?" if close else ""
+
+
 class _Gone(argparse.Action):
     """Refuses an option of earlier versions."""
 
@@ -381,6 +394,28 @@ class _Gone(argparse.Action):
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises `UserError` instead of leaving the process."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Reads a command line, and names options that are close to one that is not known."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            known = [
+                name
+                for name, action in self._option_string_actions.items()
+                if action.help != argparse.SUPPRESS
+            ]
+            hint = next(filter(None, (did_you_mean(one, known) for one in options)), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            choices = [str(one) for one in action.choices or ()]
+            error.message += did_you_mean(str(value), choices)
+            raise
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with the message of argparse."""

@@ -88,4 +88,5 @@ def _outline(settings: Settings) -> Outline:
         image_size=settings.image_size,
         val_fraction=settings.val_fraction,
         workers=settings.workers,
+        skip_broken=settings.skip_broken,
     )

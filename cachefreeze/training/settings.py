@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
+from cachefreeze.models import meant_network
 from cachefreeze.training.command_line import (
     ARCHITECTURES,
     DEFAULTS,
@@ -41,6 +42,7 @@ class Settings:
     data_dir: Path
     image_size: int
     val_fraction: float | None
+    skip_broken: bool
     augment: bool
     epochs: int
     batch_size: int
@@ -183,6 +185,9 @@ def _parse_arch(text: str) -> tuple[str, int | None, int | None]:
         return text, None, None
     match = re.fullmatch(r"([a-z]+)(\d+)?(?:_(\d+))?", text.lower())
     if match is None or match[1] not in ARCHITECTURES:
+        meant = meant_network(text, ARCHITECTURES)
+        if meant is not None:
+            raise UserError(f"--arch {text} is not known: did you mean {meant}?")
         raise UserError(
             f"--arch {text} is not known: choose wrn, densenet or vgg, with sizes if you like "
             "(wrn40_4, densenet76_12, vgg16), or torchvision:NAME, timm:NAME or hf:NAME"
@@ -211,6 +216,7 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
         ("--no-bottleneck", not args.bottleneck, arch == "densenet", "densenet"),
         ("--data-dir", args.data_dir is not None, args.dataset != "digits", "other data sets"),
         ("--image-size", args.image_size is not None, args.dataset == "imagefolder", "imagefolder"),
+        ("--skip-broken", args.skip_broken, args.dataset == "imagefolder", "imagefolder"),
         (
             "--val-fraction",
             args.val_fraction is not None,

@@ -452,3 +452,123 @@ def test_distributed_data_parallel_around_the_model_is_served() -> None:
     wrapped = Wrapped(model)
     with ActivationCache(model) as cache:
         warm(cache, wrapped, x)
+
+
+class LowRank(nn.Module):
+    """What PEFT puts in the place of a layer: the layer, and a trained path beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("epochs", [4, 30])  # served, and at rest
+@pytest.mark.parametrize("part", ["head", "body", "adapter"])
+def test_a_part_that_is_exchanged_after_attaching_is_taken_as_it_is(part: str, epochs: int) -> None:
+    model, x = net(), images()
+    with ActivationCache(model) as cache:
+        for epoch in range(epochs):
+            for batch in batches(x, epoch):
+                model(batch)
+        if part == "head":
+            model.head = nn.Linear(32, 7)
+        elif part == "body":
+            model.body[0] = copy.deepcopy(model.body[0])
+            model.body[0].weight.data.mul_(2)  # type: ignore[operator]
+        else:
+            model.body[6] = LowRank(model.body[6])  # type: ignore[arg-type]
+        before = cache.stats.rows_served
+        for epoch in range(8):
+            for batch in batches(x, epoch):
+                twin = copy.deepcopy(model)
+                result, expected = model(batch), twin(batch)
+                assert_same(result, expected)
+                trained = [
+                    [p for p in one.parameters() if p.requires_grad] for one in (model, twin)
+                ]
+                got = torch.autograd.grad(result.sum(), trained[0])
+                wanted = torch.autograd.grad(expected.sum(), trained[1])
+                for one, other in zip(got, wanted, strict=True):
+                    assert_same(one, other)
+        assert cache.stats.rows_served - before >= 4 * BATCH
+
+
+class Listed(nn.Module):
+    """Layers in a list, which is never called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(192, 64), nn.Linear(64, 64)]).requires_grad_(False)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("what", ["list", "sequence", "hook"])
+def test_what_is_put_between_frozen_layers_while_more_freezes_is_not_passed_over(what: str) -> None:
+    model, x = Listed() if what == "list" else net(), images()
+    model.extra = nn.Linear(2, 2)  # frozen later on
+    with ActivationCache(model) as cache:
+        warm(cache, model, x, epochs=4)
+        model.extra.requires_grad_(False)
+        if what == "hook":
+            model.body.register_forward_hook(lambda module, args, output: 2 * output)
+        else:
+            layers = model.layers if what == "list" else model.body
+            layers[-1] = LowRank(layers[-1])  # type: ignore[index,arg-type]
+        for epoch in range(6):
+            for batch in batches(x, epoch):
+                assert_same(model(batch), plainly(model, batch))
+
+
+def test_a_model_of_which_nothing_trains_is_told_while_it_steps() -> None:
+    model = net().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with ActivationCache(model) as cache:
+        for _ in range(8):
+            assert not cache.messages
+            model(images(4))
+            optimizer.step()
+        assert any("Nothing trains" in message for message in cache.messages)
+
+
+@pytest.mark.parametrize("trains", ["head", "student", "nothing at all"])
+def test_frozen_models_beside_something_that_trains_are_no_mistake(trains: str) -> None:
+    model, x = net().requires_grad_(False), images()
+    other = nn.Linear(4, 2)
+    student = net()
+    with ActivationCache(model, student) as cache:
+        for batch in [*batches(x, 0), *batches(x, 1), *batches(x, 2)]:
+            with torch.no_grad():
+                features = model(batch)
+            if trains == "head":
+                optimizer = torch.optim.SGD(other.parameters(), 0.1)
+                other(features).sum().backward()
+                optimizer.step()
+            elif trains == "student":
+                optimizer = torch.optim.SGD([*model.parameters(), *student.parameters()], 0.1)
+                F.mse_loss(student(batch), features).backward()
+                optimizer.step()
+    assert not any("Nothing trains" in message for message in cache.messages)
+
+
+def test_a_generator_that_is_empty_is_told_and_one_as_data_set_refused() -> None:
+    model, x = net(), images()
+    with ActivationCache(model) as cache:
+        once = batches(x, 0)
+        cache.fill(once)
+        assert not cache.messages
+        cache.fill(once)
+        assert any("fill was given no batch" in message for message in cache.messages)
+        with pytest.raises(UserError, match=r"was given 'generator'.*give a list"):
+            cache.loader(row for row in x)

@@ -94,3 +94,37 @@ def test_a_trace_gives_out_no_value_that_was_written_to(late: bool) -> None:
     assert held is not None
     assert_same(held[convolved], expected)
     assert trace.held == {}
+
+
+class Beside(nn.Module):
+    """Writes into what trained work has taken, by a way that counts no version."""
+
+    def __init__(self, by_numpy: bool, last: bool) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 3).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.by_numpy, self.last = by_numpy, last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        first = y * self.scale
+        if self.by_numpy:
+            y.numpy()[:] *= 2
+        else:
+            y.data.mul_(2)
+        return (first if self.last else first + y * self.scale).sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("by_numpy", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_write_that_counts_no_version_gets_into_no_row_of_the_traced_pass(
+    by_numpy: bool, last: bool
+) -> None:
+    torch.manual_seed(0)
+    model, x = Beside(by_numpy, last), images(128)
+    cache = ActivationCache(model)
+    for epoch in range(3):
+        for batch in batches(x, epoch):
+            assert_same(model(batch), plainly(model, batch))
+    assert cache.stats.rows_served > 0
+    assert cache.messages == ()

@@ -1,14 +1,18 @@
 """Image folders as they come from the field: litter of other programs, and broken files."""
 
+import errno
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cachefreeze.data import sets
+from cachefreeze.data import images, sets
 from cachefreeze.errors import UserError
+from cachefreeze.train import main
 
 
 @pytest.fixture
@@ -24,9 +28,9 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(root: Path) -> sets.DataSet:
+def load(root: Path, **options: Any) -> sets.DataSet:
     return sets.load_folder(
-        root, size=8, val_fraction=None, workers=0, bar=lambda passes, total: passes
+        root, size=8, val_fraction=None, workers=0, bar=lambda passes, total: passes, **options
     )
 
 
@@ -50,10 +54,16 @@ def test_litter_of_other_programs_is_passed_over(
         assert litter in caplog.text
 
 
-def test_all_broken_images_are_named_at_once(photos: Path) -> None:
-    broken = [photos / "train/cat/0.png", photos / "train/dog/2.png", photos / "val/dog/1.png"]
-    for path in broken:
+@pytest.fixture
+def broken(photos: Path) -> list[Path]:
+    """Three images that are cut short."""
+    paths = [photos / "train/cat/0.png", photos / "train/dog/2.png", photos / "val/dog/1.png"]
+    for path in paths:
         path.write_bytes(path.read_bytes()[:40])
+    return paths
+
+
+def test_all_broken_images_are_named_at_once(photos: Path, broken: list[Path]) -> None:
     with pytest.raises(UserError, match="3 images cannot be decoded") as error:
         load(photos)
     assert all(str(path) in str(error.value) for path in broken)
@@ -74,3 +84,87 @@ def test_other_kinds_of_images_are_read_as_torchvision_reads_them(photos: Path, 
     row = sorted((photos / "train" / "cat").iterdir()).index(path)
     read = next(iter(data.train.decode([np.array([row])])))[0].numpy()
     assert np.array_equal(read, np.asarray(default_loader(path)))
+
+
+def test_a_rotated_photograph_is_read_as_torchvision_reads_it(photos: Path) -> None:
+    from torchvision.datasets.folder import default_loader
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "to be turned by 90 degrees"
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    path = photos / "train" / "cat" / "0.jpg"
+    Image.fromarray(pixels).save(path, exif=exif)
+    read = next(iter(load(photos).train.decode([np.array([0])])))[0].numpy()
+    assert np.array_equal(read, np.asarray(default_loader(path)))
+
+
+@pytest.mark.parametrize(("kind", "told"), [(np.uint16, True), (np.float32, True), (None, False)])
+def test_images_of_more_than_8_bits_are_told_once(
+    photos: Path, kind: Any, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split in ("train", "val"):
+        if kind is not None:
+            Image.fromarray(np.zeros((9, 9), kind)).save(photos / split / "cat" / "0.tiff")
+    with caplog.at_level(logging.WARNING, "cachefreeze"):
+        load(photos, normalization=((0.5,) * 3, (0.5,) * 3))
+    assert caplog.text.count("more than 8 bits") == int(told)
+
+
+@pytest.mark.parametrize("normalization", [None, ((0.5,) * 3, (0.5,) * 3)])
+def test_broken_images_are_left_out_on_request_and_named_in_one_warning(
+    photos: Path, broken: list[Path], normalization: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "cachefreeze"):
+        found = load(photos, skip_broken=True, normalization=normalization)
+    (record,) = caplog.records
+    assert "3 in all" in record.getMessage()
+    assert all(str(path) in record.getMessage() for path in broken)
+    assert "3 broken images left out" in found.outline.description
+    assert (len(found.train), len(found.val)) == (4, 5)
+    assert found.train.labels.tolist() == [0, 0, 1, 1]
+    for path in broken:
+        path.unlink()
+    plain = load(photos, normalization=normalization)
+    assert plain.facts == found.facts
+    assert plain.outline.description == found.outline.description.partition(", 3 broken")[0]
+
+
+def test_a_class_of_which_no_image_is_left_is_an_error(photos: Path) -> None:
+    for path in (photos / "train" / "cat").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no training image of the class 'cat' is left"):
+        load(photos, skip_broken=True)
+
+
+def test_a_file_that_cannot_be_read_is_not_left_out(
+    photos: Path, broken: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, size: int) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(images, "decode_image", refuse)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        load(photos, skip_broken=True)
+
+
+def test_a_run_that_left_out_broken_images_goes_on_with_the_same_rows(
+    photos: Path,
+    broken: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fails: Callable[..., str],
+) -> None:
+    run, whole = tmp_path / "run", broken[0].with_name("1.png").read_bytes()
+    argv = ["--dataset", "imagefolder", "--data-dir", str(photos), "--image-size", "8", "-j", "0"]
+    argv += ["--arch", "wrn10_1", "--epochs", "1", "-b", "2", "--cache-dir", str(tmp_path / "rows")]
+    argv += ["--output-dir", str(run), "--no-report", "--precision", "fp32"]
+    assert "--skip-broken" in fails(*argv)
+    assert main([*argv, "--skip-broken"]) == 0
+    printed = capsys.readouterr()
+    assert "left out, 3 in all" in printed.out + printed.err
+    assert "3 broken images left out" in printed.out
+    (run / "summary.json").unlink()
+    assert main(["--resume", str(run)]) == 0
+    (run / "summary.json").unlink()
+    broken[0].write_bytes(whole)
+    assert "the images are not those" in fails("--resume", str(run))

@@ -1,5 +1,6 @@
 """What is known by rule of where rows are is what a trial on other rows finds."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import nn
 from cachefreeze import lineage
 from cachefreeze.lineage import axes as searching
 
-IMAGES, TEXT = (4, 6, 8, 8), (4, 5, 6)
+IMAGES, TEXT, ALIKE = (4, 6, 8, 8), (4, 5, 6), (4, 4, 4)
 BIAS, NORM = torch.randn(6), nn.LayerNorm(6)
 # Something of its own for every place of the batch, or for all the same.
 PLACES = torch.randn(4, 1, 1, 1)
@@ -62,6 +63,13 @@ PLACES = torch.randn(4, 1, 1, 1)
         (TEXT, lambda x: x @ x.transpose(1, 2) @ torch.ones(5, 2)),
         (TEXT, lambda x: torch.matmul(x, torch.ones(4, 6, 2).cumsum(0))),
         (TEXT, lambda x: x.masked_fill(x > 0, 1.0) * (x[:, :, :1] < 0).float()),
+        (ALIKE, lambda x: torch.chunk(input=x, chunks=2, dim=1)[0]),
+        (ALIKE, lambda x: torch.unbind(input=x.transpose(0, 1))[0]),
+        (ALIKE, lambda x: x.transpose(0, 1).chunk(2, axis=1)[0]),
+        (ALIKE, lambda x: torch.unbind(x.transpose(0, 1), axis=1)[0]),
+        (ALIKE, lambda x: x[np.arange(4), :]),
+        (ALIKE, lambda x: x[:, True, :, True]),
+        (ALIKE, lambda x: F.linear(x[:, 0], torch.ones(4, 4), PLACES[:, 0, 0].expand(4, 4))),
         (TEXT, lambda x: F.embedding(x.abs().long() % 6, torch.eye(6)).mean(2)),
     ],
 )
