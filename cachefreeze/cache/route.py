@@ -154,7 +154,7 @@ class Route:
         self._earlier: tuple[Route, lineage.Extension] | None = None
         if before is not None:
             extension = lineage.Extension(before.selection.plan, plan)
-            # What is made of rounded rows would be rounded twice, and too far from what is computed.
+            # What is made of rounded rows is too far from what is computed.
             exact = shared.entries.codec != "int8"
             self._earlier = (before, extension) if extension.is_complete and exact else None
         self.meter = Meter(shared.pace, plan.followed, plan.cut.seconds_saved)
