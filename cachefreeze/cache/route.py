@@ -154,7 +154,9 @@ class Route:
         self._earlier: tuple[Route, lineage.Extension] | None = None
         if before is not None:
             extension = lineage.Extension(before.selection.plan, plan)
-            self._earlier = (before, extension) if extension.is_complete else None
+            # What is made of rounded rows is too far from what is computed.
+            exact = shared.entries.codec != "int8"
+            self._earlier = (before, extension) if extension.is_complete and exact else None
         self.meter = Meter(shared.pace, plan.followed, plan.cut.seconds_saved)
         held = trace.take_held(plan.cut.kept)
         if self.state is State.KEEPING and held is not None:
@@ -413,6 +415,7 @@ class Route:
             rows: Keys of its rows, for each of the tensors that it is made of.
         """
         ready = self.state is State.SERVING or (self.state is State.PROBATION and self._is_proven)
+        ready = ready and self._shared.report.verify != "all"
         return ready and not self.stale and self.selection.knows(rows)
 
     # Before a row has come again.

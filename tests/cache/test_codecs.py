@@ -169,3 +169,17 @@ def test_rounded_rows_are_served_if_that_is_allowed_and_it_is_told(tmp_path: Pat
 def test_a_codec_that_cannot_be_is_refused(options: dict[str, str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         ActivationCache(net(), **options)
+
+
+def test_rounded_rows_are_served_although_more_freezes_in_between() -> None:
+    model, x = net(), images()
+    model.body[3:].requires_grad_(True)
+    cache = ActivationCache(model, codec="int8", exact=False)
+    for epoch in range(8):
+        if epoch == 4:
+            model.body.requires_grad_(False)
+            before = cache.stats.rows_served
+        for batch in batches(x, epoch):
+            model(batch).square().mean().backward()
+    assert 0 < before < cache.stats.rows_served
+    assert not any("is not cached" in one for one in cache.messages)

@@ -145,12 +145,13 @@ class Run:
         close_after: int | None = None,
         arguments: Callable[[Any], dict[str, Any]] = lambda dataset: {"shuffle": True},
         seed: int = 0,
+        verify: str = "sample",
     ) -> None:
         for seeded in (torch.manual_seed, random.seed, np.random.seed):
             seeded(seed)
         model = Net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        cache = ActivationCache(model, directory=directory) if cached else None
+        cache = ActivationCache(model, directory=directory, verify=verify) if cached else None
         options = {"batch_size": BATCH, **arguments(dataset)}
         if "batch_sampler" in options:
             del options["batch_size"]
@@ -259,6 +260,11 @@ def test_items_that_only_frozen_work_reads_are_not_loaded(kind: Any) -> None:
     # Those that are loaded to be compared, and a batch that the cache compares.
     assert max(run.loads[3:]) <= 2 + BATCH
     assert min(run.loads[3:]) <= 2
+
+
+def test_where_every_batch_is_compared_no_item_is_loaded_twice() -> None:
+    run = same(Pictures, verify="all")
+    assert run.loads == [ROWS] * len(run.loads)
 
 
 def test_a_subset_and_its_indices_are_followed() -> None:
