@@ -213,8 +213,20 @@ class Site:
                 return output
         # Tracing takes time: few calls may be traced, and more once it is known to pay.
         elif self._traced >= _FEW_TRACES + self._calls // (_FEW_TRACES if again else _MOST):
+            self._tell_of_words(key)
             return module(*args, **kwargs)
         return self._trace(key, flags, module, args, kwargs, like)
+
+    def _tell_of_words(self, key: _Key) -> None:
+        """Tells of strings and numbers among the arguments that are others in every call."""
+        alike = [other for other in self._kinds if (other[0], other[2]) == (key[0], key[2])]
+        if len(alike) >= _FEW_TRACES and key not in self._kinds:
+            self._shared.tell(
+                f"{self._name}: words",
+                f"Calls of {self._name} are not cached that have other strings or numbers among "
+                "their arguments each time, such as names of files: give the model those only that "
+                "it uses.",
+            )
 
     def _give_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Leaves the module alone from now on."""

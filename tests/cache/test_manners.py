@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cachefreeze import ActivationCache, UserError
+from cachefreeze.cache import route
 
 from .harness import BATCH, Net, assert_same, batches, images, net, plainly, served, warm
 
@@ -265,7 +266,8 @@ def test_texts_padded_to_the_longest_are_served_by_exact_false() -> None:
     cache.close()
 
 
-def test_a_model_with_little_frozen_work_is_left_alone() -> None:
+def test_a_model_with_little_frozen_work_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route, "LEAST_SHARE", 0.5)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), *[nn.Linear(512, 512)] * 0)
     model = nn.Sequential(
@@ -572,3 +574,21 @@ def test_a_generator_that_is_empty_is_told_and_one_as_data_set_refused() -> None
         assert any("fill was given no batch" in message for message in cache.messages)
         with pytest.raises(UserError, match=r"was given 'generator'.*give a list"):
             cache.loader(row for row in x)
+
+
+class Naming(Net):
+    """Is given the names of its images, which it has no use for."""
+
+    def forward(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+def test_other_strings_in_every_call_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Naming(), images(96)
+    with ActivationCache(model) as cache:
+        for epoch in range(2):
+            for number, batch in enumerate(batches(x, epoch)):
+                model(batch, [f"{epoch}-{number}-{row}.jpg" for row in range(len(batch))])
+        assert cache.stats.rows_served == 0
+    (told,) = (one.message for one in caplog.records if "strings" in one.message)
+    assert "names of files" in told
