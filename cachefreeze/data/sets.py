@@ -321,8 +321,8 @@ def load_folder(
         bar: Function that wraps the first pass over the images and shows its progress.
         normalization: Mean and standard deviation of each channel to normalise with. If None, those
             of the training images.
-        skip_broken: Whether images that cannot be decoded are left out, and the user is told. A file
-            that cannot be read is no such image.
+        skip_broken: Whether images that cannot be decoded are left out, and the user is told. Files
+            that cannot be read are no such images.
 
     Raises:
         UserError: There are no images, fewer than two classes, or no validation split, or a file is
