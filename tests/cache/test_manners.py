@@ -1,12 +1,16 @@
 """The cache leaves no trace in what it watches, keeps its limits, and says what limits it."""
 
+import atexit
 import copy
 import gc
 import io
 import logging
+import os
 import pickle
+import signal
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -572,3 +576,27 @@ def test_a_generator_that_is_empty_is_told_and_one_as_data_set_refused() -> None
         assert any("fill was given no batch" in message for message in cache.messages)
         with pytest.raises(UserError, match=r"was given 'generator'.*give a list"):
             cache.loader(row for row in x)
+
+
+def test_a_forked_child_that_closes_the_cache_or_ends_takes_nothing_from_the_parent(
+    tmp_path: Path,
+) -> None:
+    model, x = net(), images()
+    cache = ActivationCache(model, directory=tmp_path / "rows")
+    warm(cache, model, x)
+    for end in (cache.close, atexit._run_exitfuncs):
+        pid = os.fork()
+        if not pid:
+            signal.alarm(30)
+            code = 1
+            try:
+                end()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert served(cache, lambda: model(next(batches(x, 5)))) == BATCH
+    cache.close()
+    with ActivationCache(model, directory=tmp_path / "rows") as later:
+        warm(later, model, x, epochs=1)
+        assert not later.messages
