@@ -207,8 +207,8 @@ class ActivationCache:
         if empty:
             self._shared.tell(
                 "nothing to fill with",
-                "fill was given no batch: a generator is empty once it was passed over, so give a "
-                "DataLoader or a list.",
+                "fill was given no batch: a generator is empty after one pass, so give a list or a "
+                "DataLoader.",
             )
 
     def loader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
