@@ -546,7 +546,7 @@ def test_a_model_of_which_nothing_trains_is_told_while_it_steps() -> None:
         assert any("Nothing trains" in message for message in cache.messages)
 
 
-@pytest.mark.parametrize("trains", ["head", "student", "nothing at all"])
+@pytest.mark.parametrize("trains", ["head", "student", "what is not cached", "nothing at all"])
 def test_frozen_models_beside_something_that_trains_are_no_mistake(trains: str) -> None:
     model, x = net().requires_grad_(False), images()
     other = nn.Linear(4, 2)
@@ -559,6 +559,8 @@ def test_frozen_models_beside_something_that_trains_are_no_mistake(trains: str) 
                 optimizer = torch.optim.SGD(other.parameters(), 0.1)
                 other(features).sum().backward()
                 optimizer.step()
+            elif trains == "what is not cached":
+                torch.optim.SGD(nn.Linear(2, 2).requires_grad_(False).parameters(), 0.1).step()
             elif trains == "student":
                 optimizer = torch.optim.SGD([*model.parameters(), *student.parameters()], 0.1)
                 F.mse_loss(student(batch), features).backward()

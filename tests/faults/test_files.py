@@ -139,11 +139,15 @@ def test_a_class_of_which_no_image_is_left_is_an_error(photos: Path) -> None:
 def test_a_file_that_cannot_be_read_is_not_left_out(
     photos: Path, broken: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decode = images.decode_image
+
     def refuse(path: Path, size: int) -> Any:
-        raise OSError(errno.EMFILE, "Too many open files")
+        if path.name == "1.png":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return decode(path, size)
 
     monkeypatch.setattr(images, "decode_image", refuse)
-    with pytest.raises(UserError, match="cannot be decoded"):
+    with pytest.raises(UserError, match="6 images cannot be decoded"):
         load(photos, skip_broken=True)
 
 
