@@ -587,6 +587,7 @@ def test_a_forked_child_that_closes_the_cache_or_ends_takes_nothing_from_the_par
     cache = ActivationCache(model, directory=tmp_path / "rows")
     warm(cache, model, x)
     for end in (cache.close, atexit._run_exitfuncs):
+        before = {one: one.stat().st_size for one in (tmp_path / "rows").rglob("*")}
         pid = os.fork()
         if not pid:
             signal.alarm(30)
@@ -597,6 +598,7 @@ def test_a_forked_child_that_closes_the_cache_or_ends_takes_nothing_from_the_par
             finally:
                 os._exit(code)
         assert os.waitpid(pid, 0)[1] == 0
+        assert {one: one.stat().st_size for one in (tmp_path / "rows").rglob("*")} == before
         assert served(cache, lambda: model(next(batches(x, 5)))) == BATCH
     cache.close()
     with ActivationCache(model, directory=tmp_path / "rows") as later:
