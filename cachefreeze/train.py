@@ -33,7 +33,7 @@ from cachefreeze.training.preview import preview
 from cachefreeze.training.resume import Start, start_of
 from cachefreeze.training.run_folder import RunFolder, check_cache_folder, make_cache_folder
 from cachefreeze.training.settings import Settings
-from cachefreeze.training.terminal import say, speaking, track, warn
+from cachefreeze.training.terminal import printable, say, speaking, track, warn
 from cachefreeze.training.trainer import Trainer
 
 
@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with speaking(start.verbosity):
             carry_out(start)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except Interrupted as stop:
         assert start is not None
-        print(f"{stop}; to go on: {how_to_resume(start)}", file=sys.stderr)
+        print(printable(f"{stop}; to go on: {how_to_resume(start)}"), file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         kept = "nothing was saved yet"
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif start is not None and (start.settings.output_dir / LAST).exists():
             last = start.settings.output_dir / LAST
             kept = f"the last checkpoint is {last}; to go on: {how_to_resume(start)}"
-        print(f"stopped at once: {kept}", file=sys.stderr)
+        print(printable(f"stopped at once: {kept}"), file=sys.stderr)
         return 130
     return 0
 

@@ -65,7 +65,7 @@ INSIDE = {
     ],
     "freezeout": [["schedule", "freezing"], ["units"], ["scheduler"]],
     "models": [["layers", "hugging_face"], ["wrn", "densenet", "vgg", "ready_made"]],
-    "data": [["order"], ["images"], ["inputs", "sets"]],
+    "data": [["order"], ["images"], ["inputs", "folders"], ["sets"]],
     "training": [
         ["command_line", "terminal", "interrupts", "checkpoint", "run_folder", "fill"],
         ["settings", "forecast"],

@@ -207,8 +207,8 @@ class ActivationCache:
         if empty:
             self._shared.tell(
                 "nothing to fill with",
-                "fill was given no batch: a generator is empty once it was passed over, so give a "
-                "DataLoader or a list.",
+                "fill was given no batch: a generator is empty after one pass, so give a list or a "
+                "DataLoader.",
             )
 
     def loader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
@@ -344,16 +344,11 @@ def _after_step(optimizer: torch.optim.Optimizer, shared: Shared, numbers: set[i
     """
     # Optimizers of torch's own leave a parameter alone that has no gradient.
     own = type(optimizer).__module__.startswith("torch.optim")
-    moved = [
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if not own or parameter.grad is not None
-    ]
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moved = [parameter for parameter in held if not own or parameter.grad is not None]
     shared.weights.suspect(moved, event=True)
     if shared.idle_steps is None:
         return
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(parameter.grad is not None or parameter.requires_grad for parameter in held):
         shared.idle_steps = None
     elif any(id(parameter) in numbers for parameter in held):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import signal
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,8 +158,10 @@ class FolderImages:
         for path, label in zip(paths, labels, strict=True):
             stat = path.stat()
             name = path.relative_to(root).as_posix()
-            digest.update(f"\n{name}\0{stat.st_size} {stat.st_mtime_ns} {label}".encode())
-            names.update(f"\n{name}\0{stat.st_size} {label}".encode())
+            # Names of files may hold bytes that are no UTF-8.
+            start = b"\n" + os.fsencode(name) + b"\0"
+            digest.update(start + f"{stat.st_size} {stat.st_mtime_ns} {label}".encode())
+            names.update(start + f"{stat.st_size} {label}".encode())
         self.identity, self.names = digest.hexdigest(), names.hexdigest()
 
     def __len__(self) -> int:

@@ -39,7 +39,9 @@ def render(template: str, **content: Any) -> bytes:
         template: File name of the template.
         **content: Values of the names in the template.
     """
-    return _TEMPLATES.get_template(template).render(colours=figures.COLOURS, **content).encode()
+    text = _TEMPLATES.get_template(template).render(colours=figures.COLOURS, **content)
+    # Names of files may hold bytes that are no UTF-8.
+    return text.encode(errors="backslashreplace")
 
 
 def _trusted(svg: str) -> Markup:

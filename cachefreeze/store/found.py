@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+# numpy.unique imports it at its first use, which fails where no more files can be opened.
+import numpy.ma
+
 from cachefreeze.store.format import (
     JOURNAL,
     NAME,

@@ -1,6 +1,7 @@
 """Lines and bars on the terminal, and the verbosity that decides which of them show."""
 
 import logging
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ class Verbosity:
 EVERYTHING = Verbosity()
 # A process has one terminal, and those who write to it know nothing of each other.
 _verbosity = EVERYTHING
+
+
+# Control and format characters, halves of characters, and ends of lines and paragraphs.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 class _Warnings(logging.Handler):
@@ -57,7 +62,18 @@ def say(line: str, *, always: bool = False) -> None:
         always: Whether it is printed even if only warnings and results are wanted.
     """
     if always or _verbosity.lines:
-        tqdm.write(line)
+        tqdm.write(printable(line))
+
+
+def printable(text: str) -> str:
+    r"""Returns a line in which what is no letter or sign is spelled out, such as \x1b.
+
+    Names of files and classes may hold characters that a terminal obeys, or cannot print.
+    """
+    return "".join(
+        one.encode("unicode_escape").decode() if unicodedata.category(one) in _UNSEEN else one
+        for one in text
+    )
 
 
 def warn(sentence: str) -> None:

@@ -1,12 +1,16 @@
 """The cache leaves no trace in what it watches, keeps its limits, and says what limits it."""
 
+import atexit
 import copy
 import gc
 import io
 import logging
+import os
 import pickle
+import signal
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -544,7 +548,7 @@ def test_a_model_of_which_nothing_trains_is_told_while_it_steps() -> None:
         assert any("Nothing trains" in message for message in cache.messages)
 
 
-@pytest.mark.parametrize("trains", ["head", "student", "nothing at all"])
+@pytest.mark.parametrize("trains", ["head", "student", "what is not cached", "nothing at all"])
 def test_frozen_models_beside_something_that_trains_are_no_mistake(trains: str) -> None:
     model, x = net().requires_grad_(False), images()
     other = nn.Linear(4, 2)
@@ -557,6 +561,8 @@ def test_frozen_models_beside_something_that_trains_are_no_mistake(trains: str) 
                 optimizer = torch.optim.SGD(other.parameters(), 0.1)
                 other(features).sum().backward()
                 optimizer.step()
+            elif trains == "what is not cached":
+                torch.optim.SGD(nn.Linear(2, 2).requires_grad_(False).parameters(), 0.1).step()
             elif trains == "student":
                 optimizer = torch.optim.SGD([*model.parameters(), *student.parameters()], 0.1)
                 F.mse_loss(student(batch), features).backward()
@@ -592,3 +598,29 @@ def test_other_strings_in_every_call_are_told(caplog: pytest.LogCaptureFixture) 
         assert cache.stats.rows_served == 0
     (told,) = (one.message for one in caplog.records if "strings" in one.message)
     assert "names of files" in told
+
+
+def test_a_forked_child_that_closes_the_cache_or_ends_takes_nothing_from_the_parent(
+    tmp_path: Path,
+) -> None:
+    model, x = net(), images()
+    cache = ActivationCache(model, directory=tmp_path / "rows")
+    warm(cache, model, x)
+    for end in (cache.close, atexit._run_exitfuncs):
+        before = {one: one.stat().st_size for one in (tmp_path / "rows").rglob("*")}
+        pid = os.fork()
+        if not pid:
+            signal.alarm(30)
+            code = 1
+            try:
+                end()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert {one: one.stat().st_size for one in (tmp_path / "rows").rglob("*")} == before
+        assert served(cache, lambda: model(next(batches(x, 5)))) == BATCH
+    cache.close()
+    with ActivationCache(model, directory=tmp_path / "rows") as later:
+        warm(later, model, x, epochs=1)
+        assert not later.messages

@@ -139,11 +139,15 @@ def test_a_class_of_which_no_image_is_left_is_an_error(photos: Path) -> None:
 def test_a_file_that_cannot_be_read_is_not_left_out(
     photos: Path, broken: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decode = images.decode_image
+
     def refuse(path: Path, size: int) -> Any:
-        raise OSError(errno.EMFILE, "Too many open files")
+        if path.name == "1.png":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return decode(path, size)
 
     monkeypatch.setattr(images, "decode_image", refuse)
-    with pytest.raises(UserError, match="cannot be decoded"):
+    with pytest.raises(UserError, match="6 images cannot be decoded"):
         load(photos, skip_broken=True)
 
 
@@ -168,3 +172,38 @@ def test_a_run_that_left_out_broken_images_goes_on_with_the_same_rows(
     (run / "summary.json").unlink()
     broken[0].write_bytes(whole)
     assert "the images are not those" in fails("--resume", str(run))
+
+
+NASTY = "=cmd|'calc'!A1<img src=x onerror=alert(1)>\x1b[2J\u202e\udcff"
+
+
+def test_names_of_folders_are_text_on_the_terminal_and_in_the_report(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Callable[..., str]
+) -> None:
+    root = tmp_path / NASTY
+    for split in ("train", "val"):
+        (root / split).mkdir(parents=True)
+        (photos / split / "cat").rename(root / split / NASTY)
+        (photos / split / "dog").rename(root / split / "dog")
+    run = tmp_path / "run"
+    argv = ["--dataset", "imagefolder", "--data-dir", str(root), "--image-size", "8", "-j", "0"]
+    argv += ["--arch", "wrn10_1", "--epochs", "1", "-b", "2", "--cache-dir", str(tmp_path / "rows")]
+    argv += ["--output-dir", str(run), "--precision", "fp32"]
+    assert main(argv) == 0
+    printed = capsys.readouterr()
+    shown = printed.out + printed.err
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert r"onerror=alert(1)>\x1b[2J\u202e\udcff" in shown
+    page = (run / "report.html").read_text()
+    assert "<img" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    # Its columns are named by modules of the network, and all else in it is numbers.
+    header, *lines = (run / "metrics.csv").read_text().splitlines()
+    assert all(name.isidentifier() or name.startswith("lr_") for name in header.split(","))
+    for line in lines:
+        assert [float(cell) for cell in line.split(",")]
+    (root / "train" / NASTY / "0.png").write_bytes(b"")
+    sentence = fails(*argv[:-3], str(tmp_path / "other"), *argv[-2:])
+    assert r"\x1b[2J" in sentence
+    assert "\x1b" not in sentence

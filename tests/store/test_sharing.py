@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -257,3 +260,121 @@ def test_what_is_in_use_is_not_removed(path: Path) -> None:
     directory.close()
     assert prune(path, 0).segments == 1
     assert not (path / NAME.hex()).exists()
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Lets this process open no further file, for a while."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # All numbers below the limit are taken.
+    spare = os.open(os.devnull, os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 64, hard))
+    taken = [spare]
+    try:
+        while True:
+            try:
+                taken.append(os.dup(spare))
+            except OSError:
+                break
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for file in taken:
+            os.close(file)
+
+
+@pytest.mark.parametrize("moment", ["open", "refresh", "read", "load"])
+def test_a_process_that_may_open_no_more_files_condemns_no_row(path: Path, moment: str) -> None:
+    numbers = np.arange(10 * CHUNK_ROWS)
+    write(path, numbers)
+    before = files_below(path)
+    directory = Directory(path, None)
+    rows = None if moment == "open" else directory.rows(NAME, ROW, ABOUT)
+    if moment in ("read", "load"):
+        assert rows is not None
+        rows.refresh()
+    places = None if rows is None else rows.find(keys_of(numbers))
+    with no_more_files():
+        if rows is None:
+            rows = directory.rows(NAME, ROW, ABOUT)
+        elif moment == "refresh":
+            rows.refresh()
+        elif moment == "read":
+            read(rows, numbers)
+        else:
+            assert places is not None
+            for chunk in rows.chunks(places):
+                rows.load(chunk)
+    new = np.arange(1000, 1000 + CHUNK_ROWS)
+    rows.append(keys_of(new), rows_of(new))
+    directory.close()
+    assert set(before) <= set(files_below(path))
+    assert list(verify(path)) == []
+    assert read_again(path, len(numbers)) == (len(numbers), [])
+
+
+def test_rows_that_cannot_be_opened_are_unknown_and_it_is_said(path: Path) -> None:
+    numbers = np.arange(10 * CHUNK_ROWS)
+    write(path, numbers)
+    directory = Directory(path, None)
+    rows = directory.rows(NAME, ROW, ABOUT)
+    with no_more_files():
+        assert not read(rows, numbers).any()
+    assert "Too many open files" in " ".join(directory.messages)
+    directory.close()
+
+
+def test_a_writer_that_is_stopped_in_the_middle_does_not_hold_up_others(path: Path) -> None:
+    write(path, np.arange(20))
+
+    def writer() -> None:
+        directory = Directory(path, None)
+        rows = directory.rows(NAME, ROW, ABOUT)
+        for number in range(20, 4000):
+            one = np.array([number])
+            rows.append(keys_of(one), rows_of(one))
+        directory.close()
+
+    pid = fork(writer)
+    try:
+        while len(segments(path)) < 2:
+            time.sleep(0.001)
+        for _ in range(10):
+            time.sleep(0.005)
+            os.kill(pid, signal.SIGSTOP)
+            started = time.monotonic()
+            found, messages = read_again(path, 4000)
+            new = Directory(path, 10**9)
+            mine = np.arange(5000, 5000 + CHUNK_ROWS)
+            new.rows(NAME, ROW, ABOUT).append(keys_of(mine), rows_of(mine))
+            new.close()
+            assert prune(path, 1).segments == 0
+            assert time.monotonic() - started < 30
+            assert found >= 20
+            assert (messages, new.messages) == ([], [])
+            os.kill(pid, signal.SIGCONT)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        assert wait(pid) == 0
+    assert list(verify(path)) == []
+    assert read_again(path, 4000) == (4000, [])
+
+
+@pytest.mark.parametrize("shift", [-1e9, 1e9])
+def test_a_clock_that_was_put_forward_or_back_loses_no_row(path: Path, shift: float) -> None:
+    numbers = np.arange(10 * CHUNK_ROWS)
+    write(path, numbers)
+    then = time.time() + shift
+    for one in [*path.rglob("*"), path]:
+        os.utime(one, (then, then))
+    directory = Directory(path, 10**9)
+    rows = directory.rows(NAME, ROW, ABOUT)
+    assert read(rows, numbers).all()
+    new = np.arange(1000, 1000 + CHUNK_ROWS)
+    rows.append(keys_of(new), rows_of(new))
+    directory.close()
+    assert directory.messages == []
+    # It was used just now: neither is it old.
+    assert prune(path, 1).segments == 0
+    assert list(verify(path)) == []
+    assert read_again(path, len(numbers)) == (len(numbers), [])
