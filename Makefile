@@ -8,8 +8,9 @@ demo: .venv/installed
 	$(BIN)/python -m cachefreeze.train --arch wrn
 
 # A process a core, with one thread each: threads of several processes would wait for each other.
+# Files in their order: the long ones, of few tests, would come last.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Kills runs of the three networks N times.
 chaos: N ?= 200
