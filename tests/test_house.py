@@ -39,8 +39,9 @@ INSIDE = {
         ["explanation"],
     ],
     "keys": [
-        ["bits", "bytecode", "code", "environment"],
-        ["inputs", "objects", "surroundings", "weights"],
+        ["bits", "bytecode", "environment"],
+        ["code", "inputs", "objects", "weights"],
+        ["surroundings"],
         ["operations"],
     ],
     "cache": [

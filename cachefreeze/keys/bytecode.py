@@ -13,23 +13,28 @@ from typing import Any
 _BY_VERSION = ("torch", "torchvision", "numpy", "PIL", "scipy", "sklearn", "pandas")
 
 
-def content(cell: Any) -> Any:
-    """Returns what a cell of a closure holds, or None."""
+def content(cell: Any, empty: Any = None) -> Any:
+    """Returns what a cell of a closure holds.
+
+    Args:
+        cell: Cell.
+        empty: Value that stands for nothing.
+    """
     try:
         return cell.cell_contents
-    except ValueError:  # empty
-        return None
+    except ValueError:
+        return empty
 
 
 def names(code: types.CodeType) -> list[str]:
     """Returns the names of globals and attributes that code uses."""
-    return list(dict.fromkeys(name for one in _codes(code) for name in one.co_names))
+    return list(dict.fromkeys(name for one in codes(code) for name in one.co_names))
 
 
 @functools.lru_cache(2000)
 def globals_of(code: types.CodeType) -> list[str]:
     """Returns the names of globals that code reads."""
-    found = (dis.get_instructions(one) for one in _codes(code))
+    found = (dis.get_instructions(one) for one in codes(code))
     steps = itertools.chain.from_iterable(found)
     return list(dict.fromkeys(one.argval for one in steps if one.opname in _OF_GLOBALS))
 
@@ -37,11 +42,12 @@ def globals_of(code: types.CodeType) -> list[str]:
 _OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yields code, and all code inside of it: of inner functions, lambdas and comprehensions."""
     yield code
     for one in code.co_consts:
         if isinstance(one, types.CodeType):
-            yield from _codes(one)
+            yield from codes(one)
 
 
 def is_foreign(where: str | None) -> bool:

@@ -10,11 +10,12 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from cachefreeze.keys import bytecode
 from cachefreeze.lineage.contents import attributes_of
 from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.structure import PLAIN_KINDS, is_tensor
@@ -147,19 +148,18 @@ class Code:
             if self._is_new(function, name):
                 called = f"{part} of {function.__qualname__}"
                 self.places.append(Place(called, None, reference, name))
-        names = list(dict.fromkeys(_names(code)))
+        names = bytecode.names(code)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            self._add(
-                f"`{name}` of {function.__qualname__}", cell, functools.partial(_content, cell)
-            )
-            self._value(_content(cell), names, depth, owner)
+            read = functools.partial(bytecode.content, cell, NONE)
+            self._add(f"`{name}` of {function.__qualname__}", cell, read)
+            self._value(read(), names, depth, owner)
         self._reads(code, names, function.__globals__, owner, depth)
 
     def _reads(
         self, code: types.CodeType, names: list[str], space: dict[str, Any], owner: Any, depth: int
     ) -> None:
         """Notes the global variables and the attributes of classes that a code names."""
-        self._codes.update((id(one), one) for one in _all_codes(code))
+        self._codes.update((id(one), one) for one in bytecode.codes(code))
         for name in names:
             if name in space or name in _BUILTINS:
                 value = space.get(name, NONE)
@@ -268,7 +268,7 @@ class Code:
                 self._function(function, owner)
                 return
         owner = None if is_foreign(owner) else owner
-        self._reads(code, list(dict.fromkeys(_names(code))), space, owner, 0)
+        self._reads(code, bytecode.names(code), space, owner, 0)
         free = {name: _Enclosed(local[name]) for name in code.co_freevars if name in local}
         for name, enclosed in free.items():
             if not enclosed.is_weak:
@@ -319,7 +319,7 @@ class _Enclosed:
         self.value = weakref.ref(value) if is_tensor(value) else value
 
     def fits(self, cell: Any) -> bool:
-        now = _content(cell)
+        now = bytecode.content(cell, NONE)
         return (self.value() is now) if is_tensor(now) and self.is_weak else self.value is now
 
     @property
@@ -331,7 +331,7 @@ class _Enclosed:
             self.value = None
 
     def read(self) -> Any:
-        return self.value if self.cell is None else _content(self.cell)
+        return self.value if self.cell is None else bytecode.content(self.cell, NONE)
 
 
 def is_foreign(kind: Any) -> bool:
@@ -360,28 +360,9 @@ def _alive(reference: "weakref.ref[Any]") -> Any:
     return NONE if value is None else value
 
 
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return NONE
-
-
 def _unwrapped(value: Any) -> Any:
     """Returns the function that a descriptor was made from."""
     for name in ("__func__", "fget", "func", "__wrapped__"):
         if not isinstance(value, types.FunctionType):
             value = getattr(value, name, value)
     return value
-
-
-def _all_codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for one in code.co_consts:
-        if isinstance(one, types.CodeType):
-            yield from _all_codes(one)
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    for one in _all_codes(code):
-        yield from one.co_names
