@@ -150,7 +150,7 @@ class Entries:
             return rows
         return decode(rows, *self._rounded[name])
 
-    def prefetch(self, name: bytes, keys: np.ndarray) -> None:
+    def prefetch(self, name: bytes, places: np.ndarray) -> None:
         """Has the system read rows of one kind of value ahead, where they lie on the disk only.
 
         It takes half a millisecond for a batch. Where rows are known some steps before they are
@@ -158,11 +158,10 @@ class Entries:
 
         Args:
             name: Hash of how the value is made.
-            keys: Keys of the rows, of shape (n, 2), in the order in which they are read.
+            places: Places of the rows, as they were found, in the order in which they are read.
         """
         table = self._tables.get(name)
         if table is not None and table.below is not None:
-            places = table.find(keys)
             table.below.expect(places[places >= BELOW] - BELOW)
 
     def _raise_up(

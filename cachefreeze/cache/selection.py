@@ -218,9 +218,10 @@ class Selection:
         for one in self.kept:
             if one.group == group:
                 wanted, table = self._keys_of(one, {group: keys}), self._table(one)
-                if table is None or (table.find(wanted) < 0).any():
+                places = table.find(wanted) if table is not None else None
+                if places is None or (places < 0).any():
                     return False
-                entries.prefetch(one.table, wanted)
+                entries.prefetch(one.table, places)
         return True
 
     @property

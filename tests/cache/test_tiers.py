@@ -138,12 +138,12 @@ def test_rows_that_are_read_ahead_are_those_that_are_read_later(
     table = entries.open(name, (1024,), wide.dtype, torch.device("cpu"), {})
     assert table is not None
     some = np.array([2 * CHUNK_ROWS + 1, 3, 5])
-    entries.prefetch(name, keys_of(some))
+    entries.prefetch(name, table.find(keys_of(some)))
     # A chunk that was not read yet is read as a whole.
     assert advised == [("c.2.0", 0, 0), ("c.0.0", 0, 0)]
     entries.read(name, keys_of(some), table.find(keys_of(some)))
     advised.clear()
-    entries.prefetch(name, keys_of(some))
+    entries.prefetch(name, table.find(keys_of(some)))
     assert [chunk for chunk, _, _ in advised] == ["c.2.0", "c.0.0", "c.0.0"]
     if codec == "raw":
         assert [(start, length) for _, start, length in advised] == [
@@ -153,8 +153,8 @@ def test_rows_that_are_read_ahead_are_those_that_are_read_later(
     for chunk in path.glob(f"{name.hex()}/*/values/c.*"):
         chunk.unlink()
     advised.clear()
-    entries.prefetch(name, keys_of(np.array([900, 3, CHUNK_ROWS])))
-    entries.prefetch(b"another", keys_of(some))
+    entries.prefetch(name, table.find(keys_of(np.array([900, 3, CHUNK_ROWS]))))
+    entries.prefetch(b"another", table.find(keys_of(some)))
     assert all(chunk.startswith("c.0.0") for chunk, _, _ in advised)
     entries.close()
 
@@ -163,7 +163,7 @@ def test_rows_in_memory_are_not_read_ahead(path: Path, monkeypatch: pytest.Monke
     entries, table = opened(path, 1 << 20)
     read(entries, table, np.arange(COUNT))
     monkeypatch.setattr(os, "posix_fadvise", None)
-    entries.prefetch(NAME, keys_of(np.arange(COUNT)))
+    entries.prefetch(NAME, table.find(keys_of(np.arange(COUNT))))
     entries.close()
 
 
