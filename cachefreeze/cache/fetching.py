@@ -114,8 +114,7 @@ class Items:
         return [self.dataset[index] for index in wanted]
 
     def _noting(self, wanted: Any, about: About) -> list[Any]:
-        one_by_one = _one_by_one(self.dataset)
-        if not one_by_one:
+        if getattr(innermost(self.dataset), "__getitems__", None):
             with_files = _Opened()
             items = with_files.run(lambda: self._plainly(wanted))
             # Which item has read which file is not known.
@@ -130,10 +129,11 @@ class Items:
         return items
 
 
-def _one_by_one(dataset: Any) -> bool:
+def innermost(dataset: Any) -> Any:
+    """Returns the data set that a subset, or one of a subset, takes its items from."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
-    return not getattr(dataset, "__getitems__", None)
+    return dataset
 
 
 class Collate:

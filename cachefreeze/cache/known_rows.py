@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, MapDataPipe, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, MapDataPipe, TensorDataset
 from torch.utils.data import default_collate as torchs_collate
 
 from cachefreeze.cache.binding import Binding, NotByRowsError, put_together, take_apart
-from cachefreeze.cache.fetching import About, Ask, Items
+from cachefreeze.cache.fetching import About, Ask, Items, innermost
 from cachefreeze.errors import UserError
 from cachefreeze.keys import Description
 from cachefreeze.lineage.unloaded import Unloaded
@@ -85,7 +85,8 @@ class KnownRows:
         self._dataset = loader.dataset
         if cache is None or loader.batch_sampler is None:
             return False
-        if _in_memory(loader.dataset) or isinstance(loader.dataset, MapDataPipe):
+        in_memory = type(innermost(loader.dataset)) is TensorDataset
+        if in_memory or isinstance(loader.dataset, MapDataPipe):
             return False
         if isinstance(loader.dataset, IterableDataset):
             cache.tell(
@@ -378,12 +379,6 @@ def _numbers(indices: Any, count: int) -> np.ndarray | None:
         return None
     places = np.asarray(indices, dtype=np.int64)
     return places if ((places >= 0) & (places < count)).all() else None
-
-
-def _in_memory(dataset: Any) -> bool:
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    return type(dataset) is TensorDataset
 
 
 def _where() -> str:

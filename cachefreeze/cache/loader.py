@@ -1,6 +1,5 @@
 """A DataLoader that knows its rows by number, so that items need not be loaded for frozen work."""
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,10 +49,9 @@ class _Batches:
         self._rows = rows
         rows.begin(loader, anew=True)
         # A plain loader over the same, whose items say how they were loaded.
-        self._shadow = copy.copy(loader)
-        self._shadow.__dict__.update(loader.__dict__)
-        self._shadow.__class__ = DataLoader  # type: ignore[assignment]
+        self._shadow: DataLoader[Any] = DataLoader.__new__(DataLoader)
         self._shadow.__dict__.update(
+            loader.__dict__,
             dataset=rows.items(),
             collate_fn=Collate(loader.collate_fn),
             batch_sampler=_Asking(loader.batch_sampler, rows),
