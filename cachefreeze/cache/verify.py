@@ -44,14 +44,14 @@ class Report:
         """Says what was checked and found, in a few lines."""
         times = f"{self.changes} times" if self.changes != 1 else "once"
         moved = f"changed {times}" if self.changes else "never changed"
-        lines = [
+        checked = (
             f"verify={self.verify!r}: {self.rows_compared:,} rows in {self.batches_compared:,} "
             f"batches were computed and compared, beside {self.rows_served:,} served ones; "
             f"{human_bytes(self.bytes_hashed)} of frozen weights were hashed, which {moved}; "
-            f"{self.seconds:.1f} s.",
-        ]
-        return "\n".join([*lines, *(f"- {sentence}" for sentence in self.found)] if self.found
-                         else [*lines, "No row differed."])  # fmt: skip
+            f"{self.seconds:.1f} s."
+        )
+        found = [f"- {sentence}" for sentence in self.found]
+        return "\n".join([checked, *(found or ["No row differed."])])
 
 
 def rows_that_differ(computed: Tensor, stored: Tensor) -> str:

@@ -80,9 +80,10 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
         images = sorted(
             path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
         )
-        litter = [p for p in images if any(map(_is_litter, p.relative_to(folder).parts))]
-        files = [path for path in images if path not in set(litter)]
-        passed += litter
+        files: list[Path] = []
+        for path in images:
+            litter = any(map(_is_litter, path.relative_to(folder).parts))
+            (passed if litter else files).append(path)
         if not files:
             raise UserError(f"{folder / name} has no images in it: add some or remove the folder")
         paths += files

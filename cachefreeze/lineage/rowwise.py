@@ -43,6 +43,7 @@ _UNSQUEEZE, _UNBIND = (T.unsqueeze, torch.unsqueeze), (T.unbind, torch.unbind)
 _SPLIT = (T.chunk, torch.chunk, T.split, torch.split)
 _SOFTMAX = (F.softmax, T.softmax, torch.softmax, F.log_softmax, T.log_softmax, torch.log_softmax)
 _REDUCE, _CAT = (T.mean, torch.mean, T.sum, torch.sum), (torch.cat, torch.concat)
+_ATTENTION = F.scaled_dot_product_attention
 _MATMUL = (T.matmul, torch.matmul, T.__matmul__)
 
 
@@ -89,9 +90,6 @@ def row_dimension(
     if not (isinstance(first, Ref) and reached == [first.number]):
         return None
     return _of_one(operation, values, values[first.number], made, dim)
-
-
-_ATTENTION = F.scaled_dot_product_attention
 
 
 def _of_one(
