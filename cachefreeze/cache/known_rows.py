@@ -208,7 +208,7 @@ class KnownRows:
             try:
                 batch, about = self._load([index])
                 differs = bool(about.draws or binding.differ([index], batch))
-            except Exception:
+            except Exception:  # whatever the user's code raises here, it did not in workers
                 differs = True
             if differs:
                 self._turn_off("are others in the main process than in workers")
