@@ -854,7 +854,7 @@ class Route:
     def _look_at_weights(self) -> None:
         """Sees whether frozen bits have changed. Nothing that was made from others is served."""
         self.selection.look()
-        if self._shared.may_hash:
+        if self._shared.seconds_to_hash > 0:
             self.selection.look_again()
         if moved := self.selection.name():
             self._moved(moved)

@@ -494,13 +494,15 @@ class Selection:
         return rows_that_differ(layout.split(computed), layout.split(stored))
 
     def look_again(self, at_all: bool = False) -> None:
-        """Hashes one frozen tensor again, each in its turn, or all of them."""
+        """Hashes all frozen bits again, or as many as there is time for, each in its turn."""
         weights = self._shared.weights
         if at_all:
             weights.suspect(self.frozen)
+            seconds = weights.hash(self.frozen)
+        elif self._look is not None and weights.changes == self._named_at:
+            seconds = weights.hash_some(self._look, self._shared.seconds_to_hash)
         else:
-            weights.suspect_next(self.frozen)
-        seconds = weights.hash(self.frozen)
+            return
         self._shared.report.seconds += seconds
         self._shared.hash_seconds += seconds
 

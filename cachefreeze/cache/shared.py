@@ -148,17 +148,17 @@ class Shared:
         return INT8_ERROR if rounded else _CLOSE
 
     @property
-    def may_hash(self) -> bool:
-        """Whether there is time to hash frozen bits beyond what must be."""
-        return self.report.verify != "off" and self._has_time(self.hash_seconds)
+    def seconds_to_hash(self) -> float:
+        """Seconds that may go into hashes of frozen bits beyond what must be, for now."""
+        return 0.0 if self.report.verify == "off" else self._seconds_left(self.hash_seconds)
 
     @property
     def may_compare(self) -> bool:
         """Whether there is time to compare a batch beyond what must be."""
-        return self._has_time(self.report.seconds - self.hash_seconds)
+        return self._seconds_left(self.report.seconds - self.hash_seconds) > 0
 
-    def _has_time(self, spent: float) -> bool:
-        return spent < _SHARE * self.served_seconds
+    def _seconds_left(self, spent: float) -> float:
+        return _SHARE * self.served_seconds - spent
 
     def find(self, about: str, sentence: str) -> None:
         """Tells the user of something wrong that a check has found."""
