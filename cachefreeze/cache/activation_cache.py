@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from cachefreeze.cache.codec import CODECS
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.loader import Loader
+from cachefreeze.cache.route import hash_all
 from cachefreeze.cache.shared import Filled, Shared, Stats
 from cachefreeze.cache.site import Site
 from cachefreeze.cache.verify import VERIFY, Report
@@ -144,7 +145,7 @@ class ActivationCache:
             lambda optimizer, args, kwargs: _after_step(optimizer, shared, numbers)
         )
         self._close = weakref.finalize(
-            self, _close, list(self._parts), catching, hook, self._sites, self._shared.entries
+            self, _close, list(self._parts), catching, hook, self._sites, self._shared
         )
         self._close.atexit = False  # `_close_all` does it, before directories close themselves
         _open.add(self)
@@ -171,8 +172,10 @@ class ActivationCache:
     def report(self) -> Report:
         """Returns what was checked of kept rows and frozen weights, and what was found.
 
-        What was served and what limits it is in `stats` and `messages`, and in `str(cache)`.
+        All frozen weights are hashed first. What was served and what limits it is in `stats` and
+        `messages`, and in `str(cache)`.
         """
+        hash_all(self._shared.routes(), self._shared)
         report, weights = self._shared.report, self._shared.weights
         served = self._shared.stats.rows_served
         return replace(
@@ -415,17 +418,17 @@ def _check_codec(codec: str, on_disk: bool, exact: bool) -> None:
 
 
 def _close(
-    numbers: list[int], catching: Any, hook: Any, sites: dict[int, Site], entries: Entries
+    numbers: list[int], catching: Any, hook: Any, sites: dict[int, Site], shared: Shared
 ) -> None:
     calls.unwatch(numbers)
     catching.__exit__(None, None, None)
     hook.remove()
+    entries = shared.entries
+    routes = [route for site in sites.values() for route in site.routes()]
     try:
-        for site in sites.values():
-            for route in site.routes():
-                route.look_at_the_end()
-                if entries.directory is not None:
-                    route.write_all()
+        hash_all(routes, shared)
+        for route in routes if entries.directory is not None else ():
+            route.write_all()
     finally:
         entries.close()
         for sentence in entries.messages:

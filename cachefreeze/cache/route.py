@@ -747,7 +747,7 @@ class Route:
             if not same_bits(kept[one.number], stored[one.number])
         ]
         if different:
-            self.selection.look_again(at_all=True)
+            self._shared.weights.suspect(self.selection.frozen)
             if moved := self.selection.name():
                 self._moved(moved)
                 return output
@@ -894,11 +894,35 @@ class Route:
             'verify="all" compares every batch.',
         )
 
-    def look_at_the_end(self) -> None:
-        """Hashes all frozen bits a last time, for rows that were served since the last hash."""
-        unused = not (self._served or self._compared) or self.stale
-        if unused or self._shared.report.verify == "off":
-            return
+    def doubt_all(self) -> bool:
+        """Has all frozen bits hashed again from which anything was served or compared.
+
+        Returns:
+            Whether there are any. Then call `look_at_all` once all routes have come here: routes
+            share parameters, and each of these is hashed once.
+        """
+        if not (self._served or self._compared) or self._shared.report.verify == "off":
+            return False
         self.selection.look()
-        self.selection.look_again(at_all=True)
-        self._tell_if_late(self.selection.name())
+        self._shared.weights.suspect(self.selection.frozen)
+        return True
+
+    def look_at_all(self) -> None:
+        """Sees whether frozen bits have changed, after `doubt_all`."""
+        if moved := self.selection.name():
+            self._moved(moved)
+
+
+def hash_all(routes: Iterable[Route], shared: Shared) -> None:
+    """Hashes all frozen bits, for rows that were served since they were hashed, and tells.
+
+    Args:
+        routes: Routes that have served rows.
+        shared: What all routes of the cache have in common.
+    """
+    began = perf_counter()
+    for route in [one for one in routes if one.doubt_all()]:
+        route.look_at_all()
+    seconds = perf_counter() - began
+    shared.report.seconds += seconds
+    shared.hash_seconds += seconds

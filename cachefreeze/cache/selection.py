@@ -493,18 +493,13 @@ class Selection:
         assert layout is not None
         return rows_that_differ(layout.split(computed), layout.split(stored))
 
-    def look_again(self, at_all: bool = False) -> None:
-        """Hashes all frozen bits again, or as many as there is time for, each in its turn."""
+    def look_again(self) -> None:
+        """Hashes as many frozen bits as there is time for, each in its turn."""
         weights = self._shared.weights
-        if at_all:
-            weights.suspect(self.frozen)
-            seconds = weights.hash(self.frozen)
-        elif self._look is not None and weights.changes == self._named_at:
+        if self._look is not None and weights.changes == self._named_at:
             seconds = weights.hash_some(self._look, self._shared.seconds_to_hash)
-        else:
-            return
-        self._shared.report.seconds += seconds
-        self._shared.hash_seconds += seconds
+            self._shared.report.seconds += seconds
+            self._shared.hash_seconds += seconds
 
     def _about(self, one: Kept, layout: Layout) -> dict[str, Any]:
         """Says what a kept value is, for who looks into the directory."""

@@ -11,7 +11,7 @@ from torch.utils import _device as device_contexts
 
 from cachefreeze import lineage
 from cachefreeze.cache.lengths import differ_in_length
-from cachefreeze.cache.route import Route, State
+from cachefreeze.cache.route import Route, State, hash_all
 from cachefreeze.cache.shared import Filled, Shared
 from cachefreeze.keys import Surroundings, environment
 from cachefreeze.lineage import calls, unloaded
@@ -231,6 +231,7 @@ class Site:
     def _give_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Leaves the module alone from now on."""
         self._gives_up = True
+        hash_all(self.routes(), self._shared)
         for route in self.routes():
             route.free()
         self._kinds.clear()
@@ -283,8 +284,11 @@ class Site:
             return output
         if key not in self._kinds:
             self._note_shapes(key, route)
-        routes = [one for one in self._kinds.get(key, []) if not one.stale]
-        self._kinds[key] = [route, *routes][:_MOST]
+        routes = self._kinds.get(key, [])
+        kept = [route, *(one for one in routes if not one.stale)][:_MOST]
+        # Rows that were served are looked at a last time.
+        hash_all([one for one in routes if one not in kept], self._shared)
+        self._kinds[key] = kept
         return output
 
     def _words(self, module: nn.Module, given: list[torch.Tensor]) -> str:
