@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cachefreeze.cache import pace, route
+from cachefreeze.cache import pace, selection
 from cachefreeze.train import main
 from cachefreeze.training import checkpoint, forecast
 
@@ -171,7 +171,7 @@ def _short_runs() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def any_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets frozen work be left out whatever share of the time it was measured to be."""
-    monkeypatch.setattr(route, "LEAST_SHARE", 0.0)
+    monkeypatch.setattr(selection, "LEAST_SHARE", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from cachefreeze.cache.codec import CODECS
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.loader import Loader
-from cachefreeze.cache.shared import Filled, Shared, Stats
+from cachefreeze.cache.shared import Filled, Shared
 from cachefreeze.cache.site import Site
-from cachefreeze.cache.verify import VERIFY, Report
-from cachefreeze.cache.words import in_words
+from cachefreeze.cache.statistics import VERIFY, Report, Stats, in_words
 from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls, unloaded
@@ -158,7 +157,7 @@ class ActivationCache:
         counts: dict[tuple[bytes, ...], int] = {}
         for site in self._sites.values():
             for route in site.routes():
-                counts.update(route.selection.rows_kept())
+                counts.update(route.selection.kept.count())
         stats.rows_kept = sum(counts.values())
         stats.bytes = self._shared.entries.nbytes + self._shared.held
         return stats
@@ -280,7 +279,8 @@ class ActivationCache:
 
     def __str__(self) -> str:
         """Says what the cache has done, and what limits it."""
-        return in_words(self.stats, self._shared.entries, self.messages)
+        entries = self._shared.entries
+        return in_words(self.stats, entries.max_bytes, entries.dropped, self.messages)
 
     # A call.
 

@@ -1,7 +1,7 @@
 """Kept rows: a table for every kind of value, in memory and on the disk below it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,10 @@ import torch
 import xxhash
 
 from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
+from cachefreeze.cache.deferred_writes import DeferredWrites
 from cachefreeze.cache.table import BELOW, Table
 from cachefreeze.device import free_device_memory
-from cachefreeze.store import Directory, Row, Rows
+from cachefreeze.store import Directory, Row
 
 Tensor = torch.Tensor
 
@@ -60,6 +61,7 @@ class Entries:
         dtype: torch.dtype,
         device: torch.device,
         about: Mapping[str, Any],
+        is_same: Callable[[], bool] | None = None,
     ) -> Table | None:
         """Returns the table of one kind of value, with its rows on the disk below it.
 
@@ -69,6 +71,8 @@ class Entries:
             dtype: Type of the elements.
             device: Device that the rows are kept on.
             about: What to say about the value, as plain JSON.
+            is_same: Function that says whether frozen bits are those in the name. It is called
+                before rows are written to the disk. If None, rows are written at once.
 
         Returns:
             The table, or None if nothing is kept on the disk.
@@ -86,7 +90,7 @@ class Entries:
             below = self.directory.rows(stored, row, about, written)
         except ValueError:  # zarr has no such type
             return None
-        return self._make(name, numel, dtype, device, below)
+        return self._make(name, numel, dtype, device, DeferredWrites(below, is_same))
 
     def has(self, name: bytes) -> bool:
         """Returns whether there may be rows of one kind of value on the disk.
@@ -108,13 +112,13 @@ class Entries:
         numel: int,
         dtype: torch.dtype,
         device: torch.device,
-        below: Rows | None = None,
+        writes: DeferredWrites | None = None,
     ) -> Table:
         if self._rounds(dtype):
             self._rounded[name] = numel, dtype
             numel, dtype = encoded_numel(numel), torch.int8
         room = self.max_bytes // (max(numel * dtype.itemsize, 1) + _BESIDE)
-        table = self._tables[name] = Table(numel, dtype, device, room, below)
+        table = self._tables[name] = Table(numel, dtype, device, room, writes)
         return table
 
     def _bound(self, table: Table) -> None:
@@ -231,8 +235,8 @@ class Entries:
         """
         for name in names:
             table = self._tables.pop(name, None)
-            if wrong and table is not None and table.below is not None:
-                table.below.forget()
+            if wrong and table is not None and table.writes is not None:
+                table.writes.forget()
 
     def close(self) -> None:
         """Frees all memory, and writes to the disk what is not there yet."""

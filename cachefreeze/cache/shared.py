@@ -15,7 +15,7 @@ from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.moving import Moving
 from cachefreeze.cache.pace import Pace
-from cachefreeze.cache.verify import Report
+from cachefreeze.cache.statistics import Report, Stats
 from cachefreeze.keys import Weights
 
 _log = logging.getLogger("cachefreeze")
@@ -31,29 +31,6 @@ class Filled(BaseException):
 
     The caller of `fill` gives the function that it leaves: no `except Exception` may take it.
     """
-
-
-@dataclass
-class Stats:
-    """What a cache has done so far.
-
-    Attributes:
-        rows_served: Rows whose frozen work was left out.
-        rows_computed: Rows whose frozen work ran.
-        rows_kept: Rows that are kept now.
-        bytes: Bytes of everything that is kept now.
-        seconds_saved: Estimated seconds of frozen work that was left out, less what it cost.
-        batches_known: Batches all of whose rows were known.
-        batches: Batches since rows have come again for the first time.
-    """
-
-    rows_served: int = 0
-    rows_computed: int = 0
-    rows_kept: int = 0
-    bytes: int = 0
-    seconds_saved: float = 0.0
-    batches_known: int = 0
-    batches: int = 0
 
 
 @dataclass

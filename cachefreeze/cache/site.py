@@ -11,12 +11,14 @@ from torch.utils import _device as device_contexts
 
 from cachefreeze import lineage
 from cachefreeze.cache.lengths import differ_in_length
-from cachefreeze.cache.route import Route, State
+from cachefreeze.cache.module_call import ModuleCall
+from cachefreeze.cache.route import Route
 from cachefreeze.cache.shared import Filled, Shared
+from cachefreeze.cache.state import State
 from cachefreeze.keys import Surroundings, environment
-from cachefreeze.lineage import calls, unloaded
+from cachefreeze.lineage import calls
 from cachefreeze.lineage.known import LINE, off_line
-from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
+from cachefreeze.lineage.structure import PLAIN_KINDS
 
 # Number of signatures of a module, and of ways through it for one signature, that are followed.
 _MOST = 16
@@ -83,13 +85,13 @@ class Site:
             kwargs: Keyword arguments.
             inner: Whether the call is within one whose frozen modules are cached by themselves.
         """
+        call = ModuleCall(module, args, kwargs)
         if self._by_parts:
-            return self._call_by_parts(module, args, kwargs)
+            return _run_by_parts(call)
         if self._gives_up or self._sleeps():
-            unloaded.load_in((args, kwargs))
-            return module(*args, **kwargs)
+            return call.run()
         before = self._traced
-        output = self._call(module, args, kwargs, inner)
+        output = self._call(call, inner)
         # Other calls in a step may be of another kind.
         at_rest = before == self._traced and all(one.at_rest for one in self.routes())
         self._rested = self._rested + 1 if at_rest else 0
@@ -109,17 +111,14 @@ class Site:
             tuple([part.training for part in self._modules]),
         )
 
-    def _call(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inner: bool
-    ) -> Any:
-        began = perf_counter()
-        given = list(tensors((args, kwargs)))
+    def _call(self, call: ModuleCall, inner: bool) -> Any:
+        given = call.tensors
         shapes = tuple(
             [(one.shape, one.stride() if one.layout == torch.strided else (), one.dtype, one.device,
               one.requires_grad) for one in given]
         )  # fmt: skip
         device = given[0].device if given else torch.device("cpu")
-        key = _switches(device), _plain_in((args, kwargs)), shapes
+        key = _switches(device), _plain_in(call.given), shapes
         self._calls += 1
         if any(map(_lies_between_lines, given)):
             self._shared.tell(
@@ -128,52 +127,46 @@ class Site:
                 f"{LINE} bytes in memory, as some slices of a tensor do: there, results may have "
                 "other last bits. A copy, `x.clone()`, lies on a line.",
             )
-            return module(*args, **kwargs)
+            return call.run()
         self._shared.moving.look()
         routes = self._kinds.get(key, [])
         if routes and routes[0].pauses:
-            return routes[0].pass_by(module, args, kwargs)
+            return routes[0].pass_by(call)
         for place, route in enumerate(routes):
-            if not route.stale and not route.is_outgrown and route.fits((args, kwargs)):
+            if not route.stale and not route.is_outgrown and route.guards.fit(call):
                 self._fitting += 1
                 routes.insert(0, routes.pop(place))
                 filling = self._shared.filling
-                if filling is not None and filling is self._module() and route.fill(args, kwargs):
+                if filling is not None and filling is self._module() and route.fill(call):
                     raise Filled
-                return route.call(module, args, kwargs, began)
-        return self._call_anew(key, given, module, args, kwargs, inner)
+                return route.run(call)
+        return self._call_anew(key, call, inner)
 
-    def _call_anew(
-        self,
-        key: _Key,
-        given: list[torch.Tensor],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inner: bool,
-    ) -> Any:
+    def _call_anew(self, key: _Key, call: ModuleCall, inner: bool) -> Any:
         """Runs a call that no route fits: it is traced if that may pay."""
-        unloaded.load_in(given)
+        call.load()
+        given = call.tensors
         trained = self._trained()
         if inner and any(trained):
-            return self._call_by_parts(module, args, kwargs)
+            return _run_by_parts(call)
         if all(trained) or not _has_rows(given) or not all(map(_is_plain, given)):
-            return module(*args, **kwargs)
+            return call.run()
         flags = self._flags_of_now()
         if self._is_smaller_than_others(key, flags, given):
-            return module(*args, **kwargs)
+            return call.run()
         before = self._before(key, flags)
         if before is not None and self._shared.filling is None and before.carry_on():
-            return before.call(module, args, kwargs, perf_counter())
+            call.began = perf_counter()
+            return before.run(call)
         if before is not None:  # more is frozen: that is as often as there are parameters
-            return self._trace(key, flags, module, args, kwargs, None)
+            return self._trace(key, flags, call, None)
         if any(route.family.broken for route in self.routes()):
-            return self._give_up(module, args, kwargs)
+            return self._give_up(call)
         like = self._of_another_length(key, flags)
         again = like is not None and like.family.again
         routes = self._kinds.get(key, [])
         if self._traced and self._shared.pace.is_over:
-            return module(*args, **kwargs)
+            return call.run()
         if not routes and len(self._kinds) >= (_MOST_LENGTHS if like is not None else _MOST):
             self._shared.tell(
                 f"{self._name}: signatures",
@@ -181,15 +174,15 @@ class Site:
                 "modes: in further ones only frozen modules inside are cached. For padded "
                 "batches, a fixed length or pad_to_multiple_of=64 helps.",
             )
-            return self._call_by_parts(module, args, kwargs)
+            return _run_by_parts(call)
         if routes and self._again >= _FEW_TRACES + self._fitting // _FEW_TRACES:
             self._shared.tell(
                 f"{self._name}: changes",
                 f"Calls of {self._name} are not cached while something in it changes from call to "
-                f"call: {routes[0].difference((args, kwargs)) or 'the way through it'}.",
+                f"call: {routes[0].guards.difference(call.given) or 'the way through it'}.",
             )
-            return module(*args, **kwargs)
-        if self._traced == 0 and (functions := lineage.compiled_functions(module)):
+            return call.run()
+        if self._traced == 0 and (functions := lineage.compiled_functions(call.module)):
             self._gives_up = True
             self._shared.tell(
                 f"{self._name}: compiled",
@@ -197,7 +190,7 @@ class Site:
                 f"({', '.join(functions)}), which would run uncompiled while it is followed. "
                 "Compile a module in its place.",
             )
-            return module(*args, **kwargs)
+            return call.run()
         takes = like is not None and like.selection.takes_other_lengths
         if like is not None and not takes and len(self._kinds) >= _MANY_LENGTHS:
             self._shared.tell(
@@ -206,16 +199,16 @@ class Site:
                 "and have other bits each time. A fixed length or pad_to_multiple_of=64 makes rows "
                 "come again, and exact=False may serve them at any length.",
             )
-            return self._give_up(module, args, kwargs)
+            return self._give_up(call)
         if like is not None and takes:
-            output, ran = like.call_of_another_length(module, args, kwargs)
+            output, ran = like.run_of_another_length(call)
             if ran:
                 return output
         # Tracing takes time: few calls may be traced, and more once it is known to pay.
         elif self._traced >= _FEW_TRACES + self._calls // (_FEW_TRACES if again else _MOST):
             self._tell_of_words(key)
-            return module(*args, **kwargs)
-        return self._trace(key, flags, module, args, kwargs, like)
+            return call.run()
+        return self._trace(key, flags, call, like)
 
     def _tell_of_words(self, key: _Key) -> None:
         """Tells of strings and numbers among the arguments that are others in every call."""
@@ -228,13 +221,13 @@ class Site:
                 "it uses.",
             )
 
-    def _give_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _give_up(self, call: ModuleCall) -> Any:
         """Leaves the module alone from now on."""
         self._gives_up = True
         for route in self.routes():
             route.free()
         self._kinds.clear()
-        return module(*args, **kwargs)
+        return call.run()
 
     def _trained(self) -> list[bool]:
         """Returns which parameters take gradient, those of parts that are new among them."""
@@ -249,28 +242,20 @@ class Site:
         ]
         return [one.requires_grad for one in self._parameters]
 
-    def _trace(
-        self,
-        key: _Key,
-        flags: _Flags,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        like: Route | None,
-    ) -> Any:
+    def _trace(self, key: _Key, flags: _Flags, call: ModuleCall, like: Route | None) -> Any:
         self._traced += 1
         self._again += key in self._kinds
         before = self._before(key, flags)
         # The pass may write to what it is given.
-        copies = [tensor.detach().clone() for tensor in tensors((args, kwargs))]
-        around = Surroundings(self._modules, (args, kwargs))
+        copies = [tensor.detach().clone() for tensor in call.tensors]
+        around = Surroundings(self._modules, call.given)
         moving = self._shared.moving.tensors
         output, trace = lineage.trace(
-            module, *args, moving=moving, code_frames=around.frames(), **kwargs
+            call.module, *call.args, moving=moving, code_frames=around.frames(), **call.kwargs
         )
         self._shared.stats.rows_computed += _rows(copies)
         around.settle()
-        name = self._words(module, copies)
+        name = self._words(call.module, copies)
         self._tried[key] = self._tried.get(key, 0) + 1
         last = self._tried[key] >= _TRIES
         like = like if like is not None and like.selection.takes_other_lengths else None
@@ -293,13 +278,6 @@ class Site:
         shape = "x".join(map(str, given[0].shape))
         without = "" if torch.is_grad_enabled() else ", without gradients"
         return f"{self._name} ({mode} mode, {shape}{without})"
-
-    def _call_by_parts(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Runs a call in which frozen modules are cached by themselves."""
-        with calls.rooted():
-            return calls.real_call(module, *args, **kwargs)
 
     def _note_shapes(self, key: _Key, route: Route) -> None:
         alike = sum(other[:2] == key[:2] for other in self._kinds)
@@ -324,7 +302,7 @@ class Site:
         """Finds a route of the same calls on rows that are padded to another length."""
         shapes = [one[0] for one in key[2]]
         for others, route in self._alike(key, flags):
-            length = route.selection.length
+            length = route.selection.batch.length
             resting = route.state is State.RESTING
             if length and not resting and differ_in_length([o[0] for o in others], shapes, length):
                 return route
@@ -346,6 +324,12 @@ class Site:
                 for route in routes:
                     if self._flags[route] == flags and not route.stale:
                         yield shapes, route
+
+
+def _run_by_parts(call: ModuleCall) -> Any:
+    """Runs a call in which frozen modules are cached by themselves."""
+    with calls.rooted():
+        return calls.real_call(call.module, *call.args, **call.kwargs)
 
 
 def _lies_between_lines(tensor: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ from time import monotonic
 import numpy as np
 import torch
 
-from cachefreeze.store import Rows
+from cachefreeze.cache.deferred_writes import DeferredWrites
 from cachefreeze.store.index import Index, first_ones
 
 Tensor = torch.Tensor
@@ -28,12 +28,13 @@ class Table:
         dtype: Type of the elements.
         device: Device that the rows are kept on.
         room: Largest number of rows.
-        below: The same rows on the disk, if they are kept there.
+        writes: Appends rows to the same ones on the disk, if they are kept there.
 
     Attributes:
         room: Largest number of rows now.
         most: Largest number of rows ever.
         row_bytes: Bytes of a row.
+        writes: Appends rows to the same ones on the disk, if they are kept there.
         below: The same rows on the disk, if they are kept there.
     """
 
@@ -43,9 +44,10 @@ class Table:
         dtype: torch.dtype,
         device: torch.device,
         room: int,
-        below: Rows | None = None,
+        writes: DeferredWrites | None = None,
     ) -> None:
-        self.below = below
+        self.writes = writes
+        self.below = writes.rows if writes is not None else None
         self._looked = monotonic()
         self._index = Index()
         self.room = self.most = room
@@ -133,9 +135,9 @@ class Table:
         places = self.find(keys)
         missing = np.flatnonzero(places < 0)
         missing = missing[first_ones(keys[missing])]
-        if self.below is not None and missing.size:
+        if self.writes is not None and missing.size:
             taken = rows[torch.from_numpy(missing).to(rows.device)].cpu()
-            self.below.append(keys[missing], taken.view(torch.uint8).numpy())
+            self.writes.append(keys[missing], taken.view(torch.uint8).numpy())
         self._put(keys, rows, missing, now)
         return len(missing)
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cachefreeze import ActivationCache, UserError
-from cachefreeze.cache import route
+from cachefreeze.cache import selection
 
 from .harness import BATCH, Net, assert_same, batches, images, net, plainly, served, warm
 
@@ -190,7 +190,7 @@ def test_exact_false_serves_what_differs_by_rounding_and_says_by_how_much() -> N
             for batch in batches(x, 0):
                 one(batch)
             route = next(iter(cache._sites.values())).routes()[0]
-            for kept in route._pending:
+            for kept in route._collector._batches:
                 for tensor in kept.kept.values():
                     tensor.mul_(1 + 1e-6)
             for number in range(1, 5):
@@ -271,7 +271,7 @@ def test_texts_padded_to_the_longest_are_served_by_exact_false() -> None:
 
 
 def test_a_model_with_little_frozen_work_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route, "LEAST_SHARE", 0.5)
+    monkeypatch.setattr(selection, "LEAST_SHARE", 0.5)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), *[nn.Linear(512, 512)] * 0)
     model = nn.Sequential(
