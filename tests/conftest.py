@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cachefreeze.cache import pace, selection
+from cachefreeze.cache import overhead, selection
 from cachefreeze.train import main
 from cachefreeze.training import checkpoint, forecast
 
@@ -177,4 +177,4 @@ def any_share(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets caches of small models take whatever time following takes."""
-    monkeypatch.setattr(pace, "_FREE_SECONDS", float("inf"))
+    monkeypatch.setattr(overhead, "_FREE_SECONDS", float("inf"))

@@ -1,8 +1,8 @@
-"""Keeps what frozen work gives, row by row, and serves it to any training loop.
+"""Keeps the results of frozen work, row by row, and serves them to any training loop.
 
-`ActivationCache` is the public face. A call of a watched module belongs to a *site* (the module),
-and to a *route* (one traced way through it). The route's *selection* says what is kept, by which
-keys; `entries` holds the rows.
+`ActivationCache` is the public face. A watched module is a `CachedModule`. It has one `CachedTrace`
+for each kind of call that was traced. The trace's `Selection` says which values are kept, and
+`Entries` holds their rows.
 """
 
 from cachefreeze.cache.activation_cache import ActivationCache

@@ -18,11 +18,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 from torch.utils.data import DataLoader, IterableDataset
 
+from cachefreeze.cache.cache_state import CacheState, Filled
+from cachefreeze.cache.cached_module import CachedModule
 from cachefreeze.cache.codec import CODECS
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.loader import Loader
-from cachefreeze.cache.shared import Filled, Shared
-from cachefreeze.cache.site import Site
 from cachefreeze.cache.statistics import VERIFY, Report, Stats, in_words
 from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
@@ -82,8 +82,8 @@ class ActivationCache:
 
     # Without a `__dict__`, a cache that is an attribute of a model is no setting of the model.
     __slots__ = (
-        "__weakref__", "_called", "_close", "_depth", "_lock", "_models", "_names", "_parts",
-        "_shared", "_sites",
+        "__weakref__", "_cached", "_called", "_close", "_depth", "_lock", "_models", "_names",
+        "_parts", "_shared",
     )  # fmt: skip
 
     def __init__(
@@ -100,14 +100,14 @@ class ActivationCache:
         _check_codec(codec, directory is not None, exact)
         folder = None if directory is None else Directory(Path(directory), max_bytes)
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
-        self._shared = Shared(Entries(memory, folder, codec), exact, probation)
+        self._shared = CacheState(Entries(memory, folder, codec), exact, probation)
         self._shared.report.verify = verify
         if directory is not None:
             self._shared.folder = Path(directory).absolute() / "items"
             limit = max_bytes or shutil.disk_usage(directory).free // 2
             self._shared.most_useless = limit // 4
         self._models = models
-        self._sites: dict[int, Site] = {}
+        self._cached: dict[int, CachedModule] = {}
         self._parts: dict[int, nn.Module] = {}
         self._names: dict[int, str] = {}
         self._lock = threading.RLock()
@@ -121,12 +121,12 @@ class ActivationCache:
         # Neither the registry of calls nor loaders must keep the cache alive.
         reference = weakref.ref(self)
 
-        def routes() -> Iterable[Any]:
+        def traces() -> Iterable[Any]:
             cache = reference()
-            sites = [] if cache is None else list(cache._sites.values())
-            return [route for site in sites for route in site.routes()]
+            modules = [] if cache is None else list(cache._cached.values())
+            return [trace for module in modules for trace in module.traces()]
 
-        self._shared.routes = routes
+        self._shared.traces = traces
 
         def watcher(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache = reference()
@@ -143,7 +143,13 @@ class ActivationCache:
             lambda optimizer, args, kwargs: _after_step(optimizer, shared, numbers)
         )
         self._close = weakref.finalize(
-            self, _close, list(self._parts), catching, hook, self._sites, self._shared.entries
+            self,
+            _close,
+            list(self._parts),
+            catching,
+            hook,
+            self._cached,
+            self._shared.entries,
         )
         self._close.atexit = False  # `_close_all` does it, before directories close themselves
         _open.add(self)
@@ -155,9 +161,9 @@ class ActivationCache:
         """Counters of what the cache has done so far."""
         stats = self._shared.stats
         counts: dict[tuple[bytes, ...], int] = {}
-        for site in self._sites.values():
-            for route in site.routes():
-                counts.update(route.selection.kept.count())
+        for module in self._cached.values():
+            for trace in module.traces():
+                counts.update(trace.selection.kept.count())
         stats.rows_kept = sum(counts.values())
         stats.bytes = self._shared.entries.nbytes + self._shared.held
         return stats
@@ -254,7 +260,7 @@ class ActivationCache:
                 f"The cache of {names} has seen no call of it: give the very modules that the loop "
                 "calls.",
             )
-        elif not any(site.routes() for site in self._sites.values()):
+        elif not any(module.traces() for module in self._cached.values()):
             self._shared.tell(
                 "nothing frozen",
                 f"No parameter of {type(self._models[0]).__name__} was frozen in any call: freeze "
@@ -262,7 +268,7 @@ class ActivationCache:
             )
         _tell_if_nothing_trains(self._shared, 1)
         self._close()
-        self._models, self._sites, self._parts, self._names = (), {}, {}, {}
+        self._models, self._cached, self._parts, self._names = (), {}, {}, {}
         self._shared.held = 0
 
     def __enter__(self) -> "ActivationCache":
@@ -299,10 +305,11 @@ class ActivationCache:
         try:
             self._called = True
             number = id(target)
-            site = self._sites.get(number)
-            if site is None:
-                site = self._sites[number] = Site(self._shared, self._names[number], target)
-            return site.call(module, args, kwargs, inner=self._depth > 1)
+            cached = self._cached.get(number)
+            if cached is None:
+                cached = CachedModule(self._shared, self._names[number], target)
+                self._cached[number] = cached
+            return cached.call(module, args, kwargs, inner=self._depth > 1)
         finally:
             self._depth -= 1
             self._lock.release()
@@ -334,12 +341,12 @@ def _follows_functions() -> bool:
     )
 
 
-def _after_step(optimizer: torch.optim.Optimizer, shared: Shared, numbers: set[int]) -> None:
+def _after_step(optimizer: torch.optim.Optimizer, shared: CacheState, numbers: set[int]) -> None:
     """Doubts the bits of what an optimizer may have moved, and counts steps that moved nothing.
 
     Args:
         optimizer: Optimizer that has stepped.
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
         numbers: Numbers of the parameters of the models.
     """
     # Optimizers of torch's own leave a parameter alone that has no gradient.
@@ -356,7 +363,7 @@ def _after_step(optimizer: torch.optim.Optimizer, shared: Shared, numbers: set[i
         _tell_if_nothing_trains(shared, _MANY_STEPS)
 
 
-def _tell_if_nothing_trains(shared: Shared, steps: int) -> None:
+def _tell_if_nothing_trains(shared: CacheState, steps: int) -> None:
     """Tells the user if optimizers have made so many steps, and nothing was there to be moved."""
     if shared.idle_steps is not None and shared.idle_steps >= steps:
         shared.tell(
@@ -415,17 +422,21 @@ def _check_codec(codec: str, on_disk: bool, exact: bool) -> None:
 
 
 def _close(
-    numbers: list[int], catching: Any, hook: Any, sites: dict[int, Site], entries: Entries
+    numbers: list[int],
+    catching: Any,
+    hook: Any,
+    modules: dict[int, CachedModule],
+    entries: Entries,
 ) -> None:
     calls.unwatch(numbers)
     catching.__exit__(None, None, None)
     hook.remove()
     try:
-        for site in sites.values():
-            for route in site.routes():
-                route.look_at_the_end()
+        for module in modules.values():
+            for trace in module.traces():
+                trace.look_at_the_end()
                 if entries.directory is not None:
-                    route.write_all()
+                    trace.write_all()
     finally:
         entries.close()
         for sentence in entries.messages:

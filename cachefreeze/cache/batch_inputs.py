@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from cachefreeze import lineage
-from cachefreeze.cache.lengths import mask_of, own_lengths
+from cachefreeze.cache.padding import mask_of, own_lengths
 from cachefreeze.keys import row_keys, same_bits
 from cachefreeze.lineage import Trace, unloaded
 

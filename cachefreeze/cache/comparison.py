@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from cachefreeze.cache.family import Family
+from cachefreeze.cache.cache_state import CacheState
+from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.selection import Selection
-from cachefreeze.cache.shared import Shared
 from cachefreeze.keys import same_bits
 
 Tensor = torch.Tensor
@@ -19,31 +19,33 @@ class Comparison:
     """Decides which batches are compared, and what follows from a difference.
 
     Args:
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
         name: Name of the module, for people.
         selection: What is kept of the pass.
-        family: What is known of the rows.
+        history: What is known of the rows.
 
     Attributes:
         batches: Number of batches that were compared since the last change of frozen bits.
     """
 
-    def __init__(self, shared: Shared, name: str, selection: Selection, family: Family) -> None:
+    def __init__(
+        self, shared: CacheState, name: str, selection: Selection, history: RowHistory
+    ) -> None:
         self._shared = shared
         self._name = name
         self._selection = selection
-        self._family = family
+        self._history = history
         self._next_sample = _FIRST_SAMPLE
         self.batches = 0
 
     @property
     def is_proven(self) -> bool:
         """Whether enough batches were compared, one of the very length among them."""
-        return self.batches > 0 and self._family.passed >= self._family.wanted
+        return self.batches > 0 and self._history.passed >= self._history.wanted
 
     def begin_again(self) -> None:
         """Asks for as many compared batches as at the beginning."""
-        self._family.passed = self.batches = 0
+        self._history.passed = self.batches = 0
 
     def is_due(self, served: int) -> bool:
         """Says whether one of the served batches is to be compared.
@@ -77,7 +79,7 @@ class Comparison:
     def count(self) -> None:
         """Counts a batch that was compared, and may be served from now on."""
         self.batches += 1
-        self._family.passed += 1
+        self._history.passed += 1
 
     def judge(self, number: int, computed: Tensor, stored: Tensor) -> tuple[str, str]:
         """Tells of a value that differs, and removes its rows unless they may be served.
@@ -91,7 +93,7 @@ class Comparison:
             Reason why nothing is served any more, to follow a colon, and a further sentence. Both
             are empty if something may.
         """
-        shared, family = self._shared, self._family
+        shared, history = self._shared, self._history
         name = self._selection.trace.describe(number)
         far = (computed.double() - stored.double()).abs().max().item()
         size = computed.double().abs().max().item()
@@ -105,8 +107,8 @@ class Comparison:
             return "", ""
         row = self._selection.kept.rows_that_differ(number, computed, stored)
         self._selection.kept.forget(wrong=True)
-        if family.routes > 1:
-            family.broken = True
+        if history.traces > 1:
+            history.broken = True
             shared.find(
                 f"{self._name}: padding",
                 f"{self._name} is not cached: rows of {name} that are padded to another length "

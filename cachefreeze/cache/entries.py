@@ -10,7 +10,7 @@ import xxhash
 
 from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
 from cachefreeze.cache.deferred_writes import DeferredWrites
-from cachefreeze.cache.table import BELOW, Table
+from cachefreeze.cache.row_table import BELOW, RowTable
 from cachefreeze.device import free_device_memory
 from cachefreeze.store import Directory, Row
 
@@ -39,7 +39,7 @@ class Entries:
         self.messages = directory.messages if directory is not None else []
         self.now = 0
         self.dropped = 0
-        self._tables: dict[bytes, Table] = {}
+        self._tables: dict[bytes, RowTable] = {}
         # Bytes that rows may take of the memory of a device other than the CPU.
         self._shares: dict[torch.device, int] = {}
         # Elements of a row and their type, of the tables whose rows are rounded.
@@ -50,7 +50,7 @@ class Entries:
         """Bytes of everything that is kept."""
         return sum(table.nbytes for table in self._tables.values())
 
-    def table(self, name: bytes) -> Table | None:
+    def table(self, name: bytes) -> RowTable | None:
         """Returns the table of one kind of value, if there is one."""
         return self._tables.get(name)
 
@@ -62,7 +62,7 @@ class Entries:
         device: torch.device,
         about: Mapping[str, Any],
         is_same: Callable[[], bool] | None = None,
-    ) -> Table | None:
+    ) -> RowTable | None:
         """Returns the table of one kind of value, with its rows on the disk below it.
 
         Args:
@@ -113,15 +113,15 @@ class Entries:
         dtype: torch.dtype,
         device: torch.device,
         writes: DeferredWrites | None = None,
-    ) -> Table:
+    ) -> RowTable:
         if self._rounds(dtype):
             self._rounded[name] = numel, dtype
             numel, dtype = encoded_numel(numel), torch.int8
         room = self.max_bytes // (max(numel * dtype.itemsize, 1) + _BESIDE)
-        table = self._tables[name] = Table(numel, dtype, device, room, writes)
+        table = self._tables[name] = RowTable(numel, dtype, device, room, writes)
         return table
 
-    def _bound(self, table: Table) -> None:
+    def _bound(self, table: RowTable) -> None:
         """Leaves most of the memory of a GPU to training. Further rows lie on the disk only."""
         device = table.device
         if device.type == "cpu":
@@ -169,7 +169,7 @@ class Entries:
             table.below.expect(places[places >= BELOW] - BELOW)
 
     def _raise_up(
-        self, table: Table, keys: np.ndarray, places: np.ndarray, chunks: list[int]
+        self, table: RowTable, keys: np.ndarray, places: np.ndarray, chunks: list[int]
     ) -> np.ndarray:
         """Copies chunks into memory that have room there. Returns where the rows are then.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from cachefreeze.keys import Description
+from cachefreeze.keys import Fingerprint
 
 # A file that was changed less than so many ns ago may be changed again within the grain of its
 # times: 10 ms on most file systems, 2 s on those that count in seconds.
@@ -30,7 +30,7 @@ Files = tuple[tuple[str, Stamp], ...]
 
 
 @dataclass
-class Ask:
+class FetchRequest:
     """A batch that a loader asks for.
 
     Attributes:
@@ -51,7 +51,7 @@ class Ask:
 
 
 @dataclass
-class About:
+class FetchReport:
     """How the items of a batch were loaded.
 
     Attributes:
@@ -61,7 +61,7 @@ class About:
         files: For each item, the files that were read, or None if that cannot be known.
     """
 
-    ask: Ask
+    ask: FetchRequest
     draws: str = ""
     seconds: float = 0.0
     files: list[Files | None] = field(default_factory=list)
@@ -72,38 +72,38 @@ class Items:
 
     Args:
         dataset: Data set of the user's.
-        description: What it holds. None in a worker, until it has made its own.
+        fingerprint: What it holds. None in a worker, until it has made its own.
     """
 
-    def __init__(self, dataset: Any, description: Description | None) -> None:
+    def __init__(self, dataset: Any, fingerprint: Fingerprint | None) -> None:
         self.dataset = dataset
-        self.description = description
+        self.fingerprint = fingerprint
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the description behind: a worker that is spawned makes its own."""
-        return {"dataset": self.dataset, "description": None}
+        """Leaves the fingerprint behind: a worker that is spawned makes its own."""
+        return {"dataset": self.dataset, "fingerprint": None}
 
     def __len__(self) -> int:
         """Returns the number of items."""
         return len(self.dataset)
 
-    def __getitems__(self, ask: Ask) -> tuple[list[Any], About]:
+    def __getitems__(self, ask: FetchRequest) -> tuple[list[Any], FetchReport]:
         """Loads what is asked for."""
-        about = About(ask)
+        about = FetchReport(ask)
         if not ask.load and not ask.sample:
             return [], about
         wanted = ask.indices if ask.load else list(ask.sample)
         if not ask.watch:
             return self._plainly(wanted), about
-        if self.description is None:
-            self.description = Description(self.dataset)
-        before, was_same = _random_states(), self.description.is_same()
+        if self.fingerprint is None:
+            self.fingerprint = Fingerprint(self.dataset)
+        before, was_same = _random_states(), self.fingerprint.is_same()
         began = time.perf_counter()
         items = self._noting(wanted, about) if ask.note else self._plainly(wanted)
         about.seconds = (time.perf_counter() - began) / max(len(wanted), 1)
         if _random_states() != before:
             about.draws = "draw random numbers"
-        elif was_same and not self.description.is_same() and not self.description.settle():
+        elif was_same and not self.fingerprint.is_same() and not self.fingerprint.settle():
             about.draws = "draw from a generator of their own"
         return items, about
 
@@ -113,7 +113,7 @@ class Items:
             return list(several(wanted))
         return [self.dataset[index] for index in wanted]
 
-    def _noting(self, wanted: Any, about: About) -> list[Any]:
+    def _noting(self, wanted: Any, about: FetchReport) -> list[Any]:
         if getattr(innermost(self.dataset), "__getitems__", None):
             with_files = _Opened()
             items = with_files.run(lambda: self._plainly(wanted))
@@ -146,7 +146,7 @@ class Collate:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate
 
-    def __call__(self, fetched: tuple[list[Any], About]) -> dict[str, Any]:
+    def __call__(self, fetched: tuple[list[Any], FetchReport]) -> dict[str, Any]:
         """Returns a batch, or None if no item was loaded, and how they were loaded."""
         items, about = fetched
         return {"batch": self._collate(items) if items else None, "about": about}

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from cachefreeze.cache.shared import Shared
+from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.keys import Lineage, Look
 from cachefreeze.lineage import Trace
 
@@ -15,7 +15,7 @@ class FrozenState:
     """Watches the parameters and buffers that the kept values of a pass are made from.
 
     Args:
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
         trace: Trace of a pass.
         lineages: How each kept value is made.
         model: Name of the model, for people.
@@ -26,7 +26,7 @@ class FrozenState:
     """
 
     def __init__(
-        self, shared: Shared, trace: Trace, lineages: Iterable[Lineage], model: str
+        self, shared: CacheState, trace: Trace, lineages: Iterable[Lineage], model: str
     ) -> None:
         self._shared = shared
         self._weights = shared.weights

@@ -4,7 +4,7 @@ from typing import Any
 
 from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.selection import Selection
-from cachefreeze.keys import Surroundings
+from cachefreeze.keys import ExternalState
 from cachefreeze.lineage import unloaded
 from cachefreeze.lineage.operations import CONSTANT, INPUT
 from cachefreeze.lineage.structure import matches
@@ -18,7 +18,7 @@ class Guards:
         around: What code has read beside its arguments in the traced pass.
     """
 
-    def __init__(self, selection: Selection, around: Surroundings) -> None:
+    def __init__(self, selection: Selection, around: ExternalState) -> None:
         self._selection = selection
         self._trace = trace = selection.trace
         self._around = around

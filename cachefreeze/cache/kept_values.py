@@ -10,10 +10,10 @@ import torch
 import xxhash
 
 from cachefreeze.cache.batch_inputs import Keys
+from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.frozen_state import FrozenState
-from cachefreeze.cache.layout import Layout
-from cachefreeze.cache.shared import Shared
-from cachefreeze.cache.table import Table
+from cachefreeze.cache.row_layout import RowLayout
+from cachefreeze.cache.row_table import RowTable
 from cachefreeze.keys import Lineage, batch_key, environment, machine
 from cachefreeze.keys.bits import bits_of
 from cachefreeze.lineage import Axis, Trace
@@ -34,7 +34,7 @@ class KeptValue:
 
     number: int
     lineage: Lineage
-    layout: Layout | None = None
+    layout: RowLayout | None = None
     name: bytes = b""
 
     @property
@@ -53,7 +53,7 @@ class KeptValues:
     """The kept values of a pass, and their rows in memory and on the disk.
 
     Args:
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
         trace: Trace of a pass.
         lineages: How each kept value is made, by number.
         frozen: Parameters and buffers that the kept values are made from.
@@ -64,7 +64,7 @@ class KeptValues:
 
     def __init__(
         self,
-        shared: Shared,
+        shared: CacheState,
         trace: Trace,
         lineages: Mapping[int, Lineage],
         frozen: FrozenState,
@@ -263,7 +263,7 @@ class KeptValues:
         entries = self._shared.entries
         return all(one.lineage.portable and entries.has(one.name) for one in self)
 
-    def _table(self, one: KeptValue) -> Table | None:
+    def _table(self, one: KeptValue) -> RowTable | None:
         entries = self._shared.entries
         table = entries.table(one.table)
         if table is None and one.layout is not None and one.lineage.portable:
@@ -278,7 +278,7 @@ class KeptValues:
             )
         return table
 
-    def _about(self, one: KeptValue, layout: Layout) -> dict[str, Any]:
+    def _about(self, one: KeptValue, layout: RowLayout) -> dict[str, Any]:
         """Says what a kept value is, for who looks into the directory."""
         value, axis = self._trace.values[one.number], layout.axis
         return {

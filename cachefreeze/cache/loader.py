@@ -5,8 +5,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from cachefreeze.cache.fetching import Ask, Collate
-from cachefreeze.cache.known_rows import Cache, KnownRows
+from cachefreeze.cache.fetching import Collate, FetchRequest
+from cachefreeze.cache.lazy_loading import Cache, LazyLoading
 
 
 class Loader(DataLoader[Any]):
@@ -25,7 +25,7 @@ class Loader(DataLoader[Any]):
         self, cache: Callable[[], Cache | None], dataset: Any, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(dataset, *args, **kwargs)
-        self._rows = KnownRows(cache)
+        self._rows = LazyLoading(cache)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles a loader as one that loads everything."""
@@ -34,7 +34,7 @@ class Loader(DataLoader[Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes a state, as one that loads everything."""
         self.__dict__.update(state)
-        self.__dict__["_rows"] = KnownRows(lambda: None)
+        self.__dict__["_rows"] = LazyLoading(lambda: None)
 
     def _get_iterator(self) -> Any:
         if not self._rows.may_know(self):
@@ -45,7 +45,7 @@ class Loader(DataLoader[Any]):
 class _Batches:
     """Iterates over batches: torch's iterator, with what is known put in the place of the rest."""
 
-    def __init__(self, loader: Loader, rows: "KnownRows") -> None:
+    def __init__(self, loader: Loader, rows: "LazyLoading") -> None:
         self._rows = rows
         rows.begin(loader, anew=True)
         # A plain loader over the same, whose items say how they were loaded.
@@ -84,12 +84,12 @@ class _Batches:
 class _Asking:
     """Yields batches of numbers, each with what is to be loaded of it."""
 
-    def __init__(self, sampler: Any, rows: "KnownRows") -> None:
+    def __init__(self, sampler: Any, rows: "LazyLoading") -> None:
         self._sampler = sampler
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._sampler)
 
-    def __iter__(self) -> Iterator[Ask]:
+    def __iter__(self) -> Iterator[FetchRequest]:
         return map(self._rows.ask, iter(self._sampler))

@@ -8,7 +8,7 @@ import torch
 from cachefreeze import lineage
 from cachefreeze.cache.batch_inputs import BatchInputs
 from cachefreeze.cache.kept_values import KeptValue, KeptValues
-from cachefreeze.cache.layout import Layout
+from cachefreeze.cache.row_layout import RowLayout
 from cachefreeze.lineage import Axes, Axis, Plan
 from cachefreeze.lineage.operations import Operation
 
@@ -33,7 +33,7 @@ class RowAxes:
         plan: Plan,
         kept: KeptValues,
         batch: BatchInputs,
-        layouts: dict[tuple[Any, ...], Layout],
+        layouts: dict[tuple[Any, ...], RowLayout],
     ) -> None:
         self._plan = plan
         self._trace = plan.trace
@@ -116,12 +116,12 @@ class RowAxes:
                 self.mixes = self.mixes or self._trace.describe(operation.makes[0])
         return axes, mixed, whole
 
-    def _layout(self, one: KeptValue, axes: Axes, is_mixed: bool) -> Layout:
+    def _layout(self, one: KeptValue, axes: Axes, is_mixed: bool) -> RowLayout:
         value = self._trace.values[one.number]
         reached = self._batch.has_rows(one.group)
         axis = axes.axis(one.number) if reached and not is_mixed else None
         count = 1 if axis is None else self._batch.rows
-        return Layout(value.shape, value.stride, axis, count)
+        return RowLayout(value.shape, value.stride, axis, count)
 
 
 def compute(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from cachefreeze import lineage
+from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.pace import Kind, Meter
+from cachefreeze.cache.overhead import CallTimer, Kind
 from cachefreeze.cache.selection import Selection
-from cachefreeze.cache.shared import Shared
 
 Tensor = torch.Tensor
 
@@ -21,26 +21,26 @@ _OFTEN = 2
 
 
 class Runner:
-    """Runs the calls of one route, and takes their time.
+    """Runs the calls of one cached, and takes their time.
 
     Args:
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
         selection: What is kept of the pass.
 
     Attributes:
-        meter: Seconds of the calls.
+        timer: Seconds of the calls.
         served: Number of batches that were served.
         left: Event at which the last followed pass left the way of the traced one, for people.
             Empty if it did not.
     """
 
-    def __init__(self, shared: Shared, selection: Selection) -> None:
+    def __init__(self, shared: CacheState, selection: Selection) -> None:
         plan = selection.plan
         self._shared = shared
         self._selection = selection
         self._lost = 0
         self._reports: list[lineage.Report] = []
-        self.meter = Meter(shared.pace, plan.followed, plan.cut.seconds_saved)
+        self.timer = CallTimer(shared.overhead, plan.followed, plan.cut.seconds_saved)
         self.served = 0
         self.left = ""
 
@@ -49,7 +49,7 @@ class Runner:
         call.load()
         began = perf_counter()
         output = call.run()
-        self.meter.note_plain(perf_counter() - began)
+        self.timer.note_plain(perf_counter() - began)
         self._shared.stats.rows_computed += self._selection.rows
         return output
 
@@ -62,7 +62,7 @@ class Runner:
         call.load()
         beside = call.seconds
         output, kept, report = call.capture(self._selection.plan)
-        self.meter.note(Kind.KEPT, call.seconds, beside)
+        self.timer.note(Kind.KEPT, call.seconds, beside)
         self._shared.stats.rows_computed += self._selection.rows
         self._count_lost(report.left if kept is None else "")
         return output, kept
@@ -83,7 +83,7 @@ class Runner:
         output, report = call.replay(self._selection.plan, kept)
         seconds = call.seconds
         self._shared.served_seconds += seconds
-        self.meter.note(Kind.SERVED, seconds, cost)
+        self.timer.note(Kind.SERVED, seconds, cost)
         self._count_lost(report.left)
         stats = self._shared.stats
         if report.left:

@@ -10,11 +10,11 @@ from torch import nn
 from cachefreeze import lineage
 from cachefreeze.cache import messages
 from cachefreeze.cache.batch_inputs import BatchInputs
+from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.frozen_state import FrozenState
 from cachefreeze.cache.kept_values import KeptValues
 from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.row_axes import RowAxes, compute
-from cachefreeze.cache.shared import Shared
 from cachefreeze.keys import lineage_of
 from cachefreeze.lineage import Axis, Cut, Plan, Trace
 
@@ -35,7 +35,7 @@ class Selection:
     """What is kept of a traced pass.
 
     Args:
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
         trace: Trace of a pass.
         inputs: Tensors that the pass was given, by the numbers of their values.
         model: Name of the model, for people.
@@ -54,7 +54,7 @@ class Selection:
 
     def __init__(
         self,
-        shared: Shared,
+        shared: CacheState,
         trace: Trace,
         inputs: Mapping[int, Tensor],
         model: str,

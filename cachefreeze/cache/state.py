@@ -1,4 +1,4 @@
-"""What becomes of the batches of a route."""
+"""What becomes of the batches of a cached."""
 
 from enum import Enum
 
@@ -8,7 +8,7 @@ class State(Enum):
 
     Until a row comes again, batches are kept as they are. Then they are taken apart into rows, and
     the first batches that could be served are computed and compared. Then batches are served. A
-    route that rests leaves its model alone, one by parts leaves it to the frozen modules inside;
+    cached that rests leaves its model alone, one by parts leaves it to the frozen modules inside;
     a stale one must be traced anew, and so must an undecided one, whose times make no sense.
     """
 

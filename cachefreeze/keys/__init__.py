@@ -7,18 +7,18 @@ the content of the row: the bytes of just those inputs that the value depends on
 
 from cachefreeze.keys.bits import same_bits
 from cachefreeze.keys.environment import environment, machine
+from cachefreeze.keys.external_state import ExternalState
+from cachefreeze.keys.fingerprint import Fingerprint
 from cachefreeze.keys.inputs import SMALL, batch_key, row_keys, rows_hashed
-from cachefreeze.keys.objects import Description
 from cachefreeze.keys.operations import Lineage, lineage_of
-from cachefreeze.keys.surroundings import Surroundings
 from cachefreeze.keys.weights import Look, Weights
 
 __all__ = [
     "SMALL",
-    "Description",
+    "ExternalState",
+    "Fingerprint",
     "Lineage",
     "Look",
-    "Surroundings",
     "Weights",
     "batch_key",
     "environment",

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import nn
 
-from cachefreeze.keys.surroundings import read_by_code
+from cachefreeze.keys.external_state import read_by_code
 from cachefreeze.lineage.module_calls import CallOf
 from cachefreeze.lineage.operations import Modes, Operation, Trace
 from cachefreeze.lineage.program import Program

@@ -189,8 +189,8 @@ def test_exact_false_serves_what_differs_by_rounding_and_says_by_how_much() -> N
         for cache, one in ((exact_not, model), (exact, twin)):
             for batch in batches(x, 0):
                 one(batch)
-            route = next(iter(cache._sites.values())).routes()[0]
-            for kept in route._collector._batches:
+            cached = next(iter(cache._cached.values())).traces()[0]
+            for kept in cached._collector._batches:
                 for tensor in kept.kept.values():
                     tensor.mul_(1 + 1e-6)
             for number in range(1, 5):

@@ -1,4 +1,4 @@
-"""Collects the rows of a route: in whole batches until rows come again, and by row from then on."""
+"""Collects the rows of a trace: in whole batches until rows come again, and by row afterwards."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import torch
 from cachefreeze import lineage
 from cachefreeze.cache import messages
 from cachefreeze.cache.batch_inputs import Keys
-from cachefreeze.cache.family import Family
+from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.guards import Guards
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.pace import Meter
+from cachefreeze.cache.overhead import CallTimer
+from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.selection import Selection
-from cachefreeze.cache.shared import Shared
 
 Tensor = torch.Tensor
 
@@ -29,14 +29,14 @@ _MOST_SMALLER = 16
 
 
 class Before(Protocol):
-    """A route from when less was frozen."""
+    """A cached from when less was frozen."""
 
     selection: Selection
-    family: Family
+    history: RowHistory
 
     @property
     def batches_of_an_epoch(self) -> int:
-        """Number of batches before rows came again, of this route or one before it."""
+        """Number of batches before rows came again, of this cached or one before it."""
         ...
 
     def known(self, given: Iterable[Tensor]) -> dict[int, Tensor] | None:
@@ -48,7 +48,7 @@ class Earlier:
     """Kept values from when less was frozen, by which those of now are computed.
 
     Args:
-        before: Route from when less was frozen.
+        before: CachedTrace from when less was frozen.
         extension: Values that both traces have in common.
     """
 
@@ -59,7 +59,7 @@ class Earlier:
     @property
     def is_proven(self) -> bool:
         """Whether as many batches of those values were compared as had to be."""
-        return self._before.family.is_proven
+        return self._before.history.is_proven
 
     @property
     def batches_of_an_epoch(self) -> int:
@@ -85,13 +85,13 @@ class Earlier:
         return {number: (found[number], axes[number]) for number in axes.keys() & found}
 
 
-def earlier_values(before: Before, selection: Selection, shared: Shared) -> Earlier | None:
-    """Returns the kept values of an earlier route, if they lead to those of a later one.
+def earlier_values(before: Before, selection: Selection, shared: CacheState) -> Earlier | None:
+    """Returns the kept values of an earlier cached, if they lead to those of a later one.
 
     Args:
-        before: Route from when less was frozen.
+        before: CachedTrace from when less was frozen.
         selection: What is kept of a pass now.
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
     """
     extension = lineage.Extension(before.selection.plan, selection.plan)
     # What is made of rounded rows is too far from what is computed.
@@ -116,37 +116,37 @@ class _Batch:
         return sum(tensor.nbytes for tensor in self.kept.values())
 
 
-class Collector:
-    """Collects the rows of one route.
+class RowCollector:
+    """Collects the rows of one cached.
 
     Args:
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
         name: Name of the module, for people.
         selection: What is kept of the pass.
-        family: What is known of the rows.
+        history: What is known of the rows.
         guards: Guards of the traced call.
-        meter: Seconds of the route's calls.
+        timer: Seconds of the cached's calls.
         example: Inputs of the traced pass, by the numbers of their values.
         earlier: Kept values from when less was frozen, if they lead to those of now.
     """
 
     def __init__(
         self,
-        shared: Shared,
+        shared: CacheState,
         name: str,
         selection: Selection,
-        family: Family,
+        history: RowHistory,
         guards: Guards,
-        meter: Meter,
+        timer: CallTimer,
         example: dict[int, Tensor],
         earlier: Earlier | None,
     ) -> None:
         self._shared = shared
         self._name = name
         self._selection = selection
-        self._family = family
+        self._history = history
         self._guards = guards
-        self._meter = meter
+        self._timer = timer
         self._example = example
         self._earlier = earlier
         self._batches: list[_Batch] = []
@@ -166,14 +166,14 @@ class Collector:
 
     @property
     def batches_of_an_epoch(self) -> int:
-        """Number of batches before rows came again, of this route or one before it."""
+        """Number of batches before rows came again, of this cached or one before it."""
         before = self._earlier.batches_of_an_epoch if self._earlier is not None else 0
-        return max(self._family.epoch, before)
+        return max(self._history.epoch, before)
 
     def note(self, keys: Keys) -> bool:
         """Notes the rows of a batch. Says whether half of them were there before."""
         alike = self._selection.kept.alike
-        return self._family.note([(alike(group), wanted) for group, wanted in keys.items()])
+        return self._history.note([(alike(group), wanted) for group, wanted in keys.items()])
 
     def lie_on_disk(self, keys: Keys) -> bool:
         """Says whether half of the rows of a batch are there from other runs."""
@@ -207,7 +207,7 @@ class Collector:
             self._selection.kept.write(keys, kept)
             self._written += batch.nbytes
             if shared.most_useless < self._written:
-                share = self._family.share_again
+                share = self._history.share_again
                 return self.withdraw(messages.useless_rows(share, self._written))
             return "", ""
         self._batches.append(batch)
@@ -218,7 +218,7 @@ class Collector:
                 self.split()
         elif shared.held > limit:
             shared.entries.make_room(0, shared.held)
-        batches = self._family.batches
+        batches = self._history.batches
         rows = batches * self._selection.rows
         if shared.held > limit:
             return messages.too_many_rows(rows, limit)
@@ -246,9 +246,9 @@ class Collector:
                 the traced pass.
         """
         self._shared.messages.pop(f"{self._name}: rows", None)
-        self._shared.messages.pop(f"{self._name}: pace", None)
+        self._shared.messages.pop(f"{self._name}: overhead", None)
         is_known = self._earlier is not None and self._earlier.is_proven
-        self._family.begin(self._shared.probation, is_known)
+        self._history.begin(self._shared.probation, is_known)
         if not self._selection.kept.settled:
             self.split(inputs)
         self.fill_up()
@@ -291,7 +291,7 @@ class Collector:
             self._shared.held -= batch.nbytes
             batch.kept = {}
         self._batches = []
-        self._meter.note_once(perf_counter() - began)
+        self._timer.note_once(perf_counter() - began)
 
     def write_all(self) -> None:
         """Takes apart what is kept in batches still, so that it gets to the disk."""
@@ -365,7 +365,7 @@ class Collector:
         selection = self._selection
         inputs = call.inputs(selection.trace.inputs)
         keys = selection.batch.keys(inputs)
-        if not self._family.again:
+        if not self._history.again:
             self.note(keys)
         if not selection.kept.settled:
             self.split()

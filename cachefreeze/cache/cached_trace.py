@@ -10,17 +10,17 @@ import torch
 from cachefreeze import lineage
 from cachefreeze.cache import messages
 from cachefreeze.cache.batch_inputs import Keys
-from cachefreeze.cache.collector import Collector, earlier_values, unknown
+from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.comparison import Comparison
-from cachefreeze.cache.family import Family
 from cachefreeze.cache.guards import Guards
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.pace import Kind
+from cachefreeze.cache.overhead import Kind
+from cachefreeze.cache.row_collector import RowCollector, earlier_values, unknown
+from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.runner import Runner
 from cachefreeze.cache.selection import Selection
-from cachefreeze.cache.shared import Shared
 from cachefreeze.cache.state import State
-from cachefreeze.keys import Surroundings
+from cachefreeze.keys import ExternalState
 from cachefreeze.lineage import Trace
 from cachefreeze.lineage.program import copy_of
 
@@ -30,38 +30,38 @@ Tensor = torch.Tensor
 _REST = 4
 
 
-class Route:
-    """One traced way through a model, for one signature.
+class CachedTrace:
+    """Decides for each call of one kind whether its frozen work runs, is kept or is left out.
 
     Args:
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
         name: Name of the module, for people.
         trace: Trace of a pass.
         around: What code has read beside its arguments in that pass.
         inputs: Copies of the tensors that the pass was given.
-        before: Route of the same calls from when less was frozen, if there is one. Its rows serve
-            to compute those of this one.
-        like: Route of the same calls on rows that are padded to another length, if there is one.
-            If the same values can be kept, rows are shared with it.
+        before: Trace of the same calls from when less was frozen, if there is one. Rows of this
+            trace are computed from its rows.
+        like: Trace of the same calls on rows that are padded to another length, if there is one. If
+            the same values can be kept, rows are shared with it.
         last: Whether the pass is not traced once more, if frozen work seems to take little time.
 
     Attributes:
         state: What becomes of a batch.
         selection: What is kept of the pass.
         guards: Guards of the traced call.
-        family: What is known of the rows.
+        history: What is known of the rows.
         runner: Runs the calls.
     """
 
     def __init__(
         self,
-        shared: Shared,
+        shared: CacheState,
         name: str,
         trace: Trace,
-        around: Surroundings,
+        around: ExternalState,
         inputs: Sequence[Tensor],
-        before: "Route | None" = None,
-        like: "Route | None" = None,
+        before: "CachedTrace | None" = None,
+        like: "CachedTrace | None" = None,
         last: bool = True,
     ) -> None:
         self.state = State.KEEPING
@@ -74,18 +74,18 @@ class Route:
         example = dict(zip(trace.inputs, inputs, strict=True))
         if like is not None and not like.selection.is_like(trace):
             like = None
-        self.family: Family = Family() if like is None else like.family
-        self.family.batches += 1
-        self.family.routes += 1
+        self.history: RowHistory = RowHistory() if like is None else like.history
+        self.history.batches += 1
+        self.history.traces += 1
         alike: Selection | None = like.selection if like is not None else None
         self.selection: Selection = Selection(shared, trace, example, name, alike)
         selection = self.selection
         self.guards = Guards(selection, around)
         self.runner = Runner(shared, selection)
-        self._comparison = Comparison(shared, name, selection, self.family)
+        self._comparison = Comparison(shared, name, selection, self.history)
         earlier = None if before is None else earlier_values(before, selection, shared)
-        self._collector = Collector(
-            shared, name, selection, self.family, self.guards, self.runner.meter, example, earlier
+        self._collector = RowCollector(
+            shared, name, selection, self.history, self.guards, self.runner.timer, example, earlier
         )
         self._begin(example, last)
         held = trace.take_held(selection.plan.cut.kept)
@@ -127,7 +127,7 @@ class Route:
 
     @property
     def has_rows(self) -> bool:
-        """Whether rows are kept, by which those of a route with more frozen work may be made."""
+        """Whether rows are kept, from which those of a trace with more frozen work can be made."""
         follows = self.state in (State.KEEPING, State.PROBATION, State.SERVING)
         return follows and not self.stale and self._collector.has_rows
 
@@ -138,7 +138,7 @@ class Route:
             self.state is State.STALE
             or self._moving != self._shared.moving.version
             or self.selection.frozen.gone
-            or self.family.broken
+            or self.history.broken
         )
 
     def carry_on(self) -> bool:
@@ -166,18 +166,18 @@ class Route:
 
     @property
     def batches_of_an_epoch(self) -> int:
-        """Number of batches before rows came again, of this route or one before it."""
+        """Number of batches before rows came again, of this cached or one before it."""
         return self._collector.batches_of_an_epoch
 
     @property
     def pauses(self) -> bool:
         """Whether calls are left alone for now, since nothing has come of keeping them."""
-        return self.state is State.KEEPING and not self.family.again and self.runner.meter.pauses
+        return self.state is State.KEEPING and not self.history.again and self.runner.timer.pauses
 
     @property
     def at_rest(self) -> bool:
         """Whether the next calls are left alone whatever they are given."""
-        return self.state is State.RESTING or (self.pauses and not self.runner.meter.may_note)
+        return self.state is State.RESTING or (self.pauses and not self.runner.timer.may_note)
 
     def would_serve(self, rows: Sequence[np.ndarray]) -> bool:
         """Says whether a batch is served without a look at its values, as far as can be told."""
@@ -190,18 +190,18 @@ class Route:
 
     def pass_by(self, call: ModuleCall) -> Any:
         """Leaves a call alone, but for noting its rows where that costs next to nothing."""
-        meter = self.runner.meter
-        if meter.may_note:
+        timer = self.runner.timer
+        if timer.may_note:
             call.load()
             began = perf_counter()
-            self.family.batches += 1
-            self.family.left_alone += 1
+            self.history.batches += 1
+            self.history.left_alone += 1
             if self._collector.note(self.selection.batch.keys(call.inputs(self._trace.inputs))):
                 self._look_at_weights()
                 if self.state is State.KEEPING:
                     self._settle()
             seconds = perf_counter() - began
-            meter.note(Kind.NOTED, seconds, seconds)
+            timer.note(Kind.NOTED, seconds, seconds)
         return call.run()
 
     def run(self, call: ModuleCall) -> Any:
@@ -212,16 +212,16 @@ class Route:
         self._look_at_weights()
         if self.state in (State.RESTING, State.STALE):
             return call.run()
-        family, kept = self.family, self.selection.kept
+        history, kept = self.history, self.selection.kept
         self._count_batch()
         keys = self.selection.batch.keys(inputs)
         earlier = None
         if self.state is State.KEEPING:
             call.load()
             earlier = self._collector.values_of_before(inputs)
-            again = family.again or self._collector.note(keys) or self._lie_on_disk(keys)
+            again = history.again or self._collector.note(keys) or self._lie_on_disk(keys)
             if not again and earlier is None:
-                if self.runner.meter.wants_plain(Kind.KEPT):
+                if self.runner.timer.wants_plain(Kind.KEPT):
                     self._collector.put_aside(inputs)
                     return self._run_plainly(call)
                 output, found = self._capture(call)
@@ -232,11 +232,11 @@ class Route:
             self._settle()
             # It is counted by itself, and not as a part of this call.
             call.leave_out(began)
-        family.after += 1
+        history.after += 1
         self._shared.stats.batches += 1
         places = kept.find(keys)
         first = next(iter(places.values()))
-        family.count((len(first), int((first >= 0).sum())))
+        history.count((len(first), int((first >= 0).sum())))
         if unknown(places):
             call.load()
             earlier = earlier or self._collector.values_of_before(inputs)
@@ -246,7 +246,7 @@ class Route:
             places = kept.find(keys)
             if unknown(places):  # there was no room for all rows
                 return self._add(call, keys)
-        family.known += 1
+        history.known += 1
         self._shared.stats.batches_known += 1
         if self.state is State.PROBATION and self._comparison.is_proven:
             self.state = State.SERVING
@@ -254,7 +254,7 @@ class Route:
         on_probation = self.state is State.PROBATION
         if on_probation or all_of_them or self._comparison.is_due(self.runner.served):
             return self._compare(call, keys, places)
-        if self.runner.meter.wants_plain(Kind.SERVED):
+        if self.runner.timer.wants_plain(Kind.SERVED):
             return self._run_plainly(call)
         found = kept.read(keys, places)
         if found is None:  # on the disk, and damaged
@@ -262,7 +262,7 @@ class Route:
         return self._serve(call, inputs, found)
 
     def _count_batch(self) -> None:
-        self.family.batches += 1
+        self.history.batches += 1
         self._shared.entries.now += 1
 
     def run_of_another_length(self, call: ModuleCall) -> tuple[Any, bool]:
@@ -276,9 +276,9 @@ class Route:
         if self.state is State.STALE:
             return None, False
         keys = self.selection.batch.keys(call.inputs(self._trace.inputs))
-        if not self.family.again and self._collector.note(keys):
+        if not self.history.again and self._collector.note(keys):
             self._settle()
-        if self.family.again and not unknown(self.selection.kept.find(keys)):
+        if self.history.again and not unknown(self.selection.kept.find(keys)):
             return None, False
         self._count_batch()
         output, kept = self.selection.capture_of_another_length(call)
@@ -346,8 +346,8 @@ class Route:
 
     def _run_plainly(self, call: ModuleCall) -> Any:
         if self.state is State.KEEPING:
-            self._shared.note(f"{self._name}: pace", messages.pauses(self._name))
-            self.family.left_alone += 1
+            self._shared.note(f"{self._name}: overhead", messages.pauses(self._name))
+            self.history.left_alone += 1
         return self.runner.run_plainly(call)
 
     def _capture(self, call: ModuleCall) -> tuple[Any, dict[int, Tensor] | None]:
@@ -360,10 +360,10 @@ class Route:
     ) -> Any:
         output = self.runner.replay(call, inputs, kept)
         self._rest_if_lost()
-        meter = self.runner.meter
-        if meter.loses:
+        timer = self.runner.timer
+        if timer.loses:
             self.selection.kept.forget()
-            self.rest(messages.as_slow(meter.seconds(Kind.SERVED), meter.plain_seconds))
+            self.rest(messages.as_slow(timer.seconds(Kind.SERVED), timer.plain_seconds))
         return output
 
     def _rest_if_lost(self) -> None:
@@ -380,9 +380,9 @@ class Route:
             return output
         if kept is not None:
             self.selection.kept.write(keys, kept)
-        family = self.family
-        if family.hardly_known:
-            why = messages.hardly_known(family.known, family.after, family.share_again)
+        history = self.history
+        if history.hardly_known:
+            why = messages.hardly_known(history.known, history.after, history.share_again)
             self._rest_if(*self._collector.withdraw(why))
         return output
 
@@ -429,16 +429,16 @@ class Route:
         """Goes on with the rows of other frozen bits, those of the tensors that have changed."""
         self._shared.report.changes += 1
         self._collector.drop()
-        family = self.family
-        if family.batches - self._moved_at <= _REST:
+        history = self.history
+        if history.batches - self._moved_at <= _REST:
             self._shared.moving.add(moved)
             self.state = State.STALE
         elif self.state is not State.KEEPING:
             self.state = State.PROBATION
             self._comparison.begin_again()
         else:
-            family.seen = {}
-        self._moved_at = family.batches
+            history.seen = {}
+        self._moved_at = history.batches
 
     def look_at_the_end(self) -> None:
         """Hashes all frozen bits a last time, for rows that were served since the last hash."""

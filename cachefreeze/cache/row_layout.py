@@ -10,7 +10,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """Shape and strides of a value in a batch, and where its rows are.
 
     A row is kept in the order in which the value's elements lie in memory, so that rows that come

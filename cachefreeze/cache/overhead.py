@@ -31,7 +31,7 @@ class Kind(Enum):
     NOTED = "noted"
 
 
-class Pace:
+class Overhead:
     """Seconds that a loop has lost by being followed, for all modules of a cache.
 
     Attributes:
@@ -58,17 +58,17 @@ class Pace:
         return _FREE_SECONDS + _SHARE * (perf_counter() - self._began)
 
 
-class Meter:
+class CallTimer:
     """Seconds of the calls of one kind of pass: plain, kept and served.
 
     Args:
-        pace: What all passes have lost together.
+        overhead: What all passes have lost together.
         events: Number of events that are followed in a call, at most.
         frozen_seconds: Seconds of the frozen work in the traced pass.
     """
 
-    def __init__(self, pace: Pace, events: int, frozen_seconds: float) -> None:
-        self._pace = pace
+    def __init__(self, overhead: Overhead, events: int, frozen_seconds: float) -> None:
+        self._overhead = overhead
         self._bound = _EACH_EVENT * events
         self._frozen = frozen_seconds
         self._plain: list[float] = []
@@ -83,14 +83,14 @@ class Meter:
         Args:
             kind: What would be done with the call.
         """
-        if len(self._plain) == _PLAIN or not self._pace.calls_are_over:
+        if len(self._plain) == _PLAIN or not self._overhead.calls_are_over:
             return False
         return self._counts[kind] > 0 and self._cost(kind) > 0
 
     @property
     def pauses(self) -> bool:
         """Whether calls whose values would only be kept are left alone for now."""
-        return len(self._plain) == _PLAIN and self._pace.calls_are_over
+        return len(self._plain) == _PLAIN and self._overhead.calls_are_over
 
     @property
     def may_note(self) -> bool:
@@ -137,11 +137,11 @@ class Meter:
 
     def note_once(self, seconds: float) -> None:
         """Notes seconds that something has cost that is not done at every call."""
-        self._pace.once += seconds
+        self._overhead.once += seconds
 
     def _count(self) -> None:
         lost = sum(self._counts[kind] * self._cost(kind) for kind in Kind if self._counts[kind])
-        self._pace.calls += lost - self._lost
+        self._overhead.calls += lost - self._lost
         self._lost = lost
 
     def _cost(self, kind: Kind) -> float:

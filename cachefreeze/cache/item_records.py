@@ -14,7 +14,7 @@ import torch
 
 from cachefreeze.cache.fetching import Files, Stamp, stamp_of
 from cachefreeze.files import write_atomically
-from cachefreeze.keys import SMALL, Description, rows_hashed
+from cachefreeze.keys import SMALL, Fingerprint, rows_hashed
 from cachefreeze.keys.bits import bits_of
 
 Tensor = torch.Tensor
@@ -144,16 +144,16 @@ def _leaf(value: Tensor, rows: int) -> Leaf:
     return Leaf(str(value.dtype), tuple(value.shape[1:]), channels_last)
 
 
-class Binding:
+class ItemRecords:
     """What is known of the items of a data set.
 
     Args:
-        description: What the data set holds.
+        fingerprint: What the data set holds.
         count: Number of its items.
         name: Name of the data set, for people.
 
     Attributes:
-        description: What the data set holds, if its digest means something only as long as that
+        fingerprint: What the data set holds, if its digest means something only as long as that
             lives.
         off: Why items are loaded always, to follow a name. Empty if they are not.
         structure: Batch with the places of its tensors. None until one was loaded.
@@ -163,10 +163,10 @@ class Binding:
         portable: Whether what is known holds for other processes.
     """
 
-    def __init__(self, description: Description, count: int, name: str) -> None:
-        self.digest = description.digest
-        self.description = None if description.portable else description
-        self.portable = description.portable and description.only_python
+    def __init__(self, fingerprint: Fingerprint, count: int, name: str) -> None:
+        self.digest = fingerprint.digest
+        self.fingerprint = None if fingerprint.portable else fingerprint
+        self.portable = fingerprint.portable and fingerprint.only_python
         self.name = name
         self.off = ""
         self.structure: Structure = None

@@ -83,7 +83,7 @@ class _Entries(_Check):
         return True
 
 
-class Description:
+class Fingerprint:
     """What an object holds now, to be compared later and in other processes.
 
     Args:
@@ -371,25 +371,25 @@ class Description:
         self._say(type(value).__name__, str(value))
 
 
-_Teller = Callable[[Description, Any], None]
+_Teller = Callable[[Fingerprint, Any], None]
 _TOLD: tuple[tuple[Any, _Teller], ...] = (
-    (enum.Enum, Description._enum),
-    (type, Description._class),
-    ((list, tuple), Description._sequence),
-    (dict, Description._dict),
-    ((set, frozenset), Description._set),
-    (np.ndarray, Description._array),
-    (torch.Tensor, Description._tensor),
-    (_GENERATORS, Description._generator),
-    (types.ModuleType, Description._module),
-    (types.FunctionType, Description._function),
-    (types.MethodType, Description._method),
-    (functools.partial, Description._partial),
+    (enum.Enum, Fingerprint._enum),
+    (type, Fingerprint._class),
+    ((list, tuple), Fingerprint._sequence),
+    (dict, Fingerprint._dict),
+    ((set, frozenset), Fingerprint._set),
+    (np.ndarray, Fingerprint._array),
+    (torch.Tensor, Fingerprint._tensor),
+    (_GENERATORS, Fingerprint._generator),
+    (types.ModuleType, Fingerprint._module),
+    (types.FunctionType, Fingerprint._function),
+    (types.MethodType, Fingerprint._method),
+    (functools.partial, Fingerprint._partial),
     ((types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
       types.MethodWrapperType, np.ufunc, torch._ops.OpOverload, torch._ops.OpOverloadPacket),
-     Description._builtin),
+     Fingerprint._builtin),
     ((torch.dtype, torch.device, torch.layout, torch.memory_format, pathlib.PurePath, np.dtype,
-      np.generic, slice, bytearray, type(Ellipsis)), Description._named),
+      np.generic, slice, bytearray, type(Ellipsis)), Fingerprint._named),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What all routes of a cache have in common: entries, hashes of frozen bits, counters, messages."""
+"""What all traces of a cache have in common: entries, hashes of frozen bits, counters, messages."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from cachefreeze.cache.binding import Binding
 from cachefreeze.cache.codec import INT8_ERROR, can_be_rounded
 from cachefreeze.cache.entries import Entries
-from cachefreeze.cache.layout import Layout
-from cachefreeze.cache.moving import Moving
-from cachefreeze.cache.pace import Pace
+from cachefreeze.cache.item_records import ItemRecords
+from cachefreeze.cache.moving_weights import MovingWeights
+from cachefreeze.cache.overhead import Overhead
+from cachefreeze.cache.row_layout import RowLayout
 from cachefreeze.cache.statistics import Report, Stats
 from cachefreeze.keys import Weights
 
@@ -34,8 +34,8 @@ class Filled(BaseException):
 
 
 @dataclass
-class Shared:
-    """What all routes of a cache have in common.
+class CacheState:
+    """What all traces of a cache have in common.
 
     Attributes:
         entries: Kept rows.
@@ -45,13 +45,13 @@ class Shared:
         weights: Hashes of frozen parameters and buffers.
         stats: Counters.
         moving: Parameters and buffers that move although they take no gradient.
-        pace: Seconds that following has cost.
+        overhead: Seconds that following has cost.
         messages: Sentences that were told, by what they are about.
         layouts: Where the rows are in kept values, by what that depends on.
         filling: Module that is called for the sake of its rows only, if one is.
         folder: Folder in which it is kept what items of data sets are. None if it is not.
-        bindings: What is known of the items of data sets, by the hash of what those hold.
-        routes: Function that returns all routes.
+        item_records: What is known of the items of data sets, by the hash of what those hold.
+        traces: Function that returns all traces.
         held: Bytes of batches that are not taken apart into rows yet.
         served_seconds: Seconds of all calls that were served.
         hash_seconds: Seconds in which frozen bits were hashed beyond what must be.
@@ -66,13 +66,13 @@ class Shared:
     probation: int | None
     weights: Weights = field(default_factory=Weights)
     stats: Stats = field(default_factory=Stats)
-    pace: Pace = field(default_factory=Pace)
+    overhead: Overhead = field(default_factory=Overhead)
     messages: dict[str, str] = field(default_factory=dict)
-    layouts: dict[tuple[Any, ...], Layout] = field(default_factory=dict)
+    layouts: dict[tuple[Any, ...], RowLayout] = field(default_factory=dict)
     filling: nn.Module | None = None
     folder: Path | None = None
-    bindings: dict[bytes, Binding] = field(default_factory=dict)
-    routes: Callable[[], Iterable[Any]] = tuple
+    item_records: dict[bytes, ItemRecords] = field(default_factory=dict)
+    traces: Callable[[], Iterable[Any]] = tuple
     held: int = 0
     served_seconds: float = 0.0
     hash_seconds: float = 0.0
@@ -81,7 +81,7 @@ class Shared:
     idle_steps: int | None = 0
 
     def __post_init__(self) -> None:
-        self.moving = Moving(self.weights)
+        self.moving = MovingWeights(self.weights)
 
     def tell(self, about: str, sentence: str) -> None:
         """Tells the user something, once.
@@ -110,7 +110,7 @@ class Shared:
         Args:
             rows: Keys of its rows, for each of the tensors that it is made of.
         """
-        return any(route.would_serve(rows) for route in self.routes())
+        return any(cached.would_serve(rows) for cached in self.traces())
 
     def closeness(self, value: Tensor) -> float:
         """Returns how far a kept value may be from a computed one under exact=False.

@@ -13,8 +13,8 @@ _RARE, _FEW = 50, 16
 
 
 @dataclass(eq=False)
-class Family:
-    """What routes have in common that differ in nothing but the length that rows are padded to.
+class RowHistory:
+    """What traces have in common that differ in nothing but the length that rows are padded to.
 
     Attributes:
         seen: Rows that came, until rows come again, by what is made from them.
@@ -25,7 +25,7 @@ class Family:
         passed: Number of batches that were compared.
         wanted: Number of batches that are compared before any is served.
         epoch: Number of batches before rows came again.
-        routes: Number of routes.
+        traces: Number of traces.
         left_alone: Number of batches that nothing was kept of, for the sake of time.
         rows: Number of rows that came.
         rows_again: Number of those that had come before.
@@ -40,7 +40,7 @@ class Family:
     passed: int = 0
     wanted: int = 0
     epoch: int = 0
-    routes: int = 0
+    traces: int = 0
     left_alone: int = 0
     rows: int = 0
     rows_again: int = 0

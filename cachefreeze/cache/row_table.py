@@ -17,7 +17,7 @@ BELOW = 1 << 40
 _LOOK_AGAIN = 2.0
 
 
-class Table:
+class RowTable:
     """Rows of one kind of value, by key.
 
     Memory of the CPU is asked for once, as much as the limit allows, and the system gives it page

@@ -1,4 +1,4 @@
-"""A module whose calls are cached, with a route for each signature and way through it."""
+"""A module whose calls are cached, with a cached trace for each signature and way through it."""
 
 import weakref
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils import _device as device_contexts
 
 from cachefreeze import lineage
-from cachefreeze.cache.lengths import differ_in_length
+from cachefreeze.cache.cache_state import CacheState, Filled
+from cachefreeze.cache.cached_trace import CachedTrace
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.route import Route
-from cachefreeze.cache.shared import Filled, Shared
+from cachefreeze.cache.padding import differ_in_length
 from cachefreeze.cache.state import State
-from cachefreeze.keys import Surroundings, environment
+from cachefreeze.keys import ExternalState, environment
 from cachefreeze.lineage import calls
 from cachefreeze.lineage.known import LINE, off_line
 from cachefreeze.lineage.structure import PLAIN_KINDS
@@ -33,7 +33,7 @@ _MANY_LENGTHS = 8
 # Number of calls that are traced. Beyond them, one of 16 may be.
 _FEW_TRACES = 4
 
-# Number of calls after which a module whose routes all rest is left alone, and after which it is
+# Number of calls after which a module whose traces all rest is left alone, and after which it is
 # looked at again.
 _LOOK_AGAIN = 16
 
@@ -43,36 +43,36 @@ _Key = tuple[Any, Any, tuple[Any, ...]]
 _Flags = tuple[tuple[bool, ...], tuple[bool, ...]]
 
 
-class Site:
+class CachedModule:
     """A module whose calls are cached.
 
     Args:
-        shared: What all routes of the cache have in common.
+        shared: What all traces of the cache have in common.
         name: Name of the module, for people.
         module: Module.
     """
 
-    def __init__(self, shared: Shared, name: str, module: nn.Module) -> None:
+    def __init__(self, shared: CacheState, name: str, module: nn.Module) -> None:
         self._shared = shared
         self._name = name
         self._module = weakref.ref(module)
         self._modules = list(module.modules())
         self._parameters: list[torch.Tensor] = []
         # Ways through the module for each signature, the latest one first.
-        self._kinds: dict[_Key, list[Route]] = {}
-        self._flags: weakref.WeakKeyDictionary[Route, _Flags] = weakref.WeakKeyDictionary()
+        self._kinds: dict[_Key, list[CachedTrace]] = {}
+        self._flags: weakref.WeakKeyDictionary[CachedTrace, _Flags] = weakref.WeakKeyDictionary()
         self._calls = self._traced = 0
         self._fitting = self._again = 0
         self._by_parts = self._gives_up = False
         self._tried: dict[_Key, int] = {}
-        # Flags of when all routes have come to rest, number of calls that found them so, and number
+        # Flags of when all traces have come to rest, number of calls that found them so, and number
         # of calls that were left alone.
         self._asleep: _Flags | None = None
         self._rested = self._slept = 0
 
-    def routes(self) -> list[Route]:
-        """Returns all routes."""
-        return [route for routes in self._kinds.values() for route in routes]
+    def traces(self) -> list[CachedTrace]:
+        """Returns all traces."""
+        return [cached for traces in self._kinds.values() for cached in traces]
 
     def call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inner: bool
@@ -93,7 +93,7 @@ class Site:
         before = self._traced
         output = self._call(call, inner)
         # Other calls in a step may be of another kind.
-        at_rest = before == self._traced and all(one.at_rest for one in self.routes())
+        at_rest = before == self._traced and all(one.at_rest for one in self.traces())
         self._rested = self._rested + 1 if at_rest else 0
         self._asleep = self._flags_of_now() if self._rested >= _LOOK_AGAIN else None
         return output
@@ -129,21 +129,21 @@ class Site:
             )
             return call.run()
         self._shared.moving.look()
-        routes = self._kinds.get(key, [])
-        if routes and routes[0].pauses:
-            return routes[0].pass_by(call)
-        for place, route in enumerate(routes):
-            if not route.stale and not route.is_outgrown and route.guards.fit(call):
+        traces = self._kinds.get(key, [])
+        if traces and traces[0].pauses:
+            return traces[0].pass_by(call)
+        for place, cached in enumerate(traces):
+            if not cached.stale and not cached.is_outgrown and cached.guards.fit(call):
                 self._fitting += 1
-                routes.insert(0, routes.pop(place))
+                traces.insert(0, traces.pop(place))
                 filling = self._shared.filling
-                if filling is not None and filling is self._module() and route.fill(call):
+                if filling is not None and filling is self._module() and cached.fill(call):
                     raise Filled
-                return route.run(call)
+                return cached.run(call)
         return self._call_anew(key, call, inner)
 
     def _call_anew(self, key: _Key, call: ModuleCall, inner: bool) -> Any:
-        """Runs a call that no route fits: it is traced if that may pay."""
+        """Runs a call that no cached fits: it is traced if that may pay."""
         call.load()
         given = call.tensors
         trained = self._trained()
@@ -160,14 +160,14 @@ class Site:
             return before.run(call)
         if before is not None:  # more is frozen: that is as often as there are parameters
             return self._trace(key, flags, call, None)
-        if any(route.family.broken for route in self.routes()):
+        if any(cached.history.broken for cached in self.traces()):
             return self._give_up(call)
         like = self._of_another_length(key, flags)
-        again = like is not None and like.family.again
-        routes = self._kinds.get(key, [])
-        if self._traced and self._shared.pace.is_over:
+        again = like is not None and like.history.again
+        traces = self._kinds.get(key, [])
+        if self._traced and self._shared.overhead.is_over:
             return call.run()
-        if not routes and len(self._kinds) >= (_MOST_LENGTHS if like is not None else _MOST):
+        if not traces and len(self._kinds) >= (_MOST_LENGTHS if like is not None else _MOST):
             self._shared.tell(
                 f"{self._name}: signatures",
                 f"{self._name} was called with more than {_MOST} combinations of shapes and "
@@ -175,11 +175,11 @@ class Site:
                 "batches, a fixed length or pad_to_multiple_of=64 helps.",
             )
             return _run_by_parts(call)
-        if routes and self._again >= _FEW_TRACES + self._fitting // _FEW_TRACES:
+        if traces and self._again >= _FEW_TRACES + self._fitting // _FEW_TRACES:
             self._shared.tell(
                 f"{self._name}: changes",
                 f"Calls of {self._name} are not cached while something in it changes from call to "
-                f"call: {routes[0].guards.difference(call.given) or 'the way through it'}.",
+                f"call: {traces[0].guards.difference(call.given) or 'the way through it'}.",
             )
             return call.run()
         if self._traced == 0 and (functions := lineage.compiled_functions(call.module)):
@@ -224,8 +224,8 @@ class Site:
     def _give_up(self, call: ModuleCall) -> Any:
         """Leaves the module alone from now on."""
         self._gives_up = True
-        for route in self.routes():
-            route.free()
+        for cached in self.traces():
+            cached.free()
         self._kinds.clear()
         return call.run()
 
@@ -242,13 +242,13 @@ class Site:
         ]
         return [one.requires_grad for one in self._parameters]
 
-    def _trace(self, key: _Key, flags: _Flags, call: ModuleCall, like: Route | None) -> Any:
+    def _trace(self, key: _Key, flags: _Flags, call: ModuleCall, like: CachedTrace | None) -> Any:
         self._traced += 1
         self._again += key in self._kinds
         before = self._before(key, flags)
         # The pass may write to what it is given.
         copies = [tensor.detach().clone() for tensor in call.tensors]
-        around = Surroundings(self._modules, call.given)
+        around = ExternalState(self._modules, call.given)
         moving = self._shared.moving.tensors
         output, trace = lineage.trace(
             call.module, *call.args, moving=moving, code_frames=around.frames(), **call.kwargs
@@ -259,17 +259,17 @@ class Site:
         self._tried[key] = self._tried.get(key, 0) + 1
         last = self._tried[key] >= _TRIES
         like = like if like is not None and like.selection.takes_other_lengths else None
-        route = Route(self._shared, name, trace, around, copies, before, like, last)
-        if route.state is State.UNDECIDED:
+        cached = CachedTrace(self._shared, name, trace, around, copies, before, like, last)
+        if cached.state is State.UNDECIDED:
             return output
-        self._flags[route] = flags
-        if route.state is State.BY_PARTS:
+        self._flags[cached] = flags
+        if cached.state is State.BY_PARTS:
             self._by_parts = True
             return output
         if key not in self._kinds:
-            self._note_shapes(key, route)
-        routes = [one for one in self._kinds.get(key, []) if not one.stale]
-        self._kinds[key] = [route, *routes][:_MOST]
+            self._note_shapes(key, cached)
+        traces = [one for one in self._kinds.get(key, []) if not one.stale]
+        self._kinds[key] = [cached, *traces][:_MOST]
         return output
 
     def _words(self, module: nn.Module, given: list[torch.Tensor]) -> str:
@@ -279,9 +279,9 @@ class Site:
         without = "" if torch.is_grad_enabled() else ", without gradients"
         return f"{self._name} ({mode} mode, {shape}{without})"
 
-    def _note_shapes(self, key: _Key, route: Route) -> None:
+    def _note_shapes(self, key: _Key, cached: CachedTrace) -> None:
         alike = sum(other[:2] == key[:2] for other in self._kinds)
-        if alike == _MANY_SHAPES and route.family.routes == 1:
+        if alike == _MANY_SHAPES and cached.history.traces == 1:
             self._shared.note(
                 f"{self._name}: shapes",
                 f"{self._name} was called with more than {_MANY_SHAPES} combinations of shapes. "
@@ -289,41 +289,41 @@ class Site:
                 "pad_to_multiple_of=64, makes rows come again.",
             )
 
-    def _before(self, key: _Key, flags: _Flags) -> Route | None:
-        """Finds a route of the same calls from when less was frozen: the last one, if several."""
-        for route in self._kinds.get(key, []):
-            trained = self._flags[route][0]
+    def _before(self, key: _Key, flags: _Flags) -> CachedTrace | None:
+        """Finds the last trace of the same calls that was made when less was frozen."""
+        for cached in self._kinds.get(key, []):
+            trained = self._flags[cached][0]
             less = all(one or not now for one, now in zip(trained, flags[0], strict=False))
-            if less and trained != flags[0] and route.has_rows:
-                return route
+            if less and trained != flags[0] and cached.has_rows:
+                return cached
         return None
 
-    def _of_another_length(self, key: _Key, flags: _Flags) -> Route | None:
-        """Finds a route of the same calls on rows that are padded to another length."""
+    def _of_another_length(self, key: _Key, flags: _Flags) -> CachedTrace | None:
+        """Finds a cached trace of the same calls on rows that are padded to another length."""
         shapes = [one[0] for one in key[2]]
-        for others, route in self._alike(key, flags):
-            length = route.selection.batch.length
-            resting = route.state is State.RESTING
+        for others, cached in self._alike(key, flags):
+            length = cached.selection.batch.length
+            resting = cached.state is State.RESTING
             if length and not resting and differ_in_length([o[0] for o in others], shapes, length):
-                return route
+                return cached
         return None
 
     def _is_smaller_than_others(self, key: _Key, flags: _Flags, given: list[torch.Tensor]) -> bool:
-        """Hands the rows of a smaller batch to the route of a larger one, if there is one."""
+        """Hands the rows of a smaller batch to the traces of larger ones. Says if there is any."""
         larger = [
-            route for shapes, route in self._alike(key, flags) if _are_more_rows(shapes, given)
+            cached for shapes, cached in self._alike(key, flags) if _are_more_rows(shapes, given)
         ]
-        for route in larger:
-            route.take_smaller(given)
+        for cached in larger:
+            cached.take_smaller(given)
         return bool(larger)
 
-    def _alike(self, key: _Key, flags: _Flags) -> Iterator[tuple[tuple[Any, ...], Route]]:
-        """Yields the routes of calls in the same mode, each with the shapes of its inputs."""
-        for (switches, plain, shapes), routes in self._kinds.items():
+    def _alike(self, key: _Key, flags: _Flags) -> Iterator[tuple[tuple[Any, ...], CachedTrace]]:
+        """Yields the traces of calls in the same mode, each with the shapes of its inputs."""
+        for (switches, plain, shapes), traces in self._kinds.items():
             if (switches, plain) == key[:2]:
-                for route in routes:
-                    if self._flags[route] == flags and not route.stale:
-                        yield shapes, route
+                for cached in traces:
+                    if self._flags[cached] == flags and not cached.stale:
+                        yield shapes, cached
 
 
 def _run_by_parts(call: ModuleCall) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from torch import nn
 
-from cachefreeze.keys.code import PARTS_OF_FUNCTIONS, Code, Place, is_foreign
+from cachefreeze.keys.code_reads import PARTS_OF_FUNCTIONS, CodeReads, Place, is_foreign
 from cachefreeze.lineage.contents import Glance, attributes_of
 from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.soundness import PARTS
@@ -126,7 +126,7 @@ class _Look:
         )
 
 
-class Surroundings:
+class ExternalState:
     """What the code of some modules reads now, to be compared later.
 
     Args:
@@ -136,7 +136,7 @@ class Surroundings:
 
     def __init__(self, modules: Iterable[nn.Module], given: Any) -> None:
         modules = list(modules)
-        self._code = Code()
+        self._code = CodeReads()
         attributes = list(_attributes(modules))
         for place in attributes:
             self._code.take(place.read())
@@ -257,7 +257,7 @@ def read_by_code(kind: type[nn.Module]) -> list[tuple[str, Any]]:
     Args:
         kind: Class of modules.
     """
-    code = Code(calls=True)
+    code = CodeReads(calls=True)
     code.module_class(kind)
     return [(place.name, place.read()) for place in code.places]
 

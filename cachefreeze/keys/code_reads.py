@@ -54,7 +54,7 @@ class Place:
         self.read: Callable[[], Any] = read or functools.partial(holder.get, key, NONE)
 
 
-class Code:
+class CodeReads:
     """Finds the places that functions read. Each function is looked into once.
 
     Args:

@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, MapDataPipe, TensorDataset
 from torch.utils.data import default_collate as torchs_collate
 
-from cachefreeze.cache.binding import Binding, NotByRowsError, put_together, take_apart
-from cachefreeze.cache.fetching import About, Ask, Items, innermost
+from cachefreeze.cache.fetching import FetchReport, FetchRequest, Items, innermost
+from cachefreeze.cache.item_records import ItemRecords, NotByRowsError, put_together, take_apart
 from cachefreeze.errors import UserError
-from cachefreeze.keys import Description
+from cachefreeze.keys import Fingerprint
 from cachefreeze.lineage.unloaded import Unloaded
 
 # Seconds in which an item is loaded as fast as it is known.
@@ -32,7 +32,7 @@ class Cache(Protocol):
     """What a loader asks of the cache that it belongs to."""
 
     folder: Path | None
-    bindings: dict[bytes, Binding]
+    item_records: dict[bytes, ItemRecords]
 
     @property
     def serves(self) -> bool:
@@ -48,7 +48,7 @@ class Cache(Protocol):
         ...
 
 
-class KnownRows:
+class LazyLoading:
     """What a loader knows of its rows, and what it loads of a batch.
 
     Args:
@@ -61,10 +61,10 @@ class KnownRows:
         self._dataset: Any = None
         self._collate: Callable[[list[Any]], Any] = torchs_collate
         self._has_workers = False
-        self._description: Description | None = None
-        self._binding: Binding | None = None
+        self._fingerprint: Fingerprint | None = None
+        self._records: ItemRecords | None = None
         # Also those of batches that are on their way while the data set is changed.
-        self._asked: dict[bytes, Binding] = {}
+        self._asked: dict[bytes, ItemRecords] = {}
         self._items: Items | None = None
         # Hash of the data set that workers have, if they outlive epochs.
         self._of_workers: bytes | None = None
@@ -102,7 +102,7 @@ class KnownRows:
                 "makes of items is not known before they are loaded.",
             )
             return False
-        return self._binding is None or not self._binding.off
+        return self._records is None or not self._records.off
 
     def begin(self, loader: DataLoader[Any], anew: bool) -> None:
         """Begins an epoch.
@@ -114,40 +114,40 @@ class KnownRows:
         self._dataset, self._collate = loader.dataset, loader.collate_fn
         self._has_workers = loader.num_workers > 0
         self._look(deep=True)
-        assert self._description is not None
+        assert self._fingerprint is not None
         if anew:
-            self._of_workers = self._description.digest
+            self._of_workers = self._fingerprint.digest
             self._items = None
-        self._usable = self._of_workers == self._description.digest
+        self._usable = self._of_workers == self._fingerprint.digest
         self._epoch += 1
         self._batch = self._sampled = 0
 
     def _look(self, deep: bool = False) -> bool:
         """Sees whether the data set is as it was. Says whether it is."""
-        if self._description is not None and self._description.is_same(deep):
+        if self._fingerprint is not None and self._fingerprint.is_same(deep):
             return True
-        self._description = Description(self._dataset)
+        self._fingerprint = Fingerprint(self._dataset)
         if self._items is not None:
-            self._items.description = self._description
+            self._items.fingerprint = self._fingerprint
         cache = self._cache()
         if cache is None:
             return False
-        digest = self._description.digest
-        binding = cache.bindings.get(digest)
-        if binding is None:
-            binding = Binding(self._description, len(self._dataset), self.name)
+        digest = self._fingerprint.digest
+        records = cache.item_records.get(digest)
+        if records is None:
+            records = ItemRecords(self._fingerprint, len(self._dataset), self.name)
             if cache.folder is not None:
-                binding.load(cache.folder)
-            cache.bindings[digest] = binding
-        same = self._binding is binding
-        self._binding = self._asked[digest] = binding
-        if self._description.entropy:
-            self._turn_off(f"may be others each time, by {self._description.entropy}")
+                records.load(cache.folder)
+            cache.item_records[digest] = records
+        same = self._records is records
+        self._records = self._asked[digest] = records
+        if self._fingerprint.entropy:
+            self._turn_off(f"may be others each time, by {self._fingerprint.entropy}")
         return same
 
     def items(self) -> Items:
         """Returns what loads items."""
-        self._items = Items(self._dataset, self._description)
+        self._items = Items(self._dataset, self._fingerprint)
         return self._items
 
     def end(self) -> None:
@@ -157,9 +157,9 @@ class KnownRows:
     def save(self) -> None:
         """Keeps what is known for other processes."""
         cache = self._cache()
-        if self._binding is not None and cache is not None and cache.folder is not None:
+        if self._records is not None and cache is not None and cache.folder is not None:
             try:
-                self._binding.save(cache.folder)
+                self._records.save(cache.folder)
             except OSError as error:
                 cache.tell(
                     "loader: folder",
@@ -169,7 +169,7 @@ class KnownRows:
 
     # What is loaded of a batch.
 
-    def ask(self, indices: Any) -> Ask:
+    def ask(self, indices: Any) -> FetchRequest:
         """Decides what is loaded of a batch, before that is done.
 
         Args:
@@ -177,60 +177,62 @@ class KnownRows:
         """
         self._batch += 1
         cache = self._cache()
-        if cache is None or self._binding is None or not self._usable or self._binding.off:
-            return Ask(indices, watch=False)
+        if cache is None or self._records is None or not self._usable or self._records.off:
+            return FetchRequest(indices, watch=False)
         if not self._look() and self._has_workers:
             # Workers have the data set of before.
             self._usable = False
-            return Ask(indices, watch=False)
-        binding, places = self._binding, _numbers(indices, len(self._binding.known))
-        if places is None or binding.off:
-            return Ask(indices)
-        if not len(places) or not binding.known[places].all() or binding.forget_changed(places):
-            return Ask(indices, note=True, digest=binding.digest)
+            return FetchRequest(indices, watch=False)
+        records, places = self._records, _numbers(indices, len(self._records.known))
+        if places is None or records.off:
+            return FetchRequest(indices)
+        if not len(places) or not records.known[places].all() or records.forget_changed(places):
+            return FetchRequest(indices, note=True, digest=records.digest)
         if self._used >= _OFTEN:
-            return Ask(indices)
-        if not cache.would_serve(list(binding.keys(places).values())):
+            return FetchRequest(indices)
+        if not cache.would_serve(list(records.keys(places).values())):
             # Something may make another batch of it before the cache sees it: that tells who.
             self._probes += cache.serves
             if not cache.serves or self._probes > _OFTEN:
-                return Ask(indices)
+                return FetchRequest(indices)
         if self._has_workers and not self._may_stand_in(int(places[0])):
-            return Ask(indices)
-        return Ask(indices, load=False, digest=binding.digest, sample=self._sample(places))
+            return FetchRequest(indices)
+        return FetchRequest(indices, load=False, digest=records.digest, sample=self._sample(places))
 
     def _may_stand_in(self, index: int) -> bool:
         """Says whether this process gives the items that workers give. One is tried."""
         if not self._tried:
             self._tried = True
-            binding = self._binding
-            assert binding is not None
+            records = self._records
+            assert records is not None
             try:
                 batch, about = self._load([index])
-                differs = bool(about.draws or binding.differ([index], batch))
+                differs = bool(about.draws or records.differ([index], batch))
             except Exception:  # whatever the user's code raises here, it did not in workers
                 differs = True
             if differs:
                 self._turn_off("are others in the main process than in workers")
-        return self._binding is not None and not self._binding.off
+        return self._records is not None and not self._records.off
 
     def _sample(self, places: np.ndarray) -> tuple[int, ...]:
         """Chooses an item that is loaded all the same, in some batches of an epoch."""
-        assert self._binding is not None
-        wanted = max(len(self._binding.known) // _ONE_OF, _LEAST)
+        assert self._records is not None
+        wanted = max(len(self._records.known) // _ONE_OF, _LEAST)
         if self._sampled >= wanted:
             return ()
         self._sampled += 1
         # No random state is drawn from for it.
         return (int(places[(self._epoch * 7919 + self._sampled * 104729) % len(places)]),)
 
-    def _load(self, indices: Sequence[int]) -> tuple[Any, About]:
-        items, about = Items(self._dataset, self._description).__getitems__(Ask(list(indices)))
+    def _load(self, indices: Sequence[int]) -> tuple[Any, FetchReport]:
+        items, about = Items(self._dataset, self._fingerprint).__getitems__(
+            FetchRequest(list(indices))
+        )
         return self._collate(items), about
 
     # What comes of it.
 
-    def batch(self, batch: Any, about: About) -> Any:
+    def batch(self, batch: Any, about: FetchReport) -> Any:
         """Returns a batch for the loop.
 
         Args:
@@ -238,84 +240,84 @@ class KnownRows:
                 nothing was loaded.
             about: How it was loaded.
         """
-        binding = self._asked.get(about.ask.digest)
+        records = self._asked.get(about.ask.digest)
         if about.draws:
             self._turn_off(about.draws)
-        if binding is None:
+        if records is None:
             return batch
         if not about.ask.load:
-            if about.ask.sample and not binding.off:
-                self._compare(binding, list(about.ask.sample), batch)
-            return self._late(binding, about.ask)
-        if about.ask.note and not binding.off:
-            self._bind(binding, batch, about)
+            if about.ask.sample and not records.off:
+                self._compare(records, list(about.ask.sample), batch)
+            return self._late(records, about.ask)
+        if about.ask.note and not records.off:
+            self._bind(records, batch, about)
         return batch
 
-    def _bind(self, binding: Binding, batch: Any, about: About) -> None:
+    def _bind(self, records: ItemRecords, batch: Any, about: FetchReport) -> None:
         indices = [int(index) for index in about.ask.indices]
         self._fetches += 1
         if self._fetches == 2 and about.seconds < _CHEAP:
-            binding.turn_off("are loaded as fast as they are found")
+            records.turn_off("are loaded as fast as they are found")
             return
         try:
-            others = binding.bind(indices, batch, about.files)
+            others = records.bind(indices, batch, about.files)
         except NotByRowsError as why:
             self._turn_off(str(why))
             return
         if any(one is None for one in about.files):
-            binding.portable = False
+            records.portable = False
         if others:
             self._others(others)
 
-    def _compare(self, binding: Binding, indices: list[int], batch: Any) -> None:
+    def _compare(self, records: ItemRecords, indices: list[int], batch: Any) -> None:
         # A file may have changed in the meantime.
-        others = binding.differ(indices, batch)
-        if others and not binding.forget_changed(np.asarray(indices)):
+        others = records.differ(indices, batch)
+        if others and not records.forget_changed(np.asarray(indices)):
             self._others(others)
 
     def _others(self, indices: list[int]) -> None:
-        cache, binding = self._cache(), self._binding
-        assert binding is not None
+        cache, records = self._cache(), self._records
+        assert records is not None
         if cache is not None and cache.folder is not None:
-            binding.remove(cache.folder)
+            records.remove(cache.folder)
         self._turn_off(
             f"are not always the same (item {indices[0]}, for one), although nothing of the data "
             "set that the cache can see has changed"
         )
 
     def _turn_off(self, why: str) -> None:
-        cache, binding = self._cache(), self._binding
-        assert binding is not None
-        if not binding.off and cache is not None:
+        cache, records = self._cache(), self._records
+        assert records is not None
+        if not records.off and cache is not None:
             cache.tell(
                 f"loader of {self.name}: {why}",
                 f"cache.loader loads every item of {self.name}: its items {why}.",
             )
-        binding.turn_off(why)
+        records.turn_off(why)
 
-    def _loaded(self, ask: Ask) -> Any:
+    def _loaded(self, ask: FetchRequest) -> Any:
         batch, _ = self._load([int(index) for index in ask.indices])
         return batch
 
-    def _late(self, binding: Binding, ask: Ask) -> Any:
+    def _late(self, records: ItemRecords, ask: FetchRequest) -> Any:
         """Returns a batch whose large parts are not loaded."""
-        if binding.off:  # found while it was on its way
+        if records.off:  # found while it was on its way
             return self._loaded(ask)
-        places = _numbers(ask.indices, len(binding.known))
+        places = _numbers(ask.indices, len(records.known))
         assert places is not None
-        values = binding.small(places)
-        keys = binding.keys(places)
-        late = _Late(self, binding, places)
-        for place in binding.large:
-            like = binding.leaves[place].like(len(places))
+        values = records.small(places)
+        keys = records.keys(places)
+        late = _Late(self, records, places)
+        for place in records.large:
+            like = records.leaves[place].like(len(places))
             values[place] = Unloaded(like, _CPU, late.loader(place), keys[place])
-        return put_together(binding.structure, values)
+        return put_together(records.structure, values)
 
-    def load_late(self, binding: Binding, places: np.ndarray, used: bool) -> Any:
+    def load_late(self, records: ItemRecords, places: np.ndarray, used: bool) -> Any:
         """Loads a batch that was given without its values.
 
         Args:
-            binding: What was known of its items.
+            records: What was known of its items.
             places: Their numbers.
             used: Whether something of the user's uses it.
         """
@@ -330,12 +332,12 @@ class KnownRows:
                 f"{where} uses a batch of cache.loader whose values only frozen work would need: "
                 "its items are loaded for that.",
             )
-        if binding.off:
+        if records.off:
             return batch
         if about.draws:
             self._turn_off(about.draws)
-        elif others := binding.differ(indices, batch):
-            if self._description is None or not self._description.is_same():
+        elif others := records.differ(indices, batch):
+            if self._fingerprint is None or not self._fingerprint.is_same():
                 raise UserError(
                     f"{self.name} was changed between the loading of a batch and its first use in "
                     f"{_where()}: use `x` before the data set is changed, or change it between "
@@ -348,8 +350,8 @@ class KnownRows:
 class _Late:
     """A batch that is loaded once, for all of its parts."""
 
-    def __init__(self, rows: KnownRows, binding: Binding, places: np.ndarray) -> None:
-        self._rows, self._binding, self._places = rows, binding, places
+    def __init__(self, rows: LazyLoading, records: ItemRecords, places: np.ndarray) -> None:
+        self._rows, self._records, self._places = rows, records, places
         self._values: dict[int, Any] = {}
 
     def loader(self, place: int) -> Callable[[bool], torch.Tensor]:
@@ -361,7 +363,7 @@ class _Late:
 
         def load(used: bool) -> torch.Tensor:
             if place not in self._values:
-                batch = self._rows.load_late(self._binding, self._places, used)
+                batch = self._rows.load_late(self._records, self._places, used)
                 _, _, values = take_apart(batch, len(self._places))
                 self._values = dict(enumerate(values))
             # Each part is given to one owner, who may write to it.

@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 _CALLS, _MOST_CALLS = 16, 1024
 
 
-class Moving:
+class MovingWeights:
     """The tensors that move.
 
     Args:
