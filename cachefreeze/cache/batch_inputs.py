@@ -1,4 +1,4 @@
-"""The inputs of a batch: which of them have rows, and the keys of those rows."""
+"""Inputs of a batch: which of them consist of rows, and the keys of these rows."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,19 +11,20 @@ from cachefreeze.keys import row_keys, same_bits
 from cachefreeze.lineage import Trace, unloaded
 
 Tensor = torch.Tensor
-# Keys of the rows of a batch, for each set of inputs that a kept value depends on.
+# Keys of a batch's rows, for each group of inputs that a kept value depends on.
 Keys = dict[tuple[int, ...], np.ndarray]
 
 
 class BatchInputs:
-    """Splits the inputs of a batch into rows, and names the rows by their content.
+    """Splits the inputs of a batch into rows, and computes the keys of rows.
 
     Args:
-        trace: Trace of a pass.
-        inputs: Tensors that the pass was given, by the numbers of their values.
-        groups: Sets of inputs that kept values depend on, as positions in `trace.inputs`.
+        trace: Trace of a forward pass.
+        inputs: Inputs of the traced pass, by number.
+        groups: Groups of inputs that kept values depend on, as positions in `trace.inputs`.
         exact: Whether padding is part of a row.
-        like: Inputs of a pass on rows of another length, whose padding is the same.
+        like: Inputs of a trace with rows of another length, which have the same padding. None if
+            there is no such trace.
 
     Attributes:
         rows: Number of rows in a batch.
@@ -48,7 +49,7 @@ class BatchInputs:
 
     @property
     def length(self) -> int:
-        """Length that the rows of the traced batch are padded to. 0 if no mask shows their own."""
+        """Length that the traced rows are padded to. 0 if no mask shows their own lengths."""
         inputs = self._trace.inputs
         if self.mask is None or not all(
             any(inputs[place] == self.mask for place in group) for group in self._groups
@@ -61,10 +62,13 @@ class BatchInputs:
         return any(self._trace.inputs[place] in self.with_rows for place in group)
 
     def keys(self, inputs: Mapping[int, Tensor]) -> Keys:
-        """Hashes the rows of a batch, for each set of inputs that a kept value depends on.
+        """Hashes the rows of a batch.
 
         Args:
-            inputs: Inputs of the batch, by the numbers of their values.
+            inputs: Inputs of the batch, by number.
+
+        Returns:
+            Keys of shape (rows, 2), for each group of inputs.
         """
         return {group: self._keys_in(group, inputs) for group in self._groups}
 
@@ -82,13 +86,15 @@ class BatchInputs:
         return row_keys(list(rows.values()), shared, self.rows, lengths, mask.shape[1])
 
     def merge(self, batches: list[dict[int, Tensor]]) -> list[tuple[dict[int, Tensor], int]]:
-        """Joins the rows of smaller batches to whole ones, the last filled up with its own rows.
+        """Joins smaller batches to batches of the usual size.
+
+        The last batch is filled up with copies of its last row.
 
         Args:
-            batches: Inputs of the batches, by the numbers of their values.
+            batches: Inputs of each smaller batch, by number.
 
         Returns:
-            Inputs of each whole batch, and how many of its rows are rows of the smaller ones.
+            Inputs of each joined batch, and the number of its rows that are not copies.
         """
         joined = {
             number: torch.cat([batch[number] for batch in batches])
@@ -109,11 +115,16 @@ class BatchInputs:
         return found
 
     def shared_of(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Returns the inputs that all rows of a batch share."""
+        """Returns the inputs that belong to the whole batch."""
         return {n: tensor for n, tensor in inputs.items() if n not in self.with_rows}
 
     def takes(self, inputs: Mapping[int, Tensor], example: Mapping[int, Tensor]) -> bool:
-        """Says whether the rows of a smaller batch may stand in a whole one."""
+        """Returns whether rows of a smaller batch can be part of a batch of the usual size.
+
+        Args:
+            inputs: Inputs of the smaller batch, by number.
+            example: Inputs of the traced pass that belong to the whole batch, by number.
+        """
         read = {self._trace.inputs[place] for group in self._groups for place in group}
         for number, tensor in inputs.items():
             value = self._trace.values[number]
@@ -128,5 +139,5 @@ class BatchInputs:
 
 
 def _named(tensor: Tensor) -> Tensor | np.ndarray:
-    """Returns the hashes of the rows of a tensor that is not loaded yet."""
+    """Returns the row hashes of a tensor that is not loaded yet, or a loaded tensor itself."""
     return tensor.unloaded_keys if unloaded.is_unloaded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]

@@ -1,4 +1,4 @@
-"""What all traces of a cache have in common: entries, hashes of frozen bits, counters, messages."""
+"""State that all parts of a cache share: entries, hashes, counters, messages."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -19,46 +19,46 @@ from cachefreeze.cache.statistics import Report, Stats
 from cachefreeze.keys import Weights
 
 _log = logging.getLogger("cachefreeze")
-# Rounding of another order of additions, as a share of the largest number.
+# Difference that another order of additions may make, as a share of the largest number.
 _CLOSE = 1e-4
-# Share of the time of served calls that goes into each of two checks beyond what must be: hashes of
-# frozen bits, and batches that are compared.
+# Share of the time of served calls that each of two checks may take beyond the necessary ones:
+# hashing frozen parameters, and comparing batches.
 _SHARE = 0.005
 
 
 class Filled(BaseException):
-    """Ends a call that was made for the sake of its rows only, once they are kept.
+    """Ends a call of the model that `fill` has made, as soon as its rows are kept.
 
-    The caller of `fill` gives the function that it leaves: no `except Exception` may take it.
+    It passes through the user's function. It is no `Exception`, so that `except Exception` there
+    does not catch it.
     """
 
 
 @dataclass
 class CacheState:
-    """What all traces of a cache have in common.
+    """State that all parts of a cache share.
 
     Attributes:
         entries: Kept rows.
-        exact: Whether only values are served that are equal to the last bit.
-        probation: Number of batches that are compared before any is served. None for a quarter of
-            what came before the first row came again, at least 2 and at most 8.
+        exact: Whether only values are served whose bits equal those of computed ones.
+        probation: Number of batches that are compared before any is served. If None, a quarter of
+            the batches before the first row came again, at least 2 and at most 8.
         weights: Hashes of frozen parameters and buffers.
         stats: Counters.
-        moving: Parameters and buffers that move although they take no gradient.
-        overhead: Seconds that following has cost.
-        messages: Sentences that were told, by what they are about.
-        layouts: Where the rows are in kept values, by what that depends on.
-        filling: Module that is called for the sake of its rows only, if one is.
-        folder: Folder in which it is kept what items of data sets are. None if it is not.
-        item_records: What is known of the items of data sets, by the hash of what those hold.
-        traces: Function that returns all traces.
-        held: Bytes of batches that are not taken apart into rows yet.
-        served_seconds: Seconds of all calls that were served.
-        hash_seconds: Seconds in which frozen bits were hashed beyond what must be.
-        report: What was checked and found.
-        most_useless: Bytes that are written to the directory before a row has come again.
-        idle_steps: Number of steps of optimizers that hold nothing but frozen parameters. None once
-            there was a step of another.
+        overhead: Seconds that caching has cost.
+        messages: Sentences that the user was told, by their subject.
+        layouts: Layouts of rows in kept values, by all that they depend on.
+        filling: Module that `fill` calls at present. None if there is none.
+        folder: Folder for records of data sets' items. None if they are not written.
+        item_records: Records of data sets' items, by the digest of the data set.
+        traces: Function that returns all cached traces.
+        held: Number of bytes of batches that are not split into rows yet.
+        served_seconds: Seconds of all served calls.
+        hash_seconds: Seconds spent on hashes beyond the necessary ones.
+        report: Results of the checks.
+        most_useless: Largest number of bytes that are written to disk before a row has come again.
+        idle_steps: Number of steps of optimizers that hold only frozen parameters. None after a
+            step of any other optimizer.
     """
 
     entries: Entries
@@ -84,18 +84,23 @@ class CacheState:
         self.moving = MovingWeights(self.weights)
 
     def tell(self, about: str, sentence: str) -> None:
-        """Tells the user something, once.
+        """Tells the user something, once for each subject.
 
         Args:
-            about: What it is about. One sentence is told about each thing.
-            sentence: Sentence.
+            about: Subject of the sentence.
+            sentence: Sentence for the user.
         """
         if about not in self.messages:
             self.messages[about] = sentence
             _log.warning("%s", sentence)
 
     def note(self, about: str, sentence: str) -> None:
-        """Keeps a sentence for who asks, in the place of an earlier one about the same thing."""
+        """Keeps a sentence in `messages`. It replaces an earlier one on the same subject.
+
+        Args:
+            about: Subject of the sentence.
+            sentence: Sentence for the user.
+        """
         self.messages[about] = sentence
         _log.info("%s", sentence)
 
@@ -105,15 +110,15 @@ class CacheState:
         return self.stats.rows_served > 0
 
     def would_serve(self, rows: Sequence[np.ndarray]) -> bool:
-        """Says whether a batch is served without a look at its values, as far as can be told.
+        """Returns whether a batch would be served, so that its values are not needed.
 
         Args:
-            rows: Keys of its rows, for each of the tensors that it is made of.
+            rows: Keys of the batch's rows, for each tensor that the batch consists of.
         """
         return any(cached.would_serve(rows) for cached in self.traces())
 
     def closeness(self, value: Tensor) -> float:
-        """Returns how far a kept value may be from a computed one under exact=False.
+        """Returns how much a kept value may differ from a computed one if `exact=False`.
 
         Args:
             value: Computed value.
@@ -126,18 +131,23 @@ class CacheState:
 
     @property
     def may_hash(self) -> bool:
-        """Whether there is time to hash frozen bits beyond what must be."""
+        """Whether there is time for hashes beyond the necessary ones."""
         return self.report.verify != "off" and self._has_time(self.hash_seconds)
 
     @property
     def may_compare(self) -> bool:
-        """Whether there is time to compare a batch beyond what must be."""
+        """Whether there is time for comparisons beyond the necessary ones."""
         return self._has_time(self.report.seconds - self.hash_seconds)
 
     def _has_time(self, spent: float) -> bool:
         return spent < _SHARE * self.served_seconds
 
     def find(self, about: str, sentence: str) -> None:
-        """Tells the user of something wrong that a check has found."""
+        """Tells the user of a fault that a check has found, and adds it to the report.
+
+        Args:
+            about: Subject of the sentence.
+            sentence: Sentence for the user.
+        """
         self.report.found.append(sentence)
         self.tell(about, sentence)

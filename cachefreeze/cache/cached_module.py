@@ -1,4 +1,4 @@
-"""A module whose calls are cached, with a cached trace for each signature and way through it."""
+"""One module whose calls are cached. It has a trace for each kind of call."""
 
 import weakref
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _device as device_contexts
 
 from cachefreeze import lineage
+from cachefreeze.cache import messages
 from cachefreeze.cache.cache_state import CacheState, Filled
 from cachefreeze.cache.cached_trace import CachedTrace
 from cachefreeze.cache.module_call import ModuleCall
@@ -20,36 +21,35 @@ from cachefreeze.lineage import calls
 from cachefreeze.lineage.known import LINE, off_line
 from cachefreeze.lineage.structure import PLAIN_KINDS
 
-# Number of signatures of a module, and of ways through it for one signature, that are followed.
+# Largest number of signatures of a module, and of traces for one signature.
 _MOST = 16
-# Number of them for one mode of which the user is told.
+# Number of signatures for one mode after which the user gets a message.
 _MANY_SHAPES = 4
 # Largest number of lengths of padded rows.
 _MOST_LENGTHS = 64
-# Number of times that a pass is traced in which frozen work seems to take little time.
+# Number of traces that are made if frozen work seems to take little time.
 _TRIES = 3
-# Number of lengths at which rows are hardly ever padded to the same one again.
+# Number of lengths after which rows are not expected to be padded to the same length again.
 _MANY_LENGTHS = 8
-# Number of calls that are traced. Beyond them, one of 16 may be.
+# Number of calls that may be traced. Beyond them, one call of 16 may be.
 _FEW_TRACES = 4
-
-# Number of calls after which a module whose traces all rest is left alone, and after which it is
-# looked at again.
+# Number of calls that run without the cache until a module is not checked at each call any more.
+# After the same number of calls it is checked again.
 _LOOK_AGAIN = 16
 
-# Switches of torch, numbers and strings among the arguments, and shapes of the tensors.
+# Signature of a call: torch's switches, numbers and strings among the arguments, shapes of tensors.
 _Key = tuple[Any, Any, tuple[Any, ...]]
-# Which parameters take gradient, and which modules are in training mode.
+# `requires_grad` of all parameters, and `training` of all modules.
 _Flags = tuple[tuple[bool, ...], tuple[bool, ...]]
 
 
 class CachedModule:
-    """A module whose calls are cached.
+    """One module whose calls are cached.
 
     Args:
-        shared: What all traces of the cache have in common.
-        name: Name of the module, for people.
-        module: Module.
+        shared: State that all parts of the cache share.
+        name: Name of the module, for messages.
+        module: Module whose calls are cached.
     """
 
     def __init__(self, shared: CacheState, name: str, module: nn.Module) -> None:
@@ -58,15 +58,15 @@ class CachedModule:
         self._module = weakref.ref(module)
         self._modules = list(module.modules())
         self._parameters: list[torch.Tensor] = []
-        # Ways through the module for each signature, the latest one first.
+        # Traces for each signature, the last used one first.
         self._kinds: dict[_Key, list[CachedTrace]] = {}
         self._flags: weakref.WeakKeyDictionary[CachedTrace, _Flags] = weakref.WeakKeyDictionary()
         self._calls = self._traced = 0
         self._fitting = self._again = 0
         self._by_parts = self._gives_up = False
         self._tried: dict[_Key, int] = {}
-        # Flags of when all traces have come to rest, number of calls that found them so, and number
-        # of calls that were left alone.
+        # Flags at the time when all traces rested, number of calls in a row that found them at
+        # rest, and number of calls since then.
         self._asleep: _Flags | None = None
         self._rested = self._slept = 0
 
@@ -77,13 +77,14 @@ class CachedModule:
     def call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inner: bool
     ) -> Any:
-        """Runs a call of the module, or replays it with kept values.
+        """Runs a call of the module, with kept values in place of frozen work if possible.
 
         Args:
-            module: Module that is called: this one, or what was compiled from it.
+            module: Module that is called: this one, or a compiled one around it.
             args: Positional arguments.
             kwargs: Keyword arguments.
-            inner: Whether the call is within one whose frozen modules are cached by themselves.
+            inner: Whether this is a call inside another one, whose frozen modules are cached by
+                themselves.
         """
         call = ModuleCall(module, args, kwargs)
         if self._by_parts:
@@ -92,14 +93,14 @@ class CachedModule:
             return call.run()
         before = self._traced
         output = self._call(call, inner)
-        # Other calls in a step may be of another kind.
+        # A step may consist of calls of several kinds, so all traces must rest.
         at_rest = before == self._traced and all(one.at_rest for one in self.traces())
         self._rested = self._rested + 1 if at_rest else 0
         self._asleep = self._flags_of_now() if self._rested >= _LOOK_AGAIN else None
         return output
 
     def _sleeps(self) -> bool:
-        """Says whether a call is left alone without a look at what it is given."""
+        """Returns whether a call runs without the cache and without any check."""
         if self._asleep is None or self._shared.moving:
             return False
         self._slept += 1
@@ -121,12 +122,7 @@ class CachedModule:
         key = _switches(device), _plain_in(call.given), shapes
         self._calls += 1
         if any(map(_lies_between_lines, given)):
-            self._shared.tell(
-                f"{self._name}: lines",
-                f"{self._name} is not cached where its input begins between two lines of "
-                f"{LINE} bytes in memory, as some slices of a tensor do: there, results may have "
-                "other last bits. A copy, `x.clone()`, lies on a line.",
-            )
+            self._tell("lines", messages.unaligned(self._name, LINE))
             return call.run()
         self._shared.moving.look()
         traces = self._kinds.get(key, [])
@@ -143,7 +139,7 @@ class CachedModule:
         return self._call_anew(key, call, inner)
 
     def _call_anew(self, key: _Key, call: ModuleCall, inner: bool) -> Any:
-        """Runs a call that no cached fits: it is traced if that may pay."""
+        """Runs a call that fits no trace. It is traced if that may pay."""
         call.load()
         given = call.tensors
         trained = self._trained()
@@ -158,7 +154,7 @@ class CachedModule:
         if before is not None and self._shared.filling is None and before.carry_on():
             call.began = perf_counter()
             return before.run(call)
-        if before is not None:  # more is frozen: that is as often as there are parameters
+        if before is not None:  # more is frozen, which cannot happen often
             return self._trace(key, flags, call, None)
         if any(cached.history.broken for cached in self.traces()):
             return self._give_up(call)
@@ -168,61 +164,41 @@ class CachedModule:
         if self._traced and self._shared.overhead.is_over:
             return call.run()
         if not traces and len(self._kinds) >= (_MOST_LENGTHS if like is not None else _MOST):
-            self._shared.tell(
-                f"{self._name}: signatures",
-                f"{self._name} was called with more than {_MOST} combinations of shapes and "
-                "modes: in further ones only frozen modules inside are cached. For padded "
-                "batches, a fixed length or pad_to_multiple_of=64 helps.",
-            )
+            self._tell("signatures", messages.many_signatures(self._name, _MOST))
             return _run_by_parts(call)
         if traces and self._again >= _FEW_TRACES + self._fitting // _FEW_TRACES:
-            self._shared.tell(
-                f"{self._name}: changes",
-                f"Calls of {self._name} are not cached while something in it changes from call to "
-                f"call: {traces[0].guards.difference(call.given) or 'the way through it'}.",
-            )
+            what = traces[0].guards.difference(call.given)
+            self._tell("changes", messages.changes(self._name, what))
             return call.run()
         if self._traced == 0 and (functions := lineage.compiled_functions(call.module)):
             self._gives_up = True
-            self._shared.tell(
-                f"{self._name}: compiled",
-                f"{self._name} is not cached: it calls a function under torch.compile "
-                f"({', '.join(functions)}), which would run uncompiled while it is followed. "
-                "Compile a module in its place.",
-            )
+            self._tell("compiled", messages.compiled(self._name, functions))
             return call.run()
         takes = like is not None and like.selection.takes_other_lengths
         if like is not None and not takes and len(self._kinds) >= _MANY_LENGTHS:
-            self._shared.tell(
-                f"{self._name}: lengths",
-                f"{self._name} is not cached: its rows are padded to another length in every batch "
-                "and have other bits each time. A fixed length or pad_to_multiple_of=64 makes rows "
-                "come again, and exact=False may serve them at any length.",
-            )
+            self._tell("lengths", messages.other_lengths(self._name))
             return self._give_up(call)
         if like is not None and takes:
             output, ran = like.run_of_another_length(call)
             if ran:
                 return output
-        # Tracing takes time: few calls may be traced, and more once it is known to pay.
+        # Tracing takes time: few calls may be traced, and more if rows are known to come again.
         elif self._traced >= _FEW_TRACES + self._calls // (_FEW_TRACES if again else _MOST):
-            self._tell_of_words(key)
+            self._tell_of_other_arguments(key)
             return call.run()
         return self._trace(key, flags, call, like)
 
-    def _tell_of_words(self, key: _Key) -> None:
-        """Tells of strings and numbers among the arguments that are others in every call."""
+    def _tell(self, about: str, sentence: str) -> None:
+        self._shared.tell(f"{self._name}: {about}", sentence)
+
+    def _tell_of_other_arguments(self, key: _Key) -> None:
+        """Tells the user if strings or numbers among the arguments are others in every call."""
         alike = [other for other in self._kinds if (other[0], other[2]) == (key[0], key[2])]
         if len(alike) >= _FEW_TRACES and key not in self._kinds:
-            self._shared.tell(
-                f"{self._name}: words",
-                f"Calls of {self._name} are not cached that have other strings or numbers among "
-                "their arguments each time, such as names of files: give the model those only that "
-                "it uses.",
-            )
+            self._tell("words", messages.other_arguments(self._name))
 
     def _give_up(self, call: ModuleCall) -> Any:
-        """Leaves the module alone from now on."""
+        """Runs this and all further calls without the cache."""
         self._gives_up = True
         for cached in self.traces():
             cached.free()
@@ -230,7 +206,7 @@ class CachedModule:
         return call.run()
 
     def _trained(self) -> list[bool]:
-        """Returns which parameters take gradient, those of parts that are new among them."""
+        """Returns `requires_grad` of all parameters, including those of new submodules."""
         module = self._module()
         if module is not None:
             self._modules = list(module.modules())
@@ -246,7 +222,7 @@ class CachedModule:
         self._traced += 1
         self._again += key in self._kinds
         before = self._before(key, flags)
-        # The pass may write to what it is given.
+        # The pass may write to its inputs.
         copies = [tensor.detach().clone() for tensor in call.tensors]
         around = ExternalState(self._modules, call.given)
         moving = self._shared.moving.tensors
@@ -273,7 +249,7 @@ class CachedModule:
         return output
 
     def _words(self, module: nn.Module, given: list[torch.Tensor]) -> str:
-        """Names the module with the mode and the shape that it is called with."""
+        """Returns the module's name with the mode and the shape of the call."""
         mode = "training" if module.training else "eval"
         shape = "x".join(map(str, given[0].shape))
         without = "" if torch.is_grad_enabled() else ", without gradients"
@@ -283,10 +259,7 @@ class CachedModule:
         alike = sum(other[:2] == key[:2] for other in self._kinds)
         if alike == _MANY_SHAPES and cached.history.traces == 1:
             self._shared.note(
-                f"{self._name}: shapes",
-                f"{self._name} was called with more than {_MANY_SHAPES} combinations of shapes. "
-                "A row that is padded to another length is another row: a fixed length, or "
-                "pad_to_multiple_of=64, makes rows come again.",
+                f"{self._name}: shapes", messages.many_shapes(self._name, _MANY_SHAPES)
             )
 
     def _before(self, key: _Key, flags: _Flags) -> CachedTrace | None:
@@ -299,7 +272,7 @@ class CachedModule:
         return None
 
     def _of_another_length(self, key: _Key, flags: _Flags) -> CachedTrace | None:
-        """Finds a cached trace of the same calls on rows that are padded to another length."""
+        """Finds a trace of the same calls with rows of another length."""
         shapes = [one[0] for one in key[2]]
         for others, cached in self._alike(key, flags):
             length = cached.selection.batch.length
@@ -309,7 +282,7 @@ class CachedModule:
         return None
 
     def _is_smaller_than_others(self, key: _Key, flags: _Flags, given: list[torch.Tensor]) -> bool:
-        """Hands the rows of a smaller batch to the traces of larger ones. Says if there is any."""
+        """Gives the rows of a smaller batch to the traces of larger ones. Returns if any exist."""
         larger = [
             cached for shapes, cached in self._alike(key, flags) if _are_more_rows(shapes, given)
         ]
@@ -327,7 +300,7 @@ class CachedModule:
 
 
 def _run_by_parts(call: ModuleCall) -> Any:
-    """Runs a call in which frozen modules are cached by themselves."""
+    """Runs a call whose frozen submodules are cached by themselves."""
     with calls.rooted():
         return calls.real_call(call.module, *call.args, **call.kwargs)
 
@@ -341,7 +314,7 @@ def _rows(given: list[torch.Tensor]) -> int:
 
 
 def _are_more_rows(shapes: tuple[Any, ...], given: list[torch.Tensor]) -> bool:
-    """Says whether shapes are those of a larger batch of the same kind of rows."""
+    """Returns whether shapes are those of a larger batch of rows of the same kind."""
     if len(shapes) != len(given) or not shapes[0][0] or shapes[0][0][0] <= _rows(given):
         return False
     return all(
@@ -380,7 +353,7 @@ def _switches(device: torch.device) -> tuple[Any, ...]:
 
 
 def _plain_in(value: Any) -> Any:
-    """Returns the numbers and strings among arguments, with the places that they are in."""
+    """Returns the numbers and strings among arguments, with their positions."""
     if isinstance(value, torch.Tensor):
         return None
     if isinstance(value, float):

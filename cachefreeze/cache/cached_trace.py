@@ -1,4 +1,4 @@
-"""One traced way through a model: when its kept values are trusted, and when they are served."""
+"""One traced path through a module: decides for each call whether its frozen work is skipped."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
@@ -17,7 +17,7 @@ from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.overhead import Kind
 from cachefreeze.cache.row_collector import RowCollector, earlier_values, unknown
 from cachefreeze.cache.row_history import RowHistory
-from cachefreeze.cache.runner import Runner
+from cachefreeze.cache.runner import MOST_LOST, Runner
 from cachefreeze.cache.selection import Selection
 from cachefreeze.cache.state import State
 from cachefreeze.keys import ExternalState
@@ -26,31 +26,32 @@ from cachefreeze.lineage.program import copy_of
 
 Tensor = torch.Tensor
 
-# Number of calls within which frozen bits must not move twice.
+# Number of calls within which frozen bits must not change twice.
 _REST = 4
 
 
 class CachedTrace:
-    """Decides for each call of one kind whether its frozen work runs, is kept or is left out.
+    """One traced path through a module, for calls of one kind.
 
     Args:
-        shared: What all traces of the cache have in common.
-        name: Name of the module, for people.
-        trace: Trace of a pass.
-        around: What code has read beside its arguments in that pass.
+        shared: State that all parts of the cache share.
+        name: Name of the module, for messages.
+        trace: Trace of a forward pass.
+        around: State outside of the call that its result depends on.
         inputs: Copies of the tensors that the pass was given.
-        before: Trace of the same calls from when less was frozen, if there is one. Rows of this
-            trace are computed from its rows.
-        like: Trace of the same calls on rows that are padded to another length, if there is one. If
-            the same values can be kept, rows are shared with it.
-        last: Whether the pass is not traced once more, if frozen work seems to take little time.
+        before: Trace of the same calls that was made when less was frozen. Rows of this trace are
+            computed from its rows. None if there is none.
+        like: Trace of the same calls with rows of another length. If it keeps the same values, the
+            two share rows. None if there is none.
+        last: Whether to decide by this trace if frozen work seems to take little time. If False,
+            another trace may be made.
 
     Attributes:
-        state: What becomes of a batch.
-        selection: What is kept of the pass.
-        guards: Guards of the traced call.
-        history: What is known of the rows.
-        runner: Runs the calls.
+        state: State of the trace, which decides what happens to batches.
+        history: History of the rows.
+        selection: Values that are kept.
+        guards: Guards of the trace.
+        runner: Runner of the calls.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class CachedTrace:
             self._rest_if(*self._collector.keep_traced(kept))
 
     def _begin(self, inputs: Mapping[int, Tensor], last: bool = True) -> None:
-        """Decides what becomes of batches, by what is kept of the pass."""
+        """Decides what happens to batches, by the values that can be kept."""
         selection = self.selection
         if not selection.is_enough:
             if not last and selection.may_be_enough:
@@ -121,19 +122,19 @@ class CachedTrace:
             self.rest(why, [more])
 
     def free(self) -> None:
-        """Forgets everything that was kept."""
+        """Drops everything that is kept."""
         self._collector.drop()
         self.selection.kept.forget()
 
     @property
     def has_rows(self) -> bool:
-        """Whether rows are kept, from which those of a trace with more frozen work can be made."""
+        """Whether rows are kept, from which those of a later trace can be computed."""
         follows = self.state in (State.KEEPING, State.PROBATION, State.SERVING)
         return follows and not self.stale and self._collector.has_rows
 
     @property
     def stale(self) -> bool:
-        """Whether the pass must be traced anew, for parameters have moved, rest or are gone."""
+        """Whether the trace is invalid: parameters began or stopped changing, or are gone."""
         return (
             self.state is State.STALE
             or self._moving != self._shared.moving.version
@@ -142,13 +143,13 @@ class CachedTrace:
         )
 
     def carry_on(self) -> bool:
-        """Goes on serving the same values although more has frozen in the meantime.
+        """Goes on serving the same values although more parameters have become frozen.
 
-        What has frozen anew runs as it did. A new trace costs as much as some steps: where units
-        freeze faster than an epoch passes, one does for several of them.
+        The work that became frozen still runs. A new trace takes as long as some steps, so if
+        layers freeze several times an epoch, one trace is made for several of them.
 
         Returns:
-            Whether modules in which something is left out are as they were.
+            Whether this is possible: modules in which something is skipped must be unchanged.
         """
         if self.state is not State.SERVING or self.stale or self.is_outgrown:
             return False
@@ -159,37 +160,35 @@ class CachedTrace:
 
     @property
     def is_outgrown(self) -> bool:
-        """Whether more has frozen, and it is time to leave out more."""
+        """Whether more parameters have become frozen, and it is time for a new trace."""
         return self._carries_on and (
             self._shared.filling is not None or self._calls >= self.batches_of_an_epoch
         )
 
     @property
     def batches_of_an_epoch(self) -> int:
-        """Number of batches before rows came again, of this cached or one before it."""
+        """Number of batches before rows came again, of this trace or an earlier one."""
         return self._collector.batches_of_an_epoch
 
     @property
     def pauses(self) -> bool:
-        """Whether calls are left alone for now, since nothing has come of keeping them."""
+        """Whether calls run without the cache for now, to save time."""
         return self.state is State.KEEPING and not self.history.again and self.runner.timer.pauses
 
     @property
     def at_rest(self) -> bool:
-        """Whether the next calls are left alone whatever they are given."""
+        """Whether the next calls run without the cache, whatever their input is."""
         return self.state is State.RESTING or (self.pauses and not self.runner.timer.may_note)
 
     def would_serve(self, rows: Sequence[np.ndarray]) -> bool:
-        """Says whether a batch is served without a look at its values, as far as can be told."""
+        """Returns whether a batch with the given keys would be served, as far as can be told."""
         proven = self.state is State.PROBATION and self._comparison.is_proven
         ready = self.state is State.SERVING or proven
         ready = ready and self._shared.report.verify != "all"
         return ready and not self.stale and self.selection.knows(rows)
 
-    # Calls.
-
     def pass_by(self, call: ModuleCall) -> Any:
-        """Leaves a call alone, but for noting its rows where that costs next to nothing."""
+        """Runs a call without the cache. Its rows are noted if that takes almost no time."""
         timer = self.runner.timer
         if timer.may_note:
             call.load()
@@ -205,7 +204,7 @@ class CachedTrace:
         return call.run()
 
     def run(self, call: ModuleCall) -> Any:
-        """Runs a call of the module, or replays it with kept values."""
+        """Runs a call, with kept values in place of frozen work if all of its rows are known."""
         self._calls += 1
         inputs = call.inputs(self._trace.inputs)
         self._look_at_late_values(call, inputs)
@@ -230,7 +229,7 @@ class CachedTrace:
                 return output
             began = perf_counter()
             self._settle()
-            # It is counted by itself, and not as a part of this call.
+            # This time is counted apart from the call.
             call.leave_out(began)
         history.after += 1
         self._shared.stats.batches += 1
@@ -244,7 +243,7 @@ class CachedTrace:
                 return self._add(call, keys)
             kept.write(keys, self.selection.compute(inputs, earlier))
             places = kept.find(keys)
-            if unknown(places):  # there was no room for all rows
+            if unknown(places):  # some rows did not fit in memory
                 return self._add(call, keys)
         history.known += 1
         self._shared.stats.batches_known += 1
@@ -257,7 +256,7 @@ class CachedTrace:
         if self.runner.timer.wants_plain(Kind.SERVED):
             return self._run_plainly(call)
         found = kept.read(keys, places)
-        if found is None:  # on the disk, and damaged
+        if found is None:  # a row on disk is damaged
             return self._add(call, keys)
         return self._serve(call, inputs, found)
 
@@ -266,11 +265,11 @@ class CachedTrace:
         self._shared.entries.now += 1
 
     def run_of_another_length(self, call: ModuleCall) -> tuple[Any, bool]:
-        """Runs a call on rows that are padded to another length, and keeps what can be kept.
+        """Runs a call with rows of another length, and keeps its rows.
 
         Returns:
-            Output of the module, and whether the call ran: it does not if all of its rows are
-            known, so that following it pays from now on.
+            Output of the module, and whether the call ran. It does not run if all of its rows are
+            known, because a trace of this length pays then.
         """
         self._look_at_weights()
         if self.state is State.STALE:
@@ -290,9 +289,10 @@ class CachedTrace:
         return output, True
 
     def take_smaller(self, inputs: Sequence[Tensor]) -> None:
-        """Takes the rows of a batch that is smaller than others, to be computed in a whole one.
+        """Keeps the rows of a batch that is smaller than others, such as the last one of an epoch.
 
-        The last batch of an epoch is smaller, and its rows meet others in the next epoch.
+        In the next epoch, these rows come in other batches. They are computed in batches of the
+        usual size.
         """
         if self.state is State.RESTING or len(inputs) != len(self._trace.inputs):
             return
@@ -305,7 +305,7 @@ class CachedTrace:
         """Keeps the rows of a batch without a forward pass.
 
         Returns:
-            Whether nothing else is to be done with the call.
+            Whether the call need not run any more.
         """
         self._look_at_weights()
         if self.state is State.RESTING:
@@ -317,10 +317,7 @@ class CachedTrace:
         return True
 
     def known(self, given: Iterable[Tensor]) -> dict[int, Tensor] | None:
-        """Returns the kept values of a batch, or None if some of its rows are not known.
-
-        Rows that are known only from when still less was frozen are computed from those.
-        """
+        """Returns the kept values of a batch, or None if some of its rows are unknown."""
         if not self.has_rows:
             return None
         self._look_at_weights()
@@ -336,17 +333,15 @@ class CachedTrace:
         self._collector.settle(inputs)
 
     def write_all(self) -> None:
-        """Has everything written to the disk that waits for it."""
+        """Writes all waiting rows to disk."""
         if self.state is State.KEEPING and self._collector.waits:
             self._look_at_weights()
             self._collector.write_all()
         self.selection.kept.write_waiting()
 
-    # Once rows come again.
-
     def _run_plainly(self, call: ModuleCall) -> Any:
         if self.state is State.KEEPING:
-            self._shared.note(f"{self._name}: overhead", messages.pauses(self._name))
+            self._shared.note(f"{self._name}: overhead", messages.short_calls(self._name))
             self.history.left_alone += 1
         return self.runner.run_plainly(call)
 
@@ -363,7 +358,7 @@ class CachedTrace:
         timer = self.runner.timer
         if timer.loses:
             self.selection.kept.forget()
-            self.rest(messages.as_slow(timer.seconds(Kind.SERVED), timer.plain_seconds))
+            self.rest(messages.slow_reason(timer.seconds(Kind.SERVED), timer.plain_seconds))
         return output
 
     def _rest_if_lost(self) -> None:
@@ -371,7 +366,7 @@ class CachedTrace:
         if left and self._carries_on:
             self._calls = self.batches_of_an_epoch
         elif self.runner.is_lost and self.state is not State.RESTING:
-            self.rest(messages.lost(left))
+            self.rest(messages.other_path_reason(MOST_LOST, left))
 
     def _add(self, call: ModuleCall, keys: Keys) -> Any:
         """Runs a call, and keeps its rows."""
@@ -382,12 +377,12 @@ class CachedTrace:
             self.selection.kept.write(keys, kept)
         history = self.history
         if history.hardly_known:
-            why = messages.hardly_known(history.known, history.after, history.share_again)
+            why = messages.hardly_known_reason(history.known, history.after, history.share_again)
             self._rest_if(*self._collector.withdraw(why))
         return output
 
     def _compare(self, call: ModuleCall, keys: Keys, places: dict[int, np.ndarray]) -> Any:
-        """Computes a batch that could be served, and compares what is kept with it."""
+        """Computes a batch that could be served, and compares its kept values."""
         began = perf_counter()
         output, computed = self._capture(call)
         self._shared.report.seconds += perf_counter() - began
@@ -407,10 +402,8 @@ class CachedTrace:
         self._comparison.count()
         return output
 
-    # What may have changed between two calls.
-
     def _look_at_late_values(self, call: ModuleCall, inputs: Mapping[int, Tensor]) -> None:
-        """Keeps values from now on that the caller has read again and again after the call."""
+        """Chooses again what is kept if the user's code reads skipped values repeatedly."""
         if wanted := self.runner.read_late():
             call.load()
             self.selection.keep_as_well(wanted, inputs)
@@ -421,12 +414,12 @@ class CachedTrace:
                 call.leave_out(began)
 
     def _look_at_weights(self) -> None:
-        """Sees whether frozen bits have changed. Nothing that was made from others is served."""
+        """Checks whether frozen bits have changed, so that no row of other bits is served."""
         if moved := self.selection.look():
             self._moved(moved)
 
     def _moved(self, moved: Sequence[Tensor]) -> None:
-        """Goes on with the rows of other frozen bits, those of the tensors that have changed."""
+        """Goes on with rows of the new bits. Tensors that change often count as trained."""
         self._shared.report.changes += 1
         self._collector.drop()
         history = self.history
@@ -441,7 +434,7 @@ class CachedTrace:
         self._moved_at = history.batches
 
     def look_at_the_end(self) -> None:
-        """Hashes all frozen bits a last time, for rows that were served since the last hash."""
+        """Hashes all frozen bits a last time, for the rows that were served since the last hash."""
         unused = not (self.runner.served or self._comparison.batches) or self.stale
         if unused or self._shared.report.verify == "off":
             return

@@ -1,9 +1,10 @@
-"""Batches that could be served, computed and compared with what is kept of them."""
+"""Compares kept values with computed ones, and decides what follows from a difference."""
 
 from collections.abc import Mapping
 
 import torch
 
+from cachefreeze.cache import messages
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.selection import Selection
@@ -11,21 +12,21 @@ from cachefreeze.keys import same_bits
 
 Tensor = torch.Tensor
 
-# Number of served batches after which one is compared, and then at twice that number, and so on.
+# Number of served batches after which one is compared.
 _FIRST_SAMPLE = 16
 
 
 class Comparison:
-    """Decides which batches are compared, and what follows from a difference.
+    """Comparisons of one trace.
 
     Args:
-        shared: What all traces of the cache have in common.
-        name: Name of the module, for people.
-        selection: What is kept of the pass.
-        history: What is known of the rows.
+        shared: State that all parts of the cache share.
+        name: Name of the module, for messages.
+        selection: Values that are kept.
+        history: History of the rows.
 
     Attributes:
-        batches: Number of batches that were compared since the last change of frozen bits.
+        batches: Number of batches that were compared since frozen bits last changed.
     """
 
     def __init__(
@@ -40,22 +41,22 @@ class Comparison:
 
     @property
     def is_proven(self) -> bool:
-        """Whether enough batches were compared, one of the very length among them."""
+        """Whether enough batches were compared, at least one of them by this trace."""
         return self.batches > 0 and self._history.passed >= self._history.wanted
 
     def begin_again(self) -> None:
-        """Asks for as many compared batches as at the beginning."""
+        """Requires as many comparisons as at the beginning."""
         self._history.passed = self.batches = 0
 
     def is_due(self, served: int) -> bool:
-        """Says whether one of the served batches is to be compared.
+        """Returns whether the next batch is compared although it could be served.
 
         Args:
-            served: Number of batches that were served so far.
+            served: Number of batches served so far.
         """
         if self._shared.report.verify == "off" or served < self._next_sample:
             return False
-        # Within 1 % of the time samples come evenly, else at growing distances.
+        # Every 16th batch if there is time for it, or else at distances that double.
         further = _FIRST_SAMPLE if self._shared.may_compare else served
         self._next_sample = served + further
         return True
@@ -64,7 +65,7 @@ class Comparison:
         """Compares a batch bit by bit.
 
         Args:
-            computed: Values that the model has computed, by number.
+            computed: Computed values, by number.
             stored: Kept values, by number.
 
         Returns:
@@ -77,21 +78,21 @@ class Comparison:
         return [n for n in numbers if not same_bits(computed[n], stored[n])]
 
     def count(self) -> None:
-        """Counts a batch that was compared, and may be served from now on."""
+        """Counts a batch whose kept values may be served."""
         self.batches += 1
         self._history.passed += 1
 
     def judge(self, number: int, computed: Tensor, stored: Tensor) -> tuple[str, str]:
-        """Tells of a value that differs, and removes its rows unless they may be served.
+        """Decides about a value that differs. If it may not be served, its rows are dropped.
 
         Args:
             number: Number of the value.
-            computed: Value that the model has computed.
+            computed: Computed value.
             stored: Kept value.
 
         Returns:
-            Reason why nothing is served any more, to follow a colon, and a further sentence. Both
-            are empty if something may.
+            Reason to stop caching, to follow a colon, and a further sentence. Both are empty if
+            caching goes on.
         """
         shared, history = self._shared, self._history
         name = self._selection.trace.describe(number)
@@ -101,8 +102,7 @@ class Comparison:
         if close and not shared.exact:
             shared.find(
                 f"{self._name}: {name} differs",
-                f"Kept rows of {name} differ from computed ones by up to {far:.1e}, of {size:.1e}: "
-                "they are served all the same, for exact=False.",
+                messages.rounding_served(name, far, size),
             )
             return "", ""
         row = self._selection.kept.rows_that_differ(number, computed, stored)
@@ -111,14 +111,10 @@ class Comparison:
             history.broken = True
             shared.find(
                 f"{self._name}: padding",
-                f"{self._name} is not cached: rows of {name} that are padded to another length "
-                f"differ by {far:.1e}, of {size:.1e}, which is more than rounding. A fixed length "
-                "or pad_to_multiple_of=64 makes rows come again.",
+                messages.padding_differs(self._name, name, far, size),
             )
             return "", ""
-        why = f"kept rows of {name} differ from computed ones by {far:.1e}, of {size:.1e}, in {row}"
-        more = "exact=False would serve them." if close else (
-            "Rows depend on the others of their batch, or on something that the cache cannot see."
-        )  # fmt: skip
+        why = messages.differs_reason(name, far, size, row)
+        more = messages.why_rows_differ(close)
         shared.report.found.append(f"{self._name}: {why}. {more}")
         return why, more

@@ -1,4 +1,4 @@
-"""Rows on their way to the disk: they are written once frozen bits are found to be the same."""
+"""Writes rows to disk only after all frozen parameters were hashed again."""
 
 from collections.abc import Callable
 
@@ -6,24 +6,24 @@ import numpy as np
 
 from cachefreeze.store import Rows
 
-# Number of batches, and bytes, that wait for one hash of all frozen bits.
+# Number of batches, and number of bytes, that wait for one hash of all frozen bits.
 _MOST, _LARGE = 8, 1 << 23
 
 
 class DeferredWrites:
-    """Appends rows to those on the disk, some batches at a time.
+    """Appends rows to those on disk, some batches at a time.
 
-    A change of frozen bits that no look has seen yet would be found by later runs under a name that
-    is not its own. So all bits are hashed before some batches are written, and not for each of
-    them.
+    Rows on disk have a name that contains the frozen bits. If these have changed unnoticed, later
+    runs would find rows under a wrong name. So all bits are hashed before rows are written. This is
+    done for some batches at once, because it takes as long as reading all parameters.
 
     Args:
-        rows: Rows on the disk.
-        is_same: Function that says whether the bits are those in the name of the rows. If None,
-            nothing waits.
+        rows: Rows on disk.
+        is_same: Function that returns whether the frozen bits are those in the name of the rows. If
+            None, rows are written at once.
 
     Attributes:
-        rows: Rows on the disk.
+        rows: Rows on disk.
     """
 
     def __init__(self, rows: Rows, is_same: Callable[[], bool] | None = None) -> None:
@@ -32,25 +32,25 @@ class DeferredWrites:
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def append(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Has rows written with those that follow."""
+        """Adds rows to those that wait, and writes them if they are many."""
         self._waiting.append((keys, rows))
         size = sum(one.nbytes for _, one in self._waiting)
         if self._is_same is None or len(self._waiting) >= _MOST or size >= _LARGE:
             self.write()
 
     def write(self) -> None:
-        """Writes the rows that wait, or drops them if bits have changed."""
+        """Writes the rows that wait, or drops them if frozen bits have changed."""
         waiting, self._waiting = self._waiting, []
         if waiting and (self._is_same is None or self._is_same()):
             for keys, rows in waiting:
                 self.rows.append(keys, rows)
 
     def withdraw(self) -> None:
-        """Removes what was written here, and writes nothing more."""
+        """Removes all rows that this run has written, and those that wait."""
         self._waiting = []
         self.rows.withdraw()
 
     def forget(self) -> None:
-        """Serves and writes none of these rows any more."""
+        """Marks all rows as wrong: none is served or written any more."""
         self._waiting = []
         self.rows.forget()

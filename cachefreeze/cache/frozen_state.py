@@ -1,9 +1,10 @@
-"""Parameters and buffers that kept values are made from, and whether their bits have changed."""
+"""Parameters and buffers that kept values are made from, and changes of their bits."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 
+from cachefreeze.cache import messages
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.keys import Lineage, Look
 from cachefreeze.lineage import Trace
@@ -12,17 +13,17 @@ Tensor = torch.Tensor
 
 
 class FrozenState:
-    """Watches the parameters and buffers that the kept values of a pass are made from.
+    """Watches the parameters and buffers that the kept values of a trace are made from.
 
     Args:
-        shared: What all traces of the cache have in common.
-        trace: Trace of a pass.
-        lineages: How each kept value is made.
-        model: Name of the model, for people.
+        shared: State that all parts of the cache share.
+        trace: Trace of a forward pass.
+        lineages: Lineage of each kept value.
+        model: Name of the module, for messages.
 
     Attributes:
-        digests: Hashes of the tensors' bits, by the numbers of their values.
-        late: Whether bits were found to have changed without a look that has seen it.
+        digests: Hashes of the tensors' bits, by number.
+        late: Whether a change was found that no quick check and no event had shown.
     """
 
     def __init__(
@@ -48,17 +49,21 @@ class FrozenState:
 
     @property
     def gone(self) -> bool:
-        """Whether one of the parameters and buffers was replaced."""
+        """Whether one of the tensors does not exist any more."""
         return any(reference() is None for reference in self._states.values())
 
     def look(self) -> None:
-        """Sees whether bits may have changed, and has them hashed again if so."""
+        """Checks the tensors quickly, and marks those that have changed for a new hash."""
         changes = self._weights.changes
         if self._hashed_at != changes or self._look is None or not self._look.is_same():
             self._weights.look(self.tensors)
 
     def look_again(self, at_all: bool = False) -> None:
-        """Hashes one tensor again, each in its turn, or all of them."""
+        """Hashes one tensor again, another one at each call.
+
+        Args:
+            at_all: Whether to hash all tensors.
+        """
         tensors = self.tensors
         if at_all:
             self._weights.suspect(tensors)
@@ -69,7 +74,7 @@ class FrozenState:
         self._shared.hash_seconds += seconds
 
     def update(self) -> bool:
-        """Takes the hashes of now. Says whether any may be another one than before."""
+        """Updates the hashes. Returns whether any of them may have changed."""
         if self._weights.changes == self._hashed_at:
             return False
         for number, reference in self._states.items():
@@ -84,9 +89,9 @@ class FrozenState:
         return True
 
     def take_moved(self) -> list[Tensor]:
-        """Returns the tensors whose bits have changed since the last time, and tells of late ones.
+        """Returns the tensors that have changed since the last call of this method.
 
-        Bits are late if they changed some time ago and nothing had shown it.
+        If a change was found late, the user is told.
         """
         moved, self._moved = self._moved, []
         if moved and self.late:
@@ -100,17 +105,14 @@ class FrozenState:
         ]
         self._shared.find(
             f"{self._model}: late",
-            f"{', '.join(names[:1])} of {self._model} was changed in a few places by a way that "
-            "shows nowhere, such as .data or numpy, and was found by a hash of all bits: rows that "
-            "were served just before may be of the weights of before. "
-            'verify="all" compares every batch.',
+            messages.changed_late(self._model, ", ".join(names[:1])),
         )
 
     def is_as(self, digests: dict[int, bytes]) -> bool:
-        """Says whether the bits, all of them hashed again, are certain ones.
+        """Hashes all tensors again. Returns whether they have the given hashes.
 
         Args:
-            digests: Hashes of the bits, by the numbers of the tensors' values.
+            digests: Hashes of the tensors' bits, by number.
         """
         tensors = self.tensors
         self._weights.suspect(tensors)

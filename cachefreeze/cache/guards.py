@@ -1,4 +1,4 @@
-"""Guards of a traced call: whether another call goes the same way."""
+"""Guards of a trace: checks that another call takes the same path."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from cachefreeze.lineage.structure import matches
 
 
 class Guards:
-    """Says whether calls go the way of a traced one.
+    """Checks that calls take the path of the traced one.
 
     Args:
-        selection: What is kept of the traced pass.
-        around: What code has read beside its arguments in the traced pass.
+        selection: Values that are kept of the trace.
+        around: State outside of the call that its result depends on.
     """
 
     def __init__(self, selection: Selection, around: ExternalState) -> None:
         self._selection = selection
         self._trace = trace = selection.trace
         self._around = around
-        # Python numbers that were taken from the batch decide the way through the model.
+        # Operations that turn the batch into Python numbers, which may decide the path.
         self._escapes = [
             one
             for one in trace.operations
@@ -30,7 +30,7 @@ class Guards:
         ]
 
     def difference(self, given: Any) -> str:
-        """Says in a few words what has changed since the traced pass, or returns nothing.
+        """Returns in a few words what has changed since the trace was made. Empty if nothing has.
 
         Args:
             given: Arguments of a call.
@@ -38,9 +38,9 @@ class Guards:
         return self._trace.signature.difference(given) or self._around.difference()
 
     def fit(self, call: ModuleCall) -> bool:
-        """Says whether a call is one of this kind, and goes this way.
+        """Returns whether a call takes the path of the traced one.
 
-        It does as far as modules, hooks, attributes and python numbers taken from the batch tell.
+        Modules, hooks, attributes, and Python numbers made from the batch are compared.
         """
         if self.difference(call.given):
             return False
@@ -55,9 +55,9 @@ class Guards:
         )
 
     def is_as_traced(self) -> bool:
-        """Whether recorded operations make now what they made in the traced pass.
+        """Returns whether recorded operations still compute what they did in the traced pass.
 
-        Some of them are calls of modules, which read their attributes and modes of now.
+        Some of them are module calls, which read the present attributes and modes of their module.
         """
         return (
             not self._trace.signature.difference_of_modules()

@@ -1,4 +1,4 @@
-"""The kept values of a pass: their names, and the tables that their rows are in."""
+"""Kept values of a trace: their names, and the tables of their rows."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -23,13 +23,13 @@ Tensor = torch.Tensor
 
 @dataclass(eq=False)
 class KeptValue:
-    """A kept value.
+    """One kept value.
 
     Attributes:
         number: Number of the value in the trace.
-        lineage: How it is made.
-        layout: How it is taken apart into rows. None until that is known.
-        name: Name of its table, which says how it is made and from which bits.
+        lineage: Lineage of the value.
+        layout: Layout of its rows. None until it is known.
+        name: Hash of the lineage, the environment and the frozen bits.
     """
 
     number: int
@@ -39,27 +39,30 @@ class KeptValue:
 
     @property
     def table(self) -> bytes:
-        """Name of its table. Rows and whole batches of one value have tables of their own."""
+        """Name of the value's table. Rows and whole batches of a value are in different tables."""
         whole = self.layout is not None and self.layout.axis is None
         return xxhash.xxh3_128_digest(self.name + b"whole batches") if whole else self.name
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Places of the inputs that the value depends on."""
+        """Positions of the inputs that the value depends on."""
         return self.lineage.inputs
 
 
 class KeptValues:
-    """The kept values of a pass, and their rows in memory and on the disk.
+    """Kept values of a trace, and their rows in memory and on disk.
 
     Args:
-        shared: What all traces of the cache have in common.
-        trace: Trace of a pass.
-        lineages: How each kept value is made, by number.
+        shared: State that all parts of the cache share.
+        trace: Trace of a forward pass.
+        lineages: Lineage of each kept value, by number.
         frozen: Parameters and buffers that the kept values are made from.
-        model: Name of the model, for people.
-        like: Kept values of a pass on rows of another length, if they are the same. The same tables
-            are used then.
+        model: Name of the module, for messages.
+        like: Kept values of a trace with rows of another length, if they are the same. The two
+            share tables. None if there is no such trace.
+
+    Attributes:
+        like: Kept values of a trace with rows of another length, or None.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class KeptValues:
         self._model = model
         self._values = [KeptValue(number, lineage) for number, lineage in lineages.items()]
         self.like = like
-        # Of the traced pass: rows that waited may be written under other switches.
+        # The environment of the traced pass: waiting rows may be written after it has changed.
         self._environments = {
             device: _around_device(device) for device in {value.device for value in trace.values}
         }
@@ -92,25 +95,25 @@ class KeptValues:
 
     @property
     def settled(self) -> bool:
-        """Whether it is known where the rows are in the kept values."""
+        """Whether the layouts of all kept values are known."""
         return all(one.layout is not None for one in self)
 
     @property
     def axes(self) -> dict[int, Axis]:
-        """Axes of the rows in those kept values that can be taken apart into rows, by number."""
+        """Axes of the rows, by number, for the kept values that can be split into rows."""
         layouts = {one.number: one.layout for one in self}
         return {n: one.axis for n, one in layouts.items() if one is not None and one.axis}
 
     @property
     def by_rows(self) -> bool:
-        """Whether every kept value can be taken apart into rows."""
+        """Whether all kept values can be split into rows."""
         return all(one.layout is not None and one.layout.axis is not None for one in self)
 
     def update_names(self) -> list[Tensor]:
-        """Names the tables by the frozen bits of now.
+        """Computes the names again if frozen bits may have changed.
 
         Returns:
-            Tensors whose bits are others than at the last time.
+            Parameters and buffers that have changed since the last call of this method.
         """
         self._update_names()
         return self._frozen.take_moved()
@@ -119,7 +122,7 @@ class KeptValues:
         if not self._frozen.update():
             return
         if self._frozen.late:
-            # Rows that were kept since are of other bits than their name says.
+            # Rows that were kept since the change belong to other bits than their name says.
             self._shared.entries.forget([one.table for one in self if one.name])
         if self.like is not None:
             self.like._update_names()
@@ -140,19 +143,17 @@ class KeptValues:
 
     @property
     def is_under_same_switches(self) -> bool:
-        """Whether torch's switches are those of the traced pass."""
+        """Whether the environment is that of the traced pass."""
         return all(_around_device(device) == then for device, then in self._environments.items())
 
     def alike(self, group: tuple[int, ...]) -> bytes:
-        """Names what is made from some inputs, so that two inputs of one kind have one name."""
+        """Returns a name for all that is made from a group, equal for inputs of the same kind."""
         if self.like is not None:
             return self.like.alike(group)
         return b"".join(sorted(one.lineage.digest for one in self if one.group == group))
 
-    # Rows.
-
     def find(self, keys: Keys) -> dict[int, np.ndarray]:
-        """Returns the place of each row in the table of each kept value, -1 for unknown ones."""
+        """Returns the place of each row, or -1 if it is unknown, for each kept value by number."""
         places = {}
         for one in self:
             table = self._table(one)
@@ -161,7 +162,7 @@ class KeptValues:
         return places
 
     def find_ahead(self, group: tuple[int, ...], keys: np.ndarray) -> bool:
-        """Says whether all rows are there that are made from some input, and reads them ahead."""
+        """Returns whether all rows of a group are known. If so, starts to read them ahead."""
         entries = self._shared.entries
         for one in self:
             if one.group == group:
@@ -173,14 +174,14 @@ class KeptValues:
         return True
 
     def read(self, keys: Keys, places: Mapping[int, np.ndarray]) -> dict[int, Tensor] | None:
-        """Reads the kept values of a batch, by number.
+        """Reads the kept values of a batch.
 
         Args:
             keys: Keys of the rows.
-            places: What `find` has returned, without a row that is unknown.
+            places: Places of the rows that `find` has returned. None of them may be -1.
 
         Returns:
-            Kept values, or None if a row on the disk is damaged or gone.
+            Kept values by number, or None if a row on disk is damaged or gone.
         """
         found = {}
         for one in self:
@@ -200,25 +201,25 @@ class KeptValues:
         Args:
             keys: Keys of the rows.
             kept: Kept values of the batch, by number.
-            chosen: Numbers of the rows to keep. None for all.
+            chosen: Indices of the rows to keep. If None, all rows.
         """
         for one in self:
             assert one.layout is not None
-            self._table(one)  # opened, if it is kept on the disk
+            self._table(one)  # opens the rows on disk
             wanted, rows = _keys_of(one, keys), one.layout.split(kept[one.number])
             if chosen is not None and one.layout.axis is not None:
                 wanted, rows = wanted[chosen], rows[torch.from_numpy(chosen)]
             self._shared.entries.write(one.table, wanted, rows)
 
     def write_waiting(self) -> None:
-        """Has everything written to the disk that waits for it."""
+        """Writes all waiting rows to disk."""
         for one in self:
             table = self._shared.entries.table(one.table)
             if table is not None and table.writes is not None:
                 table.writes.write()
 
     def withdraw(self) -> None:
-        """Drops the rows of the kept values, and those that this run has written to the disk."""
+        """Drops the rows of the kept values, also from disk if this run has written them."""
         for one in self:
             table = self._shared.entries.table(one.table)
             if table is not None and table.writes is not None:
@@ -229,12 +230,12 @@ class KeptValues:
         """Drops the rows of the kept values from memory.
 
         Args:
-            wrong: Whether they are not what the model computes. Then those on the disk go, too.
+            wrong: Whether the rows are wrong. If True, those on disk are not used any more either.
         """
         self._shared.entries.forget([one.table for one in self], wrong)
 
     def count(self) -> dict[tuple[bytes, ...], int]:
-        """Returns the number of rows that are kept now, by the names of the tables they are in."""
+        """Returns the number of rows that are kept, by the names of the tables that hold them."""
         counts: dict[tuple[bytes, ...], int] = {}
         for group in {one.group for one in self}:
             names = tuple(sorted(one.table for one in self if one.group == group))
@@ -243,23 +244,27 @@ class KeptValues:
         return counts
 
     def rows_that_differ(self, number: int, computed: Tensor, stored: Tensor) -> str:
-        """Names the first row in which a computed and a stored value differ, for people."""
+        """Returns which rows of a value differ, in words.
+
+        Args:
+            number: Number of the value.
+            computed: Computed value.
+            stored: Kept value.
+        """
         layout = next(one.layout for one in self if one.number == number)
         assert layout is not None
         return _rows_that_differ(layout.split(computed), layout.split(stored))
 
-    # The directory.
-
     @property
     def in_memory_only(self) -> str:
-        """Name of a kept value that may not go to the directory, for people. Empty if none."""
+        """Name of a kept value that may not be written to the directory. Empty if there is none."""
         hidden = [one.number for one in self if not one.lineage.portable]
         there = self._shared.entries.directory is not None
         return self._trace.describe(hidden[0]) if hidden and there else ""
 
     @property
     def is_stored(self) -> bool:
-        """Whether rows of every kept value may lie on the disk, from other runs."""
+        """Whether rows of all kept values may be on disk already."""
         entries = self._shared.entries
         return all(one.lineage.portable and entries.has(one.name) for one in self)
 
@@ -279,7 +284,7 @@ class KeptValues:
         return table
 
     def _about(self, one: KeptValue, layout: RowLayout) -> dict[str, Any]:
-        """Says what a kept value is, for who looks into the directory."""
+        """Describes a kept value for people who look into the directory."""
         value, axis = self._trace.values[one.number], layout.axis
         return {
             "value": self._trace.describe(one.number),
@@ -294,16 +299,16 @@ class KeptValues:
 
 
 def _rows_that_differ(computed: Tensor, stored: Tensor) -> str:
-    """Names the first row in which two values differ, for people.
+    """Returns which rows differ, in words.
 
     Args:
-        computed: Rows that were computed, of shape (rows, elements of a row).
-        stored: The same rows, as they were kept.
+        computed: Computed rows, of shape (rows, elements of a row).
+        stored: Kept rows, of the same shape.
     """
     count = len(computed)
     one, other = (bits_of(rows).reshape(count, -1) for rows in (computed, stored))
     different = (one != other).any(1).nonzero().flatten().tolist()
-    return f"row {different[0]} of the batch and {len(different) - 1} others of its {count}"
+    return f"row {different[0]} and {len(different) - 1} others of the {count} rows of a batch"
 
 
 def _keys_of(one: KeptValue, keys: Keys) -> np.ndarray:

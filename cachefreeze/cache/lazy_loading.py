@@ -1,4 +1,4 @@
-"""What a loader knows of its rows by number, and what it loads of a batch."""
+"""Decides which items of a batch a loader loads, and returns known ones without their values."""
 
 import os
 import sys
@@ -17,11 +17,11 @@ from cachefreeze.errors import UserError
 from cachefreeze.keys import Fingerprint
 from cachefreeze.lineage.unloaded import Unloaded
 
-# Seconds in which an item is loaded as fast as it is known.
+# Number of seconds in which an item is loaded as fast as its record is found.
 _CHEAP = 3e-5
-# One item of so many is loaded in each epoch to be compared, and at least so many.
+# One item of so many is loaded in each epoch to be compared. Smallest number of such items.
 _ONE_OF, _LEAST = 256, 2
-# Number of batches in a row that something uses before all are loaded at once.
+# Number of unloaded batches in a row that the user's code uses until all batches are loaded.
 _OFTEN = 3
 _CPU = torch.device("cpu")
 _OURS = str(Path(__file__).parents[1]) + os.sep
@@ -29,7 +29,7 @@ _TORCHS = str(Path(torch.__file__).parent) + os.sep
 
 
 class Cache(Protocol):
-    """What a loader asks of the cache that it belongs to."""
+    """Part of a cache that its loaders use."""
 
     folder: Path | None
     item_records: dict[bytes, ItemRecords]
@@ -40,7 +40,7 @@ class Cache(Protocol):
         ...
 
     def would_serve(self, rows: Sequence[np.ndarray]) -> bool:
-        """Says whether a batch is served without a look at its values."""
+        """Returns whether a batch would be served, so that its values are not needed."""
         ...
 
     def tell(self, about: str, sentence: str) -> None:
@@ -49,24 +49,24 @@ class Cache(Protocol):
 
 
 class LazyLoading:
-    """What a loader knows of its rows, and what it loads of a batch.
+    """Loads the items of one loader, unless only frozen work would use them.
 
     Args:
-        cache: Function that returns the cache, or None once that is closed.
+        cache: Function that returns the cache, or None if the cache is closed.
     """
 
     def __init__(self, cache: Callable[[], Cache | None]) -> None:
         self._cache = cache
-        # Of the loader, which may be gone before the last of its batches.
+        # The loader is not kept: a batch may outlive it.
         self._dataset: Any = None
         self._collate: Callable[[list[Any]], Any] = torchs_collate
         self._has_workers = False
         self._fingerprint: Fingerprint | None = None
         self._records: ItemRecords | None = None
-        # Also those of batches that are on their way while the data set is changed.
+        # Records by digest. Batches may be on their way while the data set is changed.
         self._asked: dict[bytes, ItemRecords] = {}
         self._items: Items | None = None
-        # Hash of the data set that workers have, if they outlive epochs.
+        # Digest of the data set that the workers have. They may live for several epochs.
         self._of_workers: bytes | None = None
         self._usable = True
         self._tried = False
@@ -76,11 +76,11 @@ class LazyLoading:
 
     @property
     def name(self) -> str:
-        """Name of the data set, for people."""
+        """Name of the data set, for messages."""
         return type(self._dataset).__name__
 
     def may_know(self, loader: DataLoader[Any]) -> bool:
-        """Says whether rows may be known by number, as far as the arguments of the loader tell."""
+        """Returns whether items can be known by number, as far as the loader's arguments tell."""
         cache = self._cache()
         self._dataset = loader.dataset
         if cache is None or loader.batch_sampler is None:
@@ -92,14 +92,14 @@ class LazyLoading:
             cache.tell(
                 f"loader of {self.name}",
                 f"cache.loader loads every item of {self.name}: items of an IterableDataset "
-                "have no numbers to be known by. Frozen work on them is left out all the same.",
+                "have no numbers to be known by. Frozen work on them is still skipped.",
             )
             return False
         if loader.collate_fn is not torchs_collate:
             cache.tell(
                 f"loader {id(loader)}: collate",
-                f"cache.loader loads every item of {self.name}: what a collate_fn of your own "
-                "makes of items is not known before they are loaded.",
+                f"cache.loader loads every item of {self.name}: your own collate_fn may make "
+                "anything of the items. Use the default one to have known items left out.",
             )
             return False
         return self._records is None or not self._records.off
@@ -108,8 +108,8 @@ class LazyLoading:
         """Begins an epoch.
 
         Args:
-            loader: Loader.
-            anew: Whether workers start with the data set as it is now.
+            loader: Loader of the epoch.
+            anew: Whether workers are started with the present data set.
         """
         self._dataset, self._collate = loader.dataset, loader.collate_fn
         self._has_workers = loader.num_workers > 0
@@ -123,7 +123,7 @@ class LazyLoading:
         self._batch = self._sampled = 0
 
     def _look(self, deep: bool = False) -> bool:
-        """Sees whether the data set is as it was. Says whether it is."""
+        """Returns whether the data set is unchanged. If it has changed, looks for its records."""
         if self._fingerprint is not None and self._fingerprint.is_same(deep):
             return True
         self._fingerprint = Fingerprint(self._dataset)
@@ -142,11 +142,11 @@ class LazyLoading:
         same = self._records is records
         self._records = self._asked[digest] = records
         if self._fingerprint.entropy:
-            self._turn_off(f"may be others each time, by {self._fingerprint.entropy}")
+            self._turn_off(f"may change from time to time, by {self._fingerprint.entropy}")
         return same
 
     def items(self) -> Items:
-        """Returns what loads items."""
+        """Makes the data set that loads items for the workers."""
         self._items = Items(self._dataset, self._fingerprint)
         return self._items
 
@@ -155,7 +155,7 @@ class LazyLoading:
         self.save()
 
     def save(self) -> None:
-        """Keeps what is known for other processes."""
+        """Writes the records for other processes."""
         cache = self._cache()
         if self._records is not None and cache is not None and cache.folder is not None:
             try:
@@ -163,24 +163,22 @@ class LazyLoading:
             except OSError as error:
                 cache.tell(
                     "loader: folder",
-                    f"What is known of the items of {self.name} is not kept for later runs: "
-                    f"{error.strerror or error}.",
+                    f"Records of the items of {self.name} cannot be written for later runs "
+                    f"({error.strerror or error}): those runs load the items once.",
                 )
 
-    # What is loaded of a batch.
-
     def ask(self, indices: Any) -> FetchRequest:
-        """Decides what is loaded of a batch, before that is done.
+        """Decides what is loaded for a batch.
 
         Args:
-            indices: Numbers of its items, as the sampler gave them.
+            indices: Numbers of the items, as the sampler returned them.
         """
         self._batch += 1
         cache = self._cache()
         if cache is None or self._records is None or not self._usable or self._records.off:
             return FetchRequest(indices, watch=False)
         if not self._look() and self._has_workers:
-            # Workers have the data set of before.
+            # Workers still have the old data set.
             self._usable = False
             return FetchRequest(indices, watch=False)
         records, places = self._records, _numbers(indices, len(self._records.known))
@@ -191,7 +189,8 @@ class LazyLoading:
         if self._used >= _OFTEN:
             return FetchRequest(indices)
         if not cache.would_serve(list(records.keys(places).values())):
-            # Something may make another batch of it before the cache sees it: that tells who.
+            # The user's code may change a batch before the cache sees it. A few batches without
+            # values show where.
             self._probes += cache.serves
             if not cache.serves or self._probes > _OFTEN:
                 return FetchRequest(indices)
@@ -200,7 +199,7 @@ class LazyLoading:
         return FetchRequest(indices, load=False, digest=records.digest, sample=self._sample(places))
 
     def _may_stand_in(self, index: int) -> bool:
-        """Says whether this process gives the items that workers give. One is tried."""
+        """Returns whether this process loads the same items as workers. One item is tried."""
         if not self._tried:
             self._tried = True
             records = self._records
@@ -208,20 +207,20 @@ class LazyLoading:
             try:
                 batch, about = self._load([index])
                 differs = bool(about.draws or records.differ([index], batch))
-            except Exception:  # whatever the user's code raises here, it did not in workers
+            except Exception:  # the user's code may raise anything here that it did not in workers
                 differs = True
             if differs:
-                self._turn_off("are others in the main process than in workers")
+                self._turn_off("differ between the main process and workers")
         return self._records is not None and not self._records.off
 
     def _sample(self, places: np.ndarray) -> tuple[int, ...]:
-        """Chooses an item that is loaded all the same, in some batches of an epoch."""
+        """Returns the number of an item to load and compare, for some batches of an epoch."""
         assert self._records is not None
         wanted = max(len(self._records.known) // _ONE_OF, _LEAST)
         if self._sampled >= wanted:
             return ()
         self._sampled += 1
-        # No random state is drawn from for it.
+        # Random state must not change, so the item is chosen by arithmetic.
         return (int(places[(self._epoch * 7919 + self._sampled * 104729) % len(places)]),)
 
     def _load(self, indices: Sequence[int]) -> tuple[Any, FetchReport]:
@@ -230,15 +229,13 @@ class LazyLoading:
         )
         return self._collate(items), about
 
-    # What comes of it.
-
     def batch(self, batch: Any, about: FetchReport) -> Any:
-        """Returns a batch for the loop.
+        """Returns a batch for the training loop.
 
         Args:
-            batch: Batch as it was loaded, or of a few items that are to be compared. None if
-                nothing was loaded.
-            about: How it was loaded.
+            batch: Batch as it was loaded, or a batch of items to compare. None if nothing was
+                loaded.
+            about: Report on how it was loaded.
         """
         records = self._asked.get(about.ask.digest)
         if about.draws:
@@ -257,7 +254,7 @@ class LazyLoading:
         indices = [int(index) for index in about.ask.indices]
         self._fetches += 1
         if self._fetches == 2 and about.seconds < _CHEAP:
-            records.turn_off("are loaded as fast as they are found")
+            records.turn_off("load as fast as their records are found")
             return
         try:
             others = records.bind(indices, batch, about.files)
@@ -270,7 +267,7 @@ class LazyLoading:
             self._others(others)
 
     def _compare(self, records: ItemRecords, indices: list[int], batch: Any) -> None:
-        # A file may have changed in the meantime.
+        # If a file has changed in the meantime, the difference is no surprise.
         others = records.differ(indices, batch)
         if others and not records.forget_changed(np.asarray(indices)):
             self._others(others)
@@ -281,8 +278,8 @@ class LazyLoading:
         if cache is not None and cache.folder is not None:
             records.remove(cache.folder)
         self._turn_off(
-            f"are not always the same (item {indices[0]}, for one), although nothing of the data "
-            "set that the cache can see has changed"
+            f"are not always the same (for example item {indices[0]}), although the data set has "
+            "not changed, as far as the cache can see"
         )
 
     def _turn_off(self, why: str) -> None:
@@ -300,8 +297,8 @@ class LazyLoading:
         return batch
 
     def _late(self, records: ItemRecords, ask: FetchRequest) -> Any:
-        """Returns a batch whose large parts are not loaded."""
-        if records.off:  # found while it was on its way
+        """Returns a batch whose large parts have no values yet."""
+        if records.off:  # since the batch was asked for
             return self._loaded(ask)
         places = _numbers(ask.indices, len(records.known))
         assert places is not None
@@ -314,12 +311,12 @@ class LazyLoading:
         return put_together(records.structure, values)
 
     def load_late(self, records: ItemRecords, places: np.ndarray, used: bool) -> Any:
-        """Loads a batch that was given without its values.
+        """Loads a batch that was returned without values.
 
         Args:
-            records: What was known of its items.
-            places: Their numbers.
-            used: Whether something of the user's uses it.
+            records: Records of the items.
+            places: Numbers of the items.
+            used: Whether the user's code uses the batch.
         """
         indices = places.tolist()
         batch, about = self._load(indices)
@@ -329,8 +326,8 @@ class LazyLoading:
             where = _where()
             cache.tell(
                 f"loader: {where}",
-                f"{where} uses a batch of cache.loader whose values only frozen work would need: "
-                "its items are loaded for that.",
+                f"{where} uses a batch of cache.loader that would not have been loaded for the "
+                "model: its items are loaded for this line.",
             )
         if records.off:
             return batch
@@ -339,23 +336,22 @@ class LazyLoading:
         elif others := records.differ(indices, batch):
             if self._fingerprint is None or not self._fingerprint.is_same():
                 raise UserError(
-                    f"{self.name} was changed between the loading of a batch and its first use in "
-                    f"{_where()}: use `x` before the data set is changed, or change it between "
-                    "epochs."
+                    f"{self.name} was changed after a batch was made and before its first use in "
+                    f"{_where()}: use the batch first, or change the data set between epochs."
                 )
             self._others(others)
         return batch
 
 
 class _Late:
-    """A batch that is loaded once, for all of its parts."""
+    """Batch without values. It is loaded once for all of its parts."""
 
     def __init__(self, rows: LazyLoading, records: ItemRecords, places: np.ndarray) -> None:
         self._rows, self._records, self._places = rows, records, places
         self._values: dict[int, Any] = {}
 
     def loader(self, place: int) -> Callable[[bool], torch.Tensor]:
-        """Returns a function that loads a part.
+        """Returns a function that loads one part.
 
         Args:
             place: Place of the part.
@@ -366,7 +362,7 @@ class _Late:
                 batch = self._rows.load_late(self._records, self._places, used)
                 _, _, values = take_apart(batch, len(self._places))
                 self._values = dict(enumerate(values))
-            # Each part is given to one owner, who may write to it.
+            # Each part has one owner, who may write to it.
             value: torch.Tensor = self._values.pop(place)
             return value
 
@@ -374,7 +370,7 @@ class _Late:
 
 
 def _numbers(indices: Any, count: int) -> np.ndarray | None:
-    """Returns the numbers of items as an array, or None if they are no plain numbers."""
+    """Returns the numbers of items as an array, or None if they are not plain numbers."""
     if not isinstance(indices, (list, tuple)):
         return None
     if not all(type(index) is int or isinstance(index, np.integer) for index in indices):
@@ -384,7 +380,7 @@ def _numbers(indices: Any, count: int) -> np.ndarray | None:
 
 
 def _where() -> str:
-    """Names the line of the user's code that runs now."""
+    """Returns file and line of the user's code that runs now."""
     frame = sys._getframe(1)
     found: Any = frame
     while found is not None:

@@ -1,4 +1,4 @@
-"""A DataLoader that knows its rows by number, so that items need not be loaded for frozen work."""
+"""DataLoader that does not load items of which only frozen work would use the values."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,15 +10,15 @@ from cachefreeze.cache.lazy_loading import Cache, LazyLoading
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that does not load what only frozen work would read, where that is kept.
+    """DataLoader that does not load what only frozen work would use.
 
-    Made by `ActivationCache.loader`, which says more.
+    `ActivationCache.loader` makes it, and explains it.
 
     Args:
-        cache: Function that returns the cache, or None once that is closed.
-        dataset: Data set.
+        cache: Function that returns the cache, or None if the cache is closed.
+        dataset: Data set whose items have numbers.
         *args: Further arguments of `torch.utils.data.DataLoader`.
-        **kwargs: Further arguments of `torch.utils.data.DataLoader`, by name.
+        **kwargs: Further keyword arguments of `torch.utils.data.DataLoader`.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Loader(DataLoader[Any]):
         return {**self.__dict__, "_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes a state, as one that loads everything."""
+        """Restores a loader as one that loads everything."""
         self.__dict__.update(state)
         self.__dict__["_rows"] = LazyLoading(lambda: None)
 
@@ -43,12 +43,12 @@ class Loader(DataLoader[Any]):
 
 
 class _Batches:
-    """Iterates over batches: torch's iterator, with what is known put in the place of the rest."""
+    """Iterator over batches. It wraps torch's iterator and fills in what is known."""
 
     def __init__(self, loader: Loader, rows: "LazyLoading") -> None:
         self._rows = rows
         rows.begin(loader, anew=True)
-        # A plain loader over the same, whose items say how they were loaded.
+        # A plain loader with the same arguments, whose items come with a report.
         self._shadow: DataLoader[Any] = DataLoader.__new__(DataLoader)
         self._shadow.__dict__.update(
             loader.__dict__,
@@ -82,7 +82,7 @@ class _Batches:
 
 
 class _Asking:
-    """Yields batches of numbers, each with what is to be loaded of it."""
+    """Sampler of requests: batches of numbers, each with what is to be loaded."""
 
     def __init__(self, sampler: Any, rows: "LazyLoading") -> None:
         self._sampler = sampler

@@ -1,4 +1,4 @@
-"""A call of a module, and the ways to run it."""
+"""Call of a module, and the three ways to run it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from cachefreeze.lineage.structure import tensors
 
 @dataclass
 class ModuleCall:
-    """A call of a module.
+    """Call of a module.
 
     Attributes:
         module: Module that is called.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        began: Time at which the call began, in seconds. Work that is none of the call's is left out
-            by a later beginning.
+        began: Time at which the call began, in seconds. It is moved forward by work that is not
+            part of the call.
     """
 
     module: nn.Module
@@ -32,7 +32,7 @@ class ModuleCall:
 
     @property
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of both kinds."""
+        """Positional and keyword arguments."""
         return self.args, self.kwargs
 
     @cached_property
@@ -41,10 +41,10 @@ class ModuleCall:
         return list(tensors(self.given))
 
     def inputs(self, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """Returns the tensors among the arguments, by the numbers of their values in a trace.
+        """Returns the tensors among the arguments, by number.
 
         Args:
-            numbers: Those numbers, in order.
+            numbers: Numbers of the tensors in a trace, in order.
         """
         return dict(zip(numbers, self.tensors, strict=True))
 
@@ -54,32 +54,32 @@ class ModuleCall:
         return perf_counter() - self.began
 
     def leave_out(self, since: float) -> None:
-        """Does not count the time from some moment until now.
+        """Leaves the time since some moment out of the call's time.
 
         Args:
-            since: Time, in seconds.
+            since: Moment, in seconds.
         """
         self.began += perf_counter() - since
 
     def load(self, given: Any = None) -> None:
-        """Loads what is not loaded yet. It takes the loader's time, and not that of the call.
+        """Loads tensors that are not loaded yet. This is not part of the call's time.
 
         Args:
-            given: What is loaded. If None, all arguments.
+            given: Arguments to load. If None, all of them.
         """
         began = perf_counter()
         unloaded.load_in(self.given if given is None else given)
         self.leave_out(began)
 
     def run(self) -> Any:
-        """Runs the call as if there were no cache."""
+        """Runs the call without the cache."""
         self.load()
         return self.module(*self.args, **self.kwargs)
 
     def capture(self, plan: Plan) -> tuple[Any, dict[int, Tensor] | None, Report]:
-        """Runs the call, and takes kept values from it."""
+        """Runs the call, and takes the kept values from it, as `lineage.capture` does."""
         return lineage.capture(plan, self.module, *self.args, known_to_fit=True, **self.kwargs)
 
     def replay(self, plan: Plan, kept: Mapping[int, Tensor]) -> tuple[Any, Report]:
-        """Runs the call with kept values in the place of frozen work."""
+        """Runs the call with kept values in place of frozen work, as `lineage.replay` does."""
         return lineage.replay(plan, kept, self.module, *self.args, known_to_fit=True, **self.kwargs)

@@ -1,4 +1,4 @@
-"""Finds where the rows of a batch are in kept values, by recorded operations."""
+"""Finds the axis of the rows in each kept value, by running recorded operations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,16 +16,16 @@ Tensor = torch.Tensor
 
 
 class RowAxes:
-    """Finds where the rows of a batch are in kept values.
+    """Finds the layouts of kept values.
 
     Args:
         plan: Trace and cut.
         kept: Kept values.
         batch: Inputs of a batch.
-        layouts: Layouts that were found before, by what they depend on. New ones are added.
+        layouts: Layouts that were found before, by all that they depend on. New ones are added.
 
     Attributes:
-        mixes: Operation that looks across the rows of a batch, for people. Empty if none does.
+        mixes: Name of an operation that mixes the rows of a batch. Empty if there is none.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class RowAxes:
     def settle(
         self,
         inputs: Mapping[int, Tensor],
-        known: Mapping[int, tuple[Tensor, Axis]] | None = None,
+        known: Mapping[int, tuple[Tensor, Axis]],
     ) -> dict[int, Tensor] | None:
         """Sets the layout of each kept value.
 
         Args:
-            inputs: Inputs of a batch, by the numbers of their values.
-            known: Values of that batch that need not be computed, by number, each with the axis of
-                its rows.
+            inputs: Inputs of a batch, by number.
+            known: Values of that batch that need not be computed, by number, with the axes of their
+                rows.
 
         Returns:
-            Kept values of that batch, by number, if all of them were computed on the way.
+            Kept values of that batch, by number, if all of them were computed here. Else None.
         """
         kept, like = self._kept, self._kept.like
         if like is not None and like.settled:
@@ -65,7 +65,7 @@ class RowAxes:
         names = [self._name(one) for one in kept]
         found = None
         if not all(name in self._layouts for name in names):
-            axes, mixed, found = self._axes(inputs, known or {})
+            axes, mixed, found = self._axes(inputs, known)
             for one, name in zip(kept, names, strict=True):
                 self._layouts[name] = self._layout(one, axes, one.number in mixed)
         for one, name in zip(kept, names, strict=True):
@@ -73,21 +73,21 @@ class RowAxes:
         return found
 
     def _name(self, one: KeptValue) -> tuple[Any, ...]:
-        """Says what the layout of a value depends on: how it is made, and of how many rows."""
+        """Returns all that the layout of a value depends on."""
         value, batch = self._trace.values[one.number], self._batch
         return one.lineage.digest, value.shape, value.stride, batch.rows, len(batch.with_rows)
 
     def _axes(
         self, inputs: Mapping[int, Tensor], known: Mapping[int, tuple[Tensor, Axis]]
     ) -> tuple[Axes, set[int], dict[int, Tensor] | None]:
-        """Finds the axes of the rows in kept values, and those made by looking across rows.
+        """Finds the axes of the rows, and the values that mix rows.
 
-        Every operation is tried by itself: where rows are looked across in the middle, such as in
-        `torch.where((x > 9).any(), x / 2, x)`, the end may show it in one batch of a thousand.
+        Every operation is tried alone. In `torch.where((x > 9).any(), x / 2, x)` the rows are mixed
+        in the middle, and the result may show it in one batch of a thousand.
 
         Returns:
-            Axes, numbers of the kept values for which rows were looked across, and the kept values
-            if all of them were computed on the way.
+            Axes, numbers of the kept values that mix rows, and the kept values if all were computed
+            here.
         """
         program = self._plan.program
         numbers = [one.number for one in self._kept]
@@ -98,7 +98,7 @@ class RowAxes:
         axes = lineage.batch_axes(self._trace, *inputs.values(), known=known, wanted=numbers)
         found = {number: tensor.detach() for number, tensor in axes.found.items()}
         whole = found if len(found) == len(set(numbers)) else None
-        # A model may go through its rows one by one.
+        # A model may loop over the rows of its batch.
         mixing = {n for n in axes.mixing if not _is_a_row(self._trace.operations[n])}
         mixed = {
             number
@@ -131,7 +131,7 @@ def compute(
 
     Args:
         plan: Trace and cut.
-        inputs: Inputs of the batch, by the numbers of their values.
+        inputs: Inputs of the batch, by number.
         known: Values of the batch that need not be computed, by number.
     """
     found = plan.program.run(list(plan.cut.kept), {**(known or {}), **inputs})
@@ -139,7 +139,7 @@ def compute(
 
 
 def _is_a_row(operation: Operation) -> bool:
-    """Says whether an operation takes a batch apart into single rows."""
+    """Returns whether an operation selects single rows of a batch."""
     if operation.name == "unbind":
         return True
     place = operation.args[1] if operation.name == "__getitem__" else None

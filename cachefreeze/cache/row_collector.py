@@ -1,4 +1,4 @@
-"""Collects the rows of a trace: in whole batches until rows come again, and by row afterwards."""
+"""Collects the rows of a trace: as whole batches until rows come again, and then row by row."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,35 +20,35 @@ from cachefreeze.cache.selection import Selection
 
 Tensor = torch.Tensor
 
-# Number of batches after which it is noted that no row has come again.
+# Number of batches after which the user may read that no row has come again.
 _FIRST_NOTE = 8
-# Number of batches that wait in memory where there is a directory for their rows.
+# Number of batches that wait in memory if there is a directory.
 _FEW_WAITING = 8
-# Largest number of smaller batches whose inputs wait to be computed in whole ones.
+# Number of inputs of smaller batches that may wait to be joined.
 _MOST_SMALLER = 16
 
 
 class Before(Protocol):
-    """A cached from when less was frozen."""
+    """Trace that was made when less was frozen."""
 
     selection: Selection
     history: RowHistory
 
     @property
     def batches_of_an_epoch(self) -> int:
-        """Number of batches before rows came again, of this cached or one before it."""
+        """Number of batches before rows came again, of this trace or an earlier one."""
         ...
 
     def known(self, given: Iterable[Tensor]) -> dict[int, Tensor] | None:
-        """Returns the kept values of a batch, or None if some of its rows are not known."""
+        """Returns the kept values of a batch, or None if some of its rows are unknown."""
         ...
 
 
 class Earlier:
-    """Kept values from when less was frozen, by which those of now are computed.
+    """Kept values of an earlier trace, from which those of the present trace are computed.
 
     Args:
-        before: CachedTrace from when less was frozen.
+        before: Trace that was made when less was frozen.
         extension: Values that both traces have in common.
     """
 
@@ -58,7 +58,7 @@ class Earlier:
 
     @property
     def is_proven(self) -> bool:
-        """Whether as many batches of those values were compared as had to be."""
+        """Whether enough batches of the earlier trace were compared."""
         return self._before.history.is_proven
 
     @property
@@ -67,41 +67,41 @@ class Earlier:
         return self._before.batches_of_an_epoch
 
     def values(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
-        """Reads the rows of a batch, if they are all there.
+        """Reads the rows of a batch.
 
         Args:
-            inputs: Inputs of the batch, by the numbers of their values.
+            inputs: Inputs of the batch, by number.
 
         Returns:
-            Values of the later trace, by number. Those that are kept can be computed from them.
+            Values by their number in the present trace, or None if some rows are unknown.
         """
         kept = self._before.known(inputs.values())
         return None if kept is None else self._extension.values(kept)
 
     def with_axes(self, inputs: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, lineage.Axis]]:
-        """Reads the rows of a batch, each value with the axis of its rows."""
+        """Reads the rows of a batch. Returns each value with the axis of its rows."""
         axes = self._extension.values(self._before.selection.kept.axes)
         found = self.values(inputs) or {}
         return {number: (found[number], axes[number]) for number in axes.keys() & found}
 
 
 def earlier_values(before: Before, selection: Selection, shared: CacheState) -> Earlier | None:
-    """Returns the kept values of an earlier cached, if they lead to those of a later one.
+    """Returns the kept values of an earlier trace if those of the present trace can be computed.
 
     Args:
-        before: CachedTrace from when less was frozen.
-        selection: What is kept of a pass now.
-        shared: What all traces of the cache have in common.
+        before: Trace that was made when less was frozen.
+        selection: Values that are kept now.
+        shared: State that all parts of the cache share.
     """
     extension = lineage.Extension(before.selection.plan, selection.plan)
-    # What is made of rounded rows is too far from what is computed.
+    # Values computed from rounded rows would differ too much.
     exact = shared.entries.codec != "int8"
     return Earlier(before, extension) if extension.is_complete and exact else None
 
 
 @dataclass(eq=False)
 class _Batch:
-    """A batch that is not taken apart into rows yet.
+    """Batch that is not split into rows yet.
 
     Attributes:
         keys: Keys of its rows.
@@ -117,17 +117,18 @@ class _Batch:
 
 
 class RowCollector:
-    """Collects the rows of one cached.
+    """Collects the rows of one trace.
 
     Args:
-        shared: What all traces of the cache have in common.
-        name: Name of the module, for people.
-        selection: What is kept of the pass.
-        history: What is known of the rows.
-        guards: Guards of the traced call.
-        timer: Seconds of the cached's calls.
-        example: Inputs of the traced pass, by the numbers of their values.
-        earlier: Kept values from when less was frozen, if they lead to those of now.
+        shared: State that all parts of the cache share.
+        name: Name of the module, for messages.
+        selection: Values that are kept.
+        history: History of the rows.
+        guards: Guards of the trace.
+        timer: Seconds of the trace's calls.
+        example: Inputs of the traced pass, by number.
+        earlier: Kept values of an earlier trace, from which those of this one can be computed. None
+            if there are none.
     """
 
     def __init__(
@@ -156,27 +157,27 @@ class RowCollector:
 
     @property
     def waits(self) -> bool:
-        """Whether batches are kept that are not taken apart into rows yet."""
+        """Whether there are batches that are not split into rows yet."""
         return bool(self._batches)
 
     @property
     def has_rows(self) -> bool:
-        """Whether rows are kept."""
+        """Whether anything is kept."""
         return self._selection.kept.settled or self.waits
 
     @property
     def batches_of_an_epoch(self) -> int:
-        """Number of batches before rows came again, of this cached or one before it."""
+        """Number of batches before rows came again, of this trace or an earlier one."""
         before = self._earlier.batches_of_an_epoch if self._earlier is not None else 0
         return max(self._history.epoch, before)
 
     def note(self, keys: Keys) -> bool:
-        """Notes the rows of a batch. Says whether half of them were there before."""
+        """Adds the rows of a batch to the history. Returns whether half of them had come before."""
         alike = self._selection.kept.alike
         return self._history.note([(alike(group), wanted) for group, wanted in keys.items()])
 
     def lie_on_disk(self, keys: Keys) -> bool:
-        """Says whether half of the rows of a batch are there from other runs."""
+        """Returns whether half of a batch's rows are on disk, from other runs."""
         kept = self._selection.kept
         if not kept.settled:
             self.split()
@@ -192,15 +193,15 @@ class RowCollector:
         return self.keep(self._selection.batch.keys(self._example), kept)
 
     def keep(self, keys: Keys, kept: dict[int, Tensor]) -> tuple[str, str]:
-        """Keeps a batch as it is until rows come again, or in rows if it is known how.
+        """Keeps a batch, split into rows if their axes are known.
 
         Args:
             keys: Keys of its rows.
             kept: Kept values, by number.
 
         Returns:
-            Reason why nothing more is kept, to follow a colon, and a further sentence. Both are
-            empty if there is none.
+            Reason to stop caching, to follow a colon, and a further sentence. Both are empty if
+            caching goes on.
         """
         shared, batch = self._shared, _Batch(keys, kept)
         if self._selection.kept.settled:
@@ -208,7 +209,7 @@ class RowCollector:
             self._written += batch.nbytes
             if shared.most_useless < self._written:
                 share = self._history.share_again
-                return self.withdraw(messages.useless_rows(share, self._written))
+                return self.withdraw(messages.useless_rows_reason(share, self._written))
             return "", ""
         self._batches.append(batch)
         shared.held += batch.nbytes
@@ -221,29 +222,30 @@ class RowCollector:
         batches = self._history.batches
         rows = batches * self._selection.rows
         if shared.held > limit:
-            return messages.too_many_rows(rows, limit)
+            more = "If the data set is larger than that, a larger max_bytes helps."
+            return messages.full_reason(rows, limit), more
         if batches >= _FIRST_NOTE and _is_power_of_two(batches):
             shared.note(f"{self._name}: rows", messages.no_row_again(self._name, rows))
         return "", ""
 
     def withdraw(self, why: str) -> tuple[str, str]:
-        """Removes rows that hardly anybody asks for.
+        """Removes rows that hardly ever come again.
 
         Args:
             why: Reason, to follow a colon.
 
         Returns:
-            That reason, and a further sentence.
+            The same reason, and a further sentence.
         """
         self._selection.kept.withdraw()
-        return why, messages.why_hardly_known(self._selection.mixes)
+        return why, messages.why_hardly_known(self._selection.row_axes.mixes)
 
     def settle(self, inputs: Mapping[int, Tensor] | None = None) -> None:
-        """Takes what was kept apart into rows, now that rows come again.
+        """Splits all batches into rows, now that rows come again.
 
         Args:
-            inputs: Inputs of some batch, by which the place of the rows is found. If None, those of
-                the traced pass.
+            inputs: Inputs of a batch, by number, with which the axes of the rows are found. If
+                None, those of the traced pass.
         """
         self._shared.messages.pop(f"{self._name}: rows", None)
         self._shared.messages.pop(f"{self._name}: overhead", None)
@@ -254,37 +256,37 @@ class RowCollector:
         self.fill_up()
 
     def drop(self) -> None:
-        """Forgets the batches that are not taken apart into rows yet."""
+        """Drops the batches that are not split into rows yet."""
         self._has_traced = False
         self._shared.held -= sum(batch.nbytes for batch in self._batches)
         self._batches = []
 
     def stop(self) -> None:
-        """Forgets all that waits."""
+        """Drops everything that waits."""
         self.drop()
         self._smaller = []
 
     def split(self, inputs: Mapping[int, Tensor] | None = None) -> None:
-        """Finds where the rows are in kept values, and takes the batches apart.
+        """Finds the axes of the rows, and splits the batches into rows.
 
         Args:
-            inputs: Inputs of some batch. If None, those of the traced pass.
+            inputs: Inputs of a batch, by number. If None, those of the traced pass.
         """
         selection, kept, began = self._selection, self._selection.kept, perf_counter()
         inputs = self._example if inputs is None else inputs
         if self._shared.entries.directory is not None:
-            # What gets to the disk stays: all bits are looked at before.
+            # Rows on disk outlive this run, so all bits are hashed before.
             self._shared.weights.suspect(selection.frozen.tensors)
             if kept.update_names():
                 self.drop()
         known = self._earlier.with_axes(inputs) if self._earlier is not None else {}
-        found = selection.settle(inputs, known)
+        found = selection.row_axes.settle(inputs, known)
         if not self._has_traced:
             keys = selection.batch.keys(inputs)
             if unknown(kept.find(keys)):
                 given = {number: tensor for number, (tensor, _) in known.items()}
                 kept.write(keys, found or selection.compute(inputs, given))
-        # What is left of the traced batch are the inputs that all rows share.
+        # The rows of the traced batch are not needed any more.
         self._example = selection.batch.shared_of(self._example)
         for batch in self._batches:
             kept.write(batch.keys, batch.kept)
@@ -294,26 +296,27 @@ class RowCollector:
         self._timer.note_once(perf_counter() - began)
 
     def write_all(self) -> None:
-        """Takes apart what is kept in batches still, so that it gets to the disk."""
+        """Splits batches that still wait into rows, so that these are written to disk."""
         if self._batches and self._guards.is_as_traced():
             self.split()
 
-    # Batches whose inputs alone are kept, until their rows may be computed in whole batches.
-
     def put_aside(self, inputs: Mapping[int, Tensor]) -> None:
-        """Copies the inputs of a batch, to compute its rows once rows come again.
+        """Copies the inputs of a batch. Its rows are computed when rows come again.
 
         Args:
-            inputs: Inputs of the batch, by the numbers of their values.
+            inputs: Inputs of the batch, by number.
         """
         if sum(map(len, self._smaller)) < _MOST_SMALLER:
             self._smaller.append({number: one.detach().clone() for number, one in inputs.items()})
 
     def put_smaller_aside(self, inputs: Mapping[int, Tensor]) -> bool:
-        """Puts a batch aside that is smaller than others. Says whether its rows fit to theirs.
+        """Copies the inputs of a smaller batch if its rows fit into batches of the usual size.
 
         Args:
-            inputs: Inputs of the batch, by the numbers of their values.
+            inputs: Inputs of the batch, by number.
+
+        Returns:
+            Whether its rows fit.
         """
         if not self._selection.batch.takes(inputs, self._example):
             return False
@@ -321,7 +324,7 @@ class RowCollector:
         return True
 
     def fill_up(self) -> None:
-        """Computes the rows of batches that were put aside, in whole ones."""
+        """Joins the batches that were put aside, and computes their rows."""
         selection = self._selection
         batches, self._smaller = self._smaller, []
         if not batches or not selection.kept.by_rows or not self._guards.is_as_traced():
@@ -332,19 +335,17 @@ class RowCollector:
             if any((place[:real] < 0).any() for place in places.values()):
                 selection.kept.write(keys, selection.compute(whole), np.arange(real))
 
-    # Rows without a pass.
-
     def values_of_before(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
-        """Reads the rows of a batch from when less was frozen, as `Earlier.values` does."""
+        """Reads the rows of a batch that an earlier trace has kept, as `Earlier.values` does."""
         return None if self._earlier is None else self._earlier.values(inputs)
 
     def known(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
-        """Returns the kept values of a batch, or None if some of its rows are not known.
+        """Returns the kept values of a batch, or None if some of its rows are unknown.
 
-        Rows that are known only from when still less was frozen are computed from those.
+        If only an earlier trace knows the rows, the kept values are computed from its rows.
 
         Args:
-            inputs: Inputs of the batch, by the numbers of their values.
+            inputs: Inputs of the batch, by number.
         """
         selection = self._selection
         if not selection.kept.settled:
@@ -360,7 +361,7 @@ class RowCollector:
         """Keeps the rows of a batch without a forward pass.
 
         Args:
-            call: Call that has the batch.
+            call: Call with the batch as its input.
         """
         selection = self._selection
         inputs = call.inputs(selection.trace.inputs)
@@ -377,10 +378,10 @@ class RowCollector:
 
 
 def unknown(places: Mapping[int, np.ndarray]) -> bool:
-    """Whether some row of a batch is unknown.
+    """Returns whether any row of a batch is unknown.
 
     Args:
-        places: Place of each row in the table of each kept value, -1 for unknown ones.
+        places: Place of each row, or -1, for each kept value.
     """
     return any((place < 0).any() for place in places.values())
 

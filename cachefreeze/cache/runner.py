@@ -1,4 +1,4 @@
-"""Runs calls of a module: plainly, to take kept values from them, or with kept values."""
+"""Runs the calls of a trace without the cache, to take values from them, or with kept values."""
 
 from collections.abc import Mapping
 from time import perf_counter
@@ -14,24 +14,24 @@ from cachefreeze.cache.selection import Selection
 
 Tensor = torch.Tensor
 
-# Number of passes in a row that may go another way than the traced one.
-_MOST_LOST = 3
-# Number of served passes after which the caller has read the same values again and again.
+# Number of passes in a row that take another path than the traced one before caching stops.
+MOST_LOST = 3
+# Number of served passes in a row after which skipped values that the user's code reads are kept.
 _OFTEN = 2
 
 
 class Runner:
-    """Runs the calls of one cached, and takes their time.
+    """Runs the calls of one trace, and measures them.
 
     Args:
-        shared: What all traces of the cache have in common.
-        selection: What is kept of the pass.
+        shared: State that all parts of the cache share.
+        selection: Values that are kept.
 
     Attributes:
         timer: Seconds of the calls.
         served: Number of batches that were served.
-        left: Event at which the last followed pass left the way of the traced one, for people.
-            Empty if it did not.
+        left: Place at which the last pass left the path of the traced one, for messages. Empty if
+            it did not.
     """
 
     def __init__(self, shared: CacheState, selection: Selection) -> None:
@@ -45,7 +45,7 @@ class Runner:
         self.left = ""
 
     def run_plainly(self, call: ModuleCall) -> Any:
-        """Runs a call as if there were no cache, to see how long it takes."""
+        """Runs a call without the cache, and measures it."""
         call.load()
         began = perf_counter()
         output = call.run()
@@ -54,10 +54,11 @@ class Runner:
         return output
 
     def capture(self, call: ModuleCall) -> tuple[Any, dict[int, Tensor] | None]:
-        """Runs a call, and takes kept values from it.
+        """Runs a call, and takes the kept values from it.
 
         Returns:
-            Output of the module, and kept values by number. None if the pass went another way.
+            Output of the module, and kept values by number. These are None if the pass took another
+            path.
         """
         call.load()
         beside = call.seconds
@@ -70,11 +71,11 @@ class Runner:
     def replay(
         self, call: ModuleCall, inputs: Mapping[int, Tensor], kept: dict[int, Tensor]
     ) -> Any:
-        """Runs a call with kept values in the place of frozen work.
+        """Runs a call with kept values in place of frozen work.
 
         Args:
-            call: Call.
-            inputs: Inputs of the batch, by the numbers of their values.
+            call: Call to run.
+            inputs: Inputs of the batch, by number.
             kept: Kept values, by number.
         """
         self.served += 1
@@ -100,11 +101,11 @@ class Runner:
 
     @property
     def is_lost(self) -> bool:
-        """Whether so many passes in a row went another way that following them makes no sense."""
-        return self._lost == _MOST_LOST
+        """Whether so many passes in a row took another path that caching stops."""
+        return self._lost == MOST_LOST
 
     def read_late(self) -> set[int]:
-        """Finds values that the caller has read again and again after the call, by number."""
+        """Returns the numbers of skipped values that the user's code has read in several passes."""
         read = [report.computed for report in self._reports]
         self._reports = self._reports[-1:] if len(read) < _OFTEN else []
         if len(read) < _OFTEN or not all(read):

@@ -1,4 +1,4 @@
-"""What is kept of a traced pass, and whether that is worth its while."""
+"""Chooses the values of a trace that are kept."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,40 +16,41 @@ from cachefreeze.cache.kept_values import KeptValues
 from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.row_axes import RowAxes, compute
 from cachefreeze.keys import lineage_of
-from cachefreeze.lineage import Axis, Cut, Plan, Trace
+from cachefreeze.lineage import Cut, Plan, Trace
 
 Tensor = torch.Tensor
 
-# Share of a forward pass that must be frozen work for a cache to be worth its while.
+# Smallest share of a forward pass that must be frozen work for a cache to help.
 LEAST_SHARE = 0.1
-# Share of a forward pass for whose sake the user is told of modules in training mode.
+# Smallest share of a forward pass that is worth telling the user of modules in training mode.
 _WORTH_TELLING = 0.05
-# Bytes a second at which memory gives kept values back.
+# Bytes a second at which kept values are read from memory.
 _READING_RATE = 2e9
-# Seconds that finding the rows of one value takes. A value of the batch alone costs a key of its
-# own inputs, labels perhaps, which come with other rows: it must be worth that.
+# Seconds that finding the rows of one value takes. A value that depends on no parameter needs a key
+# of its own inputs, such as labels, that may come with other rows each time: this costs more.
 _EACH, _EACH_OF_INPUTS = 2e-5, 2e-3
 
 
 class Selection:
-    """What is kept of a traced pass.
+    """Values of a trace that are kept.
 
     Args:
-        shared: What all traces of the cache have in common.
-        trace: Trace of a pass.
-        inputs: Tensors that the pass was given, by the numbers of their values.
-        model: Name of the model, for people.
-        like: What is kept of a pass on rows of another length, if it is the same. The same tables
-            are used then.
+        shared: State that all parts of the cache share.
+        trace: Trace of a forward pass.
+        inputs: Inputs of the traced pass, by number.
+        model: Name of the module, for messages.
+        like: Selection of a trace with rows of another length, if it is the same. The two share
+            tables. None if there is no such trace.
 
     Attributes:
-        trace: Trace of a pass.
+        trace: Trace of a forward pass.
         plan: Trace and cut.
-        share: Share of the forward pass that is left out, from 0 to 1.
+        share: Share of the forward pass that is skipped, from 0 to 1.
         batch: Inputs of a batch.
         rows: Number of rows in a batch.
         frozen: Parameters and buffers that the kept values are made from.
         kept: Kept values.
+        row_axes: Finder of the rows in kept values.
     """
 
     def __init__(
@@ -77,53 +78,51 @@ class Selection:
         self.frozen = FrozenState(shared, trace, lineages.values(), self._model)
         same: KeptValues | None = like.kept if like is not None else None
         self.kept: KeptValues = KeptValues(shared, trace, lineages, self.frozen, self._model, same)
-        self._axes = RowAxes(self.plan, self.kept, self.batch, shared.layouts)
+        self.row_axes = RowAxes(self.plan, self.kept, self.batch, shared.layouts)
         self._places = lineage.module_outputs(trace, cut.kept)
 
     def keep_as_well(self, numbers: Iterable[int], inputs: Mapping[int, Tensor]) -> None:
-        """Chooses again what is kept, with some values that are read after the call.
+        """Chooses again, so that some more values are kept.
 
         Args:
-            numbers: Numbers of those values.
-            inputs: Inputs of a batch, by the numbers of their values.
+            numbers: Numbers of values that the user's code reads after the call.
+            inputs: Inputs of a batch, by number.
         """
         self.trace.outputs += [(number, True) for number in numbers]
         self._choose(inputs)
 
     @property
-    def mixes(self) -> str:
-        """Operation that looks across the rows of a batch, for people. Empty if none does."""
-        return self._axes.mixes
-
-    @property
     def is_enough(self) -> bool:
-        """Whether so much of the pass is left out that a cache is worth its while."""
+        """Whether enough of the forward pass is skipped for a cache to help."""
         return bool(self.kept) and self.share >= LEAST_SHARE
 
     @property
     def may_be_enough(self) -> bool:
-        """Whether other processes may have held up one operation, so that times make no sense."""
+        """Whether many operations are skipped, although they took little time in this trace.
+
+        Other processes may have delayed the trace, so another one decides.
+        """
         operations = len(self.trace.operations)
         left_out = operations - len(self.plan.cut.runs)
         return bool(self.kept) and left_out > LEAST_SHARE * operations
 
     def why_not_enough(self) -> str:
-        """Says why too little of the pass can be left out, to follow a colon."""
+        """Returns why too little of the forward pass can be skipped, to follow a colon."""
         states, values = self.trace.states, self.trace.values
         if all(state.trained for state in states if isinstance(state.tensor(), nn.Parameter)):
-            # A call is not followed unless some parameter of it takes no gradient.
-            return "what takes no gradient in it moves from call to call all the same"
+            # Some parameter takes no gradient, or else this call would not have been traced.
+            return "its parameters without gradient change from call to call"
         if any(values[number].requires_grad for number in self.trace.inputs):
             return "its input takes gradient"
         if self.share >= LEAST_SHARE:
-            return "nothing in the call itself takes what its frozen work makes"
-        return f"frozen work that could be left out is {self.share:.0%} of its forward pass"
+            return "nothing in the call itself takes the results of its frozen work"
+        return f"only {self.share:.0%} of its forward pass is frozen work that could be left out"
 
     def begin(self) -> bool:
-        """Names the tables of the kept values, and tells the user what limits the cache.
+        """Computes the names of the kept values, and tells the user what limits the cache.
 
         Returns:
-            Whether rows of every kept value may lie on the disk, from other runs.
+            Whether rows of all kept values may be on disk already.
         """
         tell, model = self._shared.tell, self._model
         self.kept.update_names()
@@ -131,15 +130,15 @@ class Selection:
             tell(f"{model}: directory", messages.in_memory_only(model, hidden))
         if lineage.more_in_eval_mode(self.trace) > _WORTH_TELLING:
             limits = lineage.limits_of(self.trace, self.share)
-            tell(f"{model}: modes", messages.left_out(model, self.share, limits[-1]))
+            tell(f"{model}: modes", messages.skipped(model, self.share, limits[-1]))
         return self.kept.is_stored
 
     def look(self, at_all: bool = False) -> list[Tensor]:
-        """Sees whether frozen bits have changed, and names the tables by those of now.
+        """Checks whether frozen bits have changed, and computes the names again if so.
 
         Args:
-            at_all: Whether all bits are hashed. If not, those that may have changed, and a tensor
-                more if there is time for it.
+            at_all: Whether to hash all tensors. If False, a tensor is hashed if a quick check shows
+                a change, or if there is time for it.
 
         Returns:
             Parameters and buffers that have changed.
@@ -151,16 +150,16 @@ class Selection:
 
     @property
     def read_by_others(self) -> list[int]:
-        """Returns the inputs, by number, that work reads which is not left out."""
+        """Numbers of the inputs that work reads which is not skipped."""
         runs = (self.trace.operations[number] for number in self.plan.cut.runs)
         read = {number for operation in runs for number in operation.reads}
         return [number for number in self.trace.inputs if number in read]
 
     def joins(self) -> bool:
-        """Says whether a value depends on several images, or the like, that were given apart.
+        """Returns whether a kept value depends on several inputs such as images, which come apart.
 
-        Rows of it would be pairs, which meet others in the next epoch. A text with its mask is no
-        such case: these are whole numbers.
+        Its rows would be pairs, and each epoch pairs the images anew. A text and its mask belong
+        together: these inputs are integers.
         """
         values = self.trace.values
         return any(
@@ -174,10 +173,10 @@ class Selection:
         )
 
     def knows(self, rows: Sequence[np.ndarray]) -> bool:
-        """Says whether the rows of a batch are known by one of the inputs that it is made of.
+        """Returns whether the rows of a batch are known.
 
         Args:
-            rows: Keys of the rows, for each of those inputs.
+            rows: Keys of the rows, for each tensor that the batch consists of.
         """
         groups = {one.group for one in self.kept}
         others = {self.trace.inputs.index(number) for number in self.read_by_others}
@@ -190,53 +189,34 @@ class Selection:
             if others.isdisjoint(group)
         )
 
-    def settle(
-        self,
-        inputs: Mapping[int, Tensor],
-        known: Mapping[int, tuple[Tensor, Axis]] | None = None,
-    ) -> dict[int, Tensor] | None:
-        """Finds where the rows are in the kept values, by recorded operations on a batch.
-
-        Args:
-            inputs: Inputs of a batch, by the numbers of their values.
-            known: Values of that batch that need not be computed, by number, each with the axis of
-                its rows.
-
-        Returns:
-            Kept values of that batch, by number, if all of them were computed on the way.
-        """
-        return self._axes.settle(inputs, known)
-
     def compute(
         self, inputs: Mapping[int, Tensor], known: Mapping[int, Tensor] | None = None
     ) -> dict[int, Tensor]:
         """Computes the kept values of a batch by recorded operations, without a forward pass.
 
         Args:
-            inputs: Inputs of the batch, by the numbers of their values.
+            inputs: Inputs of the batch, by number.
             known: Values of the batch that need not be computed, by number.
         """
         return compute(self.plan, inputs, known)
 
-    # Rows of another length.
-
     @property
     def takes_other_lengths(self) -> bool:
-        """Whether kept values can be taken from a pass on rows of another length as it is.
+        """Whether kept values can be taken from passes with rows of another length.
 
-        Padding moves the last bits of some rows, and not of others: a few batches that are equal
-        prove nothing. So only what is served by exact=False is shared between lengths.
+        Padding changes the last bits of some rows only, so equal bits in a few batches prove
+        nothing. Therefore lengths share rows only with `exact=False`.
         """
         return bool(self.batch.length) and self._places is not None and not self._shared.exact
 
     def capture_of_another_length(self, call: ModuleCall) -> tuple[Any, dict[int, Tensor] | None]:
-        """Runs a plain pass on rows of another length, and takes what is kept if it can be taken.
+        """Runs a call with rows of another length, and takes the kept values from it.
 
         Args:
-            call: Call that has the rows.
+            call: Call to run.
 
         Returns:
-            Output of the module, and kept values by number, or None.
+            Output of the module, and kept values by number. These are None if they do not fit.
         """
         assert self._places is not None
         output, found = lineage.capture_outputs(
@@ -251,7 +231,7 @@ class Selection:
         return output, found
 
     def is_like(self, trace: Trace) -> bool:
-        """Says whether a pass on rows of another length made the same values by the same steps."""
+        """Returns whether the same operations made the same values for rows of another length."""
         mine, values = self.trace, trace.values
         return (
             [one.name for one in mine.operations] == [one.name for one in trace.operations]
@@ -267,7 +247,7 @@ class Selection:
 
 
 def cheapest_cut(trace: Trace) -> Cut:
-    """Chooses what is kept of a pass in memory."""
+    """Chooses the cut that saves most time if kept values are in memory."""
     return lineage.minimum_cut(
         trace, reading_rate=_READING_RATE, each=_EACH, each_of_inputs=_EACH_OF_INPUTS
     )

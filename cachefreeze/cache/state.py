@@ -1,15 +1,18 @@
-"""What becomes of the batches of a cached."""
+"""States of a cached trace."""
 
 from enum import Enum
 
 
 class State(Enum):
-    """What becomes of a batch.
+    """What happens to the batches of a trace.
 
-    Until a row comes again, batches are kept as they are. Then they are taken apart into rows, and
-    the first batches that could be served are computed and compared. Then batches are served. A
-    cached that rests leaves its model alone, one by parts leaves it to the frozen modules inside;
-    a stale one must be traced anew, and so must an undecided one, whose times make no sense.
+    - `KEEPING`: No row has come again. Batches are kept as they are.
+    - `PROBATION`: Rows come again. Batches that could be served are computed and compared.
+    - `SERVING`: Batches of known rows are served.
+    - `RESTING`: Calls run without the cache, for good.
+    - `BY_PARTS`: Frozen modules inside are cached by themselves.
+    - `UNDECIDED`: The measured times make no sense, so the next call is traced again.
+    - `STALE`: The trace is not valid any more, so the next call is traced again.
     """
 
     KEEPING = "keeping"

@@ -102,7 +102,7 @@ def test_the_limit_holds_and_rows_that_were_not_used_for_longest_go() -> None:
                 assert_same(model(batch), plainly(model, batch))
                 assert cache.stats.bytes <= 100 * row + 8192
         assert cache.stats.rows_kept < 100
-        assert "dropped for want of room" in str(cache)
+        assert "dropped to make room" in str(cache)
 
 
 def test_rows_that_never_come_again_fill_no_more_than_the_limit_and_it_is_said() -> None:
