@@ -47,7 +47,7 @@ INSIDE = {
     "cache": [
         ["codec", "row_layout", "padding", "moving_weights", "overhead", "fetching"],
         ["messages", "state", "deferred_writes", "statistics", "row_history", "item_records"],
-        ["row_table"],
+        ["row_table", "arguments"],
         ["entries", "lazy_loading"],
         ["cache_state", "loader"],
         ["batch_inputs", "frozen_state", "module_call"],

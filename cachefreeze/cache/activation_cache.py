@@ -51,10 +51,11 @@ class ActivationCache:
     The loop stays as it is:
 
         cache = cachefreeze.ActivationCache(model)
-        for images, labels in loader:  # any loop, for any number of epochs
-            loss = criterion(model(images), labels)
-            ...
-        print(cache)  # rows that were served, and what limits the cache
+        for epoch in range(epochs):
+            for images, labels in loader:
+                loss = criterion(model(images), labels)
+                ...
+        print(cache)  # number of served rows, and what limits the cache
         cache.close()
 
     Frozen work is every operation whose result depends on the batch and on frozen parameters alone.
@@ -64,11 +65,11 @@ class ActivationCache:
     rows of a batch are known, frozen work is skipped, and kept values take the place of its
     results.
 
-    Weights, losses and random state are those of the same loop without a cache. The first batches
-    that could be served are computed and compared bit by bit. The cache never changes `training`
-    modes: dropout and batch norms in training mode run as usual, and so does all that follows from
-    them. `messages` says what limits the cache. Rows must come again to be served, so random
-    augmentation in front of the model leaves nothing to serve.
+    Weights, losses and random state become the same as without a cache. The first batches that
+    could be served are computed and compared bit by bit. The cache does not change the `training`
+    flag of any module: dropout and batch norms in training mode run as usual, and so does the work
+    behind them. `messages` says what limits the cache. Rows must come again to be served. With
+    random augmentation in front of the model, no row comes again.
 
     Args:
         *models: Modules whose calls are cached: one model, or several such as a student and its
@@ -78,12 +79,13 @@ class ActivationCache:
             only.
         max_bytes: Largest number of bytes of kept rows: in memory, or in the directory over all
             runs if there is one. Rows that were not used for the longest time are dropped first. If
-            None, a quarter of the free memory, or half of the free disk. With a directory, rows in
-            memory take at most a quarter of the free memory.
+            None, the limit is half of the free disk with a directory, and a quarter of the free
+            memory without one. With a directory, rows in memory never take more than a quarter of
+            the free memory.
         codec: Format of kept rows. "raw" keeps their bits. "zstd" keeps their bits too, compressed
             in the directory. "int8" rounds floating-point numbers to 8 bits, which takes a quarter
             of the bytes of float32. It needs `exact=False`.
-        exact: Whether only values are served whose bits equal those of computed ones. If False,
+        exact: Whether a kept value must equal the computed one bit for bit to be served. If False,
             values that differ by rounding are served too, and a message gives the difference.
         probation: Number of batches that are computed and compared before any batch is served. If
             None, a quarter of the batches before the first row came again, at least 2 and at most
@@ -184,7 +186,7 @@ class ActivationCache:
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """Sentences about what limits the cache. They are logged to "cachefreeze" as well."""
+        """Sentences about what limits the cache. The logger "cachefreeze" gets them as well."""
         return (*self._shared.messages.values(), *self._shared.entries.messages)
 
     def report(self) -> Report:
@@ -202,6 +204,8 @@ class ActivationCache:
     def fill(self, loader: Iterable[Any], call: Callable[[Any], Any] | None = None) -> None:
         """Keeps the rows of a data set before training goes on, in one pass over it.
 
+            cache.fill(loader)
+
         Without this method, rows are kept while the next epoch runs. If the first model was called
         before in the same way, only its frozen work runs. It starts from rows that were kept when
         less was frozen, if there are any. Random state and buffers are restored afterwards. Modes
@@ -209,10 +213,10 @@ class ActivationCache:
 
         Args:
             loader: Batches of the size that the training loop uses.
-            call: Function that runs the forward pass of one batch, as the training loop does. It
-                may be left by an exception as soon as the rows are kept. If None, the first model
-                is called: with the entries of a mapping as keyword arguments, with the first entry
-                of a tuple or list, or else with the batch itself.
+            call: Function that runs the forward pass of one batch, as the training loop does. The
+                cache may end it with an exception as soon as the rows are kept. If None, the first
+                model is called: with the entries of a mapping as keyword arguments, with the first
+                entry of a tuple or list, or else with the batch itself.
         """
         self._shared.filling = self._models[0] if len(self._models) == 1 else None
         empty = True
@@ -269,7 +273,7 @@ class ActivationCache:
         return Loader(lambda: shared() if close.alive else None, dataset, *args, **kwargs)
 
     def close(self) -> None:
-        """Ends caching and frees memory. All rows that wait are written to the directory.
+        """Ends caching and frees memory. Rows that are not on disk yet are written there.
 
         The modules and torch are as they were before the cache was made. Closing twice does
         nothing.

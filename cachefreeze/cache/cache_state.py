@@ -84,7 +84,7 @@ class CacheState:
         self.moving = MovingWeights(self.weights)
 
     def tell(self, about: str, sentence: str) -> None:
-        """Tells the user something, once for each subject.
+        """Tells the user something, once for each subject: in `messages` and in the log.
 
         Args:
             about: Subject of the sentence.

@@ -111,7 +111,7 @@ class CachedTrace:
         self._collector.note(selection.batch.keys(inputs))
 
     def rest(self, why: str, more: Sequence[str] = ()) -> None:
-        """Leaves the model alone from now on, and says why: a reason, and further sentences."""
+        """Runs all further calls without the cache, and tells the user why."""
         self.state = State.RESTING
         self._collector.stop()
         sentence = " ".join([f"{self._name} is not cached: {why}.", *more])

@@ -37,7 +37,7 @@ class Entries:
         codec: Format of kept rows.
         directory: Directory that rows are written to. None if there is none, or after `close`.
         messages: Sentences of the directory for the user. They stay after `close`.
-        now: Time of the present use, as a number that grows.
+        now: Number of the present batch. Tables note it as the last use of a row.
         dropped: Number of rows that were dropped to make room.
     """
 
@@ -62,7 +62,7 @@ class Entries:
         return sum(table.nbytes for table in self._tables.values())
 
     def table(self, name: bytes) -> RowTable | None:
-        """Returns the table with a name, or None if there is none."""
+        """Returns the table of that name, or None if there is none."""
         return self._tables.get(name)
 
     def open(
@@ -157,7 +157,7 @@ class Entries:
         """
         table = self._tables[name]
         if chunks := table.chunks(places):
-            places = self._raise_up(table, keys, places, chunks)
+            places = self._load_chunks(table, keys, places, chunks)
             if (places < 0).any():
                 return None
         rows = table.read(places, self.now)
@@ -166,20 +166,21 @@ class Entries:
         return decode(rows, *self._rounded[name])
 
     def prefetch(self, name: bytes, places: np.ndarray) -> None:
-        """Lets the system read rows ahead that are on disk only.
+        """Asks the system to read rows from disk in advance.
 
         It takes half a millisecond for a batch. Rows are often known some steps before they are
         used, and a slow disk can read them in the meantime.
 
         Args:
             name: Hash of how the value is made.
-            places: Places of the rows, in the order in which they will be read.
+            places: Places of the rows, in the order in which they will be read. Rows in memory are
+                left out.
         """
         table = self._tables.get(name)
         if table is not None and table.below is not None:
             table.below.expect(places[places >= BELOW] - BELOW)
 
-    def _raise_up(
+    def _load_chunks(
         self, table: RowTable, keys: np.ndarray, places: np.ndarray, chunks: list[int]
     ) -> np.ndarray:
         """Brings as many chunks into memory as there is room for. Returns the new places of rows.
@@ -195,7 +196,7 @@ class Entries:
         lower = places[places >= BELOW]
         table.below.expect(lower - BELOW)
         for chunk in chunks[:room]:
-            table.raise_up(chunk, self.now)
+            table.load_chunk(chunk, self.now)
         return table.find(keys)
 
     def write(self, name: bytes, keys: np.ndarray, rows: Tensor) -> int:

@@ -38,7 +38,7 @@ class FetchRequest:
         load: Whether the items are loaded.
         watch: Whether to find out if loading draws random numbers.
         note: Whether to record the files that the items are read from.
-        digest: Fingerprint of the data set when the request was made. Empty if it is not needed.
+        digest: Digest of the data set when the request was made. Empty if it is not needed.
         sample: Numbers of items that are loaded to be compared, if the batch is not loaded.
     """
 
@@ -56,8 +56,8 @@ class FetchReport:
 
     Attributes:
         ask: Request for the batch.
-        draws: Reason why the items may be others each time, to follow "its items". Empty if there
-            is none.
+        draws: Reason why the items may differ each time, to follow "its items". Empty if there is
+            none.
         seconds: Seconds that one item took.
         files: Files that each item was read from. None for an item whose files are not known.
     """

@@ -1,4 +1,4 @@
-"""DataLoader that does not load items of which only frozen work would use the values."""
+"""DataLoader that does not load what only frozen work would use."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,6 +1,7 @@
 """Sentences for the user about what limits a cache.
 
-A function that is named `..._reason` returns the end of a sentence: "... is not cached: {reason}".
+Each docstring says when its sentence is told. A function that is named `..._reason` returns the end
+of a sentence: "... is not cached: {reason}".
 """
 
 from collections.abc import Iterable

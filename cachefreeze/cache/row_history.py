@@ -18,8 +18,7 @@ class RowHistory:
     """History of rows. Traces that differ only in the length of padded rows share one.
 
     Attributes:
-        seen: Keys of the rows that came before rows came again, by the kind of value made from
-            them.
+        seen: Keys of all rows until rows come again, by the kind of value that is made from them.
         again: Whether rows have come again.
         batches: Number of batches.
         after: Number of batches since rows have come again.
@@ -49,12 +48,12 @@ class RowHistory:
     broken: bool = False
 
     def note(self, keys: Sequence[tuple[bytes, np.ndarray]]) -> bool:
-        """Adds the rows of a batch. Returns whether half of the rows of any input had come before.
+        """Adds the rows of a batch. Returns whether half of any input's rows had come before.
 
         A few such rows prove nothing: in mixup, some rows are mixed with themselves.
 
         Args:
-            keys: Name of what is made from an input, and keys of the input's rows, for each input.
+            keys: Pair for each input: a name of what is made from it, and the keys of its rows.
         """
         found = []
         for kind, wanted in keys:
@@ -81,9 +80,9 @@ class RowHistory:
         """Notes that rows have come again.
 
         Args:
-            probation: Number of batches to compare. If None, a quarter of the batches before.
-            is_known: Whether values from which these rows are made were compared before, when less
-                was frozen.
+            probation: Number of batches to compare. If None, a quarter of the batches before, at
+                least 2 and at most 8.
+            is_known: Whether the values from which the rows are computed were compared already.
         """
         if not self.again:
             self.again, self.epoch, self.seen = True, self.batches - 1, {}

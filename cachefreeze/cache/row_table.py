@@ -95,7 +95,7 @@ class RowTable:
 
         Args:
             places: Places of the rows, of shape (n,).
-            now: Time of this use, as a number that grows.
+            now: Number of the present batch.
 
         Returns:
             Rows, of shape (n, elements of a row), or None if a row on disk is damaged or gone.
@@ -126,7 +126,7 @@ class RowTable:
         Args:
             keys: Keys of the rows, of shape (n, 2).
             rows: Rows, of shape (n, elements of a row).
-            now: Time of this use, as a number that grows.
+            now: Number of the present batch.
 
         Returns:
             Number of rows that were not in the table. Those that do not fit in memory are on disk
@@ -151,12 +151,12 @@ class RowTable:
             return []
         return self.below.chunks(places[places >= BELOW] - BELOW)
 
-    def raise_up(self, chunk: int, now: int) -> None:
+    def load_chunk(self, chunk: int, now: int) -> None:
         """Copies the rows of a chunk from disk into memory.
 
         Args:
             chunk: Chunk that `chunks` has returned.
-            now: Time of this use, as a number that grows.
+            now: Number of the present batch.
         """
         assert self.below is not None
         loaded = self.below.load(chunk)
@@ -189,14 +189,14 @@ class RowTable:
             self._rows = grown
 
     def used(self) -> np.ndarray:
-        """Returns the time at which each row in memory was used last."""
+        """Returns the number of the batch that has used each row in memory last."""
         return self._used[: len(self)]
 
     def forget(self, before: int) -> int:
         """Drops rows from memory. Returns their number.
 
         Args:
-            before: Time. Rows that were used last before it are dropped.
+            before: Number of a batch. Rows that were used last before it are dropped.
         """
         stay = np.flatnonzero(self.used() >= before)
         dropped = len(self) - len(stay)
