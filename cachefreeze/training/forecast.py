@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachefreeze.cache.route import LEAST_SHARE
+from cachefreeze.cache.selection import LEAST_SHARE
 from cachefreeze.device import autocast, synchronize
 from cachefreeze.freezeout import Unit
 from cachefreeze.training.fill import Fill, worth_filling
