@@ -1,6 +1,8 @@
 """Parameters and buffers that kept values are made from, and changes of their bits."""
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import call, is_
 
 import torch
 
@@ -50,7 +52,7 @@ class FrozenState:
     @property
     def gone(self) -> bool:
         """Whether one of the tensors does not exist any more."""
-        return any(reference() is None for reference in self._states.values())
+        return any(map(is_, map(call, self._states.values()), repeat(None)))
 
     def look(self) -> None:
         """Checks the tensors quickly, and marks those that have changed for a new hash."""
