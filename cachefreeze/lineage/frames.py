@@ -15,12 +15,15 @@ class Frames:
         first: Function that is called with the frame, before anything in it has run.
 
     Attributes:
+        ended: Function that is called when the pass is over. It says whether the pass has changed a
+            number that it reads.
         codes: Codes that ran or that need not be told, by their identity: equal codes of two
             functions are two things.
     """
 
     def __init__(self, first: Callable[[types.FrameType], None]) -> None:
         self.codes: dict[int, types.CodeType] = {}
+        self.ended: Callable[[], bool] = bool
         self._first = first
         self._switch: Callable[[Any], None] | None = None
         self._is_on = False

@@ -194,6 +194,8 @@ class _Glance:
             for kind in (*_HOOKS, *_HELD)
             if kind in held[n] and (part.watches_buffers or kind != "_buffers")
         ]
+        if not all(isinstance(held[n][kind], dict) for kind, n in places):
+            return  # scripted modules have no dictionaries
         self._filled = [(kind, n) for kind, n in places if held[n][kind]]
         self._unfilled = [held[n][kind] for kind, n in places if not held[n][kind]]
         filled = [held[n][kind] for kind, n in self._filled]
@@ -405,11 +407,13 @@ def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _shared_hooks() -> int:
+def _shared_hooks() -> tuple[Any, ...]:
+    """Returns what runs around the calls of all modules."""
     shared = nn.modules.module
     return (
-        len(shared._global_forward_hooks)
-        + len(shared._global_forward_pre_hooks)
-        + len(shared._global_backward_hooks)
-        + len(shared._global_backward_pre_hooks)
+        nn.Module._call_impl,
+        *shared._global_forward_hooks,
+        *shared._global_forward_pre_hooks,
+        *shared._global_backward_hooks,
+        *shared._global_backward_pre_hooks,
     )

@@ -364,7 +364,9 @@ class _Tracer(ModuleCalls):
         }
         self._generators_now()
         if self._hidden_draws or self._python != soundness.python_generators():
-            self._distrust()
+            self._distrust(DRAWS)
+        if self.frames is not None and self.frames.ended():
+            self._distrust("reads a number that the pass itself changes")
         for name, reference in self._met:
             module = reference()
             if module is not None:
@@ -373,24 +375,24 @@ class _Tracer(ModuleCalls):
         trace.asked = self._asked
         mark(trace, self._asked)
 
-    def _distrust(self) -> None:
-        """Lets no module be left out as a whole, since one of them drew unseen random numbers.
+    def _distrust(self, why: str) -> None:
+        """Lets no module be left out as a whole, since one of them depends on the calls before.
 
         Python's and numpy's generators tell nobody who used them. What is followed call by call is
         compared with the trace, numbers that were drawn included.
+
+        Args:
+            why: What some module does, as in `Call.why_not_whole`.
         """
         suspects: set[int] = set()
         for call in reversed(self.trace.calls):
             module = call.module()
             if call.number in suspects or module is None or not soundness.is_torchs_own(module):
-                call.why_not_whole = call.why_not_whole or DRAWS
+                call.why_not_whole = call.why_not_whole or why
                 suspects.add(call.parent)
         for operation in self.trace.operations:
             if operation.opaque and not operation.must_run:
-                operation.must_run, operation.taints = (
-                    f"draws random numbers ({operation.name})",
-                    True,
-                )
+                operation.must_run, operation.taints = f"{why} ({operation.name})", True
 
 
 def _holds_data(template: Any) -> bool:
