@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import resource
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -178,6 +179,10 @@ def free_memory() -> int:
         free = kilobytes["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):  # not Linux: half of what there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if has_address_limit():
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        left = resource.getrlimit(resource.RLIMIT_AS)[0] - pages * os.sysconf("SC_PAGE_SIZE")
+        free = min(free, max(left, 0))
     try:
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{of}").read_text()) for of in _CGROUP)
     except (OSError, ValueError):  # no container, or one without a limit
@@ -186,6 +191,11 @@ def free_memory() -> int:
 
 
 _CGROUP = ("max", "current")
+
+
+def has_address_limit() -> bool:
+    """Returns whether the addresses that this process may use are limited (`ulimit -v`)."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def free_device_memory(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from cachefreeze.cache.deferred_writes import DeferredWrites
+from cachefreeze.device import has_address_limit
 from cachefreeze.store.index import Index, first_ones
 
 Tensor = torch.Tensor
@@ -170,6 +171,9 @@ class RowTable:
         if not new.size:
             return
         self._grow(len(self) + len(new))
+        new = new[: self.room - len(self)]
+        if not new.size:
+            return
         places = self._index.add(keys[new])
         if places[-1] >= len(self._used):
             grown = np.zeros(max(2 * len(self._used), places[-1] + 1), dtype=np.uint32)
@@ -184,7 +188,12 @@ class RowTable:
     def _grow(self, count: int) -> None:
         if count > len(self._rows):
             size = min(max(count, 2 * len(self._rows)), self.room)
-            grown = self._rows.new_empty((size, self._rows.shape[1]))
+            try:
+                grown = self._rows.new_empty((size, self._rows.shape[1]))
+            except (MemoryError, RuntimeError):
+                # The limit was set before somebody else took the memory, or `ulimit -v` later.
+                self.room = self.most = len(self._rows)
+                return
             grown[: len(self._rows)] = self._rows
             self._rows = grown
 
@@ -214,7 +223,8 @@ _PIECE = 1024
 
 
 def _reserve(room: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    while room and device.type == "cpu":
+    # Addresses that are reserved count under a limit of addresses.
+    while room and device.type == "cpu" and not has_address_limit():
         try:
             # `torch.empty` would write to all of it if deterministic algorithms are on.
             memory = np.empty((room, numel * dtype.itemsize), dtype=np.uint8)
