@@ -1,4 +1,4 @@
-"""Rows on disk and what they are found by. Knows no model and names no tensor."""
+"""Rows on disk, found by their keys. Knows no model and no tensor."""
 
 from cachefreeze.store.directory import Directory
 from cachefreeze.store.format import Row

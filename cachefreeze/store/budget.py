@@ -1,4 +1,4 @@
-"""How many bytes all sets of a directory take, and what goes when they are too many."""
+"""The limit on the disk space of a directory."""
 
 import contextlib
 import os
@@ -23,9 +23,7 @@ def segment_folders(directory: Path) -> Iterator[Path]:
 
 
 def named_folders(folder: Path) -> list[Path]:
-    """Returns the sets in a directory, or the segments in a set, in the order of their names.
-
-    Links are not followed.
+    """Returns the sets in a directory, or the segments in a set, sorted by name. Ignores links.
 
     Args:
         folder: Directory or set.
@@ -43,7 +41,7 @@ def named_folders(folder: Path) -> list[Path]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Returns the bytes that the files below a folder take. Holes in them take none.
+    """Returns the disk space of all files below a folder, in bytes. Holes in files take none.
 
     Args:
         folder: Folder of a set or a segment.
@@ -56,29 +54,29 @@ def _file_bytes(entry: os.DirEntry[str]) -> int:
         if entry.is_dir(follow_symlinks=False):
             return 0
         found = entry.stat(follow_symlinks=False)
-    except OSError:  # others rename and remove while this counts
+    except OSError:  # another process may rename or remove it now
         return 0
-    # Some file systems tell no blocks.
+    # Some file systems report 0 blocks.
     return min(found.st_size, found.st_blocks * 512) or found.st_size
 
 
 class Budget:
-    """Keeps a directory below a limit, over all runs that write there.
+    """Limit on the disk space of a directory, for all runs that write there together.
 
     Args:
         directory: Folder that holds the sets.
-        max_bytes: Largest number of bytes. If None, half of what it and the free space of its disk
-            are together.
+        max_bytes: Largest number of bytes. If None, half of the sum of the space that the directory
+            takes and the free space of the disk.
     """
 
     def __init__(self, directory: Path, max_bytes: int | None) -> None:
         self._directory = directory
         self.max_bytes = max_bytes
-        # Of each segment: lines of the journal, bytes at that time, bytes of a full chunk.
+        # For each segment: lines of the journal, bytes at that time, bytes of a full chunk.
         self._known: dict[Path, tuple[int, int, int]] = {}
 
     def make_room(self, nbytes: int) -> bool:
-        """Removes segments that nobody uses until a chunk has room. Returns whether it has.
+        """Removes unused segments until there is room for a chunk. Returns whether there is room.
 
         Args:
             nbytes: Bytes of the chunk.
@@ -86,14 +84,14 @@ class Budget:
         if self.max_bytes is not None and nbytes > self.max_bytes:
             return False
         kept: set[Path] = set()
-        # Counted again after each removal, for others may remove at the same time.
+        # Counted again after each removal, since other processes may remove segments, too.
         while (total := self.total()) + nbytes > self._limit(total):
             if not kept:
                 remove_trash(self._directory)
             left = [folder for folder in self._known if folder not in kept]
             if not left:
                 return False
-            # What is refused serves nobody.
+            # Segments that are marked as wrong go first, since nobody reads them.
             oldest = min(left, key=lambda folder: (not is_refused(folder), last_use(folder)))
             remove(oldest)
             kept.add(oldest)
@@ -105,7 +103,7 @@ class Budget:
         return (total + shutil.disk_usage(self._directory).free) // 2
 
     def total(self) -> int:
-        """Returns the bytes of all segments now."""
+        """Returns the bytes of all segments."""
         known, self._known = self._known, {}
         for folder in segment_folders(self._directory):
             try:
@@ -113,7 +111,7 @@ class Budget:
             except OSError:
                 lines = 0
             before = known.get(folder)
-            # All chunks are equally large, so that files are counted one by one only once.
+            # All chunks of a segment have about the same size, so its files are counted only once.
             if before is None or not before[2]:
                 before = lines, disk_bytes(folder), _chunk_bytes(folder)
             self._known[folder] = before
@@ -133,7 +131,7 @@ def _chunk_bytes(folder: Path) -> int:
 
 
 def remove_trash(directory: Path) -> None:
-    """Removes what others began to remove and did not end.
+    """Removes folders whose removal another process began and did not finish.
 
     Args:
         directory: Folder that holds the sets.
