@@ -27,7 +27,7 @@ FLOORS = [
 INSIDE = {
     "lineage": [
         ["structure", "calls", "frames"],
-        ["soundness", "contents"],
+        ["soundness", "contents", "changes"],
         ["operations"],
         ["known", "modes", "modules"],
         ["unloaded"],

@@ -10,7 +10,7 @@ loop.
 from cachefreeze.lineage.axes import Axes, Axis, axes_of, batch_axes, leave_mixing, rows_of
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
 from cachefreeze.lineage.explanation import Explanation, explain, limits_of, more_in_eval_mode
-from cachefreeze.lineage.extension import Extension, computable, extend
+from cachefreeze.lineage.extension import Extension
 from cachefreeze.lineage.module_outputs import capture_outputs, module_outputs
 from cachefreeze.lineage.modules import compiled_functions
 from cachefreeze.lineage.operations import Trace
@@ -32,10 +32,8 @@ __all__ = [
     "capture",
     "capture_outputs",
     "compiled_functions",
-    "computable",
     "crossing_cut",
     "explain",
-    "extend",
     "leave_mixing",
     "limits_of",
     "minimum_cut",

@@ -410,7 +410,7 @@ def _fitting(
         for axis in fits
         # One row tells most wrong axes, and costs a small part of all rows.
         if _near(axis.rows(whole, choice[:1], rows), axis.rows(result, [0], rows), whole)
-        and _same(axis.take(whole, choice, rows), result)
+        and _near(taken := axis.take(whole, choice, rows), result, taken)
     }
 
 
@@ -423,16 +423,3 @@ def _near(one: Tensor, other: Tensor, whole: Tensor) -> bool:
     far = (torch.nan_to_num(one) - torch.nan_to_num(other)).abs()
     scale = float(torch.nan_to_num(whole.detach()).abs().max())
     return bool((far <= _TOLERANCE.get(one.dtype, 1e-4) * scale).all())
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    if torch.equal(one, other):
-        return True
-    if not (one.is_floating_point() or one.is_complex()):
-        return torch.equal(one, other)
-    one, other = torch.nan_to_num(one), torch.nan_to_num(other)
-    scale = one.abs().max() if one.numel() else torch.tensor(0.0)
-    allowed = _TOLERANCE.get(one.dtype, 1e-4) * float(scale)
-    return bool(((one - other).abs() <= allowed).all())

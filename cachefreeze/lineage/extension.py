@@ -3,39 +3,12 @@
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-import torch
-
 from cachefreeze.lineage.operations import FROZEN, Trace
 from cachefreeze.lineage.plan import Plan
 from cachefreeze.lineage.program import Program
-from cachefreeze.lineage.structure import Ref, tensors
+from cachefreeze.lineage.structure import Ref
 
 _Any = TypeVar("_Any")
-
-
-def extend(
-    old: Plan, kept: Mapping[int, torch.Tensor], new: Plan, /, *args: Any, **kwargs: Any
-) -> dict[int, torch.Tensor] | None:
-    """Computes the kept values of a new plan from those of an old one, without a forward pass.
-
-    None of the model's own python code runs, except in modules that are one operation.
-
-    Args:
-        old: Plan from when less was frozen.
-        kept: Kept values of a batch under the old plan, by number. They are not written to.
-        new: Plan of the same model, now that more is frozen.
-        *args: Positional arguments of the pass on that batch.
-        **kwargs: Keyword arguments of the pass.
-
-    Returns:
-        Kept values under the new plan, or None if they cannot be computed from the old ones.
-    """
-    extension = Extension(old, new)
-    if not extension.is_complete:
-        return None
-    inputs = dict(zip(new.trace.inputs, tensors((args, kwargs)), strict=True))
-    found = new.program.run(new.cut.kept, {**extension.values(kept), **inputs})
-    return {number: tensor.detach() for number, tensor in found.items()}
 
 
 class Extension:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from cachefreeze.lineage import calls, soundness
+from cachefreeze.lineage.changes import changes
 from cachefreeze.lineage.modes import modes_now
 from cachefreeze.lineage.modules import states_of
 from cachefreeze.lineage.operations import SWITCH, Call, Enter, Leave, Operation, twin_of
@@ -16,7 +17,6 @@ from cachefreeze.lineage.structure import (
     NotDescribedError,
     Ref,
     Unknown,
-    changes,
     describe,
     describe_objects,
     numbers,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cachefreeze.lineage.structure import PLAIN_KINDS, Change, Ref
+from cachefreeze.lineage.changes import Change
+from cachefreeze.lineage.structure import PLAIN_KINDS
 
 TRAINED = "trained"
 LIVE = "live"
@@ -385,25 +386,3 @@ def label(func: Callable[..., Any]) -> str:
         owner = getattr(getattr(func, "__self__", None), "__name__", "")
         return f"{owner}.{'read' if name == '__get__' else 'write'}"
     return str(name)
-
-
-__all__ = [
-    "CONSTANT",
-    "FROZEN",
-    "INPUT",
-    "LIVE",
-    "SWITCH",
-    "TRAINED",
-    "Call",
-    "Enter",
-    "Leave",
-    "Modes",
-    "Operation",
-    "Ref",
-    "State",
-    "Step",
-    "Trace",
-    "Value",
-    "label",
-    "mark",
-]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cachefreeze.lineage import calls, soundness
+from cachefreeze.lineage.changes import update
 from cachefreeze.lineage.known import off_line
 from cachefreeze.lineage.late import Late, Pass, compute_in
 from cachefreeze.lineage.modes import uncompiled
@@ -20,7 +21,7 @@ from cachefreeze.lineage.module_calls import CallOf
 from cachefreeze.lineage.operations import Call, Operation, label
 from cachefreeze.lineage.plan import Action, Plan, Planned
 from cachefreeze.lineage.program import copy_of, with_strides
-from cachefreeze.lineage.structure import bound, fill, matches, tensors, update
+from cachefreeze.lineage.structure import bound, fill, matches, tensors
 
 Tensor = torch.Tensor
 
