@@ -1,9 +1,9 @@
-"""Finds the frozen work of any model by following one forward pass, and leaves it out later.
+"""Finds the frozen work of a model in one forward pass, and leaves it out of later ones.
 
-`trace` follows a pass, `crossing_cut` and `minimum_cut` choose what is kept of it, `capture` takes
-the kept values from a plain pass, and `replay` runs a pass with kept values in the place of frozen
-work. `batch_axes` finds the rows in each value, `extend` computes a later cut from an earlier one,
-and `explain` says all of it in words. This package knows no store, no data set and no training
+`trace` follows a pass. `crossing_cut` and `minimum_cut` choose the values to keep. `capture` copies
+these values from a plain pass, and `replay` runs a pass with kept values in the place of frozen
+work. `batch_axes` finds the rows in each value, `Extension` relates the kept values of two plans,
+and `explain` describes all of it in text. This package knows no store, no data set and no training
 loop.
 """
 

@@ -9,14 +9,14 @@ from cachefreeze.lineage.structure import Built, Ref, fill
 
 
 class Change(NamedTuple):
-    """One thing that a call did to the objects that it was given.
+    """One change that a call made to the objects that it was given.
 
     Attributes:
-        path: Steps from the arguments to the changed object: whether the step is an attribute, and
-            its name, key or place.
-        attribute: Whether an attribute is set, and not an entry.
-        key: Name, key or place of what is set.
-        new: Template of the new content. `Gone` if it is removed.
+        path: Steps from the arguments to the changed object. A step is a pair: whether it is an
+            attribute, and its name, key or position.
+        attribute: Whether an attribute changed. If False, an entry of a container changed.
+        key: Name, key or position of the attribute or entry.
+        new: Template of the new content, or `Gone` if it was removed.
     """
 
     path: tuple[tuple[bool, Any], ...]
@@ -26,7 +26,7 @@ class Change(NamedTuple):
 
 
 class Gone:
-    """Stands for what a call has removed."""
+    """Content of an entry or attribute that was removed."""
 
 
 _Same = Callable[[int, int], bool]
@@ -34,13 +34,13 @@ _Path = tuple[tuple[bool, Any], ...]
 
 
 def changes(before: Any, after: Any, same: _Same, path: _Path = ()) -> list[Change]:
-    """Finds what a call changed in the objects that it was given.
+    """Finds the changes that a call made to the objects that it was given.
 
     Args:
         before: Template of the arguments before the call.
-        after: Template of the arguments after it.
-        same: Function that says whether two values are of one tensor, which was written to.
-        path: Steps to these arguments.
+        after: Template of the arguments after the call.
+        same: Function that says whether two values are one tensor object, before and after a write.
+        path: Steps from the arguments of the call to these templates.
     """
     found: list[Change] = []
     if isinstance(after, Built) and isinstance(before, Built):
@@ -76,12 +76,12 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 
 def update(target: Any, made: Iterable[Change], tensor: Callable[[int], Any]) -> None:
-    """Changes objects as a module changed those that it was given.
+    """Makes the changes of a recorded call in the arguments of another call.
 
     Args:
-        target: Arguments of the call.
-        made: What the call changed.
-        tensor: Function from a value's number to a tensor.
+        target: Arguments of the other call.
+        made: Changes of the recorded call.
+        tensor: Function from the number of a value to a tensor.
     """
     for change in made:
         place = target
