@@ -53,7 +53,7 @@ def content(value: Any, depth: int = 0) -> Any:
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
-    """Returns the attributes of a plain object. None for tensors, modules, classes and functions."""
+    """Returns the attributes of a plain object. None for tensors, modules, classes, functions."""
     if isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType, *_FUNCTIONS)):
         return None
     held = getattr(value, "__dict__", None)

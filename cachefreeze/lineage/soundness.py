@@ -1,4 +1,4 @@
-"""Facts about torch's functions, kernels and modules: which of them read, write, draw or mix rows."""
+"""Facts about functions, kernels and modules of torch: which read, write, draw or mix rows."""
 
 import functools
 import random
@@ -270,7 +270,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def holds_own_generator(module: nn.Module) -> bool:
-    """Returns whether an attribute of a module is a random generator, which a trace cannot watch."""
+    """Returns whether an attribute of a module is a random generator. Traces do not watch these."""
     numpy = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (random.Random, torch.Generator)
     if numpy is not None:
@@ -279,7 +279,10 @@ def holds_own_generator(module: nn.Module) -> bool:
 
 
 def is_torchs_own(module: nn.Module) -> bool:
-    """Returns whether a module is a class of torch. These draw no Python numbers and keep no lists."""
+    """Returns whether the class of a module is torch's.
+
+    These draw no Python numbers, keep no lists.
+    """
     return type(module).__module__.startswith("torch.nn.modules.")
 
 

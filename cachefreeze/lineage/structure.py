@@ -335,7 +335,7 @@ _HOLDING_MORE = (
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Returns whether an object has nothing but its `__dict__`, and entries if it is a dictionary."""
+    """Returns whether an object has only a `__dict__`, and entries if it is a dictionary."""
     kind = type(value)
     is_dict = isinstance(value, dict)
     if not is_dict and kind.__reduce_ex__ is not object.__reduce_ex__:  # type: ignore[comparison-overlap]
