@@ -1,4 +1,4 @@
-"""Computes the values of a new cut from those of an old one, when more of a model is frozen."""
+"""Relates the kept values of an old plan to a new plan, when more of the model is frozen."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
@@ -12,14 +12,14 @@ _Any = TypeVar("_Any")
 
 
 class Extension:
-    """What an old plan has kept, as values of a new plan of the same model.
+    """Kept values of an old plan, as values of a new plan of the same model.
 
     Args:
-        old: Plan from when less was frozen.
-        new: Plan of the same model, now that more is frozen.
+        old: Plan from before the change.
+        new: Plan of the same model with more frozen parameters.
 
     Attributes:
-        is_complete: Whether the kept values of the new plan can be computed from the old ones.
+        is_complete: Whether all kept values of the new plan can be computed from the old ones.
     """
 
     def __init__(self, old: Plan, new: Plan) -> None:
@@ -29,10 +29,10 @@ class Extension:
         self.is_complete = found.issuperset(new.cut.kept)
 
     def values(self, kept: Mapping[int, _Any]) -> dict[int, _Any]:
-        """Returns something of each kept value of the old plan, by numbers of the new one.
+        """Returns a mapping by numbers of the new plan, from one by numbers of the old plan.
 
         Args:
-            kept: Something of each kept value, by numbers of the old plan.
+            kept: Anything about the kept values of the old plan, by number.
         """
         return {
             self._numbers[number]: each for number, each in kept.items() if number in self._numbers
@@ -40,14 +40,14 @@ class Extension:
 
 
 def same_values(old: Trace, new: Trace) -> dict[int, int]:
-    """Finds the values that two traces of one model have in common.
+    """Finds the values that are the same in two traces of one model.
 
     Args:
         old: Trace of a pass.
-        new: Trace of a later pass of the same model.
+        new: Trace of a later pass.
 
     Returns:
-        Numbers in the new trace by those in the old one, up to the first operation that differs.
+        Numbers in the new trace by numbers in the old one, up to the first different operation.
     """
     same = dict(zip(old.inputs, new.inputs, strict=False))
     states = {id(state.tensor()): state.value for state in new.states if state.tensor() is not None}
@@ -77,11 +77,11 @@ def _alike(one: Any, other: Any, same: Mapping[int, int]) -> bool:
 
 
 def computable(trace: Trace, given: Collection[int]) -> set[int]:
-    """Finds the values that can be computed without doing again what some values stand for.
+    """Returns the values that follow from given ones, without the frozen work behind these.
 
     Args:
         trace: Trace of a pass.
-        given: Numbers of the values that are there.
+        given: Numbers of the given values.
     """
     behind = {one.number for one in Program(trace).needed(given, ()) if one.kind == FROZEN}
     values = trace.values

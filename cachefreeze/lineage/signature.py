@@ -311,7 +311,7 @@ class _Part:
             return f"`{self.name}` is of another class"
         other = _Part(self.name, module)
         if module.training != self.training:
-            return f"`{self.name}` is now in {'training' if module.training else 'eval'} mode"
+            return f"`{self.name}` is in {'training' if module.training else 'eval'} mode now"
         if other.hooks != self.hooks:
             return f"hooks of `{self.name}` were added or removed"
         if other.parameters != self.parameters:
