@@ -40,7 +40,7 @@ def crossing_cut(trace: Trace, unread: Collection[int] = ()) -> Cut:
         unread: Numbers of outputs that the caller never reads. They are not kept.
     """
     kept, runs = _settle(trace, set(), set(), _wanted(trace, unread))
-    roots = _cheaper_roots(trace, kept, runs)
+    roots = _cheaper_roots(trace, kept)
     if roots:
         kept, runs = _settle(trace, set(), roots, _wanted(trace, unread))
     return _cut(trace, kept, runs)
@@ -273,7 +273,7 @@ def _writes_on_real(trace: Trace, kept: set[int], runs: set[int]) -> set[int]:
     }
 
 
-def _cheaper_roots(trace: Trace, kept: set[int], runs: set[int]) -> set[int]:
+def _cheaper_roots(trace: Trace, kept: set[int]) -> set[int]:
     """Returns operations that make views, where their base is smaller to keep than the views."""
     values, operations = trace.values, trace.operations
     groups: dict[int, list[int]] = {}

@@ -63,7 +63,8 @@ def explain(model: Callable[..., Any], /, *example: Any, **kwargs: Any) -> Expla
     if isinstance(model, torch.nn.Module) and (functions := compiled_functions(model)):
         raise UserError(
             f"{type(model).__name__} calls a function under torch.compile "
-            f"({', '.join(functions)}), which a trace would run uncompiled: compile a module instead."
+            f"({', '.join(functions)}), which a trace would run uncompiled: compile a module "
+            "instead."
         )
     try:
         output, traced = trace(model, *example, **kwargs)

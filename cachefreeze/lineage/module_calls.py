@@ -105,7 +105,7 @@ class ModuleCalls(Recording):
         call = around.call
         drew = around.draws != self._draws
         if self._stack and (around.unseen or self._hides_shapes(around, module, output)):
-            self._collapse(around, module, args, kwargs, output, drew)
+            self._collapse(around, module, output, drew)
             return
         call.why_not_whole = self._effect(around, module, drew)
         if not call.why_not_whole and (_unknown(call.args) or _unknown(call.kwargs)):
@@ -224,15 +224,7 @@ class ModuleCalls(Recording):
         """Returns a context in which the kernels of a module that is one operation are observed."""
         raise NotImplementedError
 
-    def _collapse(
-        self,
-        around: Around,
-        module: nn.Module,
-        args: Any,
-        kwargs: dict[str, Any],
-        output: Any,
-        drew: bool,
-    ) -> None:
+    def _collapse(self, around: Around, module: nn.Module, output: Any, drew: bool) -> None:
         """Replaces the operations of a call by one, since some of its work was not seen."""
         trace, first, call = self.trace, around.first, around.call
         inner = trace.operations[first:]

@@ -1,6 +1,6 @@
 """Plans for each event of a trace: what a replay does, and what a capture does."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -69,7 +69,6 @@ class Planned:
 
 
 _LEFT_OUT = (Action.SKIP, Action.WHOLE)
-_Whole = Callable[[Call, list[Operation], frozenset[int]], bool]
 
 
 class Plan:
@@ -97,8 +96,8 @@ class Plan:
         self._kept = frozenset(cut.kept)
         skipped = {one.number for one in trace.operations} - cut.runs
         lineage = {one.number for one in self.program.needed(cut.kept, ())}
-        self.replayed = self._events(skipped, skipped, self._is_skippable)
-        self.captured = self._events(set(), lineage, self._gives_kept)
+        self.replayed = self._events(skipped, skipped)
+        self.captured = self._events((), lineage)
         self.last_skipped = max(
             (
                 place if one.call is None else one.call.leave
@@ -129,18 +128,15 @@ class Plan:
                 number = call.parent
         return found
 
-    def _events(
-        self, skipped: Collection[int], compared: Collection[int], whole: _Whole
-    ) -> list[Planned | None]:
+    def _events(self, skipped: Collection[int], compared: Collection[int]) -> list[Planned | None]:
         """Plans each event.
 
         Args:
             skipped: Numbers of the operations that are left out.
             compared: Numbers of the operations whose arguments must be equal to those in the trace.
-            whole: Function that says whether a call is handled as a whole.
         """
         trace = self.trace
-        calls = {one.number: self._as_a_whole(one, compared, whole) for one in trace.calls}
+        calls = {one.number: self._as_a_whole(one, skipped, compared) for one in trace.calls}
         compared, last = self._compared(compared, [p.call for p in calls.values() if p and p.call])
         taken = frozenset(last)
         late = frozenset(n for one in skipped for n in trace.operations[one].reads)
@@ -230,14 +226,18 @@ class Plan:
             if isinstance(event, Step)
         ]
 
-    def _as_a_whole(self, call: Call, compared: Collection[int], whole: _Whole) -> Planned | None:
+    def _as_a_whole(
+        self, call: Call, skipped: Collection[int], compared: Collection[int]
+    ) -> Planned | None:
         """Returns the plan for a call that is handled as a whole. None if it cannot be."""
         inside = self._inside(call)
         if call.why_not_whole or not any(one.number in compared for one in inside):
             return None
         kept = self._kept.intersection(number for one in inside for number in one.makes)
-        if not whole(call, inside, kept):
+        if not self._is_whole(inside):
             return None
+        if not skipped and not kept <= set(numbers(call.results)):
+            return None  # in a capture, which skips nothing, kept values must be in the results
         guards = tuple(one for one in inside if one.escapes)
         writes = tuple(pair for one in inside for pair in one.writes)
         given = {*numbers(call.args), *numbers(call.kwargs)}
@@ -274,12 +274,6 @@ class Plan:
             elif not one.skippable and one.must_run != SWITCH:
                 return False
         return True
-
-    def _is_skippable(self, call: Call, inside: list[Operation], kept: frozenset[int]) -> bool:
-        return self._is_whole(inside)
-
-    def _gives_kept(self, call: Call, inside: list[Operation], kept: frozenset[int]) -> bool:
-        return self._is_whole(inside) and kept <= set(numbers(call.results))
 
 
 def _steps(events: Sequence[Planned | None]) -> int:

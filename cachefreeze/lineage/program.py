@@ -132,8 +132,7 @@ class Program:
         kwargs = fill(operation.kwargs, lambda number: self._tensor(number, found))
         with under(operation.modes):
             result = operation.func(*args, **kwargs)
-        for number, tensor in bound(operation.output, result):
-            found[number] = tensor
+        found.update(bound(operation.output, result))
         for old, new in operation.writes:
             if new not in found and old in found:
                 found[new] = found[old]

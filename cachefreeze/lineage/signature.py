@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cachefreeze.lineage.contents import Glance, content
-from cachefreeze.lineage.soundness import PARTS as _PARTS
+from cachefreeze.lineage.soundness import HOOKS, PARTS, shared_hooks
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 from cachefreeze.lineage.unloaded import kind_of
 
@@ -49,7 +49,7 @@ class Signature:
             for name, module in modules
             for path, part in module.named_modules()
         ]
-        self._shared_hooks = _shared_hooks()
+        self._shared_hooks = shared_hooks()
         parts = [part for _, module in modules for part in module.modules()]
         self._settings = _settings(parts)
         self._glance: _Glance | None = None
@@ -84,7 +84,7 @@ class Signature:
             return "the given tensors have other shapes, types or strides"
         if _switches() != self._switches:
             return "gradients, inference mode or autocast are switched differently"
-        if _shared_hooks() != self._shared_hooks:
+        if shared_hooks() != self._shared_hooks:
             return "hooks for all modules were added or removed"
         return self.difference_of_modules()
 
@@ -201,7 +201,6 @@ class _Glance:
 
 
 _held_by, _takes_gradient = attrgetter("__dict__"), attrgetter("requires_grad")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HELD = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -241,7 +240,7 @@ class _Part:
         self.kind = type(module)
         self.parts = [(key, id(part)) for key, part in held.get("_modules", {}).items()]
         # These must stay empty. Most modules have no hooks and no buffers.
-        self._stay_empty([key for key in (*_HOOKS, *_HELD) if key in held and not held[key]])
+        self._stay_empty([key for key in (*HOOKS, *_HELD) if key in held and not held[key]])
 
     def _stay_empty(self, kinds: list[str]) -> None:
         self.empty = kinds
@@ -348,7 +347,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _hooks(held: dict[str, Any]) -> int:
-    return sum(len(held[kind]) for kind in _HOOKS)
+    return sum(len(held[kind]) for kind in HOOKS)
 
 
 def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
@@ -357,20 +356,10 @@ def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
     seen: set[int] = set()
     for module in modules:
         for name, value in vars(module).items():
-            if name in _PARTS or type(value) in PLAIN_KINDS or id(value) in seen:
+            if name in PARTS or type(value) in PLAIN_KINDS or id(value) in seen:
                 continue
             seen.add(id(value))
             held = content(value)
             if held is not None:
                 found.append((name, value, held))
     return found
-
-
-def _shared_hooks() -> int:
-    shared = nn.modules.module
-    return (
-        len(shared._global_forward_hooks)
-        + len(shared._global_forward_pre_hooks)
-        + len(shared._global_backward_hooks)
-        + len(shared._global_backward_pre_hooks)
-    )

@@ -254,19 +254,17 @@ def _names(code: types.CodeType, beginning: str) -> bool:
     return any(_names(one, beginning) for one in code.co_consts if isinstance(one, types.CodeType))
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Returns whether a hook runs when the module is called. Global hooks count."""
-    shared = nn.modules.module
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or shared._global_forward_hooks
-        or shared._global_forward_pre_hooks
-        or shared._global_backward_hooks
-        or shared._global_backward_pre_hooks
-    )
+    return any(getattr(module, kind) for kind in HOOKS) or shared_hooks() > 0
+
+
+def shared_hooks() -> int:
+    """Returns the number of hooks that run for all modules."""
+    return sum(len(getattr(nn.modules.module, f"_global{kind}")) for kind in HOOKS)
 
 
 def holds_own_generator(module: nn.Module) -> bool:
