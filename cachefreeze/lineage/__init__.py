@@ -5,6 +5,11 @@ these values from a plain pass, and `replay` runs a pass with kept values in the
 work. `batch_axes` finds the rows in each value, `Extension` relates the kept values of two plans,
 and `explain` describes all of it in text. This package knows no store, no data set and no training
 loop.
+
+Words: an operation is one call of a torch function. A value is a tensor between two writes to it.
+Work is frozen if it depends on the batch and on frozen parameters alone. It is live if it is not
+trained but must run every time, for example since it draws random numbers. A late value is a tensor
+in the place of a skipped result. docs/lineage.md explains the method.
 """
 
 from cachefreeze.lineage.axes import Axes, Axis, axes_of, batch_axes, leave_mixing, rows_of

@@ -80,8 +80,9 @@ class Axes:
 
     Attributes:
         rows: Number of rows in the batch.
-        fitting: Possible batch axes of each value that depends on rows, by number. Several, if the
-            rows are too similar to decide. None, if a row of the value depends on other rows.
+        fitting: Set of possible batch axes of each value that depends on rows, by number. It has
+            several if the rows are too similar to decide, and none if a row of the value depends on
+            other rows.
         mixing: Numbers of the operations whose result for a row depends on other rows.
         found: Values of the batch that were asked for and computed, by number.
     """
@@ -124,11 +125,12 @@ def batch_axes(
 
     Args:
         trace: Trace of a pass.
-        *args: Positional arguments of a pass with the same shapes. Two rows at least, which differ.
+        *args: Positional arguments of such a pass. The batch needs at least two different rows.
         dims: Dimension of the rows in each input, by position among the tensors in the arguments.
             None for an input that all rows share. By default, each input whose first size is equal
             to that of the first input has its rows first.
-        earlier: Result for another batch. It is used to decide more axes.
+        earlier: Result for another batch of the same trace. Axes that did not fit there are
+            excluded.
         known: Values of this batch and their known batch axes, by number. Operations that only lead
             to these values are not run.
         wanted: Numbers of the values whose batch axes are needed. None for all.

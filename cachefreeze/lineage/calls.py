@@ -106,7 +106,7 @@ def watcher_of(module: nn.Module) -> Watcher | None:
 
 @contextmanager
 def rooted() -> Iterator[None]:
-    """Makes the calls inside of a watched call count as outermost calls in the body."""
+    """Treats calls inside of a watched call as outermost calls, too, in the body."""
     before, _local.within = _local.within, False
     try:
         yield

@@ -82,7 +82,7 @@ def explain(model: Callable[..., Any], /, *example: Any, **kwargs: Any) -> Expla
     ]
     if not any(state.trained for state in parameters):
         raise UserError(
-            f"No parameter of {name} is trained: set requires_grad = True on those that should be."
+            f"No parameter of {name} is trained: set requires_grad = True on those to train."
         )
     if all(state.trained for state in parameters):
         raise UserError(

@@ -29,10 +29,10 @@ class Extension:
         self.is_complete = found.issuperset(new.cut.kept)
 
     def values(self, kept: Mapping[int, _Any]) -> dict[int, _Any]:
-        """Returns a mapping by numbers of the new plan, from one by numbers of the old plan.
+        """Renumbers a mapping, from the numbers of the old plan to those of the new plan.
 
         Args:
-            kept: Anything about the kept values of the old plan, by number.
+            kept: Mapping from the numbers of kept values in the old plan to anything.
         """
         return {
             self._numbers[number]: each for number, each in kept.items() if number in self._numbers
@@ -77,7 +77,9 @@ def _alike(one: Any, other: Any, same: Mapping[int, int]) -> bool:
 
 
 def computable(trace: Trace, given: Collection[int]) -> set[int]:
-    """Returns the values that follow from given ones, without the frozen work behind these.
+    """Returns the values that can be computed from given ones.
+
+    The frozen work that led to the given values is not run again. Values that need it are left out.
 
     Args:
         trace: Trace of a pass.

@@ -19,7 +19,7 @@ def buffer_of(tensor: torch.Tensor) -> int:
 
 
 def off_line(tensor: torch.Tensor) -> int:
-    """Returns the offset of the first element from a multiple of 16 bytes. 0 for other devices."""
+    """Returns the offset of a CPU tensor from a multiple of 16 bytes, and 0 for other tensors."""
     if tensor.device.type != "cpu":
         return 0
     try:

@@ -136,7 +136,7 @@ class ModuleCalls(Recording):
     def _results(self, around: Around, given: Any, output: Any) -> str:
         """Describes the output of a call and its changes to arguments.
 
-        Returns why it cannot, if so.
+        Returns a reason if that is not possible, or an empty string.
         """
         call = around.call
         if around.identities == []:

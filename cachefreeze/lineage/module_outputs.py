@@ -29,7 +29,7 @@ class ModuleOutput(NamedTuple):
 
 
 def module_outputs(trace: Trace, wanted: Sequence[int]) -> list[ModuleOutput] | None:
-    """Finds the calls of modules that return some values. None if a module returns not all of them.
+    """Finds the calls of modules that return some values. None if no call returns one of them.
 
     Args:
         trace: Trace of a pass.

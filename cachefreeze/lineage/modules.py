@@ -88,9 +88,9 @@ def _globals_of(function: Any) -> Iterator[tuple[str, Any]]:
 def compiled_functions(module: nn.Module) -> list[str]:
     """Returns the names of compiled functions that the code of a module or its parts uses.
 
-    These functions run uncompiled while a pass is traced, and their results have other last bits.
-    They are found among the attributes of modules and the global variables of the modules' code,
-    and in functions that this code calls directly.
+    These functions run uncompiled while a pass is traced, and their results may differ in the last
+    bits. They are found among the attributes of modules and the global variables of the modules'
+    code, and in functions that this code calls directly.
     """
     found: dict[str, None] = {}
     seen: set[int] = set()

@@ -107,7 +107,7 @@ class Operation:
         seconds: Time of the kernels.
         must_run: Reason why the call can never be left out. Empty if it can.
         taints: Whether work that depends on the results cannot be left out either.
-        escapes: Whether the call gives Python a value that was taken from a tensor.
+        escapes: Whether the call returns Python values that may come from elements, as `item` does.
         mixes: Whether the result for a row depends on other rows.
         shapeless: Whether the shape of a result depends on the elements of the arguments.
         segment: Number of the gradient checkpointing segment around it. Negative if there is none.
@@ -153,8 +153,8 @@ class Call:
         number: Position in `Trace.calls`.
         name: Name of the module in the traced model.
         module: Weak reference to the module.
-        twin: Class and plain attributes of a module without state. Some models create such a module
-            in every pass.
+        twin: Class and plain attributes of a module without state. They identify a module that the
+            model creates anew in every pass.
         parent: Number of the call around it. Negative for an outermost call.
         enter: Position of its beginning in `Trace.events`.
         leave: Position of its end in `Trace.events`.

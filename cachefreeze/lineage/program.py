@@ -1,7 +1,6 @@
 """Runs recorded operations again, without the Python code of the model.
 
-Late values are computed this way, as are the values of a new cut, and results for the search of
-batch axes.
+Late values and the values of a new cut are computed this way, and batch axes are searched.
 """
 
 from collections import defaultdict
@@ -142,7 +141,7 @@ class Program:
         return found[number] if number in found else self.state(number)
 
     def state(self, number: int) -> Tensor:
-        """Returns the parameter or buffer with a value.
+        """Returns a parameter or buffer by the number of its value.
 
         Args:
             number: Number of the value.

@@ -59,7 +59,7 @@ def replay(
 
     Args:
         plan: Plan for the model.
-        kept: Kept values of the same batch, by number. The pass may change these tensors.
+        kept: Kept values of the same batch, by number. Do not use these tensors afterwards.
         model: Module or callable that was traced.
         *args: Positional arguments of the call.
         leave_at: Event at which skipping ends, for tests.
@@ -211,9 +211,9 @@ class _Following(TorchFunctionMode):
         planned = self._events[self._at] if self._at < len(self._events) else None
         operation = planned.operation if planned is not None else None
         if planned is None or operation is None or func != operation.func:
-            self.lose(f"another call: {label(func)}")
+            self.lose(f"the traced pass did not call `{label(func)}` here")
         elif planned.checked and not self._matches(operation, args, kwargs):
-            self.lose(f"other arguments of {operation.name}")
+            self.lose(f"`{operation.name}` was called with other arguments")
         else:
             self._at += 1
             return self.carry_out(planned, func, args, kwargs)
@@ -228,7 +228,7 @@ class _Following(TorchFunctionMode):
             return self._opaque(planned, planned.operation, module, args, kwargs)
         call = planned.call if planned is not None else None
         if planned is None or call is None or not call.is_of(module):
-            self.lose(f"another call: {type(module).__name__}")
+            self.lose(f"the traced pass did not call this {type(module).__name__} here")
             return self._plainly(module, args, kwargs)
         if planned.action is not Action.FOLLOW:
             with calls.unfollowed(self):
@@ -248,11 +248,11 @@ class _Following(TorchFunctionMode):
             output = calls.real_call(module, *args, **kwargs)
         except BaseException:
             if self._open and self._at != call.leave:
-                self.lose("an error")
+                self.lose("the model raised an error")
             self._at = call.leave + 1
             raise
         if self._open and self._at != call.leave:
-            self.lose(f"{call.name or type(module).__name__} ended early")
+            self.lose(f"{call.name or type(module).__name__} ended earlier than in the traced pass")
         self._at = call.leave + 1
         return output
 
@@ -270,9 +270,9 @@ class _Following(TorchFunctionMode):
     ) -> Any:
         assert isinstance(operation.func, CallOf)
         if operation.func.module() is not module:
-            self.lose(f"another call: {type(module).__name__}")
+            self.lose(f"the traced pass did not call this {type(module).__name__} here")
         elif planned.checked and not self._matches(operation, args, kwargs):
-            self.lose(f"other arguments of {operation.name}")
+            self.lose(f"`{operation.name}` was called with other arguments")
         else:
             self._at += 1
             with calls.unfollowed(self):

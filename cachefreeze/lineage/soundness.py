@@ -279,7 +279,7 @@ def holds_own_generator(module: nn.Module) -> bool:
 def is_torchs_own(module: nn.Module) -> bool:
     """Returns whether the class of a module is torch's.
 
-    These draw no Python numbers, keep no lists.
+    Such modules draw no Python numbers and keep no lists.
     """
     return type(module).__module__.startswith("torch.nn.modules.")
 

@@ -309,7 +309,9 @@ class _Describing:
         if kind is slice:
             return describe(value, self._number)
         if id(value) in self._fixed or id(value) in above or len(self._identities) > _MANY_NODES:
-            raise NotDescribedError(f"a {kind.__name__} from before the pass, or in itself")
+            raise NotDescribedError(
+                f"a {kind.__name__} that is older than the pass, or contains itself"
+            )
         if not isinstance(value, tuple):
             self._identities.append(id(value))
         above = (*above, id(value))

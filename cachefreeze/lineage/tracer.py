@@ -383,7 +383,7 @@ class _Tracer(ModuleCalls):
         mark(trace, self._asked)
 
     def _distrust(self) -> None:
-        """Forbids to leave out modules as a whole, since one of them drew random numbers unseen.
+        """Allows no module to be left out as a whole, since one of them drew random numbers unseen.
 
         The generators of Python and numpy do not tell who used them. The operations inside are
         still compared with the trace, including numbers that were drawn.

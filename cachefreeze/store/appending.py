@@ -22,7 +22,7 @@ MOST_WAITING = 2
 class Writer:
     """Thread that writes the chunks of all sets of a directory.
 
-    It raises no errors. After the first one it writes nothing more, and tells the user why.
+    It raises no errors. After the first error it writes nothing more, and tells the user why.
 
     Args:
         directory: Folder that holds the sets.
@@ -45,7 +45,7 @@ class Writer:
         """Queues a chunk for writing. Waits only while the queue is full.
 
         Args:
-            appender: Set that the chunk belongs to.
+            appender: Appender of the set that the chunk belongs to.
             buffer: Rows of the chunk.
         """
         if self._thread is None:
@@ -190,7 +190,7 @@ class Appender:
             self._free.append(buffer)
 
     def close(self) -> None:
-        """Releases the lock on the segment. All chunks must be written before."""
+        """Releases the lock on the segment. Called after all chunks are written."""
         with self._writing, contextlib.suppress(OSError):
             if self._segment is not None:
                 self._segment.close()

@@ -65,8 +65,8 @@ class Budget:
 
     Args:
         directory: Folder that holds the sets.
-        max_bytes: Largest number of bytes. If None, half of the sum of the space that the directory
-            takes and the free space of the disk.
+        max_bytes: Largest number of bytes. If None, half of the disk space that is free or used by
+            the directory.
     """
 
     def __init__(self, directory: Path, max_bytes: int | None) -> None:

@@ -32,7 +32,7 @@ class Directory:
     Args:
         path: Folder that holds the sets. It is created if it does not exist.
         max_bytes: Largest number of bytes of all sets together, for all runs. If None, half of the
-            sum of the space that they take and the free space of the disk.
+            disk space that is free or used by the sets.
 
     Attributes:
         messages: Messages for the user.

@@ -268,7 +268,7 @@ def read_head(folder: Path, name: str) -> Head:
         head = Head(Layout(row, said["chunk_rows"], said["codec"]), dict(said["about"]))
         most = Layout.of(row).chunk_rows
         if type(head.layout.chunk_rows) is not int or not 1 <= head.layout.chunk_rows <= most:
-            raise ValueError("a chunk has fewer rows")
+            raise ValueError("chunk_rows is out of range")
         expected = metadata(name, head.layout, head.about, 0)
         _compare(group, expected["zarr.json"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -279,7 +279,7 @@ def read_head(folder: Path, name: str) -> Head:
         try:
             slots = array["shape"][0]
             if type(slots) is not int or not 0 <= slots < 10**SLOT_DIGITS:
-                raise ValueError("an array has fewer slots")
+                raise ValueError("the number of slots is out of range")
             array["shape"][0] = 0
             _compare(array, expected[f"{array_name}/zarr.json"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -45,7 +45,7 @@ class _Segment:
 
 
 class Found:
-    """The rows of all segments of a set. They take 6 bytes a row beside the index.
+    """The rows of all segments of a set. Beside the index, they take 6 bytes of memory each.
 
     Args:
         folder: Folder of the set.
@@ -87,7 +87,7 @@ class Found:
         return [segment.folder for segment in self._segments.values()]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Returns the place of each row, or -1 for a row that is not there.
+        """Returns the place of each row, which is its number in the index, or -1 for unknown rows.
 
         Args:
             keys: Keys of the rows, of shape (n, 2).
@@ -100,14 +100,14 @@ class Found:
             return places
 
     def read(self, places: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Copies rows. Rows that are damaged or were removed are not found any more afterwards.
+        """Copies rows. Rows that are damaged or were removed are unknown from then on.
 
         Args:
             places: Places of the rows, or -1.
             out: Memory for the rows, uint8 of shape (n, row_bytes).
 
         Returns:
-            Whether each row was copied, of shape (n,).
+            Bool array of shape (n,). True for each row that was copied.
         """
         assert out.dtype == np.uint8, "`out` is of type uint8"
         assert out.shape == (len(places), self.row.nbytes), "`out` has one row for each place"

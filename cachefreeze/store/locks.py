@@ -210,5 +210,5 @@ def refuse(folder: Path, sentence: str) -> bool:
 
 
 def is_refused(folder: Path) -> bool:
-    """Returns whether a segment is marked, since its rows were found to be wrong."""
+    """Returns whether a segment is marked as wrong."""
     return os.path.lexists(folder / REFUSED)

@@ -139,7 +139,7 @@ class Files:
             raise Damaged(f"{source.path} {error}") from error
 
     def expect(self, source: Source, slots: Sequence[int]) -> None:
-        """Tells the system to read rows of one chunk ahead, where the system can.
+        """Tells the system to read rows of one chunk ahead, if the system supports this.
 
         Args:
             source: Chunk that holds the rows. The whole file is read ahead if it was not checked

@@ -90,7 +90,7 @@ class Rows(Found):
         self._appender.flush()
 
     def close(self) -> None:
-        """Stops reading and releases all locks. All chunks must be written before."""
+        """Stops reading and releases all locks. Called after all chunks are written."""
         self._appender.close()
         self.drop_all()
 
