@@ -225,7 +225,7 @@ class _Following(TorchFunctionMode):
         if self._lost or not self._open:
             return self._plainly(module, args, kwargs)
         if planned is not None and planned.operation is not None and planned.operation.opaque:
-            return self._opaque(planned, planned.operation, module, args, kwargs)
+            return self._opaque(planned, module, args, kwargs)
         call = planned.call if planned is not None else None
         if planned is None or call is None or not call.is_of(module):
             self.lose(f"the traced pass did not call this {type(module).__name__} here")
@@ -261,13 +261,10 @@ class _Following(TorchFunctionMode):
             return calls.real_call(module, *args, **kwargs)
 
     def _opaque(
-        self,
-        planned: Planned,
-        operation: Operation,
-        module: nn.Module,
-        args: Any,
-        kwargs: dict[str, Any],
+        self, planned: Planned, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
+        operation = planned.operation
+        assert operation is not None
         assert isinstance(operation.func, CallOf)
         if operation.func.module() is not module:
             self.lose(f"the traced pass did not call this {type(module).__name__} here")
