@@ -283,8 +283,8 @@ def _to_dlpack(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _capsule(tensor, *args, **kwargs)
 
 
-# The only function of torch that reads memory without a call of the tensor's class. A late value
-# would end the process. It is never restored, as late values may exist at any time.
+# The only function of torch that reads memory without a call of the tensor's class: a late value
+# would end the process. The original function is never restored, as late values may always exist.
 _capsule: Any = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
 torch.utils.dlpack.to_dlpack = _to_dlpack  # type: ignore[attr-defined,assignment]
 torch.to_dlpack = _to_dlpack  # type: ignore[attr-defined,assignment]

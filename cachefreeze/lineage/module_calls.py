@@ -40,7 +40,7 @@ class ModuleCalls(Recording):
         if self._running is not None:
             return calls.real_call(module, *args, **kwargs)
         if id(module) not in self._names:
-            self._meet(module)
+            self._register_new(module)
         if soundness.is_opaque(module):
             return self._opaque(module, args, kwargs)
         around = self._enter(module, args, kwargs)
@@ -51,7 +51,7 @@ class ModuleCalls(Recording):
             around.call.why_not_whole = "raises an error"
             raise
         self._leave(around)
-        self._judge(around, module, args, kwargs, output)
+        self._classify(around, module, args, kwargs, output)
         return output
 
     @resting
@@ -98,7 +98,7 @@ class ModuleCalls(Recording):
         self.trace.events.append(Leave(around.call.number))
 
     @resting
-    def _judge(
+    def _classify(
         self, around: Around, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
         """Decides whether a call can be left out as a whole, or becomes one operation."""

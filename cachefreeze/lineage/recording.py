@@ -125,7 +125,7 @@ class Recording:
         self._torch = soundness.torch_generators()
         self._python = soundness.python_generators()
         for name, module in modules:
-            self._know(name, module)
+            self._register(name, module)
         self._fixed = {
             id(value)
             for _, one in modules
@@ -152,15 +152,15 @@ class Recording:
         """Records the results of an operation."""
         raise NotImplementedError
 
-    def _know(self, prefix: str, module: nn.Module) -> None:
+    def _register(self, prefix: str, module: nn.Module) -> None:
         for name, part in module.named_modules(prefix=prefix):
             self._names.setdefault(id(part), name)
         for name, tensor in states_of(prefix, module):
             self._state(name, tensor)
 
     @resting
-    def _meet(self, module: nn.Module) -> None:
-        self._know(type(module).__name__, module)
+    def _register_new(self, module: nn.Module) -> None:
+        self._register(type(module).__name__, module)
         if twin_of(module) is None:
             self._met.append((type(module).__name__, weakref.ref(module)))
 

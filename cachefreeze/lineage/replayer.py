@@ -168,7 +168,7 @@ class _Following(TorchFunctionMode):
         self.report = Report()
         self._events = events
         self._at = 0
-        self._lost = False
+        self._left = False
         self._open = True
         self.paused = False
 
@@ -190,17 +190,17 @@ class _Following(TorchFunctionMode):
         """Does what is planned for a call that is handled as a whole."""
         raise NotImplementedError
 
-    def lose(self, why: str) -> None:
+    def leave(self, why: str) -> None:
         """Stops following: the rest of the pass runs plainly."""
-        if not self._lost:
-            self._lost = True
+        if not self._left:
+            self._left = True
             self.report.left = why
 
     # Methods of both.
 
     @uncompiled
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._lost or self.paused or not self._open or func in soundness.METADATA:
+        if self._left or self.paused or not self._open or func in soundness.METADATA:
             return func(*args, **(kwargs or {}))
         if func is soundness.ITERATE:
             return iter(self.step(torch.Tensor.unbind, (args[0], 0), {}))
@@ -211,9 +211,9 @@ class _Following(TorchFunctionMode):
         planned = self._events[self._at] if self._at < len(self._events) else None
         operation = planned.operation if planned is not None else None
         if planned is None or operation is None or func != operation.func:
-            self.lose(f"the traced pass did not call `{label(func)}` here")
+            self.leave(f"the traced pass did not call `{label(func)}` here")
         elif planned.checked and not self._matches(operation, args, kwargs):
-            self.lose(f"`{operation.name}` was called with other arguments")
+            self.leave(f"`{operation.name}` was called with other arguments")
         else:
             self._at += 1
             return self.carry_out(planned, func, args, kwargs)
@@ -222,13 +222,13 @@ class _Following(TorchFunctionMode):
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Handles the next call of a module, if it is the one that is planned."""
         planned = self._events[self._at] if self._at < len(self._events) else None
-        if self._lost or not self._open:
+        if self._left or not self._open:
             return self._plainly(module, args, kwargs)
         if planned is not None and planned.operation is not None and planned.operation.opaque:
             return self._opaque(planned, module, args, kwargs)
         call = planned.call if planned is not None else None
         if planned is None or call is None or not call.is_of(module):
-            self.lose(f"the traced pass did not call this {type(module).__name__} here")
+            self.leave(f"the traced pass did not call this {type(module).__name__} here")
             return self._plainly(module, args, kwargs)
         if planned.action is not Action.FOLLOW:
             with calls.unfollowed(self):
@@ -248,11 +248,13 @@ class _Following(TorchFunctionMode):
             output = calls.real_call(module, *args, **kwargs)
         except BaseException:
             if self._open and self._at != call.leave:
-                self.lose("the model raised an error")
+                self.leave("the model raised an error")
             self._at = call.leave + 1
             raise
         if self._open and self._at != call.leave:
-            self.lose(f"{call.name or type(module).__name__} ended earlier than in the traced pass")
+            self.leave(
+                f"{call.name or type(module).__name__} ended earlier than in the traced pass"
+            )
         self._at = call.leave + 1
         return output
 
@@ -267,9 +269,9 @@ class _Following(TorchFunctionMode):
         assert operation is not None
         assert isinstance(operation.func, CallOf)
         if operation.func.module() is not module:
-            self.lose(f"the traced pass did not call this {type(module).__name__} here")
+            self.leave(f"the traced pass did not call this {type(module).__name__} here")
         elif planned.checked and not self._matches(operation, args, kwargs):
-            self.lose(f"`{operation.name}` was called with other arguments")
+            self.leave(f"`{operation.name}` was called with other arguments")
         else:
             self._at += 1
             with calls.unfollowed(self):
@@ -315,14 +317,14 @@ class _Replaying(_Following):
     def sources(self) -> dict[int, Tensor]:
         return self._pass.sources()
 
-    def lose(self, why: str) -> None:
-        if not self._lost:
-            super().lose(why)
+    def leave(self, why: str) -> None:
+        if not self._left:
+            super().leave(why)
             self._pass.compute_all()
 
     def step(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self._look_ahead()
-        if self._lost or not self._open:
+        if self._left or not self._open:
             return func(*args, **kwargs)
         return super().step(func, args, kwargs)
 
@@ -334,7 +336,7 @@ class _Replaying(_Following):
     def _look_ahead(self) -> None:
         """Stops following after the last skipped event. The rest of the pass may take any path."""
         if self._at >= self._leave_at:
-            self.lose("skipping ended at `leave_at`")
+            self.leave("skipping ended at `leave_at`")
         elif self._at > self.plan.last_skipped:
             self._open = False
 

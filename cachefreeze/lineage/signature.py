@@ -109,7 +109,7 @@ class Signature:
                 return False
         for part, module in zip(changed, modules, strict=True):
             assert module is not None
-            part.take_anew(module)
+            part.record(module)
         self._glance = None
         return True
 
@@ -220,9 +220,9 @@ class _Part:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
-        self.take_anew(module)
+        self.record(module)
 
-    def take_anew(self, module: nn.Module) -> None:
+    def record(self, module: nn.Module) -> None:
         """Records the current state of a module."""
         held = vars(module)
         # At least two keys, so that `itemgetter` returns a tuple. Every module has `training`.

@@ -139,7 +139,7 @@ class _Tracer(ModuleCalls):
         here = len(self.trace.operations)
         makes: list[int] = []
         writes: list[tuple[int, int]] = []
-        self._unusual(operation, running, args, kwargs)
+        self._set_reason(operation, running, args, kwargs)
         if operation.name in soundness.EXPOSING_NAMES:
             for tensor in tensors(args[:1]):
                 value = self.known.number(tensor)
@@ -157,7 +157,7 @@ class _Tracer(ModuleCalls):
                 writes.append((before, after))
                 makes.append(after)
                 if elements or self.trace.values[before].operation < 0:
-                    self._outside(operation, before, running)
+                    self._set_reason_of_write(operation, before, running)
 
         def number(tensor: torch.Tensor) -> int:
             found = self.known.number(tensor)
@@ -195,7 +195,7 @@ class _Tracer(ModuleCalls):
             if value.operation >= 0 and value.plain:
                 self.trace.held[number] = tensor.detach(), tensor._version
 
-    def _unusual(
+    def _set_reason(
         self, operation: Operation, running: Running, args: Any, kwargs: dict[str, Any]
     ) -> None:
         """Sets the reason why an operation must run, from its name, arguments and kernels."""
@@ -219,7 +219,7 @@ class _Tracer(ModuleCalls):
         elif name.endswith(".write") and name != "requires_grad.write":
             operation.must_run, operation.taints = f"sets {name[:-6]} of a tensor", True
 
-    def _outside(self, operation: Operation, before: int, running: Running) -> None:
+    def _set_reason_of_write(self, operation: Operation, before: int, running: Running) -> None:
         """Sets the reason why a write to a tensor of the model or of the caller must run."""
         buffer = self.trace.values[before].storage
         if buffer in self.known.state_buffers:
@@ -271,7 +271,7 @@ class _Tracer(ModuleCalls):
             self._torch = soundness.torch_generators()
             drew = not soundness.same_generators(before, self._torch)
         if running is None:
-            self._orphan(args, kwargs, output, written, drew)
+            self._record_kernel(args, kwargs, output, written, drew)
             return output
         running.seconds += seconds
         running.draws = running.draws or drew
@@ -333,7 +333,7 @@ class _Tracer(ModuleCalls):
             self._hidden_draws = True
         return now
 
-    def _orphan(
+    def _record_kernel(
         self, args: Any, kwargs: dict[str, Any], output: Any, written: list[Any], drew: bool
     ) -> None:
         """Records a kernel that runs outside of every torch function."""
@@ -373,7 +373,7 @@ class _Tracer(ModuleCalls):
         }
         self._generators_now()
         if self._hidden_draws or self._python != soundness.python_generators():
-            self._distrust()
+            self._forbid_whole_calls()
         for name, reference in self._met:
             module = reference()
             if module is not None:
@@ -382,7 +382,7 @@ class _Tracer(ModuleCalls):
         trace.asked = self._asked
         mark(trace, self._asked)
 
-    def _distrust(self) -> None:
+    def _forbid_whole_calls(self) -> None:
         """Allows no module to be left out as a whole, since one of them drew random numbers unseen.
 
         The generators of Python and numpy do not tell who used them. The operations inside are
