@@ -80,10 +80,6 @@ def computable(trace: Trace, given: Collection[int]) -> set[int]:
     """Returns the values that can be computed from given ones.
 
     The frozen work that led to the given values is not run again. Values that need it are left out.
-
-    Args:
-        trace: Trace of a pass.
-        given: Numbers of the given values.
     """
     behind = {one.number for one in Program(trace).needed(given, ()) if one.kind == FROZEN}
     values = trace.values

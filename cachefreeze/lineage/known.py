@@ -85,11 +85,7 @@ class Known:
         return [(one, one._version) for one in found if one is not None and not one.is_inference()]
 
     def alive_since(self, operation: int) -> Iterator[torch.Tensor]:
-        """Yields the existing tensors that were made by an operation or later.
-
-        Args:
-            operation: Number of the first operation.
-        """
+        """Yields the existing tensors that were made by an operation or later."""
         since = len(self._made)
         while since and self._made[since - 1][0] >= operation:
             since -= 1

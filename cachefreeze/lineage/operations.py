@@ -287,9 +287,6 @@ class Trace:
     def take_held(self, numbers: Collection[int]) -> dict[int, torch.Tensor] | None:
         """Returns some values of the pass itself, and releases all others.
 
-        Args:
-            numbers: Numbers of the values.
-
         Returns:
             Values by number. None if one of them was not held, or was written to since.
         """

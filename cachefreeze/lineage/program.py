@@ -143,9 +143,6 @@ class Program:
     def state(self, number: int) -> Tensor:
         """Returns a parameter or buffer by the number of its value.
 
-        Args:
-            number: Number of the value.
-
         Raises:
             RuntimeError: The parameter or buffer was deleted or written to.
         """

@@ -55,12 +55,7 @@ class Signature:
         self._glance: _Glance | None = None
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Adds a module that the pass called and that was not known before.
-
-        Args:
-            name: Name of the module.
-            module: Module to add.
-        """
+        """Adds a module that the pass called and that was not known before."""
         self._parts += [
             _Part(f"{name}.{path}".strip("."), part) for path, part in module.named_modules()
         ]
@@ -75,11 +70,7 @@ class Signature:
         self._glance = None
 
     def difference(self, given: Any) -> str:
-        """Returns a short description of how another pass differs, or an empty string.
-
-        Args:
-            given: Arguments of the other pass.
-        """
+        """Returns a short description of how another pass differs, or an empty string."""
         if [_shape(tensor) for tensor in tensors(given)] != self._given:
             return "the given tensors have other shapes, types or strides"
         if _switches() != self._switches:

@@ -15,50 +15,42 @@ from cachefreeze.lineage.structure import kind_is
 Tensor = torch.Tensor
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 # Functions that read only metadata of a tensor. A late value answers them itself.
-METADATA_NAMES = frozenset(
-    _words(
-        """
+METADATA_NAMES = _words(
+    """
     size dim ndimension stride storage_offset numel nelement element_size is_contiguous
     is_floating_point is_complex is_signed is_conj is_neg is_inference get_device has_names
     __len__ __hash__ __instancecheck__ is_sparse is_nested dim_order
     """
-    )
 )
-METADATA_PROPERTIES = frozenset(
-    _words(
-        """
+METADATA_PROPERTIES = _words(
+    """
     shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_meta is_mps is_xpu
     is_sparse is_sparse_csr is_quantized is_nested is_mkldnn is_vulkan names itemsize nbytes
     is_xla is_ipu is_hpu is_mtia is_maia is_ort _backward_hooks output_nr
     """
-    )
 )
 # Functions that ask for gradients of a tensor. Work that depends on this tensor counts as trained.
 _GRADIENT_NAMES = frozenset(
     ["retain_grad", "register_hook", "register_post_accumulate_grad_hook", "backward"]
 )
 # Functions without tensor results that depend on shapes and types alone.
-_SHAPE_ONLY_NAMES = frozenset(
-    _words(
-        """
+_SHAPE_ONLY_NAMES = _words(
+    """
     broadcast_shapes result_type can_cast promote_types is_grad_enabled is_tensor is_storage
     is_inference_mode_enabled get_default_dtype iinfo finfo compiled_with_cxx11_abi
     """
-    )
 )
 # Functions that return the memory of a tensor. Later writes to this memory are not seen.
-EXPOSING_NAMES = frozenset(
-    _words(
-        """
+EXPOSING_NAMES = _words(
+    """
     numpy __array__ data_ptr untyped_storage storage _typed_storage __dlpack__
     __array_interface__ __cuda_array_interface__.read
     """
-    )
 )
 SWITCH_NAMES = frozenset(["_set_grad_enabled", "set_grad_enabled"])
 # Kernels that write to arguments although their schema does not say so: positions of these
@@ -74,14 +66,12 @@ _UNSAID_WRITES: dict[str, tuple[tuple[int, ...], int]] = {
 }
 _COLLECTIVES = ("c10d::", "_c10d_functional::", "c10d_functional::", "_c10d_functional_autograd::")
 # Kernels whose result for a row depends on other rows, whichever axis the rows are in.
-_MIXING = frozenset(
-    _words(
-        """
+_MIXING = _words(
+    """
     quantized::linear_dynamic quantized::linear_dynamic_fp16 quantized::linear_relu_dynamic
     quantized::conv2d_dynamic quantized::quantized_lstm_cell_dynamic aten::quantized_lstm
     aten::_choose_qparams_per_tensor aten::choose_qparams_optimized
     """
-    )
 )
 # Modules of torch that have a fast path in eval mode, and do not take it below a function mode.
 _FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -289,16 +279,14 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in PARTS}
 
 
-PARTS = frozenset(
-    _words(
-        """
+PARTS = _words(
+    """
     _parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks
     _backward_hooks _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs
     _forward_hooks_always_called _forward_pre_hooks _forward_pre_hooks_with_kwargs
     _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks
     _load_state_dict_post_hooks training
     """
-    )
 )
 
 

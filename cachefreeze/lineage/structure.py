@@ -366,12 +366,7 @@ def numbers(template: Any) -> Iterator[int]:
 
 
 def bound(template: Any, result: Any) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields the tensors in a result, each with the number of its value.
-
-    Args:
-        template: Template of the result.
-        result: Result of the same call in another pass.
-    """
+    """Yields the tensors in a result, each with the number of its value."""
     if isinstance(template, Ref):
         yield template.number, result
     elif isinstance(template, Built):

@@ -78,11 +78,7 @@ class Writer:
         self.stop(f"no further rows are written to {self._directory} ({reason})")
 
     def stop(self, sentence: str) -> None:
-        """Writes nothing more.
-
-        Args:
-            sentence: Reason, for the user.
-        """
+        """Writes nothing more."""
         if not self.stopped:
             self.stopped = True
             self._tell(sentence)
@@ -169,9 +165,6 @@ class Appender:
 
     def write(self, buffer: Buffer) -> None:
         """Writes a chunk. Only the thread calls this.
-
-        Args:
-            buffer: Rows of the chunk.
 
         Raises:
             OSError: The disk is full or fails.

@@ -13,21 +13,13 @@ from cachefreeze.store.locks import is_refused, last_use, remove
 
 
 def segment_folders(directory: Path) -> Iterator[Path]:
-    """Yields the folders of all segments in a directory.
-
-    Args:
-        directory: Folder that holds the sets.
-    """
+    """Yields the folders of all segments in a directory."""
     for folder in named_folders(directory):
         yield from named_folders(folder)
 
 
 def named_folders(folder: Path) -> list[Path]:
-    """Returns the sets in a directory, or the segments in a set, sorted by name. Ignores links.
-
-    Args:
-        folder: Directory or set.
-    """
+    """Returns the sets in a directory, or the segments in a set, sorted by name. Ignores links."""
     try:
         with os.scandir(folder) as entries:
             found = [
@@ -41,11 +33,7 @@ def named_folders(folder: Path) -> list[Path]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Returns the disk space of all files below a folder, in bytes. Holes in files take none.
-
-    Args:
-        folder: Folder of a set or a segment.
-    """
+    """Returns the disk space of all files below a folder, in bytes. Holes in files take none."""
     return sum(map(_file_bytes, entries_below(folder)))
 
 
@@ -76,11 +64,7 @@ class Budget:
         self._known: dict[Path, tuple[int, int, int]] = {}
 
     def make_room(self, nbytes: int) -> bool:
-        """Removes unused segments until there is room for a chunk. Returns whether there is room.
-
-        Args:
-            nbytes: Bytes of the chunk.
-        """
+        """Removes unused segments until a chunk fits. Returns whether it fits."""
         if self.max_bytes is not None and nbytes > self.max_bytes:
             return False
         kept: set[Path] = set()
@@ -131,11 +115,7 @@ def _chunk_bytes(folder: Path) -> int:
 
 
 def remove_trash(directory: Path) -> None:
-    """Removes folders whose removal another process began and did not finish.
-
-    Args:
-        directory: Folder that holds the sets.
-    """
+    """Removes folders whose removal another process began and did not finish."""
     for folder in named_folders(directory):
         with contextlib.suppress(OSError):
             for entry in folder.glob(f"{TRASH}*"):

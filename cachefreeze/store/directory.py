@@ -151,11 +151,7 @@ def _cannot_be_used(path: Path, reason: str) -> UserError:
 
 
 def is_directory(path: Path) -> bool:
-    """Returns whether a folder is a cache directory of cachefreeze, by its tag.
-
-    Args:
-        path: Path of the folder.
-    """
+    """Returns whether a folder is a cache directory of cachefreeze, by its tag."""
     try:
         with open(path / _TAG_FILE, "rb", opener=open_regular) as file:
             return file.read(len(TAG) + 1) == TAG.encode()

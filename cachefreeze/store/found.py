@@ -144,11 +144,7 @@ class Found:
         return good
 
     def chunks(self, places: np.ndarray) -> list[int]:
-        """Returns the numbers of the chunks that hold some rows, each once.
-
-        Args:
-            places: Places of the rows.
-        """
+        """Returns the numbers of the chunks that hold some rows, each once."""
         with self._guard:
             sources = np.unique(self._source[places])
         return sources[sources != _NOWHERE].tolist()
@@ -316,11 +312,7 @@ class Found:
         self._live += int(here.sum())
 
     def drop(self, folder: Path) -> None:
-        """Stops reading the rows of a segment.
-
-        Args:
-            folder: Folder of the segment.
-        """
+        """Stops reading the rows of a segment."""
         with self._guard:
             self._held.release(folder)
             segment = self._segments.pop(folder.name, None)

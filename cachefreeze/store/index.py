@@ -75,11 +75,7 @@ class Index:
         return found
 
     def keys(self, places: np.ndarray) -> np.ndarray:
-        """Returns the keys at some places, of shape (n, 2).
-
-        Args:
-            places: Places of the keys.
-        """
+        """Returns the keys at some places, of shape (n, 2)."""
         return self._keys[places]
 
     def add(self, keys: np.ndarray) -> np.ndarray:
@@ -102,11 +98,7 @@ class Index:
         return places
 
     def keep(self, places: np.ndarray) -> None:
-        """Removes all keys but some. These get new places, in the given order.
-
-        Args:
-            places: Places of the keys that stay.
-        """
+        """Removes all keys but some. These get new places, in the given order."""
         self._keys = np.concatenate([self._keys[places], np.empty((64, 2), dtype=np.uint64)])
         self._count = len(places)
         self._build()

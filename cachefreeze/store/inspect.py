@@ -62,9 +62,6 @@ class SetReport:
 def inspect(directory: Path) -> list[SetReport]:
     """Returns the contents of each set in a directory. Writes nothing.
 
-    Args:
-        directory: Folder that holds the sets.
-
     Raises:
         UserError: The folder is not a cache directory.
     """
@@ -106,9 +103,6 @@ def _made(folder: Path) -> float:
 
 def verify(directory: Path) -> Iterator[str]:
     """Reads everything. Yields a message for each segment or chunk that is damaged.
-
-    Args:
-        directory: Folder that holds the sets.
 
     Raises:
         UserError: The folder is not a cache directory.

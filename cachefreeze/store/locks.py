@@ -43,9 +43,6 @@ class Held:
         Records once a minute that the segment is used. A segment that cannot be locked, for lack of
         permission or on a file system without locks, is read without a lock.
 
-        Args:
-            folder: Folder of the segment.
-
         Raises:
             Gone: The segment was removed.
         """
@@ -80,9 +77,6 @@ def share(folder: Path) -> int | None:
     """Takes a shared lock on a segment.
 
     A forked process does not have the lock. `cachefreeze.files` explains why.
-
-    Args:
-        folder: Folder of the segment.
 
     Returns:
         Descriptor of the lock file, or None if the segment cannot be locked.
@@ -126,11 +120,7 @@ def last_use(folder: Path) -> float:
 
 
 def in_use(folder: Path) -> bool:
-    """Returns whether a process reads or writes a segment.
-
-    Args:
-        folder: Folder of the segment.
-    """
+    """Returns whether a process reads or writes a segment."""
     if not is_folder(folder / "keys"):
         return False
     try:
@@ -144,11 +134,7 @@ def in_use(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> bool:
-    """Removes a segment, unless a process reads or writes it. Returns whether it was removed.
-
-    Args:
-        folder: Folder of the segment.
-    """
+    """Removes a segment, unless a process reads or writes it. Returns whether it was removed."""
     lockable = _can_be_locked(folder)
     file = _exclusive(folder) if lockable else None
     if lockable and file is None:
@@ -196,12 +182,7 @@ def _lock_now(file: int) -> bool:
 
 
 def refuse(folder: Path, sentence: str) -> bool:
-    """Marks a segment, so that no process reads it. Returns whether the mark was written.
-
-    Args:
-        folder: Folder of the segment.
-        sentence: Reason, for people.
-    """
+    """Marks a segment, so that no process reads it. Returns whether the mark was written."""
     try:
         write_atomically(folder / REFUSED, sentence.encode())
     except OSError:

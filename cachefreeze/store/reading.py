@@ -104,9 +104,6 @@ class Files:
     def load(self, source: Source) -> np.ndarray:
         """Reads and checks all rows of one chunk. This takes no longer than the check alone.
 
-        Args:
-            source: Chunk that holds the rows.
-
         Returns:
             Rows, uint8 of shape (rows, row_bytes).
 
