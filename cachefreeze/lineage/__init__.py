@@ -1,10 +1,10 @@
 """Finds the frozen work of a model in one forward pass, and leaves it out of later ones.
 
-`trace` follows a pass. `crossing_cut` and `minimum_cut` choose the values to keep. `capture` copies
-these values from a plain pass, and `replay` runs a pass with kept values in the place of frozen
-work. `batch_axes` finds the rows in each value, `Extension` relates the kept values of two plans,
-and `explain` describes all of it in text. This package knows no store, no data set and no training
-loop.
+`trace` runs a forward pass and records it. `crossing_cut` and `minimum_cut` choose the values to
+keep. `capture` copies these values from a plain pass, and `replay` runs a pass with kept values in
+the place of frozen work. `batch_axes` finds the rows in each value, `Extension` relates the kept
+values of two plans, and `explain` describes all of it in text. This package knows no store, no data
+set and no training loop.
 
 Words: an operation is one call of a torch function. A value is a tensor between two writes to it.
 Work is frozen if it depends on the batch and on frozen parameters alone. It is live if it is not

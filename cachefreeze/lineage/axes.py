@@ -248,7 +248,7 @@ def rows_of(inputs: Mapping[int, Tensor]) -> tuple[int, frozenset[int]]:
 
 
 def leave_mixing(trace: Trace, axes: Axes) -> None:
-    """Makes all operations live whose result for a row depends on other rows.
+    """Marks operations as live if their result for a row depends on other rows.
 
     Args:
         trace: Trace of a pass.

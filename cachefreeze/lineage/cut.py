@@ -19,8 +19,8 @@ class Cut:
         kept: Numbers of the kept values, in order.
         runs: Numbers of the operations that run in a replay. All others are left out.
         nbytes: Bytes of the kept values of the traced batch.
-        seconds_again: Time of the kernels that run again although they could be left out.
-        seconds_saved: Time of the kernels that are left out.
+        seconds_again: Seconds of the kernels that run again although they could be left out.
+        seconds_saved: Seconds of the kernels that are left out.
     """
 
     kept: tuple[int, ...]
@@ -274,7 +274,7 @@ def _writes_on_real(trace: Trace, kept: set[int], runs: set[int]) -> set[int]:
 
 
 def _cheaper_roots(trace: Trace, kept: set[int]) -> set[int]:
-    """Returns operations that make views, where their base is smaller to keep than the views."""
+    """Returns operations that make views of a base that is smaller to keep than the views."""
     values, operations = trace.values, trace.operations
     groups: dict[int, list[int]] = {}
     for number in sorted(kept):

@@ -104,7 +104,7 @@ class Operation:
         writes: Pairs of a value before a write and the value after it.
         modes: Switches under which the call ran.
         call: Number of the innermost call of a module around it. Negative if there is none.
-        seconds: Time of the kernels.
+        seconds: Seconds that the kernels took.
         must_run: Reason why the call can never be left out. Empty if it can.
         taints: Whether work that depends on the results cannot be left out either.
         escapes: Whether the call returns Python values that may come from elements, as `item` does.
@@ -267,7 +267,7 @@ class Trace:
         outputs: Numbers of the returned values, each with whether the caller probably reads it.
         asked: Numbers of the values whose gradients the pass asked for.
         signature: Conditions under which another pass can use this trace.
-        seconds: Time of the pass, including the time for tracing.
+        seconds: Seconds that the pass took, with tracing.
         held: Values without gradient that trained work took, by number. Each is a tensor and its
             version at that time. `take_held` removes them.
     """
@@ -321,7 +321,7 @@ class Trace:
 
     @property
     def kernel_seconds(self) -> float:
-        """Time of all kernels of the pass."""
+        """Seconds of all kernels of the pass."""
         return sum(one.seconds for one in self.operations)
 
     def describe(self, number: int) -> str:

@@ -32,7 +32,7 @@ class Report:
 
     Attributes:
         skipped: Number of operations that were left out.
-        left: Reason why the rest of the pass ran plainly. Empty if the pass followed the trace.
+        left: Reason why the rest of the pass ran in full. Empty if the pass followed the trace.
         computed: Numbers of the late values that were computed. It grows if the caller uses more of
             them after the pass.
     """
@@ -54,11 +54,11 @@ def replay(
 ) -> tuple[Any, Report]:
     """Runs a forward pass without its frozen work.
 
-    If the pass takes another path than the traced one, the rest of it runs plainly. The result is
+    If the pass takes another path than the traced one, the rest of it runs in full. The result is
     that of a plain pass in either case.
 
     Args:
-        plan: Plan for the model.
+        plan: Plan made from a trace of the model.
         kept: Kept values of the same batch, by number. Do not use these tensors afterwards.
         model: Module or callable that was traced.
         *args: Positional arguments of the call.
@@ -99,7 +99,7 @@ def capture(
     """Runs a plain forward pass and copies the values to keep.
 
     Args:
-        plan: Plan for the model.
+        plan: Plan made from a trace of the model.
         model: Module or callable that was traced.
         *args: Positional arguments of the call.
         known_to_fit: Whether the signature was just compared with this call.
@@ -191,7 +191,7 @@ class _Following(TorchFunctionMode):
         raise NotImplementedError
 
     def leave(self, why: str) -> None:
-        """Stops following: the rest of the pass runs plainly."""
+        """Stops following: the rest of the pass runs in full."""
         if not self._left:
             self._left = True
             self.report.left = why
