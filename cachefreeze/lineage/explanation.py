@@ -121,7 +121,7 @@ def _explanation(name: str, traced: Trace, axes: Axes | None) -> Explanation:
             "",
         ]
     lines += _table(["module", "share of time", "left out"], _modules(traced, cut))
-    lines += [f"- {limit}" for limit in limits]
+    lines += ["", *(f"- {limit}" for limit in limits)]
     return Explanation(saved, round(cut.nbytes / rows), kept, limits, "\n".join(lines).rstrip())
 
 
