@@ -204,7 +204,7 @@ def test_weights_that_cannot_be_had_are_one_sentence(
         ("--arch torchvision:resnet19", "did you mean resnet1"),
         ("--arch torchvision:fcn_resnet50", "no network 'fcn_resnet50' for classification"),
         ("--arch keras:resnet", "--arch keras:resnet is not known"),
-        ("--arch torchvision:resnet18 --depth 20", "--depth is for wrn, densenet and vgg only"),
+        ("--arch torchvision:resnet18 --depth 20", "--depth is for wrn or densenet or vgg only"),
         ("--arch torchvision:inception_v3", "does not take images of 3x32x32"),
         ("--arch torchvision:resnet18 --freeze-first 10", "leaves nothing to train"),
         ("--arch torchvision:resnet18 --freeze-first layer9", "no unit 'layer9': it has conv1,"),

@@ -75,6 +75,7 @@ INSIDE = {
         ["command_line"],
         ["network", "step", "resume", "progress"],
         ["preview", "trainer"],
+        ["run"],
     ],
     "integrations": [["lightning"]],
     "report": [

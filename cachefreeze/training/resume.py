@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.store.files import is_locked
 from cachefreeze.training.command_line import parse, split
 from cachefreeze.training.options import option_of
 from cachefreeze.training.settings import Settings
@@ -71,6 +70,9 @@ def newest_unfinished(settings: Settings) -> Path | None:
 
     A run that a process is working on does not count. None if there is no such run.
     """
+    # A quarter of a second, which only `--resume auto` needs.
+    from cachefreeze.store.files import is_locked
+
     if not RUNS.is_dir():
         return None
     for folder in sorted(RUNS.iterdir(), reverse=True):  # their names begin with the time
