@@ -91,7 +91,7 @@ def _run_in(folder: RunFolder, start: Start) -> dict[str, Any]:
         make_cache_folder(settings.cache_dir)
     command = start.command
     trainer = Trainer(settings, images, model, device, dtype, folder, command)
-    trainer.started = began
+    trainer.state.started = began
     facts = {**settings.as_json(), "network": settings.network, "command": command}
     folder.create(facts)
     about: dict[str, Any] = {
