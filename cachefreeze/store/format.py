@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cachefreeze.files import open_regular
+from cachefreeze.store.files import open_regular
 
 FORMAT = 2
 # Rows are written as they are, or each row is compressed alone.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from cachefreeze.files import open_regular
+from cachefreeze.store.files import open_regular
 from cachefreeze.store.format import SegmentError
 
 # Fields: number of the chunk, number of rows, CRC32C of the rows, of the keys, and of the line.

@@ -11,7 +11,7 @@ import uuid
 from collections import OrderedDict
 from pathlib import Path
 
-from cachefreeze.files import (
+from cachefreeze.store.files import (
     lock_file,
     open_regular,
     remove_tree,
@@ -76,7 +76,7 @@ class Held:
 def share(folder: Path) -> int | None:
     """Takes a shared lock on a segment.
 
-    A forked process does not have the lock. `cachefreeze.files` explains why.
+    A forked process does not have the lock. `cachefreeze.store.files` explains why.
 
     Returns:
         Descriptor of the lock file, or None if the segment cannot be locked.
