@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import human_bytes
 from cachefreeze.lineage.axes import Axes, batch_axes, leave_mixing
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
 from cachefreeze.lineage.modules import compiled_functions
 from cachefreeze.lineage.operations import LIVE, MIXES, SHAPELESS, TRAINED, Operation, Trace, mark
 from cachefreeze.lineage.tracer import trace
+from cachefreeze.store.files import human_bytes
 
 # Bytes a second at which memory or a fast disk returns kept values.
 READING_RATE = 1e9
