@@ -16,9 +16,11 @@ ROOT = Path(__file__).parents[1]
 # Folders whose modules are checked, without the folders in them.
 FOLDERS = [
     "cachefreeze",
+    "cachefreeze/cache",
     "cachefreeze/data",
     "cachefreeze/freezeout",
     "cachefreeze/integrations",
+    "cachefreeze/keys",
     "cachefreeze/lineage",
     "cachefreeze/models",
     "cachefreeze/report",

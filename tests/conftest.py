@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cachefreeze.cache import route
-from cachefreeze.plan import costs, forecast, pace
+from cachefreeze.cache import selection
+from cachefreeze.plan import costs, forecast, overhead
 from cachefreeze.train import main
 from cachefreeze.training import checkpoint
 
@@ -172,10 +172,10 @@ def _short_runs() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def any_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets frozen work be left out whatever share of the time it was measured to be."""
-    monkeypatch.setattr(route, "LEAST_SHARE", 0.0)
+    monkeypatch.setattr(selection, "LEAST_SHARE", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def no_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets caches of small models take whatever time following takes."""
-    monkeypatch.setattr(pace, "_FREE_SECONDS", float("inf"))
+    monkeypatch.setattr(overhead, "_FREE_SECONDS", float("inf"))

@@ -1,4 +1,4 @@
-"""What the bits of a result may depend on beside what it is computed from."""
+"""Versions, switches and hardware that the bits of a result may depend on."""
 
 import functools
 import platform
@@ -11,10 +11,12 @@ import torch
 
 
 def environment(device: torch.device) -> tuple[Any, ...]:
-    """Returns versions and switches of now. They are compared at every call: 5 microseconds.
+    """Returns torch's versions and switches as they are now.
+
+    They are compared at every call, which takes 5 microseconds.
 
     Args:
-        device: Device of the computation.
+        device: Device that computes.
     """
     return (
         *numerics(device).values(),
@@ -74,23 +76,25 @@ def _convolution_tf32() -> bool | str:
         return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
 
 
-# The smallest number that is not denormal.
+# Smallest positive number that is not denormal.
 _SMALLEST = sys.float_info.min
 
 
 def flushes_denormals() -> bool:
-    """Says whether this thread makes zeros of the smallest numbers: `torch.set_flush_denormal`.
+    """Returns whether this thread turns denormal numbers into zeros.
 
-    It is a switch of the processor, which torch does not tell. Python's numbers obey it, too.
+    It is the switch that `torch.set_flush_denormal` sets. torch has no function that returns it.
+    Python's own numbers obey it too, so a division shows it.
     """
     return _SMALLEST / 2 == 0.0
 
 
 @functools.cache
 def machine() -> tuple[str, str]:
-    """Returns the name of the processor, by which libraries choose how they compute.
+    """Returns the processor's name and torchvision's version.
 
-    torchvision's version stands beside it: some of its operators are kept as they are named.
+    Libraries choose their kernels by the processor. torchvision has operators of its own, which are
+    kept by name alone.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

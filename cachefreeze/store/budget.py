@@ -68,8 +68,8 @@ class Budget:
         if self.max_bytes is not None and nbytes > self.max_bytes:
             return False
         kept: set[Path] = set()
-        # Counted again after each removal, since other processes may remove segments, too.
-        while (total := self.total()) + nbytes > self._limit(total):
+        # Counted again after each removal, for others may remove at the same time.
+        while (total := self.total()) + nbytes > self.limit(total):
             if not kept:
                 remove_trash(self._directory)
             left = [folder for folder in self._known if folder not in kept]
@@ -81,7 +81,12 @@ class Budget:
             kept.add(oldest)
         return True
 
-    def _limit(self, total: int) -> int:
+    def limit(self, total: int) -> int:
+        """Returns the number of bytes that all segments may take.
+
+        Args:
+            total: Number of bytes that they take now.
+        """
         if self.max_bytes is not None:
             return self.max_bytes
         return (total + shutil.disk_usage(self._directory).free) // 2

@@ -50,7 +50,8 @@ class Directory:
         self._rows: dict[bytes, Rows] = {}
         self._held = Held()
         self._files = Files()
-        self._writer = Writer(self._path, Budget(self._path, max_bytes), tell)
+        self._budget = Budget(self._path, max_bytes)
+        self._writer = Writer(self._path, self._budget, tell)
         self._closed = False
         problem = _prepare(self._path)
         if problem is not None:
@@ -59,6 +60,16 @@ class Directory:
                 "further rows are written"
             )
         _open.add(self)
+
+    @property
+    def path(self) -> Path:
+        """Absolute path of the folder."""
+        return self._path
+
+    @property
+    def room(self) -> int:
+        """Number of bytes that all sets may take if there is none yet."""
+        return self._budget.limit(0)
 
     def rows(self, name: bytes, row: Row, about: Mapping[str, Any], codec: str = "raw") -> Rows:
         """Returns the rows of one set, which is created if it does not exist.

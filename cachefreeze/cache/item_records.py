@@ -1,4 +1,4 @@
-"""What is known of items by their numbers: hashes of what is large, and all that is small."""
+"""Records of a data set's items, by number: hashes of large parts, and all small parts."""
 
 import functools
 import io
@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from cachefreeze.cache.fetching import Files, Stamp, stamp_of
-from cachefreeze.keys import SMALL, Description, rows_hashed
+from cachefreeze.keys import SMALL, Fingerprint, rows_hashed
 from cachefreeze.keys.bits import bits_of
-from cachefreeze.store.files import write_atomically
+from cachefreeze.store.files import human_bytes, write_atomically
 
 Tensor = torch.Tensor
-# Bytes of all small parts of a data set's items together.
+# Largest number of bytes of the small parts of all items together.
 _MOST_SMALL = 1 << 28
-# Items of which something is known are kept in a file of this layout.
+# Version of the file format of records.
 _VERSION = 1
 _DTYPES = {
     str(one): one
@@ -32,17 +32,17 @@ _DTYPES = {
 
 
 class NotByRowsError(Exception):
-    """A batch cannot be put together from its rows. The message says why, to follow "its items"."""
+    """A batch cannot be put together from rows. The message is a reason to follow "its items"."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor, or a list of strings, in a batch.
+    """Kind of one tensor, or of one list of strings, in a batch.
 
     Attributes:
-        dtype: Name of its type. Empty for strings.
+        dtype: Name of the dtype. Empty for strings.
         shape: Shape of a row.
-        channels_last: Whether it lies so in memory.
+        channels_last: Whether a batch is in `torch.channels_last` format.
     """
 
     dtype: str
@@ -51,44 +51,47 @@ class Leaf:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
+        """Number of bytes of a row."""
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
     @functools.cached_property
     def is_large(self) -> bool:
-        """Whether only its hash is kept."""
+        """Whether only hashes of its rows are kept."""
         return bool(self.dtype) and self.row_bytes > SMALL
 
     def like(self, rows: int) -> Tensor:
-        """Returns a tensor of its kind without values."""
+        """Returns a batch of this kind on the meta device, without values."""
         form = torch.channels_last if self.channels_last else torch.contiguous_format
         shape = (rows, *self.shape)
         return torch.empty(shape, dtype=_DTYPES[self.dtype], device="meta", memory_format=form)
 
     def made_of(self, rows: Tensor) -> Tensor:
-        """Returns a batch.
+        """Returns a batch of this kind.
 
         Args:
-            rows: Bytes of its rows, of shape (rows, bytes), on a buffer of their own.
+            rows: Bytes of its rows, of shape (rows, bytes). They become the memory of the batch.
         """
         dtype, shape = _DTYPES[self.dtype], (len(rows), *self.shape)
         made = rows.reshape(-1).view(dtype).reshape(shape)
         return made.contiguous(memory_format=torch.channels_last) if self.channels_last else made
 
 
-# A batch with the places of its tensors in the place of them.
+# A batch in which each tensor, or list of strings, is replaced by its place in the list of leaves.
 Structure = Any
 
 
 def take_apart(batch: Any, rows: int) -> tuple[Structure, list[Leaf], list[Any]]:
-    """Finds the tensors, and lists of strings, in a batch.
+    """Finds the tensors, and the lists of strings, in a batch.
 
     Args:
-        batch: Batch, as it was collated.
+        batch: Batch, as the collate function returned it.
         rows: Number of its rows.
 
+    Returns:
+        Structure of the batch, and kinds and values of its leaves.
+
     Raises:
-        NotByRowsError: something in it has no row for each item.
+        NotByRowsError: A part of the batch does not have one row for each item.
     """
     leaves: list[Leaf] = []
     values: list[Any] = []
@@ -102,22 +105,22 @@ def take_apart(batch: Any, rows: int) -> tuple[Structure, list[Leaf], list[Any]]
             return {key: walk(one) for key, one in value.items()}
         if type(value) in (list, tuple) and value and all(type(one) is str for one in value):
             if len(value) != rows:
-                raise NotByRowsError("have strings that are not one for each item")
+                raise NotByRowsError("have a list of strings that has not one string for each item")
             leaves.append(Leaf(""))
             values.append(list(value))
             return (type(value), len(leaves) - 1)
         if type(value) in (list, tuple):
             return [type(value), *map(walk, value)]
-        raise NotByRowsError(f"have a {type(value).__name__} in them")
+        raise NotByRowsError(f"contain a {type(value).__name__}")
 
     return walk(batch), leaves, values
 
 
 def put_together(structure: Structure, values: Mapping[int, Any]) -> Any:
-    """Returns a batch.
+    """Returns a batch made of leaves.
 
     Args:
-        structure: Batch with the places of its tensors.
+        structure: Structure of the batch.
         values: Tensors, and lists of strings, by their places.
     """
     if isinstance(structure, int):
@@ -131,42 +134,46 @@ def put_together(structure: Structure, values: Mapping[int, Any]) -> Any:
 
 def _leaf(value: Tensor, rows: int) -> Leaf:
     if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_nested:
-        raise NotByRowsError(f"have a {type(value).__name__} of a kind of its own in them")
+        raise NotByRowsError(f"contain a {type(value).__name__} that is not a plain dense tensor")
     if value.requires_grad or str(value.dtype) not in _DTYPES or value.device.type != "cpu":
-        raise NotByRowsError("have a tensor with gradient, of a rare type or on a device in them")
+        raise NotByRowsError(
+            "contain a tensor that takes gradient, has a rare dtype or is not on the CPU"
+        )
     if not value.dim() or len(value) != rows:
-        raise NotByRowsError("have a tensor in them that has not a row for each item")
+        raise NotByRowsError("contain a tensor that has not one row for each item")
     channels_last = False
     if not value.is_contiguous():
         channels_last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
         if not channels_last:
-            raise NotByRowsError("have a tensor in them that does not lie in the order of its rows")
+            raise NotByRowsError("contain a tensor whose rows are not contiguous in memory")
     return Leaf(str(value.dtype), tuple(value.shape[1:]), channels_last)
 
 
-class Binding:
-    """What is known of the items of a data set.
+class ItemRecords:
+    """Records of the items of a data set.
 
     Args:
-        description: What the data set holds.
+        fingerprint: Fingerprint of the data set.
         count: Number of its items.
-        name: Name of the data set, for people.
+        name: Name of the data set, for messages.
 
     Attributes:
-        description: What the data set holds, if its digest means something only as long as that
-            lives.
-        off: Why items are loaded always, to follow a name. Empty if they are not.
-        structure: Batch with the places of its tensors. None until one was loaded.
-        leaves: Tensors, and lists of strings, in a batch.
-        known: Whether each item is known.
-        grown: Whether something is known that is not in the file.
-        portable: Whether what is known holds for other processes.
+        digest: Digest of the fingerprint.
+        fingerprint: Fingerprint of the data set, if its digest is valid only while it lives. Else
+            None.
+        portable: Whether the records are valid in other processes.
+        name: Name of the data set, for messages.
+        off: Reason why all items are always loaded, to follow "its items". Empty if there is none.
+        structure: Structure of a batch. None until one was loaded.
+        leaves: Kinds of the tensors, and of the lists of strings, in a batch.
+        known: Whether each item has a record, of shape (count,).
+        grown: Whether there are records that are not in the file yet.
     """
 
-    def __init__(self, description: Description, count: int, name: str) -> None:
-        self.digest = description.digest
-        self.description = None if description.portable else description
-        self.portable = description.portable and description.only_python
+    def __init__(self, fingerprint: Fingerprint, count: int, name: str) -> None:
+        self.digest = fingerprint.digest
+        self.fingerprint = None if fingerprint.portable else fingerprint
+        self.portable = fingerprint.portable and fingerprint.only_python
         self.name = name
         self.off = ""
         self.structure: Structure = None
@@ -177,7 +184,7 @@ class Binding:
         self._files: list[Files] = [()] * count
 
     def turn_off(self, why: str) -> None:
-        """Has all items loaded from now on.
+        """Drops all records. From now on all items are loaded.
 
         Args:
             why: Reason, to follow "its items".
@@ -188,19 +195,19 @@ class Binding:
 
     @property
     def large(self) -> list[int]:
-        """Places of the parts that are known by their hashes."""
+        """Places of the leaves of which only hashes are kept."""
         return [place for place, leaf in enumerate(self.leaves) if leaf.is_large]
 
     def bind(self, indices: Sequence[int], batch: Any, files: Sequence[Files | None]) -> list[int]:
-        """Notes what items are.
+        """Records items of a batch.
 
         Args:
-            indices: Their numbers.
+            indices: Numbers of the items.
             batch: Batch that was made of them.
-            files: Files that each was read from, or None where that is not known.
+            files: Files that each item was read from. None for an item whose files are not known.
 
         Returns:
-            Numbers of those that are others than before.
+            Numbers of the items that differ from their earlier record.
 
         Raises:
             NotByRowsError: The batch cannot be put together from its rows.
@@ -209,7 +216,7 @@ class Binding:
         if not self.leaves:
             self._begin(structure, leaves)
         elif (structure, leaves) != (self.structure, self.leaves):
-            raise NotByRowsError("have other shapes or types from batch to batch")
+            raise NotByRowsError("have shapes or types that change from batch to batch")
         places = np.asarray(indices)
         told = self._told(values)
         sure = np.array([one is not None for one in files], dtype=bool)
@@ -227,10 +234,10 @@ class Binding:
         return others
 
     def differ(self, indices: Sequence[int], batch: Any) -> list[int]:
-        """Returns the numbers of those items that are others than is known.
+        """Returns the numbers of the items that differ from their record.
 
         Args:
-            indices: Numbers of known items.
+            indices: Numbers of items that have a record.
             batch: Batch that was made of them now.
         """
         try:
@@ -256,9 +263,11 @@ class Binding:
         count = len(self.known)
         small = sum(leaf.row_bytes for leaf in leaves if leaf.dtype and not leaf.is_large)
         if not any(leaf.is_large for leaf in leaves):
-            raise NotByRowsError(f"have nothing in them that is larger than {SMALL} bytes")
+            raise NotByRowsError(f"have no part that is larger than {SMALL} bytes")
         if small * count > _MOST_SMALL:
-            raise NotByRowsError("have too many small parts")
+            raise NotByRowsError(
+                f"have small parts of more than {human_bytes(_MOST_SMALL)} together"
+            )
         self.structure, self.leaves = structure, leaves
         self._kept = [
             ([""] * count if not leaf.dtype else np.zeros((count, 2), dtype=np.uint64))
@@ -278,11 +287,11 @@ class Binding:
         ]
 
     def keys(self, indices: np.ndarray) -> dict[int, np.ndarray]:
-        """Returns the hashes of the rows of each large part, by its place."""
+        """Returns the hashes of the rows of each large leaf, by its place."""
         return {place: self._kept[place][indices] for place in self.large}
 
     def small(self, indices: np.ndarray) -> dict[int, Any]:
-        """Returns the small parts of a batch, each on a buffer of its own, by their places."""
+        """Returns the small leaves of a batch, by their places. Each has memory of its own."""
         chosen = torch.from_numpy(indices)
         return {
             place: leaf.made_of(torch.from_numpy(kept).index_select(0, chosen))
@@ -293,10 +302,13 @@ class Binding:
         }
 
     def forget_changed(self, indices: np.ndarray) -> bool:
-        """Forgets those items of a batch whose files are not as they were.
+        """Drops the records of items whose files have changed.
+
+        Args:
+            indices: Numbers of the items.
 
         Returns:
-            Whether there were such.
+            Whether there are any such items.
         """
         seen: dict[str, Stamp] = {}
         changed = [
@@ -308,13 +320,11 @@ class Binding:
         self.known[changed] = False
         return bool(changed)
 
-    # In a file, for other processes.
-
     def save(self, folder: Path) -> None:
-        """Keeps what is known for other processes.
+        """Writes the records to a file for other processes.
 
         Args:
-            folder: Folder of the files.
+            folder: Folder of the file.
         """
         if not self.grown or not self.portable or self.off:
             return
@@ -356,10 +366,10 @@ class Binding:
         write_atomically(self._path(folder), content)
 
     def load(self, folder: Path) -> None:
-        """Takes what another process knew of the same data set, if it did.
+        """Reads the records that another process has made of the same data set, if there are any.
 
         Args:
-            folder: Folder of the files.
+            folder: Folder of the file.
         """
         path = self._path(folder)
         if not self.portable or self.off or not path.is_file():
@@ -367,7 +377,7 @@ class Binding:
         try:
             with np.load(path, allow_pickle=False) as found:
                 self._take({name: found[name] for name in found.files})
-        except Exception:  # damaged, or of another version: items are loaded
+        except Exception:  # the file is damaged or of another version, so items are loaded
             self.structure, self.leaves, self._kept = None, [], []
             self.known[:] = False
             self._files = [()] * len(self.known)
@@ -403,12 +413,12 @@ class Binding:
         return folder / f"{self.digest.hex()}.npz"
 
     def remove(self, folder: Path) -> None:
-        """Removes what other processes would take."""
+        """Removes the file that other processes would read."""
         self._path(folder).unlink(missing_ok=True)
 
 
 def _as_json(structure: Structure) -> Any:
-    """Returns a structure as plain JSON, or None if that cannot say it."""
+    """Returns a structure as plain JSON, or None if JSON cannot express it."""
     if isinstance(structure, int):
         return structure
     if isinstance(structure, dict):

@@ -1,7 +1,7 @@
-"""Parameters and buffers that move from step to step although they take no gradient.
+"""Parameters and buffers that change from step to step although they take no gradient.
 
-Mean teachers, moving averages, momentum that goes on after a freeze: such tensors count as trained
-until they have rested.
+Examples are mean teachers, moving averages, and momentum that goes on after a freeze. Such tensors
+count as trained until they have stopped changing.
 """
 
 import weakref
@@ -13,19 +13,19 @@ from cachefreeze.keys import Weights
 
 Tensor = torch.Tensor
 
-# Number of calls for which a tensor must have rested, and the largest such number: each time that
-# it has moved again, it is looked at half as often.
+# Number of calls without a change after which a tensor counts as frozen again, and the largest such
+# number. The number doubles each time that none of the tensors has stopped changing.
 _CALLS, _MOST_CALLS = 16, 1024
 
 
-class Moving:
-    """The tensors that move.
+class MovingWeights:
+    """Parameters and buffers that are known to change.
 
     Args:
         weights: Hashes of frozen parameters and buffers.
 
     Attributes:
-        version: Number that grows whenever a tensor is found to move or to rest.
+        version: Number that grows whenever a tensor is found to change or to have stopped changing.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -35,24 +35,24 @@ class Moving:
         self._calls, self._wait = 0, _CALLS
 
     def __bool__(self) -> bool:
-        """Says whether any tensor moves."""
+        """Returns whether any tensor changes."""
         return bool(self._digests)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Returns the tensors that move."""
+        """Tensors that change."""
         found = [reference() for reference, _ in self._digests.values()]
         return [tensor for tensor in found if tensor is not None]
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Notes tensors that were seen to move."""
+        """Adds tensors that were seen to change."""
         for tensor in tensors:
             self._digests[id(tensor)] = weakref.ref(tensor), self._weights.digest(tensor)
         self.version += 1
         self._calls, self._wait = 0, _CALLS
 
     def look(self) -> None:
-        """Counts a call. Now and then, finds the tensors that have rested since the last look."""
+        """Counts a call, and from time to time removes the tensors that have stopped changing."""
         if not self._digests:
             return
         self._calls += 1

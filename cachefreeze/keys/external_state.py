@@ -1,8 +1,8 @@
-"""What a traced pass depends on beside arguments, parameters and buffers, compared at every call.
+"""State outside of a call that its result depends on, and that is compared at every call.
 
-Attributes of modules that are no numbers or strings (tensors, functions, arrays), and what code
-reads: global variables, closures, defaults, attributes of classes. What a traced pass says holds
-for a later one only if all these are the same.
+It consists of the attributes of modules other than numbers and strings (tensors, functions, arrays)
+and of what their code reads: global variables, closures, defaults, attributes of classes. A trace
+is valid for a later call only if all of this is unchanged.
 """
 
 import functools
@@ -18,31 +18,31 @@ import numpy as np
 import xxhash
 from torch import nn
 
-from cachefreeze.keys.code import PARTS_OF_FUNCTIONS, Code, Place, is_foreign
+from cachefreeze.keys.code_reads import PARTS_OF_FUNCTIONS, CodeReads, Place, is_foreign
 from cachefreeze.lineage.contents import Glance, attributes_of
 from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.soundness import PARTS
 from cachefreeze.lineage.structure import PLAIN_KINDS, is_tensor
 
-# Depth that is compared, and number of entries of a container. Of more, the first and last are.
+# Limits on what is compared: depth of nesting, and number of entries of a container. Of a larger
+# container, so many entries at the start and at the end are compared.
 _DEEP, _MANY, _SOME = 4, 1000, 50
 _SEQUENCES, _SETS = (list, tuple, deque), (set, frozenset)
 _CONTAINERS = (dict, *_SEQUENCES, *_SETS)
 _OPENED = (*_CONTAINERS, np.ndarray)
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-# Objects of python's own that people keep settings in.
+# Classes of Python that people keep settings in.
 _PLAIN_OBJECTS = ("SimpleNamespace", "Namespace")
 
 
 class _Watched:
-    """A place, and what was read there.
+    """Value that code reads from one place, and a check that it is unchanged.
 
-    What holds others is described, with the identity of what is no setting; anything else is known
-    by its identity.
+    A container or a plain object is compared by its contents, anything else by its identity.
 
     Args:
-        place: Place.
-        opens: Whether an object is compared by what it holds, or by its identity alone.
+        place: Place that the value is read from.
+        opens: Whether contents may be compared. If False, the identity is.
     """
 
     __slots__ = ("alive", "name", "opened", "place", "told", "value")
@@ -53,7 +53,7 @@ class _Watched:
         self.opened = opens and _is_opened(value)
         self.alive: list[weakref.ref[Any]] = []
         self.told = self._told(value, self.alive)
-        # The identity of what has no weak reference says something as long as it lives.
+        # An object that allows no weak reference is kept alive: its `id` could be used again.
         held = isinstance(value, _CONTAINERS) or not (self.opened or self.alive)
         self.value: Any = value if held else None
 
@@ -68,7 +68,7 @@ class _Watched:
 
     @property
     def hides(self) -> bool:
-        """Whether a glance cannot tell that it is the same."""
+        """Whether a `Glance` cannot show that the contents are unchanged."""
         return self.opened and not Glance([self.place.read()]).is_same()
 
 
@@ -76,10 +76,10 @@ _parts = attrgetter(*PARTS_OF_FUNCTIONS)
 
 
 class _Look:
-    """A quick look at places: whether the very objects of before are there.
+    """Quick check that the same objects are in all places.
 
     Args:
-        watched: Places, which hold what they held.
+        watched: Values, which are unchanged at this moment.
     """
 
     def __init__(self, watched: Sequence[_Watched]) -> None:
@@ -89,7 +89,7 @@ class _Look:
         for one in watched:
             holder, key = one.place.holder, one.place.key
             if isinstance(holder, weakref.ref):
-                # All three parts of a function are looked at, by whichever of them is a place.
+                # All parts of a function are compared, so each function is needed once.
                 self._functions += [holder] if holder not in self._functions[-1:] else []
                 continue
             if holder is None:
@@ -97,7 +97,7 @@ class _Look:
                 continue
             _, there, absent = spaces.setdefault(id(holder), (holder, [], []))
             (there if key in holder else absent).append(key)
-        # Twice the first one: of a single key there is no tuple.
+        # The first key comes twice, because itemgetter returns no tuple for a single key.
         self._entries = [
             (itemgetter(*there, there[0]), holder) for holder, there, _ in spaces.values() if there
         ]
@@ -126,17 +126,17 @@ class _Look:
         )
 
 
-class Surroundings:
-    """What the code of some modules reads now, to be compared later.
+class ExternalState:
+    """State outside of a call that the code of some modules reads.
 
     Args:
-        modules: Modules.
-        given: Arguments of a call. Functions among them are looked into.
+        modules: Modules whose code and attributes are looked into.
+        given: Arguments of the call. Functions among them are looked into as well.
     """
 
     def __init__(self, modules: Iterable[nn.Module], given: Any) -> None:
         modules = list(modules)
-        self._code = Code()
+        self._code = CodeReads()
         attributes = list(_attributes(modules))
         for place in attributes:
             self._code.take(place.read())
@@ -144,7 +144,7 @@ class Surroundings:
             self._code.module_class(kind)
         for function in _functions_in(given, 0):
             self._code.take(function)
-        # The signature of a trace compares what plain objects among attributes hold.
+        # The contents of plain objects are compared by the signature of the trace.
         self._watched = [_Watched(one, isinstance(one.read(), _OPENED)) for one in attributes]
         self._taken = 0
         self._take()
@@ -152,16 +152,16 @@ class Surroundings:
         self._slow: list[_Watched] = []
 
     def frames(self) -> Frames:
-        """Makes what looks into the functions that run in the pass."""
+        """Makes the hook that looks into each function that runs in the traced pass."""
         return self._code.frames(self._take)
 
     def _take(self) -> None:
-        """Reads the places that were found since the last time."""
+        """Reads the places that were found since the last call of this method."""
         found, self._taken = self._code.places[self._taken :], len(self._code.places)
         self._watched += [_Watched(place, True) for place in found]
 
     def settle(self) -> None:
-        """Forgets what the pass itself has changed, such as a counter."""
+        """Ends the traced pass. State that the pass itself changed is not compared."""
         self._code.resolve()
         self._take()
         self._watched = [one for one in self._watched if one.is_same()]
@@ -169,12 +169,12 @@ class Surroundings:
         self._look = None
 
     def difference(self) -> str:
-        """Names something that has changed, or returns an empty string."""
+        """Returns the name of something that has changed, or an empty string."""
         if self._look is None or not self._look.is_same():
             for one in self._watched:
                 if not one.is_same():
                     return one.name
-            # What a glance cannot see is compared as a whole each time.
+            # The quick check does not cover these: they are compared as a whole each time.
             self._slow = [one for one in self._watched if one.hides]
             self._look = _Look([one for one in self._watched if not one.hides])
             return ""
@@ -192,13 +192,13 @@ def _identity(value: Any, alive: list["weakref.ref[Any]"]) -> Any:
 
 
 def _told(value: Any, alive: list["weakref.ref[Any]"], depth: int = 0) -> Any:
-    """Describes a value by what it holds, and what holds no settings by its identity.
+    """Describes the contents of a container or a plain object, and the identity of anything else.
 
     Args:
-        value: Value.
-        alive: Where weak references to what is known by its identity go. An identity says
-            something as long as the object lives.
-        depth: Depth of the value in others.
+        value: Value to describe.
+        alive: List that weak references are appended to, one for each object that is described by
+            its identity. An identity is valid as long as the object lives.
+        depth: Depth of nesting.
     """
     kind = type(value)
     if kind in PLAIN_KINDS:
@@ -229,13 +229,13 @@ def _key(key: Any) -> Any:
 
 
 def _is_opened(value: Any) -> bool:
-    """Says whether a value is compared by what it holds."""
+    """Returns whether a value is compared by its contents."""
     opened = isinstance(value, _OPENED)
     return opened or (not is_tensor(value) and _is_plain_object(value))
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Says whether a value is a plain object of somebody's own, such as a configuration."""
+    """Returns whether a value is an instance of a user's class, such as a configuration."""
     kind = type(value)
     if is_foreign(kind) and kind.__name__ not in _PLAIN_OBJECTS:
         return False
@@ -243,7 +243,7 @@ def _is_plain_object(value: Any) -> bool:
 
 
 def _attributes(modules: list[nn.Module]) -> Iterator[Place]:
-    """Yields attributes of modules that are no numbers or strings."""
+    """Yields the attributes of modules that are neither numbers nor strings."""
     for module in modules:
         held = vars(module)
         for key, value in held.items():
@@ -252,12 +252,15 @@ def _attributes(modules: list[nn.Module]) -> Iterator[Place]:
 
 
 def read_by_code(kind: type[nn.Module]) -> list[tuple[str, Any]]:
-    """Returns what the code of a class reads beside arguments and attributes, each with a name.
+    """Returns what the code of a class reads beside arguments and attributes.
 
     Args:
         kind: Class of modules.
+
+    Returns:
+        Name and value of each thing that is read.
     """
-    code = Code(calls=True)
+    code = CodeReads(calls=True)
     code.module_class(kind)
     return [(place.name, place.read()) for place in code.places]
 

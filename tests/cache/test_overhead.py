@@ -7,22 +7,22 @@ import torch
 from torch import nn
 
 from cachefreeze import ActivationCache
-from cachefreeze.plan import pace
-from cachefreeze.plan.pace import Kind, Meter, Pace
+from cachefreeze.plan import overhead
+from cachefreeze.plan.overhead import CallTimer, Kind, Overhead
 
 from .harness import assert_same, batches, plainly
 
 
 def over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets no second be lost."""
-    monkeypatch.setattr(pace, "_FREE_SECONDS", 0.0)
-    monkeypatch.setattr(pace, "_SHARE", 0.0)
+    monkeypatch.setattr(overhead, "_FREE_SECONDS", 0.0)
+    monkeypatch.setattr(overhead, "_SHARE", 0.0)
 
 
 @pytest.fixture
 def a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a second be lost, as outside of tests."""
-    monkeypatch.setattr(pace, "_FREE_SECONDS", 1.0)
+    monkeypatch.setattr(overhead, "_FREE_SECONDS", 1.0)
 
 
 def small() -> nn.Module:
@@ -55,7 +55,7 @@ def test_calls_that_are_served_no_faster_than_they_run_are_left_alone(
         for _ in range(300):
             assert_same(model(x), plainly(model, x))
         assert 0 < cache.stats.rows_served < 100 * 8
-        assert "as long as doing it" in str(cache)
+        assert "as long as one without the cache" in str(cache)
         assert cache.stats.rows_kept == 0
 
 
@@ -63,7 +63,7 @@ def test_rows_that_come_again_while_calls_are_left_alone_are_served_in_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     over(monkeypatch)
-    monkeypatch.setattr(pace, "_NOTING_SHARE", math.inf)
+    monkeypatch.setattr(overhead, "_NOTING_SHARE", math.inf)
     torch.manual_seed(0)
     width = 1024
     model = nn.Sequential(
@@ -82,48 +82,48 @@ def test_rows_that_come_again_while_calls_are_left_alone_are_served_in_the_end(
 @pytest.mark.usefixtures("a_second")
 @pytest.mark.parametrize("measured", [False, True])
 def test_a_loop_of_long_calls_is_never_over(measured: bool) -> None:
-    paces = Pace()
-    paces._began -= 100.0
-    meter = Meter(paces, events=50, frozen_seconds=0.9)
+    lost = Overhead()
+    lost._began -= 100.0
+    timer = CallTimer(lost, events=50, frozen_seconds=0.9)
     for _ in range(100):
-        meter.note(Kind.KEPT, 1.003, 0.001)
+        timer.note(Kind.KEPT, 1.003, 0.001)
         if measured:
-            meter.note_plain(1.0)
+            timer.note_plain(1.0)
     # A millisecond beside 50 events of at most 50 microseconds each.
-    assert paces.calls <= 100 * 0.0036
-    assert not paces.is_over
-    assert not meter.wants_plain(Kind.KEPT)
+    assert lost.calls <= 100 * 0.0036
+    assert not lost.is_over
+    assert not timer.wants_plain(Kind.KEPT)
 
 
 @pytest.mark.usefixtures("a_second")
 def test_what_serving_saves_makes_up_for_what_keeping_has_lost() -> None:
-    paces = Pace()
-    meter = Meter(paces, events=50, frozen_seconds=0.004)
+    lost = Overhead()
+    timer = CallTimer(lost, events=50, frozen_seconds=0.004)
     for _ in range(400):
-        meter.note(Kind.KEPT, 0.010, 0.002)
-    assert paces.is_over
-    assert meter.wants_plain(Kind.KEPT)
+        timer.note(Kind.KEPT, 0.010, 0.002)
+    assert lost.is_over
+    assert timer.wants_plain(Kind.KEPT)
     for _ in range(3):
-        meter.note_plain(0.005)
-    assert meter.pauses  # 400 times the smaller of 5 ms and 4.5 ms
-    assert paces.calls == pytest.approx(400 * 0.0045)
+        timer.note_plain(0.005)
+    assert timer.pauses  # 400 times the smaller of 5 ms and 4.5 ms
+    assert lost.calls == pytest.approx(400 * 0.0045)
     for _ in range(400):
-        meter.note(Kind.SERVED, 0.001, 0.0005)
-    assert paces.calls == pytest.approx(400 * 0.0045 - 400 * 0.004)
-    assert not meter.pauses
-    assert not meter.loses
+        timer.note(Kind.SERVED, 0.001, 0.0005)
+    assert lost.calls == pytest.approx(400 * 0.0045 - 400 * 0.004)
+    assert not timer.pauses
+    assert not timer.loses
 
 
 @pytest.mark.usefixtures("a_second")
 def test_one_moment_in_which_others_compute_does_not_end_serving() -> None:
-    paces = Pace()
-    paces.calls = 1e9
-    meter = Meter(paces, events=1, frozen_seconds=1.0)
+    lost = Overhead()
+    lost.calls = 1e9
+    timer = CallTimer(lost, events=1, frozen_seconds=1.0)
     for _ in range(3):
-        meter.note_plain(0.010)
+        timer.note_plain(0.010)
     for number in range(64):
-        meter.note(Kind.SERVED, 0.001 if number % 16 == 5 else 0.5, 0.0)
-        assert not meter.loses
+        timer.note(Kind.SERVED, 0.001 if number % 16 == 5 else 0.5, 0.0)
+        assert not timer.loses
     for _ in range(16):
-        meter.note(Kind.SERVED, 0.011, 0.0)
-    assert meter.loses
+        timer.note(Kind.SERVED, 0.011, 0.0)
+    assert timer.loses

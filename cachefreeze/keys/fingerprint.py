@@ -1,7 +1,8 @@
-"""What an object holds and what its code reads, such as a data set with its transforms.
+"""Fingerprint of an object with all that its code reads, such as a data set with its transforms.
 
-Two objects with one digest give the same items by the same numbers, as far as python code, python's
-containers, arrays and tensors go. What C extensions and files hold is not seen.
+Two data sets with the same digest return the same item for the same number. This holds for Python
+code, Python's containers, arrays and tensors. The contents of files and the state inside C
+extensions are not part of the digest.
 """
 
 import enum
@@ -24,13 +25,13 @@ from cachefreeze.keys.bits import bits_of
 from cachefreeze.keys.bytecode import content, globals_of, is_foreign, names, version
 from cachefreeze.lineage.structure import PLAIN_KINDS
 
-# Packages whose code reads files in no other way than python's `open`.
+# Packages whose code reads files only by Python's `open`.
 _OPEN_BY_PYTHON = ("torch", "numpy", "PIL", "sklearn", "cachefreeze")
-# Functions that give something else in each call, and move no random state that could be compared.
+# Functions that return something else at each call, and change no random state that is compared.
 _ENTROPY = frozenset(
     ("default_rng", "RandomState", "SystemRandom", "urandom", "secrets", "uuid1", "uuid4", "Random")
 )
-# Bytes of an array that are hashed at every look, and in a description.
+# Largest array, in bytes, that is hashed at every quick check, and that is hashed at all.
 _SMALL, _LARGE = 1 << 20, 1 << 30
 _MANY_FUNCTIONS = 2000
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -42,12 +43,12 @@ _NO_VARIABLES = frozenset(
 
 
 class _Check:
-    """Says whether something is as it was.
+    """Check that one part of the object is unchanged.
 
     Args:
-        same: Function that says so.
-        is_generator: Whether it is a generator of random numbers.
-        deep: Whether the look takes long, so that it is left out of quick ones.
+        same: Function that returns whether it is unchanged.
+        is_generator: Whether the part is a generator of random numbers.
+        deep: Whether the check is slow, so that quick checks leave it out.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class _Check:
         self.same, self.is_generator, self.deep = same, is_generator, deep
 
     def settle(self) -> bool:
-        """Forgets what has changed. Says whether something is left to look at."""
+        """Accepts the change. Returns whether there is still something to check."""
         return False
 
 
 class _Entries(_Check):
-    """Says whether the entries of a dictionary, or the attributes of a class, are as they were."""
+    """Check that the entries of a dictionary, or the attributes of a class, are unchanged."""
 
     def __init__(self, held: Mapping[Any, Any]) -> None:
         super().__init__(self._same)
@@ -71,7 +72,7 @@ class _Entries(_Check):
         if self._left:
             return not self._changed() - self._left
         now, before = self._held, self._before
-        # Keys of both in one order: so they are unless something was removed and added again.
+        # Both are in the same order, unless an entry was removed and added again.
         return len(now) == len(before) and all(map(is_, now.values(), before.values()))
 
     def _changed(self) -> set[Any]:
@@ -83,18 +84,18 @@ class _Entries(_Check):
         return True
 
 
-class Description:
-    """What an object holds now, to be compared later and in other processes.
+class Fingerprint:
+    """Fingerprint of an object, to be compared later and in other processes.
 
     Args:
-        value: Object.
+        value: Object to look into.
 
     Attributes:
-        digest: Hash of all that was seen.
+        digest: Hash of everything that was seen.
         portable: Whether the digest means the same in another process.
-        unseen: Something that could not be looked into, for people. Empty if there is none.
-        entropy: Function that gives other results in each call, for people. Empty if none is used.
-        only_python: Whether no code was seen that might read files by other means than `open`.
+        unseen: Name of something that could not be looked into. Empty if there is none.
+        entropy: Name of a function that returns something else at each call. Empty if none is used.
+        only_python: Whether all code reads files by Python's `open`, as far as can be seen.
     """
 
     def __init__(self, value: Any) -> None:
@@ -110,26 +111,24 @@ class Description:
         self.digest = self._hash.digest()
 
     def is_same(self, deep: bool = False) -> bool:
-        """Says whether nothing has changed.
+        """Returns whether nothing has changed.
 
         Args:
-            deep: Whether the elements of large arrays are looked at, too.
+            deep: Whether the elements of large arrays are compared too.
         """
         return all(one.same() for one in self._looks if deep or not one.deep)
 
     def settle(self) -> bool:
-        """Forgets what a use of the object has changed, such as a counter.
+        """Accepts what one use of the object has changed, such as a counter.
 
         Returns:
-            Whether nothing else has changed: no generator of random numbers.
+            False if a generator of random numbers is among the changes.
         """
         changed = [one for one in self._looks if not one.deep and not one.same()]
         gone = [one for one in changed if not one.settle()]
         if gone:
             self._looks = [one for one in self._looks if one not in gone]
         return not any(one.is_generator for one in changed)
-
-    # A value.
 
     def _say(self, *words: Any) -> None:
         self._hash.update("\0".join(map(str, words)).encode(errors="surrogatepass") + b"\1")
@@ -182,14 +181,13 @@ class Description:
             self._tell(one)
             self._watch(functools.partial(_has, value, name, one))
         if not held and not _slots(type(value)) and not _is_plain_class(type(value)):
-            self._opaque(value)  # what it holds is below python
+            self._opaque(value)  # its state is inside a C extension
 
     def _sequence(self, value: Any) -> None:
         self._say(type(value).__name__, len(value))
         if isinstance(value, list):
             before = list(value)
             if _are_plain(before):
-                # A comparison of lists looks at identity first, and takes some ns for each.
                 self._watch(lambda: value == before)
             else:
                 self._watch(lambda: len(value) == len(before) and all(map(is_, value, before)))
@@ -322,7 +320,7 @@ class Description:
                 self._in_module(space[word], code)
 
     def _in_module(self, module: Any, code: types.CodeType) -> None:
-        """Tells what code reads from a module of the user's own."""
+        """Adds what code reads from one of the user's own modules."""
         if isinstance(module, types.ModuleType):
             for word in names(code):
                 if word in vars(module) and version(module.__name__):
@@ -371,30 +369,30 @@ class Description:
         self._say(type(value).__name__, str(value))
 
 
-_Teller = Callable[[Description, Any], None]
+_Teller = Callable[[Fingerprint, Any], None]
 _TOLD: tuple[tuple[Any, _Teller], ...] = (
-    (enum.Enum, Description._enum),
-    (type, Description._class),
-    ((list, tuple), Description._sequence),
-    (dict, Description._dict),
-    ((set, frozenset), Description._set),
-    (np.ndarray, Description._array),
-    (torch.Tensor, Description._tensor),
-    (_GENERATORS, Description._generator),
-    (types.ModuleType, Description._module),
-    (types.FunctionType, Description._function),
-    (types.MethodType, Description._method),
-    (functools.partial, Description._partial),
+    (enum.Enum, Fingerprint._enum),
+    (type, Fingerprint._class),
+    ((list, tuple), Fingerprint._sequence),
+    (dict, Fingerprint._dict),
+    ((set, frozenset), Fingerprint._set),
+    (np.ndarray, Fingerprint._array),
+    (torch.Tensor, Fingerprint._tensor),
+    (_GENERATORS, Fingerprint._generator),
+    (types.ModuleType, Fingerprint._module),
+    (types.FunctionType, Fingerprint._function),
+    (types.MethodType, Fingerprint._method),
+    (functools.partial, Fingerprint._partial),
     ((types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
       types.MethodWrapperType, np.ufunc, torch._ops.OpOverload, torch._ops.OpOverloadPacket),
-     Description._builtin),
+     Fingerprint._builtin),
     ((torch.dtype, torch.device, torch.layout, torch.memory_format, pathlib.PurePath, np.dtype,
-      np.generic, slice, bytearray, type(Ellipsis)), Description._named),
+      np.generic, slice, bytearray, type(Ellipsis)), Fingerprint._named),
 )  # fmt: skip
 
 
 def _are_plain(values: Any) -> bool:
-    """Says whether a sequence holds numbers and strings only, or tuples of them."""
+    """Returns whether a sequence holds only numbers and strings, or tuples of them."""
     kinds = set(map(type, values))
     if not kinds - {tuple} <= PLAIN_KINDS:
         return False

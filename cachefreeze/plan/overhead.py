@@ -1,42 +1,42 @@
-"""What following a loop costs, kept within a small share of the loop's time.
+"""Time that caching costs a training loop, kept below a small share of the loop's time.
 
-A call is followed at a cost of some milliseconds of python, whatever its size. Where calls are
-short and nothing comes of it, that is more than a loop may lose. What a call costs is bounded from
-above at first: that takes no measurement, and for long calls the bound is enough. Only where it is
-not, some calls run plainly to be compared.
+To follow a call takes some milliseconds of Python, however large its tensors are. For short calls
+that are never served, this would be too much. At first the cost of a call is estimated from above,
+by the number of its operations. For long calls this estimate is low enough. Only if it is not, some
+calls run without the cache and are timed.
 """
 
 from collections import deque
 from enum import Enum
 from time import perf_counter
 
-# A loop may lose this share of its time, and so many seconds.
+# Share of a loop's time that caching may cost, and seconds that it may cost beside that.
 _SHARE, _FREE_SECONDS = 0.01, 1.0
-# Share of a call that may go into noting the rows of it when it is left alone.
+# Largest share of a call's time that noting its rows may take while calls run without the cache.
 _NOTING_SHARE = 0.01
-# Largest number of seconds that an event costs that is followed.
+# Upper bound of the seconds that it takes to follow one operation or module call.
 _EACH_EVENT = 5e-5
-# Number of calls that are timed plainly, and of the latest others that they are compared with. The
-# fastest of each count: other processes may hold up any.
+# Number of calls that are timed without the cache, and number of the latest other calls that they
+# are compared with. The fastest of each counts, because other processes may delay any call.
 _PLAIN, _LATEST = 3, 16
-# Share of the frozen work's seconds in the traced pass that is counted as saved, until measured.
+# Share of the frozen work's time in the traced pass that counts as saved until it is measured.
 _SURELY_SAVED = 0.5
 
 
 class Kind(Enum):
-    """What was done with a call: its values were kept or served, or its rows were noted only."""
+    """Kinds of calls: values were kept, or served, or only the rows were noted."""
 
     KEPT = "kept"
     SERVED = "served"
     NOTED = "noted"
 
 
-class Pace:
-    """Seconds that a loop has lost by being followed, for all modules of a cache.
+class Overhead:
+    """Seconds that caching has cost a loop, over all modules of a cache.
 
     Attributes:
-        calls: Seconds that were lost by following calls so far, less those that were saved.
-        once: Seconds that went into what is not done at every call.
+        calls: Seconds that calls have lost so far, less those that they have saved.
+        once: Seconds of work that is not done at every call.
     """
 
     def __init__(self) -> None:
@@ -45,12 +45,12 @@ class Pace:
 
     @property
     def is_over(self) -> bool:
-        """Whether more was lost than a loop may lose."""
+        """Whether more time was lost than is allowed."""
         return self.calls + self.once > self._allowed
 
     @property
     def calls_are_over(self) -> bool:
-        """Whether that much was lost by calls alone: what was spent once is not won back."""
+        """Whether calls alone have lost more time than is allowed. Other time is spent anyway."""
         return self.calls > self._allowed
 
     @property
@@ -58,17 +58,17 @@ class Pace:
         return _FREE_SECONDS + _SHARE * (perf_counter() - self._began)
 
 
-class Meter:
-    """Seconds of the calls of one kind of pass: plain, kept and served.
+class CallTimer:
+    """Seconds of the calls of one trace.
 
     Args:
-        pace: What all passes have lost together.
-        events: Number of events that are followed in a call, at most.
+        overhead: Seconds that all traces of the cache have lost.
+        events: Largest number of operations and module calls that are followed in one call.
         frozen_seconds: Seconds of the frozen work in the traced pass.
     """
 
-    def __init__(self, pace: Pace, events: int, frozen_seconds: float) -> None:
-        self._pace = pace
+    def __init__(self, overhead: Overhead, events: int, frozen_seconds: float) -> None:
+        self._overhead = overhead
         self._bound = _EACH_EVENT * events
         self._frozen = frozen_seconds
         self._plain: list[float] = []
@@ -78,29 +78,29 @@ class Meter:
         self._lost = 0.0
 
     def wants_plain(self, kind: Kind) -> bool:
-        """Says whether a call must run plainly, to be timed beside those of a kind.
+        """Returns whether the next call must run without the cache, to be timed.
 
         Args:
-            kind: What would be done with the call.
+            kind: Kind that the call would have with the cache.
         """
-        if len(self._plain) == _PLAIN or not self._pace.calls_are_over:
+        if len(self._plain) == _PLAIN or not self._overhead.calls_are_over:
             return False
         return self._counts[kind] > 0 and self._cost(kind) > 0
 
     @property
     def pauses(self) -> bool:
-        """Whether calls whose values would only be kept are left alone for now."""
-        return len(self._plain) == _PLAIN and self._pace.calls_are_over
+        """Whether calls of which values would only be kept run without the cache for now."""
+        return len(self._plain) == _PLAIN and self._overhead.calls_are_over
 
     @property
     def may_note(self) -> bool:
-        """Whether noting the rows of a call that is left alone costs next to nothing."""
+        """Whether noting the rows of a call that runs without the cache takes almost no time."""
         noted = self._latest[Kind.NOTED]
         return len(noted) < _LATEST or min(noted) <= _NOTING_SHARE * self.plain_seconds
 
     @property
     def plain_seconds(self) -> float:
-        """Seconds of the fastest plain call, once that was measured."""
+        """Seconds of the fastest call without the cache. It must have been measured."""
         return min(self._plain)
 
     def seconds(self, kind: Kind) -> float:
@@ -109,7 +109,7 @@ class Meter:
 
     @property
     def loses(self) -> bool:
-        """Whether served calls were found to take as long as plain ones."""
+        """Whether served calls were found to take as long as calls without the cache."""
         return (
             self.pauses
             and len(self._latest[Kind.SERVED]) == _LATEST
@@ -117,16 +117,16 @@ class Meter:
         )
 
     def note_plain(self, seconds: float) -> None:
-        """Notes a call that ran plainly."""
+        """Adds a call that ran without the cache."""
         self._plain.append(seconds)
         if len(self._plain) == _PLAIN:
             self._count()
 
     def note(self, kind: Kind, seconds: float, beside: float) -> None:
-        """Notes a call that was followed.
+        """Adds a call.
 
         Args:
-            kind: What was done with it.
+            kind: Kind of the call.
             seconds: Seconds of the whole call, or of noting its rows.
             beside: Seconds of it before the module ran.
         """
@@ -136,12 +136,12 @@ class Meter:
         self._count()
 
     def note_once(self, seconds: float) -> None:
-        """Notes seconds that something has cost that is not done at every call."""
-        self._pace.once += seconds
+        """Adds seconds of work that is not done at every call."""
+        self._overhead.once += seconds
 
     def _count(self) -> None:
         lost = sum(self._counts[kind] * self._cost(kind) for kind in Kind if self._counts[kind])
-        self._pace.calls += lost - self._lost
+        self._overhead.calls += lost - self._lost
         self._lost = lost
 
     def _cost(self, kind: Kind) -> float:

@@ -1,4 +1,4 @@
-"""Takes a value of a batch apart into rows, and puts rows together to a value again."""
+"""Splits a value of a batch into rows, and joins rows to a value again."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Shape and strides of a value in a batch, and where its rows are.
+class RowLayout:
+    """Shape and strides of a value, and the axis of its rows.
 
-    A row is kept in the order in which the value's elements lie in memory, so that rows that come
-    first there are copied as they are.
+    The elements of a row are kept in the order in which they lie in memory. Where rows are the
+    first axis in memory, they are copied without reordering.
 
     Attributes:
-        shape: Sizes of the dimensions, for the whole batch.
-        stride: Strides in elements.
-        axis: Place of the rows. None if the value is kept with its whole batch.
-        rows: Number of rows in the batch. 1 if the value is kept with its whole batch.
+        shape: Shape of the value for the whole batch.
+        stride: Strides of the value, in elements.
+        axis: Axis of the rows. None if the value is kept for the whole batch.
+        rows: Number of rows in the batch. 1 if the value is kept for the whole batch.
     """
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Sizes of a row in the order of memory."""
+        """Shape of a row, its dimensions in the order of memory."""
         if not self.shape:
             return (1,)
         order, place, outer, inner = self._order()
@@ -49,10 +49,11 @@ class Layout:
         return parts.reshape(self.rows, -1)
 
     def join(self, rows: Tensor) -> Tensor:
-        """Returns the value of a batch.
+        """Returns the value of a batch, with its shape and strides.
 
         Args:
-            rows: Its rows, of shape (rows, elements of a row), on a buffer of their own.
+            rows: Rows of the batch, of shape (rows, elements of a row). Their memory may become
+                that of the value.
         """
         if not self.shape:
             return rows.reshape(())
@@ -60,19 +61,19 @@ class Layout:
         sizes = [self.shape[dim] for dim in order]
         before, after = sizes[:place], sizes[place + 1 :]
         parts = rows.view(self.rows, *before, outer, inner, *after)
-        # Of rows that are not first, `reshape` may give a view, which lies otherwise in memory.
+        # If rows are not the first axis, `reshape` may return a view in another order of memory.
         physical = parts.movedim(0, place + 1).reshape(sizes).contiguous()
         reach = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         if reach + 1 == physical.numel():
             return physical.as_strided(self.shape, self.stride)
-        # A view into something larger, or one expanded: replay gives it its strides.
+        # The value was a view with gaps, or an expanded one: replay gives it its strides.
         return physical.permute([order.index(dim) for dim in range(len(order))])
 
     def _order(self) -> tuple[list[int], int, int, int]:
-        """Returns the dimensions as they lie in memory, and the place of the rows among them."""
+        """Returns the dimensions in the order of memory, and the place of the rows among them."""
         dims = len(self.shape)
         order = sorted(range(dims), key=lambda dim: -self.stride[dim])
         if self.axis is None:
-            # A dimension of its own in front of all others would do: the first one, taken apart.
+            # A whole batch is one row: the first dimension is split into 1 and its size.
             return order, 0, 1, self.shape[order[0]]
         return order, order.index(self.axis.dim), self.axis.outer, self.axis.inner

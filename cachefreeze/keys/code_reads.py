@@ -1,7 +1,7 @@
-"""What code reads beside its arguments: globals, closures, defaults, attributes of classes.
+"""Finds what code reads beside its arguments: globals, closures, defaults, attributes of classes.
 
-A function that did not run in a pass runs in the next one only if something else was read: so it is
-enough to look into those that ran.
+Only functions that ran in a pass are looked into. Another function can run in the next pass only if
+something that these functions read has changed, and that is noticed.
 """
 
 import builtins
@@ -21,26 +21,26 @@ from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.structure import PLAIN_KINDS, is_tensor
 
 NONE = object()
-# Depth, and number of entries of a container, that are looked into.
+# Limits on what is looked into: depth, and number of entries of a container.
 _DEEP, _MANY = 3, 500
 _CONTAINERS = (list, tuple, dict, set, frozenset)
-# What is not looked into: its version is in the environment, or nothing of it changes results.
+# Packages that are not looked into: their versions are part of the environment, or they change no
+# results.
 _FOREIGN = frozenset({"torch", "numpy", "builtins", "cachefreeze", *sys.stdlib_module_names})
-# Those of them in which people put functions of their own in the place of others.
+# Packages among them in which people replace functions by their own.
 _PATCHED = ("torch", "numpy")
 PARTS_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
 _BUILTINS = vars(builtins)
 
 
 class Place:
-    """Something that code reads.
+    """Place that code reads a value from.
 
-    Attributes:
-        name: Name for people.
-        read: Function that reads it.
-        holder: Dictionary that it is an entry of, or weak reference to the function that it is an
-            attribute of. None if it is neither.
-        key: Key in the dictionary, or name of the attribute.
+    Args:
+        name: Name of the place, for messages.
+        read: Function that reads the value. If None, it is read from `holder` by `key`.
+        holder: Dictionary, or weak reference to a function. None if the place is in neither.
+        key: Key in the dictionary, or name of the function's attribute.
     """
 
     __slots__ = ("holder", "key", "name", "read")
@@ -54,21 +54,22 @@ class Place:
         self.read: Callable[[], Any] = read or functools.partial(holder.get, key, NONE)
 
 
-class Code:
+class CodeReads:
     """Finds the places that functions read. Each function is looked into once.
 
     Args:
-        calls: Whether functions are looked into that others name. It is for code that has not run.
+        calls: Whether functions that others mention are looked into too. This is for code that has
+            not run.
 
     Attributes:
-        places: Places that were found so far.
+        places: Places found so far.
     """
 
     def __init__(self, calls: bool = False) -> None:
         self.places: list[Place] = []
         self._calls = calls
         self._known: set[tuple[int, Any]] = set()
-        # By identity: equal codes of two functions are two things.
+        # By identity, because equal code of two functions may read different places.
         self._codes: dict[int, types.CodeType] = {}
         self._spaces: dict[int, Mapping[str, Any]] = {}
         self._unresolved: list[tuple[types.CodeType, Any, dict[str, _Enclosed]]] = []
@@ -91,16 +92,16 @@ class Code:
         return True
 
     def forget(self) -> None:
-        """Forgets what was looked into. Places stay."""
+        """Forgets which functions were looked into. The places stay."""
         self._codes, self._known, self._unresolved = {}, set(), []
 
     def take(self, value: Any, owner: Any = None, depth: int = 0) -> None:
-        """Looks into what may be called, and what it is called with already.
+        """Looks into a callable, and into the arguments that are bound to it.
 
         Args:
-            value: A function, a method, a partial, or an object.
-            owner: Class of the object that `self` is.
-            depth: Depth of calls.
+            value: Function, method, or partial. Anything else is ignored.
+            owner: Class of the object that the function is a method of.
+            depth: Depth of nested calls.
         """
         if depth > _DEEP:
             return
@@ -119,7 +120,7 @@ class Code:
         elif isinstance(value, types.BuiltinMethodType):
             bound = value.__self__
             if isinstance(bound, _CONTAINERS):
-                name = f"what `{value.__name__}` belongs to"
+                name = f"the object of `{value.__name__}`"
                 self._add(name, bound, functools.partial(_itself, bound))
         elif isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
             self._function(value.__wrapped__, owner, depth)  # such as `functools.lru_cache`
@@ -158,7 +159,7 @@ class Code:
     def _reads(
         self, code: types.CodeType, names: list[str], space: dict[str, Any], owner: Any, depth: int
     ) -> None:
-        """Notes the global variables and the attributes of classes that a code names."""
+        """Adds the global variables and class attributes that code mentions."""
         self._codes.update((id(one), one) for one in bytecode.codes(code))
         for name in names:
             if name in space or name in _BUILTINS:
@@ -176,7 +177,7 @@ class Code:
     def _value(
         self, value: Any, names: list[str], depth: int, owner: Any = None, inside: int = 0
     ) -> None:
-        """Looks into a value that a code reads, for what the code may read of it."""
+        """Looks into a value that code reads, for everything that the code may read from it."""
         if type(value) in PLAIN_KINDS or is_tensor(value) or inside > _DEEP:
             return
         if isinstance(value, _CONTAINERS):
@@ -193,7 +194,7 @@ class Code:
             self._class(type(value), names, depth)
 
     def _class(self, kind: type, names: list[str], depth: int) -> None:
-        """Notes those attributes of a class that a code names; settings, if it asks by text."""
+        """Adds the class attributes that code mentions, and all settings if it uses `getattr`."""
         before: list[Mapping[str, Any]] = []
         for one in (*kind.__mro__, type(kind)):
             if is_foreign(one):
@@ -203,7 +204,7 @@ class Code:
             chosen = [key for key in held if _is_setting(key, held[key])] if by_text else names
             for key in chosen:
                 if key in held and self._entry(f"`{key}` of {one.__name__}", held, key):
-                    # A class in front of this one may get an attribute of that name.
+                    # An attribute of the same name may be added to a subclass.
                     for space in before:
                         self._entry(f"`{key}` of {kind.__name__}", space, key)
                     if not isinstance(held[key], type):
@@ -226,7 +227,7 @@ class Code:
                     self._value(value, names, _DEEP - 1)
 
     def _object(self, value: Any) -> None:
-        """Notes an object whose methods read it."""
+        """Adds an object that its own methods read."""
         if not is_foreign(type(value)) and attributes_of(value) is not None:
             try:
                 reference = weakref.ref(value)
@@ -235,14 +236,14 @@ class Code:
             name = f"an attribute of a {type(value).__name__}"
             self._add(name, value, functools.partial(_alive, reference))
 
-    # What runs in a pass.
+    # Functions that run in a pass.
 
     def frames(self, found: Callable[[], None]) -> Frames:
-        """Makes what looks into the functions that run.
+        """Makes the hook that looks into the functions that run.
 
         Args:
-            found: Function that is called before a function runs for the first time, once its
-                places are known.
+            found: Function that is called when a function is about to run for the first time, after
+                its places were found.
         """
 
         def first(frame: types.FrameType) -> None:
@@ -276,11 +277,10 @@ class Code:
         self._unresolved.append((code, owner, free))
 
     def resolve(self) -> None:
-        """Finds the functions that ran and that have no name, for what they enclose.
+        """Finds the functions that ran and have no name, to read their closures.
 
-        It is a walk over all objects that the collector knows: some 40 ms.
+        It walks over all objects of the garbage collector, which takes some 40 ms.
         """
-        # Without free variables there is nothing but defaults to be found.
         wanted = {id(code): (owner, free) for code, owner, free in self._unresolved}
         codes = [code for code, _, _ in self._unresolved]
         self._unresolved = []
@@ -292,12 +292,12 @@ class Code:
             owner, free = wanted[id(function.__code__)]
             closure = function.__closure__ or ()
             cells = dict(zip(function.__code__.co_freevars, closure, strict=True))
-            # One function may be made many times, each enclosing something else.
+            # The same code may belong to many functions, each with another closure.
             if all(name in free and free[name].fits(cell) for name, cell in cells.items()):
                 for name, cell in cells.items():
                     free[name].cell = cell
                     if not free[name].is_weak:
-                        self._is_new(cell, "")  # it is a place already
+                        self._is_new(cell, "")  # so that it is not added twice
                 self._function(function, owner)
         for _, free in wanted.values():
             for enclosed in free.values():
@@ -305,17 +305,17 @@ class Code:
 
 
 class _Enclosed:
-    """What a function encloses, by a cell that is found only after it ran.
+    """Value in a function's closure. Its cell is found only after the function ran.
 
     Args:
-        value: What the cell holds as the function begins.
+        value: Value that the cell holds when the function begins.
     """
 
     __slots__ = ("cell", "value")
 
     def __init__(self, value: Any) -> None:
         self.cell: Any = None
-        # A tensor of the pass must not be kept alive.
+        # Tensors of the pass must not be kept alive.
         self.value = weakref.ref(value) if is_tensor(value) else value
 
     def fits(self, cell: Any) -> bool:
@@ -335,7 +335,7 @@ class _Enclosed:
 
 
 def is_foreign(kind: Any) -> bool:
-    """Says whether a class or function is of torch, numpy or python."""
+    """Returns whether a class or function belongs to torch, numpy or Python."""
     return str(getattr(kind, "__module__", "") or "").partition(".")[0] in _FOREIGN
 
 
@@ -361,7 +361,7 @@ def _alive(reference: "weakref.ref[Any]") -> Any:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Returns the function that a descriptor was made from."""
+    """Returns the function that a descriptor wraps."""
     for name in ("__func__", "fget", "func", "__wrapped__"):
         if not isinstance(value, types.FunctionType):
             value = getattr(value, name, value)

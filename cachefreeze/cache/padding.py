@@ -1,8 +1,8 @@
-"""Rows of texts and sounds at their own length, as a mask of the batch shows it.
+"""Lengths of padded rows, such as texts and sounds, as a mask in the batch shows them.
 
-A batch is padded to the longest of its rows, so that a row comes with another length in every
-epoch. What is kept of it may still be the same: a pooled output, for instance. So the key of such a
-row is its content before the padding.
+A batch is padded to its longest row, so a row comes with another length in every epoch. What is
+kept of it may still be the same, for example a pooled output. So the key of such a row is its
+content without the padding.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,11 +14,14 @@ Tensor = torch.Tensor
 
 
 def mask_of(inputs: Mapping[int, Tensor], with_rows: Collection[int]) -> int | None:
-    """Finds the mask of a padded batch: ones, and then zeros, in every row.
+    """Finds the mask of a padded batch: an input that has ones and then zeros in every row.
 
     Args:
         inputs: Inputs of a pass, by number.
         with_rows: Numbers of the inputs that have an entry for every row.
+
+    Returns:
+        Number of the mask, or None if there is none.
     """
     for number, tensor in inputs.items():
         two = number in with_rows and tensor.dim() == 2 and tensor.shape[1] > 1
@@ -37,12 +40,15 @@ def _is_mask(tensor: Tensor) -> bool:
 def own_lengths(
     mask: Tensor, others: Mapping[int, Tensor], padding: dict[int, float]
 ) -> np.ndarray | None:
-    """Returns the length of each row, or None if something else than padding is behind a row.
+    """Returns the length of each row without its padding.
 
     Args:
-        mask: What was a mask in another batch, of shape (rows, length).
-        others: Inputs of shape (rows, length, ...), by number.
-        padding: What each input is padded with, by number. New ones are noted.
+        mask: Input that was a mask in the traced batch, of shape (rows, length).
+        others: Padded inputs of shape (rows, length, ...), by number.
+        padding: Number that each input is padded with, by the input's number. New ones are added.
+
+    Returns:
+        Lengths of shape (rows,), or None if anything but padding follows the end of a row.
     """
     if not _is_mask(mask):
         return None
@@ -59,12 +65,12 @@ def own_lengths(
 def differ_in_length(
     shapes: Sequence[torch.Size], others: Sequence[torch.Size], length: int
 ) -> bool:
-    """Says whether two batches differ in nothing but the length that they are padded to.
+    """Returns whether two batches differ only in the length that their rows are padded to.
 
     Args:
         shapes: Shapes of the inputs of one batch.
         others: Shapes of the inputs of the other batch.
-        length: Length of the first batch.
+        length: Length that the rows of the first batch are padded to.
     """
     lengths = {
         (one[1], other[1])

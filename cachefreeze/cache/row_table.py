@@ -1,40 +1,41 @@
-"""The rows of one kind of value, in memory and on the disk below it."""
+"""Rows of one kind of value, in memory and on disk."""
 
 from time import monotonic
 
 import numpy as np
 import torch
 
-from cachefreeze.store import Rows
+from cachefreeze.cache.deferred_writes import DeferredWrites
 from cachefreeze.store.index import Index, first_ones
 
 Tensor = torch.Tensor
 
 
-# Places from here on are those of rows on the disk.
+# Places of rows on disk are counted from here.
 BELOW = 1 << 40
-# Seconds after which rows that others have written are looked for again.
+# Seconds after which rows that other processes have written are looked for again.
 _LOOK_AGAIN = 2.0
 
 
-class Table:
-    """Rows of one kind of value, by key.
+class RowTable:
+    """Rows of one kind of value, found by key.
 
-    Memory of the CPU is asked for once, as much as the limit allows, and the system gives it page
-    by page as rows are written: no row is copied because the table has grown.
+    On the CPU, memory for all rows that may be kept is reserved at once. The system provides it
+    page by page as rows are written, so no row is copied when the table grows.
 
     Args:
         row_numel: Number of elements of a row.
         dtype: Type of the elements.
         device: Device that the rows are kept on.
-        room: Largest number of rows.
-        below: The same rows on the disk, if they are kept there.
+        room: Largest number of rows in memory.
+        writes: Writer of the same rows on disk. None if they are kept in memory only.
 
     Attributes:
-        room: Largest number of rows now.
-        most: Largest number of rows ever.
-        row_bytes: Bytes of a row.
-        below: The same rows on the disk, if they are kept there.
+        room: Largest number of rows in memory at present.
+        most: Largest number of rows in memory at any time.
+        row_bytes: Number of bytes of a row.
+        writes: Writer of the same rows on disk. None if they are kept in memory only.
+        below: Rows on disk. None if rows are kept in memory only.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Table:
         dtype: torch.dtype,
         device: torch.device,
         room: int,
-        below: Rows | None = None,
+        writes: DeferredWrites | None = None,
     ) -> None:
-        self.below = below
+        self.writes = writes
+        self.below = writes.rows if writes is not None else None
         self._looked = monotonic()
         self._index = Index()
         self.room = self.most = room
@@ -64,17 +66,17 @@ class Table:
 
     @property
     def rows_kept(self) -> int:
-        """Number of rows that are kept, in memory or on the disk. Most of them lie in both."""
+        """Number of rows in memory or on disk. Most rows are in both."""
         return max(len(self), len(self.below) if self.below is not None else 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory of the rows and of what they are found by."""
+        """Number of bytes of memory of the rows and of the index."""
         beside = self._index.nbytes + self._used.nbytes
         return len(self) * self.row_bytes + beside + (self.below.nbytes if self.below else 0)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Returns the place of each row, or -1.
+        """Returns the place of each row, or -1 if it is unknown.
 
         Args:
             keys: Keys of the rows, of shape (n, 2).
@@ -92,11 +94,11 @@ class Table:
         """Copies rows out of the table.
 
         Args:
-            places: Places of the rows.
-            now: Time at which they are used, as a number that grows.
+            places: Places of the rows, of shape (n,).
+            now: Number of the present batch.
 
         Returns:
-            Rows, of shape (n, elements of a row), or None if one on the disk is damaged or gone.
+            Rows, of shape (n, elements of a row), or None if a row on disk is damaged or gone.
         """
         if places.max(initial=0) < BELOW:
             self._used[places] = now
@@ -106,7 +108,7 @@ class Table:
         found = torch.empty((len(places), self._rows.shape[1]), dtype=self._rows.dtype)
         memory = found.view(torch.uint8).numpy()
         assert self.below is not None
-        # Places of rows in memory are none on the disk.
+        # Rows in memory have the place -1 on disk.
         good = self.below.read(np.where(lower, places - BELOW, -1), memory)
         if not good[lower].all():
             return None
@@ -119,28 +121,28 @@ class Table:
         return found
 
     def write(self, keys: np.ndarray, rows: Tensor, now: int) -> int:
-        """Copies those rows into the table that are not there yet.
+        """Adds the rows that are not in the table yet.
 
         Args:
             keys: Keys of the rows, of shape (n, 2).
             rows: Rows, of shape (n, elements of a row).
-            now: Time of the writing, as a number that grows.
+            now: Number of the present batch.
 
         Returns:
-            Number of rows that were not there. Those that have no room in memory are left out of
-            it.
+            Number of rows that were not in the table. Those that do not fit in memory are on disk
+            only, or are dropped if there is no disk.
         """
         places = self.find(keys)
         missing = np.flatnonzero(places < 0)
         missing = missing[first_ones(keys[missing])]
-        if self.below is not None and missing.size:
+        if self.writes is not None and missing.size:
             taken = rows[torch.from_numpy(missing).to(rows.device)].cpu()
-            self.below.append(keys[missing], taken.view(torch.uint8).numpy())
+            self.writes.append(keys[missing], taken.view(torch.uint8).numpy())
         self._put(keys, rows, missing, now)
         return len(missing)
 
     def chunks(self, places: np.ndarray) -> list[int]:
-        """Returns the chunks on the disk that rows lie in, each once.
+        """Returns the chunks on disk that contain rows, each once.
 
         Args:
             places: Places of the rows.
@@ -149,12 +151,12 @@ class Table:
             return []
         return self.below.chunks(places[places >= BELOW] - BELOW)
 
-    def raise_up(self, chunk: int, now: int) -> None:
-        """Copies the rows of a chunk from the disk into memory.
+    def load_chunk(self, chunk: int, now: int) -> None:
+        """Copies the rows of a chunk from disk into memory.
 
         Args:
-            chunk: What `chunks` has returned.
-            now: Time of the writing, as a number that grows.
+            chunk: Chunk that `chunks` has returned.
+            now: Number of the present batch.
         """
         assert self.below is not None
         loaded = self.below.load(chunk)
@@ -187,19 +189,19 @@ class Table:
             self._rows = grown
 
     def used(self) -> np.ndarray:
-        """Returns when each row was used last."""
+        """Returns the number of the batch that has used each row in memory last."""
         return self._used[: len(self)]
 
     def forget(self, before: int) -> int:
-        """Drops the rows that were not used since some time. Returns their number.
+        """Drops rows from memory. Returns their number.
 
         Args:
-            before: Rows last used before this time are dropped.
+            before: Number of a batch. Rows that were used last before it are dropped.
         """
         stay = np.flatnonzero(self.used() >= before)
         dropped = len(self) - len(stay)
         if dropped:
-            # Piece by piece from the front: no piece is written before it was read.
+            # In pieces from the front, so that no row is overwritten before it was moved.
             for start in range(0, len(stay), _PIECE):
                 piece = torch.from_numpy(stay[start : start + _PIECE]).to(self._rows.device)
                 self._rows[start : start + len(piece)] = self._rows.index_select(0, piece)
@@ -214,10 +216,10 @@ _PIECE = 1024
 def _reserve(room: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     while room and device.type == "cpu":
         try:
-            # Not `torch.empty`, which writes to all of it where algorithms must be deterministic.
+            # `torch.empty` would write to all of it if deterministic algorithms are on.
             memory = np.empty((room, numel * dtype.itemsize), dtype=np.uint8)
         except MemoryError:
-            # The system does not promise that much. What there is grows by copies.
+            # The system does not reserve that much. A smaller table grows by copying.
             room //= 2
         else:
             return torch.from_numpy(memory).view(dtype)
