@@ -78,7 +78,7 @@ class Comparison:
         return [n for n in numbers if not same_bits(computed[n], stored[n])]
 
     def count(self) -> None:
-        """Counts a batch whose kept values may be served."""
+        """Counts a compared batch whose kept values were good."""
         self.batches += 1
         self._history.passed += 1
 

@@ -108,7 +108,7 @@ class FrozenState:
             messages.changed_late(self._model, ", ".join(names[:1])),
         )
 
-    def is_as(self, digests: dict[int, bytes]) -> bool:
+    def has_digests(self, digests: dict[int, bytes]) -> bool:
         """Hashes all tensors again. Returns whether they have the given hashes.
 
         Args:

@@ -279,7 +279,7 @@ class KeptValues:
                 value.dtype,
                 value.device,
                 self._about(one, one.layout),
-                functools.partial(self._frozen.is_as, dict(self._frozen.digests)),
+                functools.partial(self._frozen.has_digests, dict(self._frozen.digests)),
             )
         return table
 

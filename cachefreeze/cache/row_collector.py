@@ -20,7 +20,7 @@ from cachefreeze.cache.selection import Selection
 
 Tensor = torch.Tensor
 
-# Number of batches after which the user may read that no row has come again.
+# Number of batches after which the user is told that no row has come again.
 _FIRST_NOTE = 8
 # Number of batches that wait in memory if there is a directory.
 _FEW_WAITING = 8

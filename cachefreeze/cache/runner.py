@@ -57,8 +57,7 @@ class Runner:
         """Runs a call, and takes the kept values from it.
 
         Returns:
-            Output of the module, and kept values by number. These are None if the pass took another
-            path.
+            Output of the module, and kept values by number, or None if the pass took another path.
         """
         call.load()
         beside = call.seconds
