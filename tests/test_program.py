@@ -454,7 +454,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def broken(*args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("cachefreeze.train.make_network", broken)
+    monkeypatch.setattr("cachefreeze.training.run.make_network", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")])
 

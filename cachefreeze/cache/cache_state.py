@@ -13,10 +13,10 @@ from cachefreeze.cache.codec import INT8_ERROR, can_be_rounded
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.item_records import ItemRecords
 from cachefreeze.cache.moving_weights import MovingWeights
-from cachefreeze.cache.overhead import Overhead
 from cachefreeze.cache.row_layout import RowLayout
 from cachefreeze.cache.statistics import Report, Stats
 from cachefreeze.keys import Weights
+from cachefreeze.plan.overhead import Overhead
 
 _log = logging.getLogger("cachefreeze")
 # Difference that another order of additions may make, as a share of the largest number.

@@ -14,7 +14,6 @@ from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.comparison import Comparison
 from cachefreeze.cache.guards import Guards
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.overhead import Kind
 from cachefreeze.cache.row_collector import RowCollector, earlier_values, unknown
 from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.runner import MOST_LOST, Runner
@@ -23,6 +22,7 @@ from cachefreeze.cache.state import State
 from cachefreeze.keys import ExternalState
 from cachefreeze.lineage import Trace
 from cachefreeze.lineage.program import copy_of
+from cachefreeze.plan.overhead import Kind
 
 Tensor = torch.Tensor
 

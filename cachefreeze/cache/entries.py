@@ -10,8 +10,8 @@ import xxhash
 
 from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
 from cachefreeze.cache.deferred_writes import DeferredWrites
+from cachefreeze.cache.memory import free_device_memory
 from cachefreeze.cache.row_table import BELOW, RowTable
-from cachefreeze.device import free_device_memory
 from cachefreeze.store import Directory, Row
 
 Tensor = torch.Tensor

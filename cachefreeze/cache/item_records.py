@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from cachefreeze.cache.fetching import Files, Stamp, stamp_of
-from cachefreeze.files import human_bytes, write_atomically
 from cachefreeze.keys import SMALL, Fingerprint, rows_hashed
 from cachefreeze.keys.bits import bits_of
+from cachefreeze.store.files import human_bytes, write_atomically
 
 Tensor = torch.Tensor
 # Largest number of bytes of the small parts of all items together.

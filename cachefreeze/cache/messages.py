@@ -6,7 +6,7 @@ of a sentence: "... is not cached: {reason}".
 
 from collections.abc import Iterable
 
-from cachefreeze.files import human_bytes
+from cachefreeze.store.files import human_bytes
 
 _PAD = "a fixed length or pad_to_multiple_of=64"
 _PAD_HELPS = "A fixed length or pad_to_multiple_of=64 makes rows come again."

@@ -14,9 +14,9 @@ from cachefreeze.cache.batch_inputs import Keys
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.guards import Guards
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.overhead import CallTimer
 from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.selection import Selection
+from cachefreeze.plan.overhead import CallTimer
 
 Tensor = torch.Tensor
 

@@ -9,8 +9,8 @@ import torch
 from cachefreeze import lineage
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.overhead import CallTimer, Kind
 from cachefreeze.cache.selection import Selection
+from cachefreeze.plan.overhead import CallTimer, Kind
 
 Tensor = torch.Tensor
 

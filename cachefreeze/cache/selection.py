@@ -17,11 +17,10 @@ from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.row_axes import RowAxes, compute
 from cachefreeze.keys import lineage_of
 from cachefreeze.lineage import Cut, Plan, Trace
+from cachefreeze.plan.costs import LEAST_SHARE
 
 Tensor = torch.Tensor
 
-# Smallest share of a forward pass that must be frozen work for a cache to help.
-LEAST_SHARE = 0.1
 # Smallest share of a forward pass that is worth telling the user of modules in training mode.
 _WORTH_TELLING = 0.05
 # Bytes a second at which kept values are read from memory.

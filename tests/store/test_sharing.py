@@ -140,7 +140,7 @@ def test_rows_that_turned_out_to_be_wrong_are_served_to_nobody(path: Path) -> No
     other_run.close()
     found, messages = read_again(path, 45)
     assert found == 0
-    assert "wrong rows" in messages[0]
+    assert "found to be wrong" in messages[0]
     assert inspect(path)[0].problems
     assert prune(path, 10**6).segments == 1
 
