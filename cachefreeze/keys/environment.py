@@ -97,8 +97,8 @@ def flushes_denormals() -> bool:
 def machine() -> tuple[str, str]:
     """Returns the processor's name and torchvision's version.
 
-    Libraries choose their kernels by the processor. torchvision has operators of its own, which are
-    kept by name alone.
+    Libraries choose their kernels by the processor. torchvision has operators of its own, of which
+    a key holds no more than the name.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -31,8 +31,8 @@ class Lineage:
         inputs: Positions of the inputs that the value depends on, in the order of their first use.
         states: Numbers of the parameters and buffers that the value depends on, in the same order.
         portable: Whether the digest means the same in another process. It does not if something has
-            no name, such as a function that is defined inside another one. It does not if code from
-            outside torch is one operation, because that code may be edited.
+            no name, such as a function that is defined inside another one, or if an operation
+            consists of code from outside torch, because that code may be edited.
     """
 
     digest: bytes
