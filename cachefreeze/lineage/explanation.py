@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import human_bytes
 from cachefreeze.lineage.axes import Axes, batch_axes, leave_mixing
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
 from cachefreeze.lineage.modules import compiled_functions
@@ -108,7 +107,7 @@ def _explanation(name: str, traced: Trace, axes: Axes | None) -> Explanation:
     limits = tuple(limits_of(traced, saved))
     lines = [
         f"{name}: a cache would leave out {saved:.0%} of the forward pass "
-        f"and keep {human_bytes(cut.nbytes / rows)} a row.",
+        f"and keep {_bytes(cut.nbytes / rows)} a row.",
         "",
     ]
     if cut.kept:
@@ -116,7 +115,7 @@ def _explanation(name: str, traced: Trace, axes: Axes | None) -> Explanation:
         lines.append("")
     if 0 < cheapest.nbytes < cut.nbytes:
         lines += [
-            f"It could keep only {human_bytes(cheapest.nbytes / rows)} a row and run "
+            f"It could keep only {_bytes(cheapest.nbytes / rows)} a row and run "
             f"{cheapest.seconds_again / max(traced.kernel_seconds, 1e-12):.1%} of the pass again.",
             "",
         ]
@@ -129,13 +128,20 @@ def _share(cut: Cut, traced: Trace) -> float:
     return cut.seconds_saved / max(traced.kernel_seconds, 1e-12)
 
 
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:,.0f} bytes"
+
+
 def _kept(traced: Trace, cut: Cut, axes: Axes | None, rows: int) -> list[list[str]]:
     found = []
     for number in cut.kept:
         value = traced.values[number]
         place = axes.of(number) if axes is not None else "unknown: one row is too few"
         kind = str(value.dtype).removeprefix("torch.")
-        found.append([traced.describe(number), kind, human_bytes(value.nbytes / rows), place])
+        found.append([traced.describe(number), kind, _bytes(value.nbytes / rows), place])
     if len(found) > _MANY_LINES:
         rest = len(found) - _MANY_LINES + 1
         found = [*found[: _MANY_LINES - 1], [f"and {rest} more", "", "", ""]]

@@ -38,7 +38,7 @@ def test_a_frozen_encoder_is_nearly_all_of_the_pass():
     assert told.kept == ("the model itself: mean (4x16)",)
     assert told.row_bytes == 16 * 4
     assert told.limits == ()
-    assert re.search(r"leave out \d+% of the forward pass and keep 64 B a row", str(told))
+    assert re.search(r"leave out \d+% of the forward pass and keep 64 bytes a row", str(told))
     assert "axis 0" in str(told)
 
 
