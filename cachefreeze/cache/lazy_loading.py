@@ -299,8 +299,8 @@ class LazyLoading:
             where = _where()
             cache.tell(
                 f"loader: {where}",
-                f"{where} uses a batch of cache.loader that would not have been loaded for the "
-                "model: its items are loaded for this line.",
+                f"{where} uses a batch of cache.loader whose values the model does not need: its "
+                "items are loaded for this line.",
             )
         if records.off:
             return batch
