@@ -109,11 +109,7 @@ class FrozenState:
         )
 
     def has_digests(self, digests: dict[int, bytes]) -> bool:
-        """Hashes all tensors again. Returns whether they have the given hashes.
-
-        Args:
-            digests: Hashes of the tensors' bits, by number.
-        """
+        """Hashes all tensors again. Returns whether they have the given hashes."""
         tensors = self.tensors
         self._weights.suspect(tensors)
         return len(tensors) == len(digests) and all(

@@ -145,11 +145,7 @@ class LazyLoading:
                 )
 
     def ask(self, indices: Any) -> FetchRequest:
-        """Decides what is loaded for a batch.
-
-        Args:
-            indices: Numbers of the items, as the sampler returned them.
-        """
+        """Decides what is loaded for a batch."""
         self._batch += 1
         cache = self._cache()
         if cache is None or self._records is None or not self._usable or self._records.off:
@@ -324,11 +320,7 @@ class _Late:
         self._values: dict[int, Any] = {}
 
     def loader(self, place: int) -> Callable[[bool], torch.Tensor]:
-        """Returns a function that loads one part.
-
-        Args:
-            place: Place of the part.
-        """
+        """Returns a function that loads one part."""
 
         def load(used: bool) -> torch.Tensor:
             if place not in self._values:

@@ -70,13 +70,7 @@ class Runner:
     def replay(
         self, call: ModuleCall, inputs: Mapping[int, Tensor], kept: dict[int, Tensor]
     ) -> Any:
-        """Runs a call with kept values in place of frozen work.
-
-        Args:
-            call: Call to run.
-            inputs: Inputs of the batch, by number.
-            kept: Kept values, by number.
-        """
+        """Runs a call with kept values in place of frozen work."""
         self.served += 1
         call.load([inputs[number] for number in self._selection.read_by_others])
         cost = call.seconds

@@ -42,7 +42,6 @@ class Selection:
             tables. None if there is no such trace.
 
     Attributes:
-        trace: Trace of a forward pass.
         plan: Trace and cut.
         share: Share of the forward pass that is skipped, from 0 to 1.
         batch: Inputs of a batch.
@@ -210,9 +209,6 @@ class Selection:
 
     def capture_of_another_length(self, call: ModuleCall) -> tuple[Any, dict[int, Tensor] | None]:
         """Runs a call with rows of another length, and takes the kept values from it.
-
-        Args:
-            call: Call to run.
 
         Returns:
             Output of the module, and kept values by number, or None if their shapes differ.

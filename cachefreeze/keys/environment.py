@@ -14,9 +14,6 @@ def environment(device: torch.device) -> tuple[Any, ...]:
     """Returns torch's versions and switches as they are now.
 
     They are compared at every call, which takes 5 microseconds.
-
-    Args:
-        device: Device that computes.
     """
     return (
         *numerics(device).values(),
@@ -31,11 +28,7 @@ def environment(device: torch.device) -> tuple[Any, ...]:
 
 
 def numerics(device: torch.device) -> dict[str, object]:
-    """Returns all switches and versions that may change the last bits of a result.
-
-    Args:
-        device: Device that computes.
-    """
+    """Returns all switches and versions that may change the last bits of a result."""
     common: dict[str, object] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         return common | {

@@ -12,9 +12,6 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
     Two sets of tensors have the same hash if and only if they are equal bit by bit. Memory layout
     and device do not matter.
-
-    Args:
-        tensors: Pairs of a name and a tensor.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:

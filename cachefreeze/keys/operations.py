@@ -42,13 +42,7 @@ class Lineage:
 
 
 def lineage_of(trace: Trace, number: int, program: Program) -> Lineage:
-    """Finds the lineage of a value.
-
-    Args:
-        trace: Trace of a forward pass.
-        number: Number of the value in the trace.
-        program: Operations of the trace.
-    """
+    """Finds the lineage of a value."""
     writer = _Writer(trace)
     for operation in program.needed([number], ()):
         writer.operation(operation)
