@@ -23,6 +23,7 @@ FOLDERS = [
     "cachefreeze/keys",
     "cachefreeze/lineage",
     "cachefreeze/models",
+    "cachefreeze/plan",
     "cachefreeze/report",
     "cachefreeze/store",
     "cachefreeze/training",

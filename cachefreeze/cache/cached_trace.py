@@ -88,17 +88,18 @@ class CachedTrace:
         self._collector = RowCollector(
             shared, name, selection, self.history, self.guards, self.runner.timer, example, earlier
         )
-        self._begin(example, last)
+        self._last = last
+        self._begin(example)
         held = trace.take_held(selection.plan.cut.kept)
         if self.state is State.KEEPING and held is not None:
             kept = {number: copy_of(tensor) for number, tensor in held.items()}
             self._rest_if(*self._collector.keep_traced(kept))
 
-    def _begin(self, inputs: Mapping[int, Tensor], last: bool = True) -> None:
+    def _begin(self, inputs: Mapping[int, Tensor]) -> None:
         """Decides what happens to batches, by the values that can be kept."""
         selection = self.selection
         if not selection.is_enough:
-            if not last and selection.may_be_enough:
+            if not self._last and selection.may_be_enough:
                 self.state = State.UNDECIDED
                 return
             more = lineage.limits_of(self._trace, selection.share)

@@ -42,7 +42,6 @@ class Selection:
             tables. None if there is no such trace.
 
     Attributes:
-        trace: Trace of a forward pass.
         plan: Trace and cut.
         share: Share of the forward pass that is skipped, from 0 to 1.
         batch: Inputs of a batch.
@@ -136,8 +135,8 @@ class Selection:
         """Checks whether frozen bits have changed, and computes the names again if so.
 
         Args:
-            at_all: Whether to hash all tensors. If False, a tensor is hashed if a quick check shows
-                a change, or if there is time for it.
+            at_all: Whether to hash all tensors. If False, only those are hashed that a quick check
+                or an event has marked, and one more if there is time.
 
         Returns:
             Parameters and buffers that have changed.
@@ -149,13 +148,13 @@ class Selection:
 
     @property
     def read_by_others(self) -> list[int]:
-        """Numbers of the inputs that work reads which is not skipped."""
+        """Numbers of the inputs that are read by work that is not skipped."""
         runs = (self.trace.operations[number] for number in self.plan.cut.runs)
         read = {number for operation in runs for number in operation.reads}
         return [number for number in self.trace.inputs if number in read]
 
     def joins(self) -> bool:
-        """Returns whether a kept value depends on several inputs such as images, which come apart.
+        """Returns whether a kept value depends on several inputs such as two images.
 
         Its rows would be pairs, and each epoch pairs the images anew. A text and its mask belong
         together: these inputs are integers.
@@ -211,11 +210,8 @@ class Selection:
     def capture_of_another_length(self, call: ModuleCall) -> tuple[Any, dict[int, Tensor] | None]:
         """Runs a call with rows of another length, and takes the kept values from it.
 
-        Args:
-            call: Call to run.
-
         Returns:
-            Output of the module, and kept values by number. These are None if they do not fit.
+            Output of the module, and kept values by number, or None if their shapes differ.
         """
         assert self._places is not None
         output, found = lineage.capture_outputs(

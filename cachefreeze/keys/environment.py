@@ -14,9 +14,6 @@ def environment(device: torch.device) -> tuple[Any, ...]:
     """Returns torch's versions and switches as they are now.
 
     They are compared at every call, which takes 5 microseconds.
-
-    Args:
-        device: Device that computes.
     """
     return (
         *numerics(device).values(),
@@ -31,7 +28,7 @@ def environment(device: torch.device) -> tuple[Any, ...]:
 
 
 def numerics(device: torch.device) -> dict[str, object]:
-    """Returns what decides the last bits of a result, besides the operations and their inputs."""
+    """Returns all switches and versions that may change the last bits of a result."""
     common: dict[str, object] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         return common | {
@@ -56,12 +53,12 @@ def numerics(device: torch.device) -> dict[str, object]:
 def _matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by torch's newer name for it
+    except RuntimeError:  # it was set by the newer `fp32_precision`
         return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def _reduced_precision() -> list[str]:
-    """Returns the switches that let sums of 16-bit products be rounded to 16 bits."""
+    """Returns the switches that allow rounding to 16 bits in sums of 16-bit products."""
     matmul = torch.backends.cuda.matmul
     return [
         str(matmul.allow_bf16_reduced_precision_reduction),
@@ -93,8 +90,8 @@ def flushes_denormals() -> bool:
 def machine() -> tuple[str, str]:
     """Returns the processor's name and torchvision's version.
 
-    Libraries choose their kernels by the processor. torchvision has operators of its own, which are
-    kept by name alone.
+    Libraries choose their kernels by the processor. torchvision has operators of its own, of which
+    a key holds no more than the name.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

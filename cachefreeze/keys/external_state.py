@@ -254,9 +254,6 @@ def _attributes(modules: list[nn.Module]) -> Iterator[Place]:
 def read_by_code(kind: type[nn.Module]) -> list[tuple[str, Any]]:
     """Returns what the code of a class reads beside arguments and attributes.
 
-    Args:
-        kind: Class of modules.
-
     Returns:
         Name and value of each thing that is read.
     """

@@ -68,7 +68,7 @@ class Budget:
         if self.max_bytes is not None and nbytes > self.max_bytes:
             return False
         kept: set[Path] = set()
-        # Counted again after each removal, for others may remove at the same time.
+        # Counted again after each removal, since other processes may remove segments, too.
         while (total := self.total()) + nbytes > self.limit(total):
             if not kept:
                 remove_trash(self._directory)
