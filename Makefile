@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test chaos fuzz lint format
 
 demo: .venv/installed
-	$(BIN)/python -m cachefreeze.train --arch wrn
+	$(BIN)/python scripts/demo.py
 
 # A process a core, with one thread each: threads of several processes would wait for each other.
 # Files in their order: the long ones, of few tests, would come last.
