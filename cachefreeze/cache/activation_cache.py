@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from cachefreeze.cache.arguments import check_models, check_options
 from cachefreeze.cache.cache_state import CacheState, Filled
 from cachefreeze.cache.cached_module import CachedModule
+from cachefreeze.cache.cached_trace import hash_all
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.loader import Loader
 from cachefreeze.cache.memory import free_memory
@@ -167,7 +168,7 @@ class ActivationCache:
             catching,
             hook,
             self._cached,
-            self._shared.entries,
+            self._shared,
         )
         self._close.atexit = False  # `_close_all` does it, before directories are closed
         _open.add(self)
@@ -192,9 +193,10 @@ class ActivationCache:
     def report(self) -> Report:
         """Returns what was checked in kept rows and frozen parameters, and what was found.
 
-        `stats` and `messages` give what was served and what limits it. `str(cache)` gives both in
-        words.
+        All frozen parameters are hashed first. `stats` and `messages` give what was served and what
+        limits it. `str(cache)` gives both in words.
         """
+        hash_all(self._shared.traces(), self._shared)
         report, weights = self._shared.report, self._shared.weights
         served = self._shared.stats.rows_served
         return replace(
@@ -403,17 +405,18 @@ def _close(
     catching: Any,
     hook: Any,
     modules: dict[int, CachedModule],
-    entries: Entries,
+    shared: CacheState,
 ) -> None:
     calls.unwatch(numbers)
     catching.__exit__(None, None, None)
     hook.remove()
+    entries = shared.entries
+    traces = [trace for module in modules.values() for trace in module.traces()]
     try:
-        for module in modules.values():
-            for trace in module.traces():
-                trace.look_at_the_end()
-                if entries.directory is not None:
-                    trace.write_all()
+        hash_all(traces, shared)
+        if entries.directory is not None:
+            for trace in traces:
+                trace.write_all()
     finally:
         entries.close()
         for sentence in entries.messages:

@@ -117,17 +117,22 @@ class CacheState:
         return INT8_ERROR if rounded else _CLOSE
 
     @property
-    def may_hash(self) -> bool:
-        """Whether there is time for hashes beyond the necessary ones."""
-        return self.report.verify != "off" and self._has_time(self.hash_seconds)
+    def seconds_to_hash(self) -> float:
+        """Seconds that may be spent now on hashes beyond the necessary ones."""
+        return 0.0 if self.report.verify == "off" else self._seconds_left(self.hash_seconds)
+
+    def count_hashing(self, seconds: float) -> None:
+        """Counts seconds that were spent on hashes beyond the necessary ones."""
+        self.report.seconds += seconds
+        self.hash_seconds += seconds
 
     @property
     def may_compare(self) -> bool:
         """Whether there is time for comparisons beyond the necessary ones."""
-        return self._has_time(self.report.seconds - self.hash_seconds)
+        return self._seconds_left(self.report.seconds - self.hash_seconds) > 0
 
-    def _has_time(self, spent: float) -> bool:
-        return spent < _SHARE * self.served_seconds
+    def _seconds_left(self, spent: float) -> float:
+        return _SHARE * self.served_seconds - spent
 
     def find(self, about: str, sentence: str) -> None:
         """Tells the user of a fault that a check has found, and adds it to the report."""

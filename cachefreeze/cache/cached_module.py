@@ -12,7 +12,7 @@ from torch.utils import _device as device_contexts
 from cachefreeze import lineage
 from cachefreeze.cache import messages
 from cachefreeze.cache.cache_state import CacheState, Filled
-from cachefreeze.cache.cached_trace import CachedTrace
+from cachefreeze.cache.cached_trace import CachedTrace, hash_all
 from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.padding import differ_in_length
 from cachefreeze.cache.state import State
@@ -200,6 +200,7 @@ class CachedModule:
     def _give_up(self, call: ModuleCall) -> Any:
         """Runs this and all further calls without the cache."""
         self._gives_up = True
+        hash_all(self.traces(), self._shared)
         for cached in self.traces():
             cached.free()
         self._kinds.clear()
@@ -244,8 +245,11 @@ class CachedModule:
             return output
         if key not in self._kinds:
             self._note_shapes(key, cached)
-        traces = [one for one in self._kinds.get(key, []) if not one.stale]
-        self._kinds[key] = [cached, *traces][:_MOST]
+        traces = self._kinds.get(key, [])
+        kept = [cached, *(one for one in traces if not one.stale)][:_MOST]
+        # Those that are dropped have served rows since the last hash.
+        hash_all([one for one in traces if one not in kept], self._shared)
+        self._kinds[key] = kept
         return output
 
     def _words(self, module: nn.Module, given: list[torch.Tensor]) -> str:

@@ -197,7 +197,7 @@ class CachedTrace:
             self.history.batches += 1
             self.history.left_alone += 1
             if self._collector.note(self.selection.batch.keys(call.inputs(self._trace.inputs))):
-                self._look_at_weights()
+                self.look_at_weights()
                 if self.state is State.KEEPING:
                     self._settle()
             seconds = perf_counter() - began
@@ -209,7 +209,7 @@ class CachedTrace:
         self._calls += 1
         inputs = call.inputs(self._trace.inputs)
         self._look_at_late_values(call, inputs)
-        self._look_at_weights()
+        self.look_at_weights()
         if self.state in (State.RESTING, State.STALE):
             return call.run()
         history, kept = self.history, self.selection.kept
@@ -272,7 +272,7 @@ class CachedTrace:
             Output of the module, and whether the call ran. It does not run if all of its rows are
             known, because a trace of this length pays then.
         """
-        self._look_at_weights()
+        self.look_at_weights()
         if self.state is State.STALE:
             return None, False
         keys = self.selection.batch.keys(call.inputs(self._trace.inputs))
@@ -299,7 +299,7 @@ class CachedTrace:
             return
         batch = dict(zip(self._trace.inputs, inputs, strict=True))
         if self._collector.put_smaller_aside(batch) and self.selection.kept.settled:
-            self._look_at_weights()
+            self.look_at_weights()
             self._collector.fill_up()
 
     def fill(self, call: ModuleCall) -> bool:
@@ -308,7 +308,7 @@ class CachedTrace:
         Returns:
             Whether the call need not run any more.
         """
-        self._look_at_weights()
+        self.look_at_weights()
         if self.state is State.RESTING:
             return True
         if self.state is State.STALE or not self.guards.is_as_traced():
@@ -321,7 +321,7 @@ class CachedTrace:
         """Returns the kept values of a batch, or None if some of its rows are unknown."""
         if not self.has_rows:
             return None
-        self._look_at_weights()
+        self.look_at_weights()
         if not self.has_rows:
             return None
         return self._collector.known(dict(zip(self._trace.inputs, given, strict=True)))
@@ -336,7 +336,7 @@ class CachedTrace:
     def write_all(self) -> None:
         """Writes all waiting rows to disk."""
         if self.state is State.KEEPING and self._collector.waits:
-            self._look_at_weights()
+            self.look_at_weights()
             self._collector.write_all()
         self.selection.kept.write_waiting()
 
@@ -393,8 +393,7 @@ class CachedTrace:
         if stored is None:
             return output
         different = self._comparison.differing(computed, stored)
-        if different and (moved := self.selection.look(at_all=True)):
-            self._moved(moved)
+        if different and self.look_at_all():
             return output
         for number in different:
             self._rest_if(*self._comparison.judge(number, computed[number], stored[number]))
@@ -414,7 +413,7 @@ class CachedTrace:
                 self._settle(inputs)
                 call.leave_out(began)
 
-    def _look_at_weights(self) -> None:
+    def look_at_weights(self) -> None:
         """Checks whether frozen bits have changed, so that no row of other bits is served."""
         if moved := self.selection.look():
             self._moved(moved)
@@ -434,9 +433,33 @@ class CachedTrace:
             history.seen = {}
         self._moved_at = history.batches
 
-    def look_at_the_end(self) -> None:
-        """Hashes all frozen bits a last time, for the rows that were served since the last hash."""
-        unused = not (self.runner.served or self._comparison.batches) or self.stale
-        if unused or self._shared.report.verify == "off":
-            return
-        self.selection.look(at_all=True)
+    def look_at_all(self) -> bool:
+        """Hashes all frozen bits. Returns whether any have changed."""
+        self.selection.frozen.doubt_all()
+        if moved := self.selection.kept.update_names():
+            self._moved(moved)
+        return bool(moved)
+
+    @property
+    def was_used(self) -> bool:
+        """Whether kept rows were served or compared."""
+        return bool(self.runner.served or self._comparison.batches)
+
+
+def hash_all(traces: Iterable[CachedTrace], shared: CacheState) -> None:
+    """Hashes all frozen bits from which rows were served, and tells the user of late changes.
+
+    Args:
+        traces: Traces.
+        shared: State that all parts of the cache share.
+    """
+    if shared.report.verify == "off":
+        return
+    began = perf_counter()
+    used = [one for one in traces if one.was_used]
+    # Traces share parameters, and all of them are marked before any is hashed: each is hashed once.
+    for one in used:
+        one.selection.frozen.doubt_all()
+    for one in used:
+        one.look_at_weights()
+    shared.count_hashing(perf_counter() - began)

@@ -1,6 +1,8 @@
 """Parameters and buffers that kept values are made from, and changes of their bits."""
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import call, is_
 
 import torch
 
@@ -50,7 +52,7 @@ class FrozenState:
     @property
     def gone(self) -> bool:
         """Whether one of the tensors does not exist any more."""
-        return any(reference() is None for reference in self._states.values())
+        return any(map(is_, map(call, self._states.values()), repeat(None)))
 
     def look(self) -> None:
         """Checks the tensors quickly, and marks those that have changed for a new hash."""
@@ -58,20 +60,17 @@ class FrozenState:
         if self._hashed_at != changes or self._look is None or not self._look.is_same():
             self._weights.look(self.tensors)
 
-    def look_again(self, at_all: bool = False) -> None:
-        """Hashes one tensor again, another one at each call.
+    def doubt_all(self) -> None:
+        """Checks the tensors quickly, and marks all of them for a new hash."""
+        self.look()
+        self._weights.suspect(self.tensors)
 
-        Args:
-            at_all: Whether to hash all tensors.
-        """
-        tensors = self.tensors
-        if at_all:
-            self._weights.suspect(tensors)
-        else:
-            self._weights.suspect_next(tensors)
-        seconds = self._weights.hash(tensors)
-        self._shared.report.seconds += seconds
-        self._shared.hash_seconds += seconds
+    def look_again(self) -> None:
+        """Hashes as many bits as there is time for, others at each call."""
+        if self._look is not None and self._weights.changes == self._hashed_at:
+            self._shared.count_hashing(
+                self._weights.hash_pieces(self._look, self._shared.seconds_to_hash)
+            )
 
     def update(self) -> bool:
         """Updates the hashes. Returns whether any of them may have changed."""

@@ -131,19 +131,17 @@ class Selection:
             tell(f"{model}: modes", messages.skipped(model, self.share, limits[-1]))
         return self.kept.is_stored
 
-    def look(self, at_all: bool = False) -> list[Tensor]:
+    def look(self) -> list[Tensor]:
         """Checks whether frozen bits have changed, and computes the names again if so.
 
-        Args:
-            at_all: Whether to hash all tensors. If False, only those are hashed that a quick check
-                or an event has marked, and one more if there is time.
+        A tensor is hashed if a quick check shows a change, and others as there is time.
 
         Returns:
             Parameters and buffers that have changed.
         """
         self.frozen.look()
-        if at_all or self._shared.may_hash:
-            self.frozen.look_again(at_all)
+        if self._shared.seconds_to_hash > 0:
+            self.frozen.look_again()
         return self.kept.update_names()
 
     @property

@@ -6,6 +6,7 @@ is valid for a later call only if all of this is unchanged.
 """
 
 import functools
+import gc
 import types
 import weakref
 from collections import deque
@@ -19,7 +20,7 @@ import xxhash
 from torch import nn
 
 from cachefreeze.keys.code_reads import PARTS_OF_FUNCTIONS, CodeReads, Place, is_foreign
-from cachefreeze.lineage.contents import Glance, attributes_of
+from cachefreeze.lineage.contents import Glance, attributes_of, dict_version
 from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.soundness import PARTS
 from cachefreeze.lineage.structure import PLAIN_KINDS, is_tensor
@@ -83,11 +84,11 @@ class _Look:
     """
 
     def __init__(self, watched: Sequence[_Watched]) -> None:
-        spaces: dict[int, tuple[Any, list[str], list[str]]] = {}
+        spaces: dict[int, tuple[Any, list[_Watched]]] = {}
         self._reads: list[Any] = []
         self._functions: list[Any] = []
         for one in watched:
-            holder, key = one.place.holder, one.place.key
+            holder = one.place.holder
             if isinstance(holder, weakref.ref):
                 # All parts of a function are compared, so each function is needed once.
                 self._functions += [holder] if holder not in self._functions[-1:] else []
@@ -95,35 +96,79 @@ class _Look:
             if holder is None:
                 self._reads.append(one.place.read)
                 continue
-            _, there, absent = spaces.setdefault(id(holder), (holder, [], []))
-            (there if key in holder else absent).append(key)
-        # The first key comes twice, because itemgetter returns no tuple for a single key.
-        self._entries = [
-            (itemgetter(*there, there[0]), holder) for holder, there, _ in spaces.values() if there
-        ]
-        self._absent = [(holder.keys(), absent) for holder, _, absent in spaces.values() if absent]
-        self._alive = [reference for one in watched for reference in one.alive]
+            spaces.setdefault(id(holder), (holder, []))[1].append(one)
+        self._spaces = [_Space(holder, held) for holder, held in spaces.values()]
+        self._dicts = [_dict_behind(holder) for holder, _ in spaces.values()]
+        self._versions = [*map(dict_version, self._dicts)]
+        in_spaces = {id(one) for _, held in spaces.values() for one in held if not one.opened}
+        self._alive = [one for w in watched if id(w) not in in_spaces for one in w.alive]
         self._held = watched
         opened = [one.place.read() for one in watched if one.opened]
         self._glance = Glance({id(value): value for value in opened}.values())
         self._ids = self._ids_now()
 
     def _ids_now(self) -> list[int]:
-        entries = [take(holder) for take, holder in self._entries]
         functions = chain.from_iterable(map(_parts, map(call, self._functions)))
-        return [*map(id, chain(map(call, self._reads), functions, *entries))]
+        return [*map(id, chain(map(call, self._reads), functions))]
 
     def is_same(self) -> bool:
         try:
-            if self._ids_now() != self._ids:
+            if self._ids_now() != self._ids or not self._spaces_are_same():
                 return False
         except (KeyError, AttributeError):  # an entry, or a function, is gone
             return False
+        return all(map(is_not, map(call, self._alive), repeat(None))) and self._glance.is_same()
+
+    def _spaces_are_same(self) -> bool:
+        versions = [*map(dict_version, self._dicts)]
+        if versions != self._versions:
+            # Other entries were assigned to: loops in a script write to its global variables.
+            pairs = zip(versions, self._versions, self._spaces, strict=True)
+            if not all(one == other or space.is_same() for one, other, space in pairs):
+                return False
+            self._versions = versions
+        return True
+
+
+class _Space:
+    """Entries of one dictionary that are compared.
+
+    Args:
+        holder: Dictionary.
+        watched: Places in it.
+    """
+
+    __slots__ = ("_absent", "_alive", "_holder", "_ids", "_keys", "_take")
+
+    def __init__(self, holder: Any, watched: Sequence[_Watched]) -> None:
+        self._holder = holder
+        there = [one.place.key for one in watched if one.place.key in holder]
+        # The first key comes twice, because itemgetter returns no tuple for a single key.
+        self._take = itemgetter(*there, there[0]) if there else _nothing
+        self._absent = [one.place.key for one in watched if one.place.key not in holder]
+        self._alive = [reference for one in watched for reference in one.alive]
+        self._keys = holder.keys()
+        self._ids = [*map(id, self._take(holder))]
+
+    def is_same(self) -> bool:
+        """Returns whether the entries are the objects that they were. They may not be there."""
         return (
-            all(keys.isdisjoint(absent) for keys, absent in self._absent)
+            [*map(id, self._take(self._holder))] == self._ids
+            and self._keys.isdisjoint(self._absent)
             and all(map(is_not, map(call, self._alive), repeat(None)))
-            and self._glance.is_same()
         )
+
+
+def _dict_behind(holder: Any) -> dict[str, Any]:
+    """Returns the dictionary that a class keeps its attributes in, or the dictionary itself."""
+    if not isinstance(holder, types.MappingProxyType):
+        return holder  # type: ignore[no-any-return]
+    (found,) = gc.get_referents(holder)
+    return found  # type: ignore[no-any-return]
+
+
+def _nothing(holder: Any) -> tuple[()]:
+    return ()
 
 
 class ExternalState:

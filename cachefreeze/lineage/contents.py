@@ -7,7 +7,7 @@ import sys
 import types
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -79,6 +79,17 @@ def _slots(kind: type) -> list[str]:
 _NO_SLOTS = frozenset(("builtins", "torch", "numpy", "cachefreeze", *sys.stdlib_module_names))
 
 
+def _never_the_same(held: dict[Any, Any]) -> object:
+    return object()
+
+
+# Number that is another one as soon as somebody has assigned to an entry of a dictionary. torch's
+# compiler relies on it, too. Without it, entries are compared one by one.
+dict_version: Callable[[Any], Any] = getattr(
+    torch._C._dynamo.guards, "dict_version", _never_the_same
+)
+
+
 class Glance:
     """Quick comparison of settings by the identity of all objects in them, in one pass in C.
 
@@ -109,7 +120,9 @@ class Glance:
             self._sees_all = False
             return
         if isinstance(value, dict):
-            self._sees_all &= len(value) <= _MANY and all(type(key) in PLAIN_KINDS for key in value)
+            self._sees_all &= len(value) <= _MANY and all(
+                type(key) in PLAIN_KINDS or isinstance(key, type) for key in value
+            )
             self._alive += list(value)[:_MANY]
             self._views += [value, value.values()]
             items = list(value.values())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cachefreeze.lineage.contents import Glance, content
+from cachefreeze.lineage.contents import Glance, content, dict_version
 from cachefreeze.lineage.soundness import HOOKS, PARTS, shared_hooks
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 from cachefreeze.lineage.unloaded import kind_of
@@ -131,6 +131,7 @@ class _Glance:
 
     def __init__(self, parts: Sequence["_Part"], settings: Iterable[Any]) -> None:
         self.settings = Glance(settings)
+        self._parts_of = parts
         self._modules = [part.module for part in parts]
         self._takes = [part.take for part in parts]
         self._plain = [value for part in parts for value in part.plain]
@@ -151,20 +152,58 @@ class _Glance:
         self._numbers: list[int] = []
         self._trained: list[bool] = []
         self._real: Callable[[list[Any]], tuple[Any, ...]] = _nothing
+        # Versions of the attributes of all modules, and of those dictionaries among them that are
+        # not empty; and the others.
+        self._versions: list[int] = []
+        self._filled: list[tuple[str, int]] = []
+        self._unfilled: list[dict[str, Any]] = []
 
     def parts_are_same(self) -> bool:
         """Returns whether nothing was replaced, added or removed."""
         try:
             modules = [*map(call, self._modules)]
             held: list[dict[str, Any]] = [*map(_held_by, modules)]
+            if self._is_untouched(held) and [*map(type, modules)] == self._kinds:
+                return True
             if any(map(any, map(call, self._empty, held))):
                 return False
             now = chain.from_iterable(map(call, self._takes, held))
             if not all(map(is_, now, self._plain)):
                 return False
             tensors = [held[n][kind] for kind, n in self._holders]
+            if not self._is_same(modules, held, tensors):
+                return False
         except (AttributeError, KeyError):  # a module or one of its attributes was removed
             return False
+        self._take_versions(held)
+        return True
+
+    def _take_versions(self, held: list[dict[str, Any]]) -> None:
+        places = [
+            (kind, n)
+            for n, part in enumerate(self._parts_of)
+            for kind in (*HOOKS, *_HELD)
+            if kind in held[n] and (part.watches_buffers or kind != "_buffers")
+        ]
+        self._filled = [(kind, n) for kind, n in places if held[n][kind]]
+        self._unfilled = [held[n][kind] for kind, n in places if not held[n][kind]]
+        filled = [held[n][kind] for kind, n in self._filled]
+        self._versions = [*map(dict_version, held), *map(dict_version, filled)]
+
+    def _is_untouched(self, held: list[dict[str, Any]]) -> bool:
+        """Says whether nobody has assigned to any attribute, and which tensors take gradient."""
+        if not self._versions:
+            return False
+        filled = [held[n][kind] for kind, n in self._filled]
+        if [*map(dict_version, held), *map(dict_version, filled)] != self._versions:
+            return False
+        tensors = [held[n][kind].values() for kind, n in self._holders]
+        real = self._real([*chain.from_iterable(tensors)])
+        return not any(self._unfilled) and [*map(_takes_gradient, real)] == self._trained
+
+    def _is_same(
+        self, modules: list[Any], held: list[dict[str, Any]], tensors: list[dict[str, Any]]
+    ) -> bool:
         parts = [held[n]["_modules"] for n in self._with_parts]
         return (
             [*map(type, modules)] == self._kinds
