@@ -1,13 +1,14 @@
 """Time whole runs with the cache against a script written by hand, or against no cache.
 
     python scripts/benchmark_finetune.py [--repeats 5] [--images 2500] [--folder IMAGES]
-    python scripts/benchmark_finetune.py --small [--repeats 5]
+    python scripts/benchmark_finetune.py --plain [--blocks 0 2]
+    python scripts/benchmark_finetune.py --small
 
 A ResNet-18 with random weights on JPEG images of 64 pixels. By hand: `by_hand.py`, which saves the
 features of the frozen backbone to an .npy file and trains the head on them. With the cache:
 `own_loop_cached.py`. Whole processes, in turn, each with one thread: the first run, and a second
-one with what the first has kept. With `--small`, 150 images for 2 epochs, head only and with the
-last two blocks, against the same loop without the cache.
+one with what the first has kept. With `--plain`, the same loop without the cache takes the place
+of the script. `--small` is `--plain` with 150 images for 2 epochs.
 """
 
 import argparse
@@ -84,20 +85,32 @@ def against_hand(images: Path, epochs: int, repeats: int, of_processor: bool) ->
         print(told(run, found[f"{run} own_loop_cached.py"], found[f"{run} by_hand.py"]))
 
 
-def against_plain(images: Path, epochs: int, repeats: int, of_processor: bool) -> None:
-    """Compares with the same loop without the cache."""
-    found: dict[tuple[int, bool], list[float]] = {}
+def against_plain(
+    images: Path, epochs: int, repeats: int, of_processor: bool, blocks: list[int]
+) -> None:
+    """Compares with the same loop without the cache.
+
+    Args:
+        images: Folder of the images.
+        epochs: Number of epochs.
+        repeats: Number of runs of each way.
+        of_processor: Whether only seconds of the processor count.
+        blocks: Numbers of last blocks that are trained beside the head, one comparison each.
+    """
+    found: dict[tuple[int, str], list[float]] = {}
     for _ in range(repeats):
-        for blocks in (0, 2):
-            for plain in (False, True):
-                with tempfile.TemporaryDirectory() as folder:
+        for count in blocks:
+            with tempfile.TemporaryDirectory() as folder:
+                for way in ("plain", "first", "second"):
                     options = [str(images), f"{folder}/kept", "--epochs", str(epochs)]
-                    options += ["--blocks", str(blocks), *(["--plain"] if plain else [])]
+                    options += ["--blocks", str(count), *(["--plain"] if way == "plain" else [])]
                     took = seconds("own_loop_cached.py", *options, of_processor=of_processor)
-                    found.setdefault((blocks, plain), []).append(took)
+                    found.setdefault((count, way), []).append(took)
         print(", ".join(f"{name} {times[-1]:.2f}" for name, times in found.items()), flush=True)
-    for blocks, name in ((0, "small, head only"), (2, "small, last two blocks")):
-        print(told(name, found[blocks, False], found[blocks, True]))
+    for count in blocks:
+        for way in ("first", "second"):
+            name = f"head and {count} blocks, {way} run"
+            print(told(name, found[count, way], found[count, "plain"]))
 
 
 def main() -> int:
@@ -107,7 +120,12 @@ def main() -> int:
     parser.add_argument("--images", type=int, metavar="N", help="images that are made")
     parser.add_argument("--epochs", type=int, metavar="N")
     parser.add_argument("--folder", type=Path, help="images in one folder a class, in their place")
+    parser.add_argument("--plain", action="store_true", help="against no cache")
     parser.add_argument("--small", action="store_true", help="small runs, against no cache")
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[0, 2], metavar="N",
+        help="with --plain and --small: last blocks that are trained beside the head",
+    )  # fmt: skip
     parser.add_argument(
         "--processor", action="store_true", help="seconds of the processor, on a busy machine"
     )
@@ -117,9 +135,11 @@ def main() -> int:
         place = args.folder or Path(folder)
         if args.folder is None:
             make_images(place, args.images or images)
-        (against_plain if args.small else against_hand)(
-            place, args.epochs or epochs, args.repeats, args.processor
-        )
+        measured = (place, args.epochs or epochs, args.repeats, args.processor)
+        if args.small or args.plain:
+            against_plain(*measured, args.blocks)
+        else:
+            against_hand(*measured)
     return 0
 
 
