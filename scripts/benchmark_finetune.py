@@ -8,7 +8,7 @@ A ResNet-18 with random weights on JPEG images of 64 pixels. By hand: `by_hand.p
 features of the frozen backbone to an .npy file and trains the head on them. With the cache:
 `own_loop_cached.py`. Whole processes, in turn, each with one thread: the first run, and a second
 one with what the first has kept. With `--plain`, the same loop without the cache takes the place
-of the script. `--small` is `--plain` with 150 images for 2 epochs. `--json` writes what was measured
+of the script. `--small` is `--plain` with 150 images for 2 epochs. `--json` writes what was found
 to a file, from which `doc_figures.py` draws the picture of the README.
 """
 
