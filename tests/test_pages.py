@@ -114,7 +114,7 @@ def test_every_file_and_option_that_is_named_exists(page: Path) -> None:
         assert (ROOT / path).exists(), path
     if page.name == "stale.md":  # it names options of others
         return
-    known = set(command_line.options()._option_string_actions)
+    known = set(command_line.command_line()._option_string_actions)
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text)) <= known

@@ -24,8 +24,7 @@ assert Path(cachefreeze.__file__).is_relative_to(sys.argv[1]), cachefreeze.__fil
 layers = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
 cachefreeze.freeze(layers[0])
 model = torch.nn.Sequential(*layers)
-with cachefreeze.ActivationCache(model, directory="cache") as cache:
-    model(torch.randn(8, 4)).sum().backward()
+cachefreeze.ActivationCache(model, directory="cache").close()
 print(write_report(Path(sys.argv[2])))
 """
 
