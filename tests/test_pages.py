@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze
 from cachefreeze.train import main
-from cachefreeze.training import command_line, settings
+from cachefreeze.training import command_line
 
 from .cache.test_examples import EXAMPLES
 
@@ -100,7 +100,7 @@ def test_every_command_is_one_that_there_is(page: Path) -> None:
         if program == "make":
             assert re.search(rf"^{words[0]}:", makefile, re.M)
         elif Path(program).name == "python" and words[:2] == ["-m", "cachefreeze.train"]:
-            settings.parse(words[2:])
+            command_line.parse(words[2:])
         elif Path(program).name == "python" and words[0] != "-m":
             assert (ROOT / words[0]).exists() or words[0] == "make_photos.py"
         else:

@@ -13,7 +13,6 @@ from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
 from cachefreeze.lineage.modules import compiled_functions
 from cachefreeze.lineage.operations import LIVE, MIXES, SHAPELESS, TRAINED, Operation, Trace, mark
 from cachefreeze.lineage.tracer import trace
-from cachefreeze.store.files import human_bytes
 
 # Bytes a second at which memory or a fast disk returns kept values.
 READING_RATE = 1e9
