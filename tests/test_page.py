@@ -721,12 +721,13 @@ def test_write_report_sets_measured_runs_beside(
 def test_pictures_can_be_taken_out_of_a_report(
     cached: RunResults, tmp_path: Path, script: Script
 ) -> None:
-    assert script("scripts/doc_figures.py", cached.folder, tmp_path / "figures", *TITLES) == 0
+    folder = tmp_path / "figures"
+    assert script("scripts/doc_figures.py", "run", cached.folder, folder, *TITLES) == 0
     for name in TITLES:
         root = ElementTree.parse(tmp_path / "figures" / f"{name}.svg").getroot()
         assert root.tag == f"{SVG}svg"
         assert "--paper:" in (root[0].text or "")
-    assert script("scripts/doc_figures.py", cached.folder, tmp_path, "store") == 2
+    assert script("scripts/doc_figures.py", "run", cached.folder, tmp_path, "store") == 2
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(

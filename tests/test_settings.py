@@ -174,13 +174,3 @@ def test_what_help_says_of_freezeouts_options_is_so(theirs: str, ours: str) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
     assert "--device cuda is not available" in fails("--device", "cuda")
-
-
-def test_every_option_that_the_readme_names_exists() -> None:
-    root = Path(__file__).parents[1]
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (root / "README.md").read_text()))
-    known = set(command_line.command_line()._option_string_actions)
-    for script in (root / "scripts").glob("*.py"):
-        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
-    assert len(named) > 20
-    assert named <= known

@@ -78,6 +78,12 @@ def trace(
 class _Kernels(TorchDispatchMode):
     """Receives every kernel, including those that no torch function shows."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True, torch's default, imports the compiler at the first kernel: seconds in every process.
+        # Nothing is compiled while a pass is followed.
+        return False
+
     def __init__(self, tracer: "_Tracer") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tracer = tracer
