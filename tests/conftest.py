@@ -19,6 +19,8 @@ from cachefreeze.cache import pace, route
 from cachefreeze.train import main
 from cachefreeze.training import checkpoint, forecast
 
+from .support.programs import Programs, warm
+
 if TYPE_CHECKING:
     from .interrupter import Interrupter
 
@@ -49,6 +51,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "train", 50, seed=1)
     write_images(folder / "val", 11, seed=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Runs programs in processes of their own, without the seconds that importing PyTorch takes."""
+    with warm() as server:
+        yield server
 
 
 @dataclass
