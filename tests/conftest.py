@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cachefreeze.cache import pace, route
+from cachefreeze.cache import selection
+from cachefreeze.plan import costs, forecast, overhead
 from cachefreeze.train import main
-from cachefreeze.training import checkpoint, forecast
+from cachefreeze.training import checkpoint
 
 from .support.programs import Programs, warm
 
@@ -173,17 +174,17 @@ def _short_runs() -> Iterator[None]:
         for what in ("COMPARED", "TRACED"):
             patch.setattr(forecast, what, 0)
         for what in ("READ_RATE", "WRITE_RATE"):
-            patch.setattr(forecast, what, float("inf"))
+            patch.setattr(costs, what, float("inf"))
         yield
 
 
 @pytest.fixture(autouse=True)
 def any_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets frozen work be left out whatever share of the time it was measured to be."""
-    monkeypatch.setattr(route, "LEAST_SHARE", 0.0)
+    monkeypatch.setattr(selection, "LEAST_SHARE", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def no_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets caches of small models take whatever time following takes."""
-    monkeypatch.setattr(pace, "_FREE_SECONDS", float("inf"))
+    monkeypatch.setattr(overhead, "_FREE_SECONDS", float("inf"))

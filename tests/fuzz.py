@@ -17,7 +17,7 @@ from torch import nn
 
 import cachefreeze
 from cachefreeze import ActivationCache
-from cachefreeze.cache import route
+from cachefreeze.cache import selection
 
 from .faults.changes import LATE, OTHERS, WRITERS, Observed, loss_of
 
@@ -214,7 +214,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="run one round, and say what it is")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    route.LEAST_SHARE = 0.0  # shares are of measured times, and seeds should say the same twice
+    selection.LEAST_SHARE = 0.0  # shares are of measured times, and seeds should say the same twice
     found: Counter[str] = Counter()
     seeds = range(args.first, args.first + args.rounds) if args.seed is None else [args.seed]
     began, served = time.perf_counter(), 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cachefreeze.cache import route
+from cachefreeze.cache import selection
 from cachefreeze.data import InputRows, load
 from cachefreeze.data import images as images_of
 from cachefreeze.models import build
@@ -140,7 +140,7 @@ def test_its_words_say_what_happened_and_what_to_type_next(
 def test_what_the_cache_says_is_told_once_and_as_a_warning(
     train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(route, "LEAST_SHARE", 1.0)  # it says that less than that is frozen
+    monkeypatch.setattr(selection, "LEAST_SHARE", 1.0)  # it says that less than that is frozen
     run = train(*SHORT, "--dropout", 0.1)
     captured = capsys.readouterr()
     assert run.summary["cache"]["messages"]
@@ -454,7 +454,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def broken(*args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("cachefreeze.train.make_network", broken)
+    monkeypatch.setattr("cachefreeze.training.run.make_network", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")])
 

@@ -1,10 +1,10 @@
-"""Bits of frozen parameters and buffers: their hashes, and whether they are still the same.
+"""Hashes of frozen parameters and buffers, and cheap checks that the bits are still the same.
 
-A version counter that moved proves a change, one that did not proves nothing: fused optimizers,
-batch norms, writes through `.data` or numpy move none. So three looks are taken. At every call,
-small tensors are compared with what they were, and a few numbers out of every larger one: who
-writes to a whole tensor changes them. After an event, such as an optimizer's step, all bits are
-hashed again. And one tensor after the other is hashed again as time allows.
+A version counter that has moved proves a change. One that has not moved proves nothing: fused
+optimizers, batch norms, `.data` and numpy write without moving it. So there are three checks. At
+every call, small tensors are compared as a whole, and larger ones at a few places: a write to a
+whole tensor changes these places. After an event such as an optimizer's step, all bits are hashed
+again. Besides that, one tensor after another is hashed again as time allows.
 """
 
 import time
@@ -22,15 +22,16 @@ from cachefreeze.lineage.known import off_line
 Tensor = torch.Tensor
 
 _SPOTS = 4
-# Bytes of a tensor that is looked at as a whole: a hash of so many takes as long as some spots.
+# Largest number of bytes of a tensor that is hashed at every call: it takes as long as reading
+# some spots.
 _SMALL = 4096
-# Fractions of the golden ratio fall evenly between those before them.
+# Multiples of the golden ratio, modulo 1, are spread evenly however many there are.
 _GOLDEN = 0.6180339887498949
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class _Memory(NamedTuple):
-    """Reads a few numbers of memory on the CPU."""
+    """Reads a few numbers of a tensor in CPU memory."""
 
     memory: Any
     places: list[int]
@@ -40,7 +41,7 @@ class _Memory(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """Hashes all of a small memory on the CPU."""
+    """Hashes all of a small tensor in CPU memory."""
 
     memory: Any
 
@@ -53,18 +54,19 @@ _Looker = _Memory | _Whole | Callable[[], list[int]]
 
 @dataclass(eq=False, slots=True)
 class _Held:
-    """What is known of one tensor.
+    """Hash of one tensor, and what a quick check compares.
 
     Attributes:
-        tensor: Weak reference to it.
-        digest: Hash of its bits. Empty if it must be taken again.
-        pointer: Address of its first element, at the last look.
-        version: Version counter, at the last look.
-        look: Function that reads a few of its numbers.
-        spots: What that function returned.
+        tensor: Weak reference to the tensor.
+        digest: Hash of its bits. Empty if it must be computed again.
+        pointer: Address of its first element, when it was hashed.
+        version: Version counter, when it was hashed.
+        look: Function that reads a few of its numbers. None if no such function exists.
+        spots: Numbers that this function returned, when the tensor was hashed.
         before: Hash before the last one.
-        expected: Whether the last change was to be expected, since an optimizer has stepped.
-        unseen: Whether the bits have changed, and neither an event nor a look has shown it.
+        expected: Whether an optimizer has stepped since the last hash, so that a change is no
+            surprise.
+        unseen: Whether the last hash has found a change that no event and no quick check had shown.
     """
 
     tensor: "weakref.ref[Tensor]"
@@ -79,10 +81,10 @@ class _Held:
 
 
 class Look:
-    """A look at many tensors at once, to be taken at every call: it is a few lists long.
+    """Quick check of many tensors at once. It is done at every call.
 
     Args:
-        held: What is known of the tensors, all of which were hashed.
+        held: Tensors to check, all of which have a hash.
     """
 
     def __init__(self, held: Sequence[_Held]) -> None:
@@ -101,10 +103,10 @@ class Look:
         self._others = [pair for pair in spots if not isinstance(pair[0], (_Memory, _Whole))]
 
     def is_same(self) -> bool:
-        """Says whether versions, addresses and some numbers of all tensors are what they were."""
+        """Returns whether versions, addresses and checked numbers of all tensors are unchanged."""
         try:
             tensors: list[Any] = [reference() for reference in self._tensors]
-            # Addresses come first: memory that was given back must not be read.
+            # Addresses come first, because freed memory must not be read.
             return (
                 [one.data_ptr() for one in tensors] == self._pointers
                 and list(map(_version, tensors)) == self._versions
@@ -117,13 +119,13 @@ class Look:
 
 
 class Weights:
-    """Hashes of tensors that are not expected to change, taken again when they may have.
+    """Hashes of tensors that should not change, each computed again when it may be out of date.
 
-    A tensor is known by its identity, and held weakly.
+    A tensor is identified by its `id`, and held by a weak reference.
 
     Attributes:
-        changes: Number that grows whenever a hash may be another one now.
-        hashed: Bytes of all hashes that were taken.
+        changes: Number that grows whenever a hash may have become another one.
+        hashed: Total number of hashed bytes.
     """
 
     def __init__(self) -> None:
@@ -132,29 +134,29 @@ class Weights:
         self._turn = 0
 
     def digest(self, tensor: Tensor) -> bytes:
-        """Returns the xxh3-128 of a tensor's type, shape and bits, of now."""
+        """Returns the xxh3-128 of a tensor's type, shape, strides and present bits."""
         held = self._of(tensor)
         if not held.digest:
             self._hash(held, tensor)
         return held.digest
 
     def look(self, tensors: Iterable[Tensor]) -> None:
-        """Compares versions, addresses and a few numbers of tensors with those at the last look."""
+        """Checks tensors quickly, and marks those that have changed for a new hash."""
         for tensor in tensors:
             held = self._of(tensor)
             if held.digest and not Look([held]).is_same():
                 self._doubt(held)
 
     def take_look(self, tensors: Iterable[Tensor]) -> Look:
-        """Returns a look at tensors, all of which have a hash."""
+        """Makes a quick check of tensors, all of which have a hash."""
         return Look([self._of(tensor) for tensor in tensors])
 
     def suspect(self, tensors: Iterable[Tensor], event: bool = False) -> None:
-        """Has tensors hashed again before they are relied upon.
+        """Marks tensors for a new hash, which is computed before they are relied upon.
 
         Args:
-            tensors: Tensors.
-            event: Whether somebody may just have written to them, so that a change is no surprise.
+            tensors: Tensors that may have changed. Those without a hash are left out.
+            event: Whether an event explains a change, such as an optimizer's step.
         """
         for tensor in tensors:
             held = self._held.get(id(tensor))
@@ -164,17 +166,17 @@ class Weights:
                     self._doubt(held)
 
     def has_changed_unseen(self, tensor: Tensor) -> bool:
-        """Says whether the last hash has shown a change that nothing else had shown."""
+        """Returns whether the last hash has found a change that nothing else had shown."""
         return self._of(tensor).unseen
 
     def suspect_next(self, tensors: Collection[Tensor]) -> None:
-        """Has one of some tensors hashed again, each in its turn."""
+        """Marks one of the tensors for a new hash, another one at each call."""
         if tensors:
             self._turn += 1
             self.suspect([list(tensors)[self._turn % len(tensors)]])
 
     def hash(self, tensors: Iterable[Tensor]) -> float:
-        """Takes all hashes anew that are in doubt. Returns the seconds that it took."""
+        """Hashes all tensors that are marked. Returns the seconds that this took."""
         began = time.perf_counter()
         for tensor in tensors:
             self.digest(tensor)
@@ -213,11 +215,15 @@ def _version(tensor: Tensor) -> int:
 
 
 def _looker(tensor: Tensor) -> _Looker | None:
-    """Makes a function that reads a few numbers of a tensor's memory, the same at each call."""
+    """Makes a function that reads a few numbers of a tensor, from the same places at each call.
+
+    Returns:
+        Function, or None if the tensor's memory cannot be read in this way.
+    """
     count = tensor.numel()
     if not count or tensor.is_conj() or tensor.is_neg():
         return None
-    # In the order in which elements lie in memory, for weights may be in `channels_last`.
+    # Places are counted in the order of memory, because weights may be in `channels_last`.
     stride = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: -stride[dim])
     laid = tensor.detach().permute(order)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cachefreeze import ActivationCache
-from cachefreeze.cache import activation_cache, table
+from cachefreeze.cache import activation_cache, row_table
 from cachefreeze.errors import UserError
 from cachefreeze.store.inspect import inspect
 from tests.support.programs import Programs
@@ -135,7 +135,7 @@ def test_rows_are_served_from_the_disk_where_memory_has_no_room(
 def test_two_caches_at_once_share_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "_LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(row_table, "_LOOK_AGAIN", 0.0)
     x, other = images(48), images(48, seed=7)
     one, two = net(), net()
     with ActivationCache(two, directory=tmp_path) as cache:

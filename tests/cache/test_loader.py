@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 from cachefreeze import ActivationCache
-from cachefreeze.cache import known_rows as loaders
+from cachefreeze.cache import lazy_loading
 from tests.support.programs import Programs
 
 ROWS, BATCH, SIDE = 24, 8, 24
@@ -33,7 +33,7 @@ Tensor = torch.Tensor
 @pytest.fixture(autouse=True)
 def no_item_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Items of tests are small, and how fast they load must decide nothing."""
-    monkeypatch.setattr(loaders, "_CHEAP", 0.0)
+    monkeypatch.setattr(lazy_loading, "_CHEAP", 0.0)
 
 
 class Net(nn.Module):
@@ -605,7 +605,7 @@ import sys
 import torch
 from pathlib import Path
 from tests.cache import test_loader
-test_loader.loaders._CHEAP = 0.0
+test_loader.lazy_loading._CHEAP = 0.0
 dataset, directory = test_loader.Files(Path(sys.argv[1])), Path(sys.argv[2])
 run = test_loader.Run(True, dataset, 3, directory=directory, arguments=test_loader.fours)
 print(run.loads, run.losses)
