@@ -38,8 +38,8 @@ def main() -> int:
             return code
         seconds[name] = time.perf_counter() - began
     print(
-        f"\nTraining the last layer took {seconds['head']:.1f} s, and {seconds['again']:.1f} s with "
-        "the other rate:\nthe frozen layers came from the cache from the first epoch on."
+        f"\nTraining the last layer took {seconds['head']:.1f} s, and {seconds['again']:.1f} s "
+        "with the other rate:\nthe frozen layers came from the cache from the first epoch on."
     )
     return 0
 

@@ -20,6 +20,8 @@ from cachefreeze.plan import costs, forecast, overhead
 from cachefreeze.train import main
 from cachefreeze.training import checkpoint
 
+from .support.programs import Programs, warm
+
 if TYPE_CHECKING:
     from .interrupter import Interrupter
 
@@ -50,6 +52,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "train", 50, seed=1)
     write_images(folder / "val", 11, seed=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Runs programs in processes of their own, without the seconds that importing PyTorch takes."""
+    with warm() as server:
+        yield server
 
 
 @dataclass

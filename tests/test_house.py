@@ -57,6 +57,7 @@ INSIDE = {
         ["comparison", "guards", "runner"],
         ["row_collector"],
         ["cached_trace"],
+        ["final_check"],
         ["cached_module"],
         ["activation_cache"],
     ],

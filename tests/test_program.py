@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cachefreeze.train import main
 from cachefreeze.training.checkpoint import load_checkpoint
 
 from .conftest import Train, file_size_limit, write_images
+from .support.programs import Programs
 from .test_parity import assert_same_run
 
 Fails = Callable[..., str]
@@ -458,16 +458,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         main(["--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")])
 
 
-def test_the_program_runs_as_a_module_and_returns_its_exit_code(tmp_path: Path) -> None:
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cachefreeze.train", *options]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-
-    bad = run("--arch", "resnet")
-    assert bad.returncode == 2
+def test_the_program_runs_as_a_module_and_returns_its_exit_code(
+    tmp_path: Path, programs: Programs
+) -> None:
+    bad = programs.run("cachefreeze.train", "--arch", "resnet", cwd=tmp_path)
+    assert bad.code == 2
     assert bad.stderr.count("\n") == 1
-    good = run("--arch", "wrn10_1", "--epochs", "1", "-b", "256")
-    assert good.returncode == 0
+    options = ("--arch", "wrn10_1", "--epochs", "1", "-b", "256")
+    good = programs.run("cachefreeze.train", *options, cwd=tmp_path)
+    assert good.code == 0
     assert good.stderr == ""
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "summary.json").exists()
