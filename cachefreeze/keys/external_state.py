@@ -151,7 +151,7 @@ class _Space:
         self._ids = [*map(id, self._take(holder))]
 
     def is_same(self) -> bool:
-        """Returns whether the entries are the objects that they were. They may not be there."""
+        """Returns whether the same objects are there, and no entry that was absent."""
         return (
             [*map(id, self._take(self._holder))] == self._ids
             and self._keys.isdisjoint(self._absent)
