@@ -232,7 +232,6 @@ class CachedModule:
             call.module, *call.args, moving=moving, code_frames=around.frames(), **call.kwargs
         )
         self._shared.stats.rows_computed += _rows(copies)
-        around.settle()
         name = self._words(call.module, copies)
         self._tried[key] = self._tried.get(key, 0) + 1
         last = self._tried[key] >= _TRIES

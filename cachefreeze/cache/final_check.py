@@ -11,7 +11,7 @@ def hash_all(traces: Iterable[CachedTrace], shared: CacheState) -> None:
     """Hashes all frozen bits from which rows were served, and tells the user of late changes.
 
     Args:
-        traces: Traces.
+        traces: Traces whose rows may have been served.
         shared: State that all parts of the cache share.
     """
     if shared.report.verify == "off":

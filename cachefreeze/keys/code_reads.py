@@ -7,13 +7,14 @@ something that these functions read has changed, and that is noticed.
 import builtins
 import functools
 import gc
+import os
 import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cachefreeze.keys import bytecode
 from cachefreeze.lineage.contents import attributes_of
@@ -137,6 +138,9 @@ class CodeReads:
             value = function.__globals__.get(name)
             if isinstance(value, types.ModuleType):
                 self._module(value, function.__code__.co_names, 0)
+            elif hasattr(kind, name):  # a method that somebody may put another in the place of
+                read = functools.partial(getattr, kind, name, NONE)
+                self._add(f"`{name}` of {kind.__name__}", kind, read, name)
 
     def _function(self, function: types.FunctionType, owner: Any, depth: int = 0) -> None:
         code = function.__code__
@@ -149,6 +153,7 @@ class CodeReads:
             if self._is_new(function, name):
                 called = f"{part} of {function.__qualname__}"
                 self.places.append(Place(called, None, reference, name))
+        self._attributes(function)
         names = bytecode.names(code)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             read = functools.partial(bytecode.content, cell, NONE)
@@ -156,12 +161,26 @@ class CodeReads:
             self._value(read(), names, depth, owner)
         self._reads(code, names, function.__globals__, owner, depth)
 
+    def _attributes(self, function: types.FunctionType | types.MethodType) -> None:
+        """Adds the attributes of a function, such as what `functools.singledispatch` calls."""
+        if vars(function):
+            read = functools.partial(_part_of, weakref.ref(function), "__dict__")
+            self._add(f"an attribute of {function.__qualname__}", function, read, "__dict__")
+
     def _reads(
         self, code: types.CodeType, names: list[str], space: dict[str, Any], owner: Any, depth: int
     ) -> None:
         """Adds the global variables and class attributes that code mentions."""
         self._codes.update((id(one), one) for one in bytecode.codes(code))
+        if not {"environ", "getenv"}.isdisjoint(names):
+            self._add(
+                "the environment", os.environ, functools.partial(getattr, os.environ, "_data")
+            )
         for name in names:
+            if hasattr(Tensor, name):
+                self._entry(f"`{name}` of torch.Tensor", vars(Tensor), name)
+            if name in _BUILTINS and name not in space:
+                self._entry(f"the builtin `{name}`", _BUILTINS, name)
             if name in space or name in _BUILTINS:
                 value = space.get(name, NONE)
                 if isinstance(value, types.ModuleType):
@@ -186,7 +205,10 @@ class CodeReads:
                 self._value(item, names, depth, owner, inside + 1)
         elif isinstance(value, type):
             self._class(value, names, depth)
+        elif isinstance(value, types.ModuleType):
+            self._module(value, names, depth)
         elif isinstance(value, (types.FunctionType, types.MethodType)):
+            self._attributes(value)
             if self._calls:
                 self.take(value, owner, depth + 1)
         elif not isinstance(value, nn.Module):
@@ -214,14 +236,17 @@ class CodeReads:
     def _module(self, module: types.ModuleType, names: Iterable[str], depth: int) -> None:
         space, names = vars(module), list(names)
         root = (module.__name__ or "").partition(".")[0]
-        if root in _FOREIGN and root not in _PATCHED:
+        if root == "cachefreeze":
             return
+        by_python = root in _FOREIGN and root not in _PATCHED
         for name in names:
             value = space.get(name, NONE)
             if isinstance(value, types.ModuleType):
                 if depth < _DEEP and value is not module:
                     self._module(value, names, depth + 1)
             elif value is not NONE and not _is_trained(value):
+                if by_python and not callable(value):
+                    continue
                 self._entry(f"`{name}` of {module.__name__}", space, name)
                 if root not in _FOREIGN:
                     self._value(value, names, _DEEP - 1)

@@ -20,20 +20,28 @@ import xxhash
 from torch import nn
 
 from cachefreeze.keys.code_reads import PARTS_OF_FUNCTIONS, CodeReads, Place, is_foreign
-from cachefreeze.lineage.contents import Glance, attributes_of, dict_version
+from cachefreeze.lineage.contents import (
+    WINDOWS,
+    Glance,
+    attributes_of,
+    dict_version,
+    shown_by,
+)
 from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.soundness import PARTS
 from cachefreeze.lineage.structure import PLAIN_KINDS, is_tensor
 
 # Limits on what is compared: depth of nesting, and number of entries of a container. Of a larger
 # container, so many entries at the start and at the end are compared.
-_DEEP, _MANY, _SOME = 4, 1000, 50
+_DEEP, _MANY, _SOME = 4, 10_000, 50
 _SEQUENCES, _SETS = (list, tuple, deque), (set, frozenset)
 _CONTAINERS = (dict, *_SEQUENCES, *_SETS)
-_OPENED = (*_CONTAINERS, np.ndarray)
+_OPENED = (*_CONTAINERS, np.ndarray, *WINDOWS)
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 # Classes of Python that people keep settings in.
-_PLAIN_OBJECTS = ("SimpleNamespace", "Namespace")
+_PLAIN_OBJECTS = (
+    "SimpleNamespace", "Namespace", "ChainMap", "UserDict", "UserList", "Synchronized",
+)  # fmt: skip
 
 
 class _Watched:
@@ -66,6 +74,11 @@ class _Watched:
         return all(map(is_not, map(call, self.alive), repeat(None))) and (
             self._told(now, []) == self.told
         )
+
+    @property
+    def counts(self) -> bool:
+        """Whether a number in it is another one."""
+        return _counts(self.told, self._told(self.place.read(), []))
 
     @property
     def hides(self) -> bool:
@@ -151,7 +164,7 @@ class _Space:
         self._ids = [*map(id, self._take(holder))]
 
     def is_same(self) -> bool:
-        """Returns whether the entries are the objects that they were. They may not be there."""
+        """Returns whether the same objects are there, and no entry that was absent."""
         return (
             [*map(id, self._take(self._holder))] == self._ids
             and self._keys.isdisjoint(self._absent)
@@ -198,20 +211,29 @@ class ExternalState:
 
     def frames(self) -> Frames:
         """Makes the hook that looks into each function that runs in the traced pass."""
-        return self._code.frames(self._take)
+        frames = self._code.frames(self._take)
+        frames.ended = self.settle
+        return frames
 
     def _take(self) -> None:
         """Reads the places that were found since the last call of this method."""
         found, self._taken = self._code.places[self._taken :], len(self._code.places)
         self._watched += [_Watched(place, True) for place in found]
 
-    def settle(self) -> None:
-        """Ends the traced pass. State that the pass itself changed is not compared."""
+    def settle(self) -> bool:
+        """Ends the traced pass. State that the pass itself changed is not compared.
+
+        Returns:
+            Whether the pass has changed a number that it reads, such as a counter. Then it depends
+            on the calls before. A cache that has grown, or a flag, may be as it is from now on.
+        """
         self._code.resolve()
         self._take()
-        self._watched = [one for one in self._watched if one.is_same()]
+        changed = [one for one in self._watched if not one.is_same()]
+        self._watched = [one for one in self._watched if one not in changed]
         self._code.forget()
         self._look = None
+        return any(one.counts for one in changed)
 
     def difference(self) -> str:
         """Returns the name of something that has changed, or an empty string."""
@@ -251,6 +273,8 @@ def _told(value: Any, alive: list["weakref.ref[Any]"], depth: int = 0) -> Any:
     if isinstance(value, np.ndarray) and value.dtype != object:
         return kind, value.shape, str(value.dtype), xxhash.xxh3_128_digest(value.tobytes())
     if depth <= _DEEP and not is_tensor(value):
+        if isinstance(value, WINDOWS):
+            return _told(shown_by(value), alive, depth + 1)
         if isinstance(value, dict):
             items = _some(list(value.items()))
             pairs = [(_key(key), _told(one, alive, depth + 1)) for key, one in items]
@@ -263,6 +287,17 @@ def _told(value: Any, alive: list["weakref.ref[Any]"], depth: int = 0) -> Any:
         if _is_plain_object(value):
             return kind, _told(attributes_of(value), alive, depth)
     return _identity(value, alive)
+
+
+def _counts(before: Any, after: Any) -> bool:
+    """Returns whether two descriptions differ in a number, and not in how much they hold."""
+    if type(before) not in (tuple, list) or type(after) is not type(before):
+        return False
+    if len(before) != len(after):
+        return False
+    if len(before) == 2 and before[0] is after[0] and before[0] in (int, float, complex):
+        return bool(before[1] != after[1])
+    return any(map(_counts, before, after))
 
 
 def _some(items: list[Any]) -> list[Any]:

@@ -3,12 +3,16 @@
 An example is the configuration of a Hugging Face model, which all its parts share.
 """
 
+import ctypes
 import sys
+import threading
 import types
+import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from itertools import chain, count
 from operator import is_
 from typing import Any
 
@@ -23,6 +27,10 @@ _MANY, _DEEP = 10_000, 4
 _SEQUENCES, _SETS = (list, tuple, deque), (set, frozenset)
 # Types whose contents can change in place, although all objects stay the same.
 _ARRAYS = (np.ndarray, bytearray, array)
+# What shows something that lies elsewhere.
+_WINDOWS = (ContextVar, threading.local, types.MappingProxyType, memoryview, weakref.ref, Iterator)
+_C_DATA: Any = ctypes.c_int.__mro__[-2]
+WINDOWS = (*_WINDOWS, bytearray, array, _C_DATA)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
@@ -50,6 +58,27 @@ def content(value: Any, depth: int = 0) -> Any:
         return type(value), [(repr(key), content(item, depth + 1)) for key, item in pairs]
     held = attributes_of(value)
     return (type(value), content(held, depth)) if held is not None else None
+
+
+def shown_by(value: Any) -> Any:
+    """Returns what one of `WINDOWS` shows, as a container of python's or bytes.
+
+    An iterator shows a number that is another one each time, for reading it is changing it.
+    """
+    if isinstance(value, ContextVar):
+        return [value.get(None)]
+    if isinstance(value, threading.local):
+        return dict(vars(value))
+    if isinstance(value, types.MappingProxyType):
+        return dict(value)
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if isinstance(value, Iterator):
+        return next(_numbers)
+    return bytes(value)
+
+
+_numbers = count()
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
@@ -116,7 +145,7 @@ class Glance:
             return
         if depth > _DEEP:
             return
-        if isinstance(value, _ARRAYS):
+        if isinstance(value, (*_ARRAYS, *WINDOWS)):
             self._sees_all = False
             return
         if isinstance(value, dict):

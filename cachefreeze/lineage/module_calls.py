@@ -202,6 +202,8 @@ class ModuleCalls(Recording):
         states = [self._state(f"{name}.{key}", one) for key, one in states_of("", module)]
         operation.reads = tuple(dict.fromkeys((*operation.reads, *states)))
         running = self._running = Running()
+        # Dynamo would compile what looks into functions.
+        looked = soundness.is_compiled(module) and self.frames is not None and self.frames.pause()
         try:
             with calls.unfollowed(self._functions), self._kernels_of(module, running):
                 output = calls.real_call(module, *args, **kwargs)
@@ -211,6 +213,8 @@ class ModuleCalls(Recording):
             raise
         finally:
             self._running = None
+            if looked and self.frames is not None:
+                self.frames.resume()
         if soundness.has_hooks(module):
             operation.must_run, operation.taints = (
                 "runs hooks in a module that is not followed",

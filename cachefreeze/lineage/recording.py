@@ -15,7 +15,7 @@ from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.known import Known, buffer_of
 from cachefreeze.lineage.modes import modes_now
 from cachefreeze.lineage.modules import states_of
-from cachefreeze.lineage.operations import Call, Operation, State, Step, Trace, twin_of
+from cachefreeze.lineage.operations import Call, Operation, State, Step, Trace
 from cachefreeze.lineage.signature import Signature
 from cachefreeze.lineage.structure import describe, tensors
 
@@ -161,8 +161,7 @@ class Recording:
     @resting
     def _register_new(self, module: nn.Module) -> None:
         self._register(type(module).__name__, module)
-        if twin_of(module) is None:
-            self._met.append((type(module).__name__, weakref.ref(module)))
+        self._met.append((type(module).__name__, weakref.ref(module)))
 
     def _state(self, name: str, tensor: torch.Tensor) -> int:
         number = self.known.number(tensor)

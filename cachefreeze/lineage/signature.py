@@ -49,7 +49,7 @@ class Signature:
             for name, module in modules
             for path, part in module.named_modules()
         ]
-        self._shared_hooks = shared_hooks()
+        self._shared = _run_for_all()
         parts = [part for _, module in modules for part in module.modules()]
         self._settings = _settings(parts)
         self._glance: _Glance | None = None
@@ -75,7 +75,7 @@ class Signature:
             return "the given tensors have other shapes, types or strides"
         if _switches() != self._switches:
             return "gradients, inference mode or autocast are switched differently"
-        if shared_hooks() != self._shared_hooks:
+        if _run_for_all() != self._shared:
             return "hooks for all modules were added or removed"
         return self.difference_of_modules()
 
@@ -185,6 +185,8 @@ class _Glance:
             for kind in (*HOOKS, *_HELD)
             if kind in held[n] and (part.watches_buffers or kind != "_buffers")
         ]
+        if not all(isinstance(held[n][kind], dict) for kind, n in places):
+            return  # scripted modules have no dictionaries
         self._filled = [(kind, n) for kind, n in places if held[n][kind]]
         self._unfilled = [held[n][kind] for kind, n in places if not held[n][kind]]
         filled = [held[n][kind] for kind, n in self._filled]
@@ -393,3 +395,8 @@ def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
             if held is not None:
                 found.append((name, value, held))
     return found
+
+
+def _run_for_all() -> tuple[Any, ...]:
+    """Returns what runs at the calls of all modules."""
+    return nn.Module._call_impl, *shared_hooks()

@@ -5,6 +5,7 @@ import random
 import sys
 import types
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -249,12 +250,13 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def has_hooks(module: nn.Module) -> bool:
     """Returns whether a hook runs when the module is called. Global hooks count."""
-    return any(getattr(module, kind) for kind in HOOKS) or shared_hooks() > 0
+    return any(getattr(module, kind) for kind in HOOKS) or bool(shared_hooks())
 
 
-def shared_hooks() -> int:
-    """Returns the number of hooks that run for all modules."""
-    return sum(len(getattr(nn.modules.module, f"_global{kind}")) for kind in HOOKS)
+def shared_hooks() -> tuple[int, ...]:
+    """Returns the numbers of the hooks that run for all modules."""
+    kinds = (getattr(nn.modules.module, f"_global{kind}") for kind in HOOKS)
+    return tuple(chain.from_iterable(kinds))
 
 
 def holds_own_generator(module: nn.Module) -> bool:

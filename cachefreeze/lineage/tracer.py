@@ -379,7 +379,9 @@ class _Tracer(ModuleCalls):
         }
         self._generators_now()
         if self._hidden_draws or self._python != soundness.python_generators():
-            self._forbid_whole_calls()
+            self._forbid_whole_calls(DRAWS)
+        if self.frames is not None and self.frames.ended():
+            self._forbid_whole_calls("reads a number that the pass itself changes")
         for name, reference in self._met:
             module = reference()
             if module is not None:
@@ -388,24 +390,24 @@ class _Tracer(ModuleCalls):
         trace.asked = self._asked
         mark(trace, self._asked)
 
-    def _forbid_whole_calls(self) -> None:
-        """Allows no module to be left out as a whole, since one of them drew random numbers unseen.
+    def _forbid_whole_calls(self, why: str) -> None:
+        """Allows no module to be left out as a whole, since one of them depends on earlier calls.
 
         The generators of Python and numpy do not tell who used them. The operations inside are
         still compared with the trace, including numbers that were drawn.
+
+        Args:
+            why: Behaviour that some module shows, as in `Call.why_not_whole`.
         """
         suspects: set[int] = set()
         for call in reversed(self.trace.calls):
             module = call.module()
             if call.number in suspects or module is None or not soundness.is_torchs_own(module):
-                call.why_not_whole = call.why_not_whole or DRAWS
+                call.why_not_whole = call.why_not_whole or why
                 suspects.add(call.parent)
         for operation in self.trace.operations:
             if operation.opaque and not operation.must_run:
-                operation.must_run, operation.taints = (
-                    f"draws random numbers ({operation.name})",
-                    True,
-                )
+                operation.must_run, operation.taints = f"{why} ({operation.name})", True
 
 
 def _holds_data(template: Any) -> bool:
