@@ -3,17 +3,21 @@
 `python -m cachefreeze.train` is the program. The names below are for your own training loops.
 """
 
-from cachefreeze.cache import ActivationCache
-from cachefreeze.errors import UserError
-from cachefreeze.freezeout import (
-    FreezeOutLR,
-    Schedule,
-    freeze,
-    param_groups,
-    unfreeze,
-    units_of,
-)
-from cachefreeze.lineage import explain
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cachefreeze.cache import ActivationCache
+    from cachefreeze.errors import UserError
+    from cachefreeze.freezeout import (
+        FreezeOutLR,
+        Schedule,
+        freeze,
+        param_groups,
+        unfreeze,
+        units_of,
+    )
+    from cachefreeze.lineage import explain
 
 __all__ = [
     "ActivationCache",
@@ -26,3 +30,19 @@ __all__ = [
     "unfreeze",
     "units_of",
 ]
+
+# Imported when they are asked for: a program's help, and a script that reads a folder of rows, do
+# without torch and its seconds.
+_HOMES = {
+    "cache": ("ActivationCache",),
+    "errors": ("UserError",),
+    "freezeout": ("FreezeOutLR", "Schedule", "freeze", "param_groups", "unfreeze", "units_of"),
+    "lineage": ("explain",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"cachefreeze.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,9 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cachefreeze.cache import overhead, selection
+from cachefreeze.cache import selection
+from cachefreeze.plan import costs, forecast, overhead
 from cachefreeze.train import main
-from cachefreeze.training import checkpoint, forecast
+from cachefreeze.training import checkpoint
+
+from .support.programs import Programs, warm
 
 if TYPE_CHECKING:
     from .interrupter import Interrupter
@@ -49,6 +52,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "train", 50, seed=1)
     write_images(folder / "val", 11, seed=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Runs programs in processes of their own, without the seconds that importing PyTorch takes."""
+    with warm() as server:
+        yield server
 
 
 @dataclass
@@ -164,7 +174,7 @@ def _short_runs() -> Iterator[None]:
         for what in ("COMPARED", "TRACED"):
             patch.setattr(forecast, what, 0)
         for what in ("READ_RATE", "WRITE_RATE"):
-            patch.setattr(forecast, what, float("inf"))
+            patch.setattr(costs, what, float("inf"))
         yield
 
 

@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from cachefreeze.cache.arguments import check_models, check_options
 from cachefreeze.cache.cache_state import CacheState, Filled
 from cachefreeze.cache.cached_module import CachedModule
-from cachefreeze.cache.cached_trace import hash_all
 from cachefreeze.cache.entries import Entries
+from cachefreeze.cache.final_check import hash_all
 from cachefreeze.cache.loader import Loader
+from cachefreeze.cache.memory import free_memory
 from cachefreeze.cache.statistics import Report, Stats, in_words
-from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls, unloaded
-from cachefreeze.randomness import undone
+from cachefreeze.lineage.undone import undone
 from cachefreeze.store import Directory
 
 _log = logging.getLogger("cachefreeze")

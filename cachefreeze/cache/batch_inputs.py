@@ -64,9 +64,6 @@ class BatchInputs:
     def keys(self, inputs: Mapping[int, Tensor]) -> Keys:
         """Hashes the rows of a batch.
 
-        Args:
-            inputs: Inputs of the batch, by number.
-
         Returns:
             Keys of shape (rows, 2), for each group of inputs.
         """

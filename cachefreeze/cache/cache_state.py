@@ -13,10 +13,10 @@ from cachefreeze.cache.codec import INT8_ERROR, can_be_rounded
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.item_records import ItemRecords
 from cachefreeze.cache.moving_weights import MovingWeights
-from cachefreeze.cache.overhead import Overhead
 from cachefreeze.cache.row_layout import RowLayout
 from cachefreeze.cache.statistics import Report, Stats
 from cachefreeze.keys import Weights
+from cachefreeze.plan.overhead import Overhead
 
 _log = logging.getLogger("cachefreeze")
 # Difference that another order of additions may make, as a share of the largest number.
@@ -84,23 +84,13 @@ class CacheState:
         self.moving = MovingWeights(self.weights)
 
     def tell(self, about: str, sentence: str) -> None:
-        """Tells the user something, once for each subject: in `messages` and in the log.
-
-        Args:
-            about: Subject of the sentence.
-            sentence: Sentence for the user.
-        """
+        """Tells the user something, once for each subject: in `messages` and in the log."""
         if about not in self.messages:
             self.messages[about] = sentence
             _log.warning("%s", sentence)
 
     def note(self, about: str, sentence: str) -> None:
-        """Keeps a sentence in `messages`. It replaces an earlier one on the same subject.
-
-        Args:
-            about: Subject of the sentence.
-            sentence: Sentence for the user.
-        """
+        """Keeps a sentence in `messages`. It replaces an earlier one on the same subject."""
         self.messages[about] = sentence
         _log.info("%s", sentence)
 
@@ -119,9 +109,6 @@ class CacheState:
 
     def closeness(self, value: Tensor) -> float:
         """Returns how much a kept value may differ from a computed one if `exact=False`.
-
-        Args:
-            value: Computed value.
 
         Returns:
             Largest difference, as a share of the largest number.
@@ -148,11 +135,6 @@ class CacheState:
         return _SHARE * self.served_seconds - spent
 
     def find(self, about: str, sentence: str) -> None:
-        """Tells the user of a fault that a check has found, and adds it to the report.
-
-        Args:
-            about: Subject of the sentence.
-            sentence: Sentence for the user.
-        """
+        """Tells the user of a fault that a check has found, and adds it to the report."""
         self.report.found.append(sentence)
         self.tell(about, sentence)

@@ -12,7 +12,8 @@ from torch.utils import _device as device_contexts
 from cachefreeze import lineage
 from cachefreeze.cache import messages
 from cachefreeze.cache.cache_state import CacheState, Filled
-from cachefreeze.cache.cached_trace import CachedTrace, hash_all
+from cachefreeze.cache.cached_trace import CachedTrace
+from cachefreeze.cache.final_check import hash_all
 from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.padding import differ_in_length
 from cachefreeze.cache.state import State

@@ -14,7 +14,6 @@ from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.comparison import Comparison
 from cachefreeze.cache.guards import Guards
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.overhead import Kind
 from cachefreeze.cache.row_collector import RowCollector, earlier_values, unknown
 from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.runner import MOST_LOST, Runner
@@ -23,6 +22,7 @@ from cachefreeze.cache.state import State
 from cachefreeze.keys import ExternalState
 from cachefreeze.lineage import Trace
 from cachefreeze.lineage.program import copy_of
+from cachefreeze.plan.overhead import Kind
 
 Tensor = torch.Tensor
 
@@ -88,17 +88,18 @@ class CachedTrace:
         self._collector = RowCollector(
             shared, name, selection, self.history, self.guards, self.runner.timer, example, earlier
         )
-        self._begin(example, last)
+        self._last = last
+        self._begin(example)
         held = trace.take_held(selection.plan.cut.kept)
         if self.state is State.KEEPING and held is not None:
             kept = {number: copy_of(tensor) for number, tensor in held.items()}
             self._rest_if(*self._collector.keep_traced(kept))
 
-    def _begin(self, inputs: Mapping[int, Tensor], last: bool = True) -> None:
+    def _begin(self, inputs: Mapping[int, Tensor]) -> None:
         """Decides what happens to batches, by the values that can be kept."""
         selection = self.selection
         if not selection.is_enough:
-            if not last and selection.may_be_enough:
+            if not self._last and selection.may_be_enough:
                 self.state = State.UNDECIDED
                 return
             more = lineage.limits_of(self._trace, selection.share)
@@ -443,22 +444,3 @@ class CachedTrace:
     def was_used(self) -> bool:
         """Whether kept rows were served or compared."""
         return bool(self.runner.served or self._comparison.batches)
-
-
-def hash_all(traces: Iterable[CachedTrace], shared: CacheState) -> None:
-    """Hashes all frozen bits from which rows were served, and tells the user of late changes.
-
-    Args:
-        traces: Traces.
-        shared: State that all parts of the cache share.
-    """
-    if shared.report.verify == "off":
-        return
-    began = perf_counter()
-    used = [one for one in traces if one.was_used]
-    # Traces share parameters, and all of them are marked before any is hashed: each is hashed once.
-    for one in used:
-        one.selection.frozen.doubt_all()
-    for one in used:
-        one.look_at_weights()
-    shared.count_hashing(perf_counter() - began)

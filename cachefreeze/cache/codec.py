@@ -19,11 +19,7 @@ def can_be_rounded(dtype: torch.dtype) -> bool:
 
 
 def encoded_numel(numel: int) -> int:
-    """Returns the number of bytes of a rounded row.
-
-    Args:
-        numel: Number of elements of the row.
-    """
+    """Returns the number of bytes of a rounded row."""
     return -(-numel // GROUP) * _SCALE_BYTES + numel
 
 

@@ -49,11 +49,7 @@ class Comparison:
         self._history.passed = self.batches = 0
 
     def is_due(self, served: int) -> bool:
-        """Returns whether the next batch is compared although it could be served.
-
-        Args:
-            served: Number of batches served so far.
-        """
+        """Returns whether the next batch is compared although it could be served."""
         if self._shared.report.verify == "off" or served < self._next_sample:
             return False
         # Every 16th batch if there is time for it, or else at distances that double.
@@ -63,10 +59,6 @@ class Comparison:
 
     def differing(self, computed: Mapping[int, Tensor], stored: Mapping[int, Tensor]) -> list[int]:
         """Compares a batch bit by bit.
-
-        Args:
-            computed: Computed values, by number.
-            stored: Kept values, by number.
 
         Returns:
             Numbers of the values that differ.
@@ -78,17 +70,12 @@ class Comparison:
         return [n for n in numbers if not same_bits(computed[n], stored[n])]
 
     def count(self) -> None:
-        """Counts a batch whose kept values may be served."""
+        """Counts a compared batch whose kept values were good."""
         self.batches += 1
         self._history.passed += 1
 
     def judge(self, number: int, computed: Tensor, stored: Tensor) -> tuple[str, str]:
         """Decides about a value that differs. If it may not be served, its rows are dropped.
-
-        Args:
-            number: Number of the value.
-            computed: Computed value.
-            stored: Kept value.
 
         Returns:
             Reason to stop caching, to follow a colon, and a further sentence. Both are empty if

@@ -21,9 +21,6 @@ class DeferredWrites:
         rows: Rows on disk.
         is_same: Function that returns whether the frozen bits are those in the name of the rows. If
             None, rows are written at once.
-
-    Attributes:
-        rows: Rows on disk.
     """
 
     def __init__(self, rows: Rows, is_same: Callable[[], bool] | None = None) -> None:

@@ -10,8 +10,8 @@ import xxhash
 
 from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
 from cachefreeze.cache.deferred_writes import DeferredWrites
+from cachefreeze.cache.memory import free_device_memory
 from cachefreeze.cache.row_table import BELOW, RowTable
-from cachefreeze.device import free_device_memory
 from cachefreeze.store import Directory, Row
 
 Tensor = torch.Tensor
@@ -26,6 +26,9 @@ _BESIDE = 56
 class Entries:
     """All kept rows under one limit. The rows that were not used for longest are dropped first.
 
+    The name of a table is a hash of how its values are made. Keys have shape (n, 2), places (n,),
+    and rows (n, elements of a row).
+
     Args:
         max_bytes: Largest number of bytes of memory, including the index.
         directory: Directory that rows are written to. None if they are kept in memory only.
@@ -33,9 +36,6 @@ class Entries:
             everywhere.
 
     Attributes:
-        max_bytes: Largest number of bytes of memory, including the index.
-        codec: Format of kept rows.
-        directory: Directory that rows are written to. None if there is none, or after `close`.
         messages: Sentences of the directory for the user. They stay after `close`.
         now: Number of the present batch. Tables note it as the last use of a row.
         dropped: Number of rows that were dropped to make room.
@@ -104,11 +104,7 @@ class Entries:
         return self._make(name, numel, dtype, device, DeferredWrites(below, is_same))
 
     def has(self, name: bytes) -> bool:
-        """Returns whether there may be rows of one kind of value on disk.
-
-        Args:
-            name: Hash of how the value is made.
-        """
+        """Returns whether there may be rows of one kind of value on disk."""
         if self.directory is None:
             return False
         rounded = self.codec == "int8" and self.directory.has(_rounded_name(name))
@@ -146,11 +142,6 @@ class Entries:
 
     def read(self, name: bytes, keys: np.ndarray, places: np.ndarray) -> Tensor | None:
         """Copies rows of one kind of value. Rows on disk are brought into memory if there is room.
-
-        Args:
-            name: Hash of how the value is made.
-            keys: Keys of the rows, of shape (n, 2).
-            places: Places of the rows, of shape (n,).
 
         Returns:
             Rows, of shape (n, elements of a row), or None if one is damaged or gone.
@@ -201,11 +192,6 @@ class Entries:
 
     def write(self, name: bytes, keys: np.ndarray, rows: Tensor) -> int:
         """Keeps rows of one kind of value.
-
-        Args:
-            name: Hash of how the value is made.
-            keys: Keys of the rows, of shape (n, 2).
-            rows: Rows, of shape (n, elements of a row).
 
         Returns:
             Number of rows that were new. Rows that cannot be rounded are not kept.

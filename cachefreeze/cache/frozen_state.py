@@ -107,12 +107,8 @@ class FrozenState:
             messages.changed_late(self._model, ", ".join(names[:1])),
         )
 
-    def is_as(self, digests: dict[int, bytes]) -> bool:
-        """Hashes all tensors again. Returns whether they have the given hashes.
-
-        Args:
-            digests: Hashes of the tensors' bits, by number.
-        """
+    def has_digests(self, digests: dict[int, bytes]) -> bool:
+        """Hashes all tensors again. Returns whether they have the given hashes."""
         tensors = self.tensors
         self._weights.suspect(tensors)
         return len(tensors) == len(digests) and all(

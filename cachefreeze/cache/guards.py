@@ -30,11 +30,7 @@ class Guards:
         ]
 
     def difference(self, given: Any) -> str:
-        """Returns in a few words what has changed since the trace was made. Empty if nothing has.
-
-        Args:
-            given: Arguments of a call.
-        """
+        """Returns in a few words what has changed since the trace was made, or nothing."""
         return self._trace.signature.difference(given) or self._around.difference()
 
     def fit(self, call: ModuleCall) -> bool:

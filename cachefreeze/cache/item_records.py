@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from cachefreeze.cache.fetching import Files, Stamp, stamp_of
-from cachefreeze.files import human_bytes, write_atomically
 from cachefreeze.keys import SMALL, Fingerprint, rows_hashed
 from cachefreeze.keys.bits import bits_of
+from cachefreeze.store.files import human_bytes, write_atomically
 
 Tensor = torch.Tensor
 # Largest number of bytes of the small parts of all items together.
@@ -159,10 +159,9 @@ class ItemRecords:
 
     Attributes:
         digest: Digest of the fingerprint.
-        fingerprint: Fingerprint of the data set, if its digest is valid only while it lives. Else
+        fingerprint: Fingerprint of the data set if its digest is valid only while it lives, or
             None.
         portable: Whether the records are valid in other processes.
-        name: Name of the data set, for messages.
         off: Reason why all items are always loaded, to follow "its items". Empty if there is none.
         structure: Structure of a batch. None until one was loaded.
         leaves: Kinds of the tensors, and of the lists of strings, in a batch.
@@ -184,11 +183,7 @@ class ItemRecords:
         self._files: list[Files] = [()] * count
 
     def turn_off(self, why: str) -> None:
-        """Drops all records. From now on all items are loaded.
-
-        Args:
-            why: Reason, to follow "its items".
-        """
+        """Drops all records. From now on all items are loaded."""
         self.off = self.off or why
         self.known[:] = False
         self._kept, self._files = [], []
@@ -304,9 +299,6 @@ class ItemRecords:
     def forget_changed(self, indices: np.ndarray) -> bool:
         """Drops the records of items whose files have changed.
 
-        Args:
-            indices: Numbers of the items.
-
         Returns:
             Whether there are any such items.
         """
@@ -321,11 +313,7 @@ class ItemRecords:
         return bool(changed)
 
     def save(self, folder: Path) -> None:
-        """Writes the records to a file for other processes.
-
-        Args:
-            folder: Folder of the file.
-        """
+        """Writes the records to a file for other processes."""
         if not self.grown or not self.portable or self.off:
             return
         self.grown = False
@@ -366,11 +354,7 @@ class ItemRecords:
         write_atomically(self._path(folder), content)
 
     def load(self, folder: Path) -> None:
-        """Reads the records that another process has made of the same data set, if there are any.
-
-        Args:
-            folder: Folder of the file.
-        """
+        """Reads the records that another process has made of the same data set, if any."""
         path = self._path(folder)
         if not self.portable or self.off or not path.is_file():
             return

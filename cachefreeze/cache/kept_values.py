@@ -60,9 +60,6 @@ class KeptValues:
         model: Name of the module, for messages.
         like: Kept values of a trace with rows of another length, if they are the same. The two
             share tables. None if there is no such trace.
-
-    Attributes:
-        like: Kept values of a trace with rows of another length, or None.
     """
 
     def __init__(
@@ -244,13 +241,7 @@ class KeptValues:
         return counts
 
     def rows_that_differ(self, number: int, computed: Tensor, stored: Tensor) -> str:
-        """Returns which rows of a value differ, in words.
-
-        Args:
-            number: Number of the value.
-            computed: Computed value.
-            stored: Kept value.
-        """
+        """Returns which rows of a value differ, in words."""
         layout = next(one.layout for one in self if one.number == number)
         assert layout is not None
         return _rows_that_differ(layout.split(computed), layout.split(stored))
@@ -279,7 +270,7 @@ class KeptValues:
                 value.dtype,
                 value.device,
                 self._about(one, one.layout),
-                functools.partial(self._frozen.is_as, dict(self._frozen.digests)),
+                functools.partial(self._frozen.has_digests, dict(self._frozen.digests)),
             )
         return table
 

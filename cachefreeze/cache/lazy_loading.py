@@ -4,13 +4,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, MapDataPipe, TensorDataset
 from torch.utils.data import default_collate as torchs_collate
 
+from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.fetching import FetchReport, FetchRequest, Items, innermost
 from cachefreeze.cache.item_records import ItemRecords, NotByRowsError, put_together, take_apart
 from cachefreeze.errors import UserError
@@ -28,26 +29,6 @@ _OURS = str(Path(__file__).parents[1]) + os.sep
 _TORCHS = str(Path(torch.__file__).parent) + os.sep
 
 
-class Cache(Protocol):
-    """Part of a cache that its loaders use."""
-
-    folder: Path | None
-    item_records: dict[bytes, ItemRecords]
-
-    @property
-    def serves(self) -> bool:
-        """Whether any batch was served yet."""
-        ...
-
-    def would_serve(self, rows: Sequence[np.ndarray]) -> bool:
-        """Returns whether a batch would be served, so that its values are not needed."""
-        ...
-
-    def tell(self, about: str, sentence: str) -> None:
-        """Tells the user something, once."""
-        ...
-
-
 class LazyLoading:
     """Loads the items of one loader, unless only frozen work would use them.
 
@@ -55,7 +36,7 @@ class LazyLoading:
         cache: Function that returns the cache, or None if the cache is closed.
     """
 
-    def __init__(self, cache: Callable[[], Cache | None]) -> None:
+    def __init__(self, cache: Callable[[], CacheState | None]) -> None:
         self._cache = cache
         # The loader is not kept: a batch may outlive it.
         self._dataset: Any = None
@@ -151,11 +132,7 @@ class LazyLoading:
         return self._items
 
     def end(self) -> None:
-        """Ends an epoch."""
-        self.save()
-
-    def save(self) -> None:
-        """Writes the records for other processes."""
+        """Ends an epoch. Writes the records for other processes."""
         cache = self._cache()
         if self._records is not None and cache is not None and cache.folder is not None:
             try:
@@ -168,11 +145,7 @@ class LazyLoading:
                 )
 
     def ask(self, indices: Any) -> FetchRequest:
-        """Decides what is loaded for a batch.
-
-        Args:
-            indices: Numbers of the items, as the sampler returned them.
-        """
+        """Decides what is loaded for a batch."""
         self._batch += 1
         cache = self._cache()
         if cache is None or self._records is None or not self._usable or self._records.off:
@@ -292,14 +265,10 @@ class LazyLoading:
             )
         records.turn_off(why)
 
-    def _loaded(self, ask: FetchRequest) -> Any:
-        batch, _ = self._load([int(index) for index in ask.indices])
-        return batch
-
     def _late(self, records: ItemRecords, ask: FetchRequest) -> Any:
         """Returns a batch whose large parts have no values yet."""
         if records.off:  # since the batch was asked for
-            return self._loaded(ask)
+            return self._load([int(index) for index in ask.indices])[0]
         places = _numbers(ask.indices, len(records.known))
         assert places is not None
         values = records.small(places)
@@ -326,8 +295,8 @@ class LazyLoading:
             where = _where()
             cache.tell(
                 f"loader: {where}",
-                f"{where} uses a batch of cache.loader that would not have been loaded for the "
-                "model: its items are loaded for this line.",
+                f"{where} uses a batch of cache.loader whose values the model does not need: its "
+                "items are loaded for this line.",
             )
         if records.off:
             return batch
@@ -351,11 +320,7 @@ class _Late:
         self._values: dict[int, Any] = {}
 
     def loader(self, place: int) -> Callable[[bool], torch.Tensor]:
-        """Returns a function that loads one part.
-
-        Args:
-            place: Place of the part.
-        """
+        """Returns a function that loads one part."""
 
         def load(used: bool) -> torch.Tensor:
             if place not in self._values:

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.fetching import Collate, FetchRequest
-from cachefreeze.cache.lazy_loading import Cache, LazyLoading
+from cachefreeze.cache.lazy_loading import LazyLoading
 
 
 class Loader(DataLoader[Any]):
@@ -22,7 +23,7 @@ class Loader(DataLoader[Any]):
     """
 
     def __init__(
-        self, cache: Callable[[], Cache | None], dataset: Any, *args: Any, **kwargs: Any
+        self, cache: Callable[[], CacheState | None], dataset: Any, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(dataset, *args, **kwargs)
         self._rows = LazyLoading(cache)

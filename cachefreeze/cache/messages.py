@@ -6,7 +6,7 @@ of a sentence: "... is not cached: {reason}".
 
 from collections.abc import Iterable
 
-from cachefreeze.files import human_bytes
+from cachefreeze.store.files import human_bytes
 
 _PAD = "a fixed length or pad_to_multiple_of=64"
 _PAD_HELPS = "A fixed length or pad_to_multiple_of=64 makes rows come again."
@@ -16,8 +16,8 @@ def unaligned(name: str, nbytes: int) -> str:
     """Some inputs begin at an address that is not a multiple of `nbytes`."""
     return (
         f"{name} is not cached for inputs whose address in memory is not a multiple of {nbytes} "
-        "bytes, such as some slices of a tensor: there, results may differ in the last bits. A "
-        "copy, `x.clone()`, has such an address."
+        "bytes, such as some slices of a tensor: their results may differ in the last bits. A "
+        "copy, `x.clone()`, is cached."
     )
 
 
@@ -33,7 +33,7 @@ def many_shapes(name: str, many: int) -> str:
     """There are so many combinations of shapes that padding may be the cause."""
     return (
         f"{name} was called with more than {many} combinations of shapes. A row that is padded to "
-        f"another length is another row. {_PAD_HELPS}"
+        f"another length is a new row for the cache. {_PAD_HELPS}"
     )
 
 
@@ -41,7 +41,7 @@ def changes(name: str, what: str) -> str:
     """Something changes so often that no trace is valid for long."""
     return (
         f"Calls of {name} are not cached while something in it changes from call to call: "
-        f"{what or 'the path through it'}."
+        f"{what or 'the path through it'}. They are cached once it stays the same."
     )
 
 
@@ -108,7 +108,8 @@ def changed_late(name: str, tensor: str) -> str:
     return (
         f"{tensor} of {name} was changed in a few places in a way that leaves no trace, such as "
         ".data or numpy. A hash of all its bits has found this. Rows that were served just before "
-        'may belong to the old weights. verify="all" compares every batch.'
+        "may belong to the old weights. Writes by torch's operations are seen at once, and "
+        'verify="all" compares every batch.'
     )
 
 

@@ -54,11 +54,7 @@ class ModuleCall:
         return perf_counter() - self.began
 
     def leave_out(self, since: float) -> None:
-        """Leaves the time since some moment out of the call's time.
-
-        Args:
-            since: Moment, in seconds.
-        """
+        """Leaves the time since some moment out of the call's time."""
         self.began += perf_counter() - since
 
     def load(self, given: Any = None) -> None:

@@ -14,13 +14,13 @@ from cachefreeze.cache.batch_inputs import Keys
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.guards import Guards
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.overhead import CallTimer
 from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.selection import Selection
+from cachefreeze.plan.overhead import CallTimer
 
 Tensor = torch.Tensor
 
-# Number of batches after which the user may read that no row has come again.
+# Number of batches after which the user is told that no row has come again.
 _FIRST_NOTE = 8
 # Number of batches that wait in memory if there is a directory.
 _FEW_WAITING = 8
@@ -69,9 +69,6 @@ class Earlier:
     def values(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
         """Reads the rows of a batch.
 
-        Args:
-            inputs: Inputs of the batch, by number.
-
         Returns:
             Values by their number in the present trace, or None if some rows are unknown.
         """
@@ -86,13 +83,7 @@ class Earlier:
 
 
 def earlier_values(before: Before, selection: Selection, shared: CacheState) -> Earlier | None:
-    """Returns the kept values of an earlier trace if those of the present trace can be computed.
-
-    Args:
-        before: Trace that was made when less was frozen.
-        selection: Values that are kept now.
-        shared: State that all parts of the cache share.
-    """
+    """Returns the kept values of an earlier trace if those of the present trace can be computed."""
     extension = lineage.Extension(before.selection.plan, selection.plan)
     # Values computed from rounded rows would differ too much.
     exact = shared.entries.codec != "int8"
@@ -184,20 +175,12 @@ class RowCollector:
         return all(2 * (place >= 0).sum() >= len(place) for place in kept.find(keys).values())
 
     def keep_traced(self, kept: dict[int, Tensor]) -> tuple[str, str]:
-        """Keeps the batch of the traced pass, as `keep` does.
-
-        Args:
-            kept: Kept values, by number.
-        """
+        """Keeps the batch of the traced pass, as `keep` does."""
         self._has_traced = True
         return self.keep(self._selection.batch.keys(self._example), kept)
 
     def keep(self, keys: Keys, kept: dict[int, Tensor]) -> tuple[str, str]:
         """Keeps a batch, split into rows if their axes are known.
-
-        Args:
-            keys: Keys of its rows.
-            kept: Kept values, by number.
 
         Returns:
             Reason to stop caching, to follow a colon, and a further sentence. Both are empty if
@@ -230,9 +213,6 @@ class RowCollector:
 
     def withdraw(self, why: str) -> tuple[str, str]:
         """Removes rows that hardly ever come again.
-
-        Args:
-            why: Reason, to follow a colon.
 
         Returns:
             The same reason, and a further sentence.
@@ -301,19 +281,12 @@ class RowCollector:
             self.split()
 
     def put_aside(self, inputs: Mapping[int, Tensor]) -> None:
-        """Copies the inputs of a batch. Its rows are computed when rows come again.
-
-        Args:
-            inputs: Inputs of the batch, by number.
-        """
+        """Copies the inputs of a batch. Its rows are computed when rows come again."""
         if sum(map(len, self._smaller)) < _MOST_SMALLER:
             self._smaller.append({number: one.detach().clone() for number, one in inputs.items()})
 
     def put_smaller_aside(self, inputs: Mapping[int, Tensor]) -> bool:
         """Copies the inputs of a smaller batch if its rows fit into batches of the usual size.
-
-        Args:
-            inputs: Inputs of the batch, by number.
 
         Returns:
             Whether its rows fit.
@@ -343,9 +316,6 @@ class RowCollector:
         """Returns the kept values of a batch, or None if some of its rows are unknown.
 
         If only an earlier trace knows the rows, the kept values are computed from its rows.
-
-        Args:
-            inputs: Inputs of the batch, by number.
         """
         selection = self._selection
         if not selection.kept.settled:
@@ -358,11 +328,7 @@ class RowCollector:
         return None if earlier is None else selection.compute(inputs, earlier)
 
     def fill(self, call: ModuleCall) -> None:
-        """Keeps the rows of a batch without a forward pass.
-
-        Args:
-            call: Call with the batch as its input.
-        """
+        """Keeps the rows of a batch without a forward pass."""
         selection = self._selection
         inputs = call.inputs(selection.trace.inputs)
         keys = selection.batch.keys(inputs)
@@ -378,11 +344,7 @@ class RowCollector:
 
 
 def unknown(places: Mapping[int, np.ndarray]) -> bool:
-    """Returns whether any row of a batch is unknown.
-
-    Args:
-        places: Place of each row, or -1, for each kept value.
-    """
+    """Returns whether any row of a batch is unknown."""
     return any((place < 0).any() for place in places.values())
 
 

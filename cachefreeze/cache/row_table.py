@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from cachefreeze.cache.deferred_writes import DeferredWrites
-from cachefreeze.device import has_address_limit
+from cachefreeze.cache.memory import has_address_limit
 from cachefreeze.store.index import Index, first_ones
 
 Tensor = torch.Tensor
@@ -21,6 +21,9 @@ _LOOK_AGAIN = 2.0
 class RowTable:
     """Rows of one kind of value, found by key.
 
+    Keys have shape (n, 2), places (n,), and rows (n, elements of a row). Time is counted in
+    batches, so `now` is the number of the present batch.
+
     On the CPU, memory for all rows that may be kept is reserved at once. The system provides it
     page by page as rows are written, so no row is copied when the table grows.
 
@@ -32,10 +35,9 @@ class RowTable:
         writes: Writer of the same rows on disk. None if they are kept in memory only.
 
     Attributes:
-        room: Largest number of rows in memory at present.
+        room: Largest number of rows in memory at present. It is lower on a GPU with little memory.
         most: Largest number of rows in memory at any time.
         row_bytes: Number of bytes of a row.
-        writes: Writer of the same rows on disk. None if they are kept in memory only.
         below: Rows on disk. None if rows are kept in memory only.
     """
 
@@ -77,11 +79,7 @@ class RowTable:
         return len(self) * self.row_bytes + beside + (self.below.nbytes if self.below else 0)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Returns the place of each row, or -1 if it is unknown.
-
-        Args:
-            keys: Keys of the rows, of shape (n, 2).
-        """
+        """Returns the place of each row, or -1 if it is unknown."""
         places = self._index.find(keys)
         if self.below is not None and (missing := np.flatnonzero(places < 0)).size:
             if monotonic() - self._looked > _LOOK_AGAIN:
@@ -93,10 +91,6 @@ class RowTable:
 
     def read(self, places: np.ndarray, now: int) -> Tensor | None:
         """Copies rows out of the table.
-
-        Args:
-            places: Places of the rows, of shape (n,).
-            now: Number of the present batch.
 
         Returns:
             Rows, of shape (n, elements of a row), or None if a row on disk is damaged or gone.
@@ -124,11 +118,6 @@ class RowTable:
     def write(self, keys: np.ndarray, rows: Tensor, now: int) -> int:
         """Adds the rows that are not in the table yet.
 
-        Args:
-            keys: Keys of the rows, of shape (n, 2).
-            rows: Rows, of shape (n, elements of a row).
-            now: Number of the present batch.
-
         Returns:
             Number of rows that were not in the table. Those that do not fit in memory are on disk
             only, or are dropped if there is no disk.
@@ -143,22 +132,13 @@ class RowTable:
         return len(missing)
 
     def chunks(self, places: np.ndarray) -> list[int]:
-        """Returns the chunks on disk that contain rows, each once.
-
-        Args:
-            places: Places of the rows.
-        """
+        """Returns the chunks on disk that contain rows, each once."""
         if self.below is None or places.max(initial=0) < BELOW:
             return []
         return self.below.chunks(places[places >= BELOW] - BELOW)
 
     def load_chunk(self, chunk: int, now: int) -> None:
-        """Copies the rows of a chunk from disk into memory.
-
-        Args:
-            chunk: Chunk that `chunks` has returned.
-            now: Number of the present batch.
-        """
+        """Copies the rows of a chunk from disk into memory."""
         assert self.below is not None
         loaded = self.below.load(chunk)
         if loaded is not None:

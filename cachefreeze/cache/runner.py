@@ -9,8 +9,8 @@ import torch
 from cachefreeze import lineage
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.module_call import ModuleCall
-from cachefreeze.cache.overhead import CallTimer, Kind
 from cachefreeze.cache.selection import Selection
+from cachefreeze.plan.overhead import CallTimer, Kind
 
 Tensor = torch.Tensor
 
@@ -57,8 +57,7 @@ class Runner:
         """Runs a call, and takes the kept values from it.
 
         Returns:
-            Output of the module, and kept values by number. These are None if the pass took another
-            path.
+            Output of the module, and kept values by number, or None if the pass took another path.
         """
         call.load()
         beside = call.seconds
@@ -71,13 +70,7 @@ class Runner:
     def replay(
         self, call: ModuleCall, inputs: Mapping[int, Tensor], kept: dict[int, Tensor]
     ) -> Any:
-        """Runs a call with kept values in place of frozen work.
-
-        Args:
-            call: Call to run.
-            inputs: Inputs of the batch, by number.
-            kept: Kept values, by number.
-        """
+        """Runs a call with kept values in place of frozen work."""
         self.served += 1
         call.load([inputs[number] for number in self._selection.read_by_others])
         cost = call.seconds

@@ -17,11 +17,10 @@ from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.row_axes import RowAxes, compute
 from cachefreeze.keys import lineage_of
 from cachefreeze.lineage import Cut, Plan, Trace
+from cachefreeze.plan.costs import LEAST_SHARE
 
 Tensor = torch.Tensor
 
-# Smallest share of a forward pass that must be frozen work for a cache to help.
-LEAST_SHARE = 0.1
 # Smallest share of a forward pass that is worth telling the user of modules in training mode.
 _WORTH_TELLING = 0.05
 # Bytes a second at which kept values are read from memory.
@@ -43,7 +42,6 @@ class Selection:
             tables. None if there is no such trace.
 
     Attributes:
-        trace: Trace of a forward pass.
         plan: Trace and cut.
         share: Share of the forward pass that is skipped, from 0 to 1.
         batch: Inputs of a batch.
@@ -148,13 +146,13 @@ class Selection:
 
     @property
     def read_by_others(self) -> list[int]:
-        """Numbers of the inputs that work reads which is not skipped."""
+        """Numbers of the inputs that are read by work that is not skipped."""
         runs = (self.trace.operations[number] for number in self.plan.cut.runs)
         read = {number for operation in runs for number in operation.reads}
         return [number for number in self.trace.inputs if number in read]
 
     def joins(self) -> bool:
-        """Returns whether a kept value depends on several inputs such as images, which come apart.
+        """Returns whether a kept value depends on several inputs such as two images.
 
         Its rows would be pairs, and each epoch pairs the images anew. A text and its mask belong
         together: these inputs are integers.
@@ -210,11 +208,8 @@ class Selection:
     def capture_of_another_length(self, call: ModuleCall) -> tuple[Any, dict[int, Tensor] | None]:
         """Runs a call with rows of another length, and takes the kept values from it.
 
-        Args:
-            call: Call to run.
-
         Returns:
-            Output of the module, and kept values by number. These are None if they do not fit.
+            Output of the module, and kept values by number, or None if their shapes differ.
         """
         assert self._places is not None
         output, found = lineage.capture_outputs(

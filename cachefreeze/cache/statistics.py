@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cachefreeze.files import human_bytes
+from cachefreeze.store.files import human_bytes
 
 # Values of the argument `verify`.
 VERIFY = ("off", "sample", "all")

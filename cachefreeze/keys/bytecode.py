@@ -51,11 +51,7 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def is_foreign(where: str | None) -> bool:
-    """Returns whether a module belongs to Python or to a package that is identified by its version.
-
-    Args:
-        where: Full name of the module. It may be None.
-    """
+    """Returns whether a module belongs to Python or a package that is identified by its version."""
     root = (where or "").partition(".")[0]
     return root in _BY_VERSION or (root in sys.stdlib_module_names and root != "__main__")
 
@@ -63,9 +59,6 @@ def is_foreign(where: str | None) -> bool:
 @functools.cache
 def version(where: str | None) -> str:
     """Returns the version of the package that a module belongs to.
-
-    Args:
-        where: Full name of the module. It may be None.
 
     Returns:
         Version, or an empty string if the package has none or comes with Python.

@@ -59,8 +59,8 @@ class CodeReads:
     """Finds the places that functions read. Each function is looked into once.
 
     Args:
-        calls: Whether functions that others mention are looked into too. This is for code that has
-            not run.
+        calls: Whether to look into functions that other functions mention. This is for code that
+            has not run.
 
     Attributes:
         places: Places found so far.
@@ -267,8 +267,8 @@ class CodeReads:
         """Makes the hook that looks into the functions that run.
 
         Args:
-            found: Function that is called when a function is about to run for the first time, after
-                its places were found.
+            found: Function that is called before another function runs for the first time. The
+                places that the other function reads are known then.
         """
 
         def first(frame: types.FrameType) -> None:

@@ -164,7 +164,7 @@ class _Space:
         self._ids = [*map(id, self._take(holder))]
 
     def is_same(self) -> bool:
-        """Returns whether the entries are the objects that they were. They may not be there."""
+        """Returns whether the same objects are there, and no entry that was absent."""
         return (
             [*map(id, self._take(self._holder))] == self._ids
             and self._keys.isdisjoint(self._absent)
@@ -333,9 +333,6 @@ def _attributes(modules: list[nn.Module]) -> Iterator[Place]:
 
 def read_by_code(kind: type[nn.Module]) -> list[tuple[str, Any]]:
     """Returns what the code of a class reads beside arguments and attributes.
-
-    Args:
-        kind: Class of modules.
 
     Returns:
         Name and value of each thing that is read.

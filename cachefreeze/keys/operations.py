@@ -31,8 +31,8 @@ class Lineage:
         inputs: Positions of the inputs that the value depends on, in the order of their first use.
         states: Numbers of the parameters and buffers that the value depends on, in the same order.
         portable: Whether the digest means the same in another process. It does not if something has
-            no name, such as a function that is defined inside another one. It does not if code from
-            outside torch is one operation, because that code may be edited.
+            no name, such as a function that is defined inside another one, or if an operation
+            consists of code from outside torch, because that code may be edited.
     """
 
     digest: bytes
@@ -42,13 +42,7 @@ class Lineage:
 
 
 def lineage_of(trace: Trace, number: int, program: Program) -> Lineage:
-    """Finds the lineage of a value.
-
-    Args:
-        trace: Trace of a forward pass.
-        number: Number of the value in the trace.
-        program: Operations of the trace.
-    """
+    """Finds the lineage of a value."""
     writer = _Writer(trace)
     for operation in program.needed([number], ()):
         writer.operation(operation)

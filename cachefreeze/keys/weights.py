@@ -189,7 +189,7 @@ class Weights:
         return Look([self._of(tensor) for tensor in tensors])
 
     def suspect(self, tensors: Iterable[Tensor], event: bool = False) -> None:
-        """Marks tensors for a new hash, which is computed before they are relied upon.
+        """Marks tensors for a new hash, which is computed before they are used again.
 
         Args:
             tensors: Tensors that may have changed. Those without a hash are left out.

@@ -1,6 +1,6 @@
-"""What lists, dictionaries and plain objects among the attributes of modules hold.
+"""Contents of the settings of modules: plain values, containers and objects in their attributes.
 
-Such are the configurations of Hugging Face's models, which all parts of a model share.
+An example is the configuration of a Hugging Face model, which all its parts share.
 """
 
 import ctypes
@@ -22,10 +22,10 @@ from torch import nn
 
 from cachefreeze.lineage.structure import PLAIN_KINDS
 
-# Number of entries of a container, and depth, that are looked at.
+# Largest number of entries of a container, and largest depth, that are compared.
 _MANY, _DEEP = 10_000, 4
 _SEQUENCES, _SETS = (list, tuple, deque), (set, frozenset)
-# What may be written to in place, with no object exchanged.
+# Types whose contents can change in place, although all objects stay the same.
 _ARRAYS = (np.ndarray, bytearray, array)
 # What shows something that lies elsewhere.
 _WINDOWS = (ContextVar, threading.local, types.MappingProxyType, memoryview, weakref.ref, Iterator)
@@ -35,14 +35,14 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def content(value: Any, depth: int = 0) -> Any:
-    """Describes what a setting holds, or returns None for what is no setting.
+    """Returns a comparable description of a setting, or None if the value is not a setting.
 
     Args:
         value: Value of an attribute.
-        depth: Depth of the value in others.
+        depth: Number of objects around the value.
     """
     if isinstance(value, (float, complex)):
-        return type(value), repr(value)  # -0.0 is equal to 0.0
+        return type(value), repr(value)  # -0.0 == 0.0, and they are two settings
     if type(value) in PLAIN_KINDS:
         return type(value), value
     if depth > _DEEP:
@@ -82,7 +82,7 @@ _numbers = count()
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
-    """Returns the attributes of a plain object, and None of anything else."""
+    """Returns the attributes of a plain object. None for tensors, modules, classes, functions."""
     if isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType, *_FUNCTIONS)):
         return None
     held = getattr(value, "__dict__", None)
@@ -94,7 +94,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 
 def _slots(kind: type) -> list[str]:
-    """Returns the names of attributes that objects of somebody's class have without `__dict__`."""
+    """Returns the names of the attributes in `__slots__`, for classes of user code."""
     if kind.__module__.partition(".")[0] in _NO_SLOTS:
         return []
     return [
@@ -120,9 +120,9 @@ dict_version: Callable[[Any], Any] = getattr(
 
 
 class Glance:
-    """A quick look at the same: whether all that settings hold are the very objects of before.
+    """Quick comparison of settings by the identity of all objects in them, in one pass in C.
 
-    It is one pass in C over all of them. Where objects were exchanged, contents may still be equal.
+    If an object was replaced, the contents may still be equal.
 
     Args:
         values: Settings.
@@ -132,7 +132,7 @@ class Glance:
         self._views: list[Iterable[Any]] = []
         self._objects: list[Any] = []
         self._dicts: list[dict[str, Any]] = []
-        # The identity of a number says something as long as the number lives.
+        # These objects are kept alive, since the identity of a deleted object may be used again.
         self._alive: list[Any] = []
         self._sees_all = True
         for value in values:
@@ -173,11 +173,11 @@ class Glance:
 
     @property
     def size(self) -> int:
-        """Number of objects that are looked at."""
+        """Number of objects that are compared."""
         return len(self._ids)
 
     def is_same(self) -> bool:
-        """Says whether nothing was exchanged, as far as this look can tell."""
+        """Returns whether all objects are the same. False if this comparison cannot tell."""
         return (
             self._sees_all
             and [*map(id, chain.from_iterable(self._views))] == self._ids
@@ -186,5 +186,5 @@ class Glance:
 
 
 def _dict_of(value: Any) -> Any:
-    # Past what a class makes of reading its attributes, which costs more than the rest.
+    # Does not call a `__getattribute__` of the class, which would cost more than all the rest.
     return object.__getattribute__(value, "__dict__")

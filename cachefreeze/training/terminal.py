@@ -1,14 +1,20 @@
 """Lines and bars on the terminal, and the verbosity that decides which of them show."""
 
 import logging
+import re
+import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Verbosity:
 
 
 EVERYTHING = Verbosity()
+# Widths of "accuracy  " and the like, and of the space before a warning.
+_COLUMNS, _INDENTS = 80, (10, 2)
 # A process has one terminal, and those who write to it know nothing of each other.
 _verbosity = EVERYTHING
 
@@ -54,15 +62,26 @@ def speaking(verbosity: Verbosity) -> Iterator[None]:
         _verbosity = before
 
 
-def say(line: str, *, always: bool = False) -> None:
+def say(line: str, *, always: bool = False, whole: bool = False) -> None:
     """Prints a line without tearing the bars.
 
     Args:
         line: Line to print.
         always: Whether it is printed even if only warnings and results are wanted.
+        whole: Whether it is printed as one line however long it is, as commands are.
     """
     if always or _verbosity.lines:
-        tqdm.write(printable(line))
+        text = printable(line)
+        tqdm.write(text if whole else folded(text))
+
+
+def folded(line: str) -> str:
+    """Breaks a line at 80 columns. The next lines begin below its text, not below its label."""
+    label = re.match(r"\S* +", line)
+    indent = label.end() if label is not None and label.end() in _INDENTS else 0
+    width = _COLUMNS - indent
+    rest = textwrap.wrap(line[indent:], width, break_long_words=False, break_on_hyphens=False)
+    return line[:indent] + f"\n{' ' * indent}".join(rest)
 
 
 def printable(text: str) -> str:
@@ -102,9 +121,15 @@ def progress_bar(description: str, total: int, unit: str, **options: Any) -> "tq
     )
 
 
-def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
+def track(batches: "Iterator[Tensor]", total: int) -> "Iterator[Tensor]":
     """Yields the batches of a pass over the images, and draws a bar meanwhile."""
     with progress_bar("reading images", total, "batch") as bar:
         for batch in batches:
             yield batch
             bar.update()
+
+
+def this_python() -> str:
+    """Returns the name of the running interpreter, as one would type it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"

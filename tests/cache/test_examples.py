@@ -1,8 +1,11 @@
 """The examples, as a newcomer runs them, and with their one line taken out."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.programs import Programs, warm
 
 from .programs import assert_the_line_changes_nothing
 
@@ -16,11 +19,21 @@ EXAMPLES: dict[str, tuple[list[str], float]] = {
     "lora": (["transformers", "peft", "accelerate"], 0.5),
     "diffusion": (["diffusers"], 0.6),
 }
+LIBRARIES = (
+    "transformers.trainer", "transformers.models.bert", "transformers.models.llama", "accelerate",
+    "lightning", "peft", "diffusers", "sklearn.datasets",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Programs]:
+    with warm(*LIBRARIES) as server:
+        yield server
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_ends_with_the_weights_that_it_has_without_its_one_line(
-    name: str, tmp_path: Path
+    programs: Programs, name: str, tmp_path: Path
 ) -> None:
     packages, share = EXAMPLES[name]
-    assert_the_line_changes_nothing(f"examples/{name}.py", packages, share, tmp_path)
+    assert_the_line_changes_nothing(programs, f"examples/{name}.py", packages, share, tmp_path)

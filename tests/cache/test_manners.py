@@ -401,8 +401,8 @@ def test_a_compiled_function_in_a_model_is_told_and_the_model_left_alone() -> No
     ("given", "words"),
     [
         ((), "needs a model"),
-        ((Net,), "not its class"),
-        ((lambda x: x,), "needs torch.nn.Module"),
+        ((Net,), "was given its class"),
+        ((lambda x: x,), "needs a torch.nn.Module"),
         ((nn.ReLU(),), "has no parameters"),
     ],
 )

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cachefreeze import ActivationCache
-from cachefreeze.cache import overhead
-from cachefreeze.cache.overhead import CallTimer, Kind, Overhead
+from cachefreeze.plan import overhead
+from cachefreeze.plan.overhead import CallTimer, Kind, Overhead
 
 from .harness import assert_same, batches, plainly
 

@@ -25,7 +25,7 @@ class Wide(nn.Module):
 
 def test_a_loop_whose_addresses_are_limited_ends_in_the_plain_weights() -> None:
     x = torch.randn(96, 1, 8192, generator=torch.Generator().manual_seed(1))
-    loop = Loop(Wide, x=x, epochs=2, options={"max_bytes": 10**10})
+    loop = Loop(Wide, x=x, epochs=2)
     plain = loop.run(cached=False)
 
     def limited() -> None:

@@ -3,24 +3,19 @@
 import contextlib
 import ctypes
 import os
-import resource
 import sys
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 
 from cachefreeze.errors import UserError
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def resolve_device(name: str) -> torch.device:
     """Returns a device by name.
 
     Args:
-        name: One of `DEVICES`. `auto` is the fastest device of this machine.
+        name: `cpu`, `cuda`, `mps` or `auto`: the fastest device of this machine.
 
     Raises:
         UserError: The named device is not there.
@@ -41,8 +36,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
     """Returns the type for autocast, or None for plain float32.
 
     Args:
-        name: One of `PRECISIONS`. `auto` is bfloat16 where the hardware multiplies it: GPUs from
-            Ampere on, processors with AMX or AVX512-BF16 (2 to 3 times the speed of float32).
+        name: `fp32`, `bf16` or `auto`. `auto` is bfloat16 where the hardware multiplies it: GPUs
+            from Ampere on, processors with AMX or AVX512-BF16 (2 to 3 times the speed of float32).
             Elsewhere bfloat16 is emulated, and slower, so `auto` is float32.
         device: Device that the run computes on.
     """
@@ -72,52 +67,6 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
-
-
-def numerics(device: torch.device) -> dict[str, object]:
-    """Returns what decides the last bits of a result, besides the operations and their inputs."""
-    common: dict[str, object] = {"torch": torch.__version__, "device": device.type}
-    if device.type == "cuda":
-        return common | {
-            "name": torch.cuda.get_device_name(device),
-            "cudnn": torch.backends.cudnn.version(),
-            "enabled": torch.backends.cudnn.enabled,
-            "deterministic": torch.backends.cudnn.deterministic,
-            "benchmark": torch.backends.cudnn.benchmark,
-            "algorithms": torch.are_deterministic_algorithms_enabled(),
-            "matmul": _matmul_precision(),
-            "tf32": _convolution_tf32(),
-            "reduced": _reduced_precision(),
-        }
-    return common | {
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "matmul": _matmul_precision(),
-        "mkldnn": torch.backends.mkldnn.enabled,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _matmul_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by torch's newer name for it
-        return str(torch.backends.cuda.matmul.fp32_precision)
-
-
-def _reduced_precision() -> list[str]:
-    """Returns the switches that let sums of 16-bit products be rounded to 16 bits."""
-    matmul = torch.backends.cuda.matmul
-    return [
-        str(matmul.allow_bf16_reduced_precision_reduction),
-        str(matmul.allow_fp16_reduced_precision_reduction),
-    ]
-
-
-def _convolution_tf32() -> bool | str:
-    try:
-        return torch.backends.cudnn.allow_tf32
-    except RuntimeError:
-        return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
 
 
 def set_numerics(
@@ -166,50 +115,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def free_memory() -> int:
-    """Estimates the bytes of memory that are free.
-
-    They can be had without swapping, and within the limit of a container.
-    """
-    try:
-        with open("/proc/meminfo") as file:
-            kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
-        free = kilobytes["MemAvailable"] * 1024
-    except (OSError, KeyError, ValueError):  # not Linux: half of what there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    if has_address_limit():
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        left = resource.getrlimit(resource.RLIMIT_AS)[0] - pages * os.sysconf("SC_PAGE_SIZE")
-        free = min(free, max(left, 0))
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{of}").read_text()) for of in _CGROUP)
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-    return min(free, max(limit - used, 0))
-
-
-_CGROUP = ("max", "current")
-
-
-def has_address_limit() -> bool:
-    """Returns whether the addresses that this process may use are limited (`ulimit -v`)."""
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-
-
-def free_device_memory(device: torch.device) -> int:
-    """Estimates the bytes that are free on the device.
-
-    The most that this process has used so far counts as used: the next training step will want it
-    again.
-    """
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device)
-        return (
-            torch.cuda.mem_get_info(device)[0] + reserved - torch.cuda.max_memory_allocated(device)
-        )
-    return free_memory()
 
 
 def keep_freed_memory() -> None:
