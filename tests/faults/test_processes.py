@@ -30,7 +30,7 @@ def test_a_loop_whose_addresses_are_limited_ends_in_the_plain_weights() -> None:
 
     def limited() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + 120_000_000
+        limit = pages * resource.getpagesize() + 240_000_000
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         assert not differs(plain, loop.run(cached=True))
 
