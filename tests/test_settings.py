@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from cachefreeze.freezeout.schedule import SHAPES
 from cachefreeze.training import command_line
 from cachefreeze.training.settings import Settings
+from cachefreeze.training.terminal import folded
 
 Fails = Callable[..., str]
 
@@ -174,3 +176,27 @@ def test_what_help_says_of_freezeouts_options_is_so(theirs: str, ours: str) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
     assert "--device cuda is not available" in fails("--device", "cuda")
+
+
+def test_help_mistakes_and_a_look_at_a_folder_do_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "import cachefreeze, cachefreeze.report.summary_text, cachefreeze.store.inspect\n"
+        "from cachefreeze.train import main\n"
+        "assert main(['--epoch', '3']) == 2\n"
+        "assert 'torch' not in sys.modules, 'its import takes seconds'\n"
+        "assert cachefreeze.ActivationCache.__name__ in cachefreeze.__all__\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+
+
+def test_a_long_line_is_broken_below_its_text_and_a_path_is_not_broken() -> None:
+    path = "x/" * 50
+    told = folded(f"cache     {'some words and ' * 10}{path}")
+    first, *others, last = told.splitlines()
+    assert len(first) <= 80
+    assert others
+    assert all(line.startswith(" " * 10 + "s") or len(line) <= 80 for line in others)
+    assert last == " " * 10 + path
+    assert folded("a b") == "a b"
+    assert folded("") == ""
