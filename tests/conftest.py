@@ -19,11 +19,10 @@ from cachefreeze.cache import selection
 from cachefreeze.plan import costs, forecast, overhead
 from cachefreeze.train import main
 from cachefreeze.training import checkpoint
-
-from .support.programs import Programs, warm
+from tests.support.programs import Programs, warm
 
 if TYPE_CHECKING:
-    from .interrupter import Interrupter
+    from tests.support.interrupter import Interrupter
 
 # For runs with --deterministic on a GPU: cuBLAS reads it once, when any test first uses it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -160,7 +159,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def interrupt() -> "Iterator[Interrupter]":
-    from .interrupter import Interrupter  # which imports this
+    from tests.support.interrupter import Interrupter  # which imports this
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         yield Interrupter(monkeypatch)

@@ -18,8 +18,7 @@ from torch import nn
 import cachefreeze
 from cachefreeze import ActivationCache
 from cachefreeze.cache import selection
-
-from .faults.changes import LATE, OTHERS, WRITERS, Observed, loss_of
+from tests.faults.changes import LATE, OTHERS, WRITERS, Observed, loss_of
 
 Tensor = torch.Tensor
 

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import cachefreeze
 from cachefreeze.train import main
 from cachefreeze.training import command_line
-
-from .cache.test_examples import EXAMPLES
+from tests.cache.test_examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .run_files import make_run
+from tests.support.run_files import make_run
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """

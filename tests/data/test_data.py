@@ -24,8 +24,7 @@ from cachefreeze.data import (
 )
 from cachefreeze.data.inputs import augment, random_views
 from cachefreeze.data.sets import statistics, stratified_split
-
-from .conftest import write_images
+from tests.conftest import write_images
 
 
 def load_images(folder: Path, *, size: int = 32, val_fraction: float | None = None, workers=0):

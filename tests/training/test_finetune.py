@@ -15,10 +15,9 @@ from cachefreeze.freezeout import count_of, units_of
 from cachefreeze.models import build
 from cachefreeze.train import main
 from cachefreeze.training import command_line
-
-from .chaos.harness import Nursery, results
-from .conftest import Run, Train, write_images
-from .test_parity import assert_same_run
+from tests.chaos.harness import Nursery, results
+from tests.conftest import Run, Train, write_images
+from tests.training.test_parity import assert_same_run
 
 Fails = Callable[..., str]
 RESNET = ("--arch", "torchvision:resnet18", "--epochs", 3, "--lr", 0.02)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from cachefreeze.training.trainer import Trainer
-
-from .test_parity import NETWORKS, SCHEDULE
+from tests.training.test_parity import NETWORKS, SCHEDULE
 
 
 def send(number: int, times: int = 1) -> None:

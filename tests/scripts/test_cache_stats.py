@@ -22,7 +22,7 @@ from cachefreeze.store import Directory, Row
 from cachefreeze.store.format import USED
 from cachefreeze.store.inspect import inspect
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "cache_stats.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "cache_stats.py"
 
 
 @dataclass

@@ -11,9 +11,8 @@ from cachefreeze.training import progress, trainer
 from cachefreeze.training.progress import Progress, clock, status
 from cachefreeze.training.resume import start_of
 from cachefreeze.training.terminal import EVERYTHING, Verbosity, say
-
-from .conftest import Run
-from .screen import Screen, terminal
+from tests.conftest import Run
+from tests.support.screen import Screen, terminal
 
 EPOCHS = 6
 OPTIONS = ["--arch", "wrn10_1", "-b", "32", "-j", "0", "--precision", "fp32", "--t0", "0.3"]

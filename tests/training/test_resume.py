@@ -17,11 +17,10 @@ from cachefreeze.train import main
 from cachefreeze.training import checkpoint
 from cachefreeze.training.checkpoint import load_checkpoint, save_checkpoint
 from cachefreeze.training.trainer import Trainer
-
-from . import interrupter
-from .conftest import Run, Train, write_images
-from .interrupter import Interrupter, command, send
-from .test_parity import NETWORKS, SCHEDULE, assert_same_run
+from tests.conftest import Run, Train, write_images
+from tests.support import interrupter
+from tests.support.interrupter import Interrupter, command, send
+from tests.training.test_parity import NETWORKS, SCHEDULE, assert_same_run
 
 WRN = (*NETWORKS["wrn"], *SCHEDULE)
 Fails = Callable[..., str]

@@ -35,11 +35,10 @@ from cachefreeze.report.summary_text import (
     plan_words,
 )
 from cachefreeze.report.time_breakdown import Way, spent, ways
+from tests.support.browser import PROGRAM, Browser
+from tests.support.run_files import make_run, rewrite
 
-from .browser import PROGRAM, Browser
-from .run_files import make_run, rewrite
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TITLES = {
     "rates": "Rate of every unit",
     "seconds": "Seconds of every epoch",

@@ -11,8 +11,7 @@ import torch
 
 from cachefreeze.training.checkpoint import load_checkpoint
 from cachefreeze.training.device import has_bf16
-
-from .conftest import Run, Train
+from tests.conftest import Run, Train
 
 NETWORKS = {
     "wrn": ("--arch", "wrn10_1", "--dropout", 0.3),

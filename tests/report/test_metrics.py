@@ -9,8 +9,7 @@ import pytest
 
 from cachefreeze.report.metrics import Metrics
 from cachefreeze.report.run_results import RunResults
-
-from .run_files import Folder, make_run
+from tests.support.run_files import Folder, make_run
 
 
 def table(folder: Path) -> list[dict[str, str]]:

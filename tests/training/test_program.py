@@ -19,10 +19,9 @@ from cachefreeze.data import images as images_of
 from cachefreeze.models import build
 from cachefreeze.train import main
 from cachefreeze.training.checkpoint import load_checkpoint
-
-from .conftest import Train, file_size_limit, write_images
-from .support.programs import Programs
-from .test_parity import assert_same_run
+from tests.conftest import Train, file_size_limit, write_images
+from tests.support.programs import Programs
+from tests.training.test_parity import assert_same_run
 
 Fails = Callable[..., str]
 SHORT = ("--arch", "wrn10_1", "--epochs", 4, "--t0", 0.2, "--schedule", "linear")

@@ -10,10 +10,9 @@ import pytest
 from cachefreeze.report import figures
 from cachefreeze.report.run_results import RunResults
 from cachefreeze.train import main
-
-from .interrupter import Interrupter
-from .test_metrics import lines_of, points, scalars, table
-from .test_page import TITLES, Page, Script, script
+from tests.report.test_metrics import lines_of, points, scalars, table
+from tests.report.test_page import TITLES, Page, Script, script
+from tests.support.interrupter import Interrupter
 
 __all__ = ["script"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .chaos.harness import NETWORKS, SCHEDULE, Nursery, results
+from tests.chaos.harness import NETWORKS, SCHEDULE, Nursery, results
 
 
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])

@@ -119,7 +119,7 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(
 def test_the_page_about_options_is_what_the_script_writes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     monkeypatch.setattr(sys, "argv", ["options_table.py"])
     assert runpy.run_path(str(root / "scripts" / "options_table.py"))["main"]() == 0
     page = capsys.readouterr().out
