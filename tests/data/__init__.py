@@ -1,1 +1,1 @@
-"""Tests: Data sets and images."""
+"""Tests of `cachefreeze.data`."""

@@ -1,1 +1,1 @@
-"""Tests: FreezeOut: schedule, units, scheduler."""
+"""Tests of `cachefreeze.freezeout`."""

@@ -1,1 +1,1 @@
-"""Tests: Other trainers."""
+"""Tests of `cachefreeze.integrations`."""

@@ -1,1 +1,1 @@
-"""Tests: networks, and models by name."""
+"""Tests of `cachefreeze.models`."""

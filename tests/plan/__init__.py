@@ -1,1 +1,1 @@
-"""Tests: What pays, predicted from measured costs."""
+"""Tests of `cachefreeze.plan`."""

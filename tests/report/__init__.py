@@ -1,1 +1,1 @@
-"""Tests: Metrics, figures and pages of a run."""
+"""Tests of `cachefreeze.report`."""

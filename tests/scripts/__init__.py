@@ -1,1 +1,1 @@
-"""Tests: Scripts that users type."""
+"""Tests of the scripts that users type."""

@@ -1,1 +1,1 @@
-"""Tests: The program: settings, runs, checkpoints, resuming."""
+"""Tests of `cachefreeze.training`."""
