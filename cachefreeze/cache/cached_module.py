@@ -1,5 +1,6 @@
 """One module whose calls are cached. It has a trace for each kind of call."""
 
+import sys
 import weakref
 from collections.abc import Iterator
 from time import perf_counter
@@ -148,6 +149,9 @@ class CachedModule:
             return _run_by_parts(call)
         if all(trained) or not _has_rows(given) or not all(map(_is_plain, given)):
             return call.run()
+        if self._is_sharded():
+            self._tell("sharded", messages.sharded(self._name))
+            return self._give_up(call)
         flags = self._flags_of_now()
         if self._is_smaller_than_others(key, flags, given):
             return call.run()
@@ -206,6 +210,19 @@ class CachedModule:
             cached.free()
         self._kinds.clear()
         return call.run()
+
+    def _is_sharded(self) -> bool:
+        """Returns whether parameters lie in pieces on several processes.
+
+        A process that skips frozen work would skip its collectives, for which the others wait.
+        """
+        tensors = sys.modules.get("torch.distributed.tensor")
+        wrappers = sys.modules.get("torch.distributed.fsdp")
+        piece = getattr(tensors, "DTensor", ())
+        wrapper = getattr(wrappers, "FullyShardedDataParallel", ())
+        return any(isinstance(one, piece) for one in self._parameters) or any(
+            isinstance(part, wrapper) for part in self._modules
+        )
 
     def _trained(self) -> list[bool]:
         """Returns `requires_grad` of all parameters, including those of new submodules."""

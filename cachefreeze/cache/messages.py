@@ -53,6 +53,14 @@ def other_arguments(name: str) -> str:
     )
 
 
+def sharded(name: str) -> str:
+    """Parameters of the module lie in pieces on several processes."""
+    return (
+        f"{name} is not cached: its parameters are sharded over processes, and a process that "
+        "skipped frozen work would let the others wait for it. DistributedDataParallel works."
+    )
+
+
 def compiled(name: str, functions: Iterable[str]) -> str:
     """The module calls compiled functions."""
     return (

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from cachefreeze import ActivationCache, UserError
@@ -624,3 +627,20 @@ def test_a_forked_child_that_closes_the_cache_or_ends_takes_nothing_from_the_par
     with ActivationCache(model, directory=tmp_path / "rows") as later:
         warm(later, model, x, epochs=1)
         assert not later.messages
+
+
+def test_sharded_parameters_are_left_alone_and_the_user_is_told(tmp_path: Path) -> None:
+    """A process that skipped frozen work would let the others wait for its collectives."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        body = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8)).requires_grad_(False)
+        fully_shard(body, mesh=init_device_mesh("cpu", (1,)))
+        model = nn.Sequential(body, nn.Linear(8, 2))
+        x = torch.randn(4, 8)
+        with ActivationCache(model) as cache:
+            first = model(x)
+            assert all(torch.equal(model(x), first) for _ in range(6))
+            assert cache.stats.rows_served == 0
+            assert any("sharded" in one for one in cache.messages)
+    finally:
+        dist.destroy_process_group()
