@@ -1,5 +1,6 @@
 """Functions that save and restore all random state that a run may draw from."""
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,33 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+
+def number_from(*numbers: int) -> int:
+    """Returns a number of 64 bits that is drawn from others alone."""
+    words = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Lets torch (on the CPU), Python and NumPy draw from given numbers alone, inside the context.
+
+    The random state is put back afterwards.
+    """
+    seed = number_from(*numbers)
+    # `torch.manual_seed` would move the generators of GPUs as well.
+    torchs = torch.default_generator.get_state()
+    python, numpys = random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torchs)
+        random.setstate(python)
+        np.random.set_state(numpys)
 
 
 @contextmanager

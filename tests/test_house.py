@@ -45,7 +45,8 @@ INSIDE = {
         ["operations"],
     ],
     "cache": [
-        ["codec", "layout", "lengths", "moving", "pace", "fetching", "table", "verify"],
+        ["codec", "layout", "lengths", "moving", "pace", "fetching", "table", "verify",
+         "views"],
         ["entries", "family", "binding"],
         ["known_rows"],
         ["shared", "loader"],

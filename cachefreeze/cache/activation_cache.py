@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from cachefreeze.cache.codec import CODECS
 from cachefreeze.cache.entries import Entries
@@ -24,6 +24,7 @@ from cachefreeze.cache.loader import Loader
 from cachefreeze.cache.shared import Filled, Shared, Stats
 from cachefreeze.cache.site import Site
 from cachefreeze.cache.verify import VERIFY, Report
+from cachefreeze.cache.views import Views
 from cachefreeze.cache.words import in_words
 from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
@@ -211,7 +212,15 @@ class ActivationCache:
                 "DataLoader.",
             )
 
-    def loader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+    def loader(
+        self,
+        dataset: Any,
+        *args: Any,
+        views: int | str | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> Loader:
         """Makes a DataLoader that does not load what only frozen work would read.
 
         It takes the arguments of `torch.utils.data.DataLoader`, and gives the same batches in the
@@ -224,13 +233,25 @@ class ActivationCache:
         random numbers are always loaded, and so is everything with a `collate_fn` of one's own, and
         what comes from an `IterableDataset`.
 
+        With `views`, items may be augmented at random and be kept all the same: epoch e shows view
+        e modulo `views` of every item, and a view is drawn from the seed, the number of the item
+        and that of the view alone, with workers or without. What the program draws itself stays as
+        it was. Of E epochs `views` run frozen work, and the others are served.
+
         Args:
             dataset: Data set.
             *args: Further arguments of `torch.utils.data.DataLoader`.
+            views: Number of views of each item. "flips" stands for two: the item and its mirror
+                image, each shown as often. If None, items are as the data set gives them.
+            transform: Function that makes a view of an image, such as transforms of torchvision or
+                Albumentations: of the first entry of an item that is a tuple, or else of the item.
+                If None, what the data set itself draws at random makes the views.
+            seed: Seed of the views.
             **kwargs: Further arguments of `torch.utils.data.DataLoader`, by name.
 
         Raises:
-            UserError: The data set is a generator or another iterator.
+            UserError: The data set is a generator or another iterator, or `views` is no number of
+                views.
         """
         if isinstance(dataset, Iterator) and not isinstance(dataset, IterableDataset):
             raise UserError(
@@ -238,6 +259,10 @@ class ActivationCache:
                 f"{type(dataset).__name__!r}, which can be passed over once: give a list of its "
                 "items."
             )
+        if views is not None:
+            dataset = Views(dataset, views, transform, seed)
+        elif transform is not None:
+            raise UserError("transform makes views: say how many of each item by views=.")
         close, shared = self._close, weakref.ref(self._shared)
         return Loader(lambda: shared() if close.alive else None, dataset, *args, **kwargs)
 

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate as torchs_collate
 
 from cachefreeze.cache.binding import Binding, NotByRowsError, put_together, take_apart
 from cachefreeze.cache.fetching import About, Ask, Items, innermost
+from cachefreeze.cache.views import Views
 from cachefreeze.errors import UserError
 from cachefreeze.keys import Description
 from cachefreeze.lineage.unloaded import Unloaded
@@ -77,7 +78,8 @@ class KnownRows:
     @property
     def name(self) -> str:
         """Name of the data set, for people."""
-        return type(self._dataset).__name__
+        views = isinstance(self._dataset, Views)
+        return type(self._dataset.dataset if views else self._dataset).__name__
 
     def may_know(self, loader: DataLoader[Any]) -> bool:
         """Says whether rows may be known by number, as far as the arguments of the loader tell."""
@@ -135,7 +137,9 @@ class KnownRows:
         digest = self._description.digest
         binding = cache.bindings.get(digest)
         if binding is None:
-            binding = Binding(self._description, len(self._dataset), self.name)
+            views = isinstance(self._dataset, Views)
+            count = self._dataset.items if views else len(self._dataset)
+            binding = Binding(self._description, count, self.name)
             if cache.folder is not None:
                 binding.load(cache.folder)
             cache.bindings[digest] = binding
