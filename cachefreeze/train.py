@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from cachefreeze import data
-from cachefreeze.device import (
-    keep_freed_memory,
-    resolve_device,
-    resolve_precision,
-    set_numerics,
-)
 from cachefreeze.errors import Interrupted, UserError
 from cachefreeze.models import Statistics
 from cachefreeze.report.metrics import check_tensorboard
 from cachefreeze.report.summary_text import RESULT, closing_words, opening_words
 from cachefreeze.training.checkpoint import LAST, load_last_checkpoint
+from cachefreeze.training.device import (
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+    set_numerics,
+)
 from cachefreeze.training.network import (
     Weights,
     check_network,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from cachefreeze import ActivationCache, FreezeOutLR, param_groups
-from cachefreeze.hashing import weights_sha256
+from cachefreeze.keys.hashing import weights_sha256
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--cache-dir", default="data/cache")

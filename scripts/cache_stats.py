@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import human_bytes
 from cachefreeze.report.summary_text import format_table
 from cachefreeze.store.directory import is_directory
+from cachefreeze.store.files import human_bytes
 from cachefreeze.store.inspect import Pruned, SetReport, inspect, prune, verify
 
 COLUMNS, BAR = 100, 20

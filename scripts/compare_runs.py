@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import write_atomically
 from cachefreeze.report.compare import comparison_lines, comparison_page, load_runs
+from cachefreeze.store.files import write_atomically
 
 
 def main() -> int:

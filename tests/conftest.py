@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cachefreeze.cache import pace, route
+from cachefreeze.cache import route
+from cachefreeze.plan import costs, forecast, pace
 from cachefreeze.train import main
-from cachefreeze.training import checkpoint, forecast
+from cachefreeze.training import checkpoint
 
 if TYPE_CHECKING:
     from .interrupter import Interrupter
@@ -164,7 +165,7 @@ def _short_runs() -> Iterator[None]:
         for what in ("COMPARED", "TRACED"):
             patch.setattr(forecast, what, 0)
         for what in ("READ_RATE", "WRITE_RATE"):
-            patch.setattr(forecast, what, float("inf"))
+            patch.setattr(costs, what, float("inf"))
         yield
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cachefreeze import UserError
-from cachefreeze.randomness import random_state, set_random_state
 from cachefreeze.training import checkpoint
 from cachefreeze.training.checkpoint import (
     is_due,
@@ -19,6 +18,7 @@ from cachefreeze.training.checkpoint import (
     load_last_checkpoint,
     save_checkpoint,
 )
+from cachefreeze.training.randomness import random_state, set_random_state
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachefreeze.device import has_bf16
+from cachefreeze.training.device import has_bf16
 
 ROOT = Path(__file__).parents[1]
 ROWS = 1797  # of digits

@@ -11,19 +11,25 @@ from torch import nn
 
 from cachefreeze.freezeout import Unit, units_of
 from cachefreeze.models import build
+from cachefreeze.plan import costs, forecast
+from cachefreeze.plan.costs import Costs
+from cachefreeze.plan.fill import Fill, worth_filling
+from cachefreeze.plan.forecast import WAYS, Run, Span
 from cachefreeze.train import main
-from cachefreeze.training import forecast
-from cachefreeze.training.fill import Fill, worth_filling
-from cachefreeze.training.forecast import WAYS, Costs, Run, Span, forward_seconds
+from cachefreeze.training.measuring import forward_seconds
 from cachefreeze.training.progress import Eta
 
-RULE = {name: getattr(forecast, name) for name in ("COMPARED", "TRACED", "READ_RATE", "WRITE_RATE")}
+RULE = [
+    (module, name, getattr(module, name))
+    for module, names in ((forecast, ("COMPARED", "TRACED")), (costs, ("READ_RATE", "WRITE_RATE")))
+    for name in names
+]
 
 
 @pytest.fixture(autouse=True)
 def rule_of_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in RULE.items():
-        monkeypatch.setattr(forecast, name, value)
+    for module, name, value in RULE:
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "cachefreeze"
 FLOORS = [
     floor.split()
     for floor in (
-        "errors files hashing randomness",
-        "device lineage store",
+        "errors",
+        "lineage store plan",
         "freezeout models keys",
         "cache data report",
         "training integrations",
@@ -26,7 +26,7 @@ FLOORS = [
 ]
 INSIDE = {
     "lineage": [
-        ["structure", "calls", "frames"],
+        ["structure", "calls", "frames", "undone"],
         ["soundness", "contents"],
         ["operations"],
         ["known", "modes", "modules"],
@@ -39,14 +39,13 @@ INSIDE = {
         ["explanation"],
     ],
     "keys": [
-        ["bits", "bytecode", "environment"],
+        ["bits", "bytecode", "environment", "hashing"],
         ["code", "inputs", "objects", "weights"],
         ["surroundings"],
         ["operations"],
     ],
     "cache": [
-        ["codec", "layout", "lengths", "moving", "pace", "fetching", "table", "verify",
-         "views"],
+        ["codec", "layout", "lengths", "memory", "moving", "fetching", "table", "verify", "views"],
         ["entries", "family", "binding"],
         ["known_rows"],
         ["shared", "loader"],
@@ -56,6 +55,7 @@ INSIDE = {
         ["activation_cache"],
     ],
     "store": [
+        ["files"],
         ["index", "format"],
         ["journal", "locks"],
         ["codecs", "budget"],
@@ -65,12 +65,14 @@ INSIDE = {
         ["directory"],
         ["inspect"],
     ],
+    "plan": [["costs", "fill", "pace"], ["forecast"]],
     "freezeout": [["schedule", "freezing"], ["units"], ["scheduler"]],
     "models": [["layers", "hugging_face"], ["wrn", "densenet", "vgg", "ready_made"]],
     "data": [["order"], ["images"], ["inputs", "folders"], ["sets"]],
     "training": [
-        ["command_line", "terminal", "interrupts", "checkpoint", "run_folder", "fill"],
-        ["settings", "forecast"],
+        ["device", "randomness"],
+        ["command_line", "terminal", "interrupts", "checkpoint", "run_folder", "measuring"],
+        ["settings"],
         ["network", "step", "resume", "progress"],
         ["preview", "trainer"],
     ],
@@ -143,6 +145,17 @@ def test_the_schedule_knows_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_top_level_holds_the_programs_and_the_errors() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= {"__init__", "train", "probe", "errors"}
+    packages = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
+    assert len(packages) <= 12
+
+
+def test_the_plan_is_arithmetic_and_knows_no_torch() -> None:
+    for path in (PACKAGE / "plan").glob("*.py"):
+        assert "torch" not in {name.split(".")[0] for name in _all_imports(path)}
 
 
 def test_the_store_takes_arrays_and_bytes_and_names_no_tensor() -> None:

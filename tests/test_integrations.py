@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cachefreeze import FreezeOutLR, UserError, param_groups
-from cachefreeze.hashing import weights_sha256
+from cachefreeze.keys.hashing import weights_sha256
 
 pytest.importorskip("lightning.pytorch")
 import lightning.pytorch as lightning

@@ -9,8 +9,8 @@ import shutil
 import pytest
 import torch
 
-from cachefreeze.device import has_bf16
 from cachefreeze.training.checkpoint import load_checkpoint
+from cachefreeze.training.device import has_bf16
 
 from .conftest import Run, Train
 
@@ -96,7 +96,7 @@ def test_the_seed_matters(train: Train) -> None:
 
 
 def test_the_weights_in_last_pt_are_those_of_the_summary(train: Train) -> None:
-    from cachefreeze.hashing import weights_sha256
+    from cachefreeze.keys.hashing import weights_sha256
 
     run = train("--arch", "wrn10_1", *SCHEDULE)
     state = load_checkpoint(run.folder / "last.pt")
@@ -105,7 +105,7 @@ def test_the_weights_in_last_pt_are_those_of_the_summary(train: Train) -> None:
 
 
 def test_the_hash_of_weights_sees_every_part(train: Train) -> None:
-    from cachefreeze.hashing import weights_sha256
+    from cachefreeze.keys.hashing import weights_sha256
 
     state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
     reference = weights_sha256(state)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachefreeze.files import lock_folder, unlock_file
+from cachefreeze.store.files import lock_folder, unlock_file
 from cachefreeze.train import main
 from cachefreeze.training import checkpoint
 from cachefreeze.training.checkpoint import load_checkpoint, save_checkpoint

@@ -21,15 +21,15 @@ from torch.utils.data import IterableDataset
 from cachefreeze.cache.codec import CODECS
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.loader import Loader
+from cachefreeze.cache.memory import free_memory
 from cachefreeze.cache.shared import Filled, Shared, Stats
 from cachefreeze.cache.site import Site
 from cachefreeze.cache.verify import VERIFY, Report
 from cachefreeze.cache.views import Views
 from cachefreeze.cache.words import in_words
-from cachefreeze.device import free_memory
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls, unloaded
-from cachefreeze.randomness import undone
+from cachefreeze.lineage.undone import undone
 from cachefreeze.store import Directory
 
 _log = logging.getLogger("cachefreeze")

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from cachefreeze.cache.fetching import Files, Stamp, stamp_of
-from cachefreeze.files import write_atomically
 from cachefreeze.keys import SMALL, Description, rows_hashed
 from cachefreeze.keys.bits import bits_of
+from cachefreeze.store.files import write_atomically
 
 Tensor = torch.Tensor
 # Bytes of all small parts of a data set's items together.

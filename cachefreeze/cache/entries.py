@@ -9,8 +9,8 @@ import torch
 import xxhash
 
 from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
+from cachefreeze.cache.memory import free_device_memory
 from cachefreeze.cache.table import BELOW, Table
-from cachefreeze.device import free_device_memory
 from cachefreeze.store import Directory, Row, Rows
 
 Tensor = torch.Tensor

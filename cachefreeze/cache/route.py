@@ -12,20 +12,19 @@ from torch import nn
 
 from cachefreeze import lineage
 from cachefreeze.cache.family import Family
-from cachefreeze.cache.pace import Kind, Meter
 from cachefreeze.cache.selection import Keys, Selection
 from cachefreeze.cache.shared import Shared
-from cachefreeze.files import human_bytes
 from cachefreeze.keys import Surroundings, same_bits
 from cachefreeze.lineage import Trace, unloaded
 from cachefreeze.lineage.operations import CONSTANT, INPUT
 from cachefreeze.lineage.program import copy_of
 from cachefreeze.lineage.structure import matches, tensors
+from cachefreeze.plan.costs import LEAST_SHARE
+from cachefreeze.plan.pace import Kind, Meter
+from cachefreeze.store.files import human_bytes
 
 Tensor = torch.Tensor
 
-# Share of a forward pass that must be frozen work for a cache to be worth its while.
-LEAST_SHARE = 0.1
 # Share of a forward pass for whose sake the user is told of modules in training mode.
 _WORTH_TELLING = 0.05
 # Number of served batches after which one is compared, and then at twice that number, and so on.

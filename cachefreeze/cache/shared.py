@@ -14,9 +14,9 @@ from cachefreeze.cache.codec import INT8_ERROR, can_be_rounded
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.layout import Layout
 from cachefreeze.cache.moving import Moving
-from cachefreeze.cache.pace import Pace
 from cachefreeze.cache.verify import Report
 from cachefreeze.keys import Weights
+from cachefreeze.plan.pace import Pace
 
 _log = logging.getLogger("cachefreeze")
 # Rounding of another order of additions, as a share of the largest number.

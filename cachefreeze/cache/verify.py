@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachefreeze.files import human_bytes
 from cachefreeze.keys.bits import bits_of
+from cachefreeze.store.files import human_bytes
 
 Tensor = torch.Tensor
 

@@ -1,7 +1,10 @@
 """Random views of the items of a data set: as many of each as asked for, which come again."""
 
 import copy
+import hashlib
+import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,6 @@ import torch
 from torch.utils.data import BatchSampler, Dataset, IterableDataset
 
 from cachefreeze.errors import UserError
-from cachefreeze.randomness import number_from, seeded
 
 FLIPS = "flips"
 
@@ -64,10 +66,10 @@ class Views(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Any:
         view, row = divmod(int(number), len(self.dataset))
-        with seeded(self.seed, row, view):
+        with _seeded(self.seed, row, view):
             item = self.dataset[row]
             # Of an epoch about one half is mirrored, and of a row every other view.
-            if self.flips and (view + number_from(self.seed, row)) % 2:
+            if self.flips and (view + _number_from(self.seed, row)) % 2:
                 item = _of_image(item, _mirrored)
             if self.transform is None:
                 return item
@@ -76,7 +78,7 @@ class Views(Dataset[Any]):
             return _of_image(item, self.transform)
 
     def _albumentations(self, image: Any, row: int, view: int) -> Any:
-        self.transform.set_random_seed(number_from(self.seed, row, view) % 2**32)
+        self.transform.set_random_seed(_number_from(self.seed, row, view) % 2**32)
         try:
             return self.transform(image=np.asarray(image))["image"]
         finally:
@@ -135,3 +137,30 @@ def _mirrored(image: Any) -> Any:
         f"views='flips' mirrors tensors, arrays and pictures of PIL, and was given "
         f"{type(image).__name__!r}: give views a number, and a transform that mirrors."
     )
+
+
+def _number_from(*numbers: int) -> int:
+    """Returns a number of 64 bits that is drawn from others alone."""
+    words = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
+
+
+@contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Lets torch (on the CPU), Python and NumPy draw from given numbers alone, inside the context.
+
+    The random state is put back afterwards.
+    """
+    seed = _number_from(*numbers)
+    # `torch.manual_seed` would move the generators of GPUs as well.
+    torchs = torch.default_generator.get_state()
+    python, numpys = random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torchs)
+        random.setstate(python)
+        np.random.set_state(numpys)

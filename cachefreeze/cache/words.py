@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.shared import Stats
-from cachefreeze.files import human_bytes
+from cachefreeze.store.files import human_bytes
 
 
 def in_words(stats: Stats, entries: Entries, messages: Sequence[str]) -> str:

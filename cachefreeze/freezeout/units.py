@@ -14,7 +14,7 @@ from torch import nn
 from cachefreeze import lineage
 from cachefreeze.errors import UserError
 from cachefreeze.freezeout.freezing import freeze
-from cachefreeze.randomness import undone
+from cachefreeze.lineage.undone import undone
 
 Parameters = tuple[nn.Parameter, ...]
 # What a part does that is no unit by itself.

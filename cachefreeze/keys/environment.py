@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from cachefreeze.device import numerics
-
 
 def environment(device: torch.device) -> tuple[Any, ...]:
     """Returns versions and switches of now. They are compared at every call: 5 microseconds.
@@ -28,6 +26,52 @@ def environment(device: torch.device) -> tuple[Any, ...]:
         torch.backends.mha.get_fastpath_enabled(),
         flushes_denormals(),
     )
+
+
+def numerics(device: torch.device) -> dict[str, object]:
+    """Returns what decides the last bits of a result, besides the operations and their inputs."""
+    common: dict[str, object] = {"torch": torch.__version__, "device": device.type}
+    if device.type == "cuda":
+        return common | {
+            "name": torch.cuda.get_device_name(device),
+            "cudnn": torch.backends.cudnn.version(),
+            "enabled": torch.backends.cudnn.enabled,
+            "deterministic": torch.backends.cudnn.deterministic,
+            "benchmark": torch.backends.cudnn.benchmark,
+            "algorithms": torch.are_deterministic_algorithms_enabled(),
+            "matmul": _matmul_precision(),
+            "tf32": _convolution_tf32(),
+            "reduced": _reduced_precision(),
+        }
+    return common | {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "matmul": _matmul_precision(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by torch's newer name for it
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def _reduced_precision() -> list[str]:
+    """Returns the switches that let sums of 16-bit products be rounded to 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    return [
+        str(matmul.allow_bf16_reduced_precision_reduction),
+        str(matmul.allow_fp16_reduced_precision_reduction),
+    ]
+
+
+def _convolution_tf32() -> bool | str:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
 
 
 # The smallest number that is not denormal.

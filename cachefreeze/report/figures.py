@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import human_bytes
 from cachefreeze.report.time_breakdown import Way
+from cachefreeze.store.files import human_bytes
 
 try:
     import matplotlib

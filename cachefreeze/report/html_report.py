@@ -5,12 +5,12 @@ import shlex
 from pathlib import Path
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import write_atomically
 from cachefreeze.report import figures
 from cachefreeze.report.page import Picture, render
 from cachefreeze.report.run_results import RunResults
 from cachefreeze.report.summary_text import duration, opening_words
 from cachefreeze.report.time_breakdown import Way, saved, spent, ways
+from cachefreeze.store.files import write_atomically
 
 REPORT = "report.html"
 # The first use of each in the page leads here.

@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cachefreeze.files import human_bytes
 from cachefreeze.report import figures
 from cachefreeze.report.summary_text import duration
+from cachefreeze.store.files import human_bytes
 
 
 @dataclass(frozen=True)

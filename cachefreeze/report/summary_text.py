@@ -5,8 +5,8 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cachefreeze.files import human_bytes
 from cachefreeze.report.time_breakdown import efficiency, saved, spent, ways
+from cachefreeze.store.files import human_bytes
 
 _INDENT = " " * 10
 # How the lines begin that are wanted even of a quiet run: all of `closing_words` but its hints.

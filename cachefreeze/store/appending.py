@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cachefreeze.files import human_bytes
 from cachefreeze.store.budget import Budget
+from cachefreeze.store.files import human_bytes
 from cachefreeze.store.format import Layout
 from cachefreeze.store.locks import refuse, remove
 from cachefreeze.store.segment import Buffer, SegmentWriter

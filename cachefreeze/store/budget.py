@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cachefreeze.files import entries_below, remove_tree
+from cachefreeze.store.files import entries_below, remove_tree
 from cachefreeze.store.format import JOURNAL, NAME, TRASH, is_folder
 from cachefreeze.store.journal import LINE_BYTES
 from cachefreeze.store.locks import is_refused, last_use, remove

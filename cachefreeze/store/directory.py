@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import open_regular, why_not_writable, write_atomically
 from cachefreeze.store.appending import Writer
 from cachefreeze.store.budget import Budget
+from cachefreeze.store.files import open_regular, why_not_writable, write_atomically
 from cachefreeze.store.format import Layout, Row, metadata
 from cachefreeze.store.locks import Held
 from cachefreeze.store.reading import Files

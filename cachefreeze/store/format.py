@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cachefreeze.files import open_regular
+from cachefreeze.store.files import open_regular
 
 FORMAT = 2
 # Rows as they are, or compressed one by one.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import PARTIAL, open_regular
 from cachefreeze.store.budget import disk_bytes, named_folders, remove_trash, segment_folders
 from cachefreeze.store.directory import is_directory
+from cachefreeze.store.files import PARTIAL, open_regular
 from cachefreeze.store.format import (
     JOURNAL,
     NEW,

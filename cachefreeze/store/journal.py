@@ -7,7 +7,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from cachefreeze.files import open_regular
+from cachefreeze.store.files import open_regular
 from cachefreeze.store.format import SegmentError
 
 # Number of the chunk, rows in it, CRC32C of the rows and of the keys, CRC32C of the line.

@@ -11,7 +11,7 @@ import uuid
 from collections import OrderedDict
 from pathlib import Path
 
-from cachefreeze.files import (
+from cachefreeze.store.files import (
     lock_file,
     open_regular,
     remove_tree,
@@ -78,7 +78,7 @@ class Held:
 def share(folder: Path) -> int | None:
     """Returns an open file that holds a shared lock on a segment, or None if it has no locks.
 
-    A forked process does not have the lock: see `cachefreeze.files`.
+    A forked process does not have the lock: see `cachefreeze.store.files`.
 
     Args:
         folder: Folder of the segment.

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 
-from cachefreeze.files import open_regular
 from cachefreeze.store.codecs import decompress, places
+from cachefreeze.store.files import open_regular
 from cachefreeze.store.format import CHECKSUM_BYTES, KEY_BYTES, Layout, SegmentError
 from cachefreeze.store.journal import Chunk
 

@@ -10,8 +10,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from cachefreeze.files import PARTIAL, remove_tree, sync_folder, unlock_file
 from cachefreeze.store.codecs import compress
+from cachefreeze.store.files import PARTIAL, remove_tree, sync_folder, unlock_file
 from cachefreeze.store.format import (
     CHECKSUM_BYTES,
     JOURNAL,

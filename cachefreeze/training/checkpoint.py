@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import partial_beside, sync_folder, write_partial
-from cachefreeze.hashing import tensors_sha256
+from cachefreeze.keys.hashing import tensors_sha256
+from cachefreeze.store.files import partial_beside, sync_folder, write_partial
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CHECKSUM = "sha256"

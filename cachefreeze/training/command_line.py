@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cachefreeze.device import DEVICES, PRECISIONS
 from cachefreeze.errors import UserError
 from cachefreeze.freezeout.schedule import SHAPES
+from cachefreeze.training.device import DEVICES, PRECISIONS
 
 ARCHITECTURES = ("wrn", "densenet", "vgg")
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")

@@ -6,10 +6,12 @@ import torch
 
 from cachefreeze import data
 from cachefreeze.data import ArrayImages, InputRows, Outline
-from cachefreeze.device import resolve_device, resolve_precision, set_numerics, synchronize
 from cachefreeze.freezeout import units_of
+from cachefreeze.plan.costs import Costs
+from cachefreeze.plan.forecast import Run
 from cachefreeze.report.summary_text import opening_words, plan_words
-from cachefreeze.training.forecast import TIMED, WARM_UP, Costs, Run, forward_seconds
+from cachefreeze.training.device import resolve_device, resolve_precision, set_numerics, synchronize
+from cachefreeze.training.measuring import TIMED, WARM_UP, forward_seconds
 from cachefreeze.training.network import check_network, find_weights, make_network
 from cachefreeze.training.settings import Settings
 from cachefreeze.training.step import prepare, take_step

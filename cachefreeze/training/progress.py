@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cachefreeze.training.forecast import Span
+from cachefreeze.plan.forecast import Span
 from cachefreeze.training.terminal import progress_bar
 
 # How often it is drawn. More often than one can read costs time and tells nothing.

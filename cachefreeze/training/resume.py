@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import is_locked
+from cachefreeze.store.files import is_locked
 from cachefreeze.training.settings import Settings, option_of, parse, split
 from cachefreeze.training.terminal import EVERYTHING, Verbosity
 

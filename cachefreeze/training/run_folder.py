@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.files import lock_folder, unlock_file, why_not_writable, write_atomically
 from cachefreeze.store.directory import Directory, is_directory
+from cachefreeze.store.files import lock_folder, unlock_file, why_not_writable, write_atomically
 
 
 class RunFolder:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cachefreeze.device import autocast
 from cachefreeze.freezeout import FreezeOutLR, freeze_units, param_groups
+from cachefreeze.training.device import autocast
 from cachefreeze.training.settings import Settings
 
 

@@ -13,25 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefreeze.cache import ActivationCache
+from cachefreeze.cache.memory import free_device_memory, free_memory
 from cachefreeze.data import ArrayImages, DataSet, Indices, InputRows, epoch_order, full_batches
 from cachefreeze.data.order import all_rows
-from cachefreeze.device import (
-    free_device_memory,
-    free_memory,
-    numerics,
-    synchronize,
-)
 from cachefreeze.errors import Interrupted, UserError, first_line
 from cachefreeze.freezeout import Unit
-from cachefreeze.hashing import weights_sha256
-from cachefreeze.randomness import random_state, set_random_state
+from cachefreeze.keys.environment import numerics
+from cachefreeze.keys.hashing import weights_sha256
+from cachefreeze.plan.costs import Costs
+from cachefreeze.plan.forecast import Run
 from cachefreeze.report.metrics import Metrics
 from cachefreeze.report.run_results import SCHEMA
 from cachefreeze.report.summary_text import epoch_line, fill_line, forecast_line
 from cachefreeze.training.checkpoint import LAST, is_due, save_checkpoint
-from cachefreeze.training.forecast import TIMED, WARM_UP, Costs, Run, forward_seconds
+from cachefreeze.training.device import synchronize
 from cachefreeze.training.interrupts import Interrupts
+from cachefreeze.training.measuring import TIMED, WARM_UP, forward_seconds
 from cachefreeze.training.progress import Eta, Progress, RunBar
+from cachefreeze.training.randomness import random_state, set_random_state
 from cachefreeze.training.resume import check_same_run
 from cachefreeze.training.run_folder import RunFolder
 from cachefreeze.training.settings import Settings

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cachefreeze import ActivationCache
-from cachefreeze.cache import pace
-from cachefreeze.cache.pace import Kind, Meter, Pace
+from cachefreeze.plan import pace
+from cachefreeze.plan.pace import Kind, Meter, Pace
 
 from .harness import assert_same, batches, plainly
 

@@ -146,7 +146,9 @@ def test_pictures_of_other_kinds_are_mirrored_before_the_transform(kind: str) ->
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     items = [pixels if kind == "numpy" else Image.fromarray(pixels)]
     cache = ActivationCache(Net())
-    loader = cache.loader(items, 1, views="flips", transform=lambda one: torch.tensor(np.array(one)))
+    loader = cache.loader(
+        items, 1, views="flips", transform=lambda one: torch.tensor(np.array(one))
+    )
     found = sorted(next(iter(loader))[0].tolist() for _ in range(2))
     assert found == sorted([pixels.tolist(), pixels[:, ::-1].tolist()])
     cache.close()

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cachefreeze.cache import pace
+from cachefreeze.plan import forecast, pace
 from cachefreeze.store import format as store_format
 from cachefreeze.store.format import NEW
 from cachefreeze.train import main
-from cachefreeze.training import checkpoint, forecast
+from cachefreeze.training import checkpoint
 from cachefreeze.training.trainer import Trainer
 
 Event = Callable[[str, tuple[Any, ...]], bool]

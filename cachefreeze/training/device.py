@@ -5,7 +5,6 @@ import ctypes
 import os
 import sys
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 
@@ -73,52 +72,6 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return contextlib.nullcontext()
 
 
-def numerics(device: torch.device) -> dict[str, object]:
-    """Returns what decides the last bits of a result, besides the operations and their inputs."""
-    common: dict[str, object] = {"torch": torch.__version__, "device": device.type}
-    if device.type == "cuda":
-        return common | {
-            "name": torch.cuda.get_device_name(device),
-            "cudnn": torch.backends.cudnn.version(),
-            "enabled": torch.backends.cudnn.enabled,
-            "deterministic": torch.backends.cudnn.deterministic,
-            "benchmark": torch.backends.cudnn.benchmark,
-            "algorithms": torch.are_deterministic_algorithms_enabled(),
-            "matmul": _matmul_precision(),
-            "tf32": _convolution_tf32(),
-            "reduced": _reduced_precision(),
-        }
-    return common | {
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "matmul": _matmul_precision(),
-        "mkldnn": torch.backends.mkldnn.enabled,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _matmul_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by torch's newer name for it
-        return str(torch.backends.cuda.matmul.fp32_precision)
-
-
-def _reduced_precision() -> list[str]:
-    """Returns the switches that let sums of 16-bit products be rounded to 16 bits."""
-    matmul = torch.backends.cuda.matmul
-    return [
-        str(matmul.allow_bf16_reduced_precision_reduction),
-        str(matmul.allow_fp16_reduced_precision_reduction),
-    ]
-
-
-def _convolution_tf32() -> bool | str:
-    try:
-        return torch.backends.cudnn.allow_tf32
-    except RuntimeError:
-        return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
-
-
 def set_numerics(
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
@@ -165,41 +118,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def free_memory() -> int:
-    """Estimates the bytes of memory that are free.
-
-    They can be had without swapping, and within the limit of a container.
-    """
-    try:
-        with open("/proc/meminfo") as file:
-            kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
-        free = kilobytes["MemAvailable"] * 1024
-    except (OSError, KeyError, ValueError):  # not Linux: half of what there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{of}").read_text()) for of in _CGROUP)
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-    return min(free, max(limit - used, 0))
-
-
-_CGROUP = ("max", "current")
-
-
-def free_device_memory(device: torch.device) -> int:
-    """Estimates the bytes that are free on the device.
-
-    The most that this process has used so far counts as used: the next training step will want it
-    again.
-    """
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device)
-        return (
-            torch.cuda.mem_get_info(device)[0] + reserved - torch.cuda.max_memory_allocated(device)
-        )
-    return free_memory()
 
 
 def keep_freed_memory() -> None:

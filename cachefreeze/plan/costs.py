@@ -1,0 +1,77 @@
+"""Costs of a batch, which every prediction is made from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Share of a forward pass that must be frozen work for a cache to be worth its while.
+LEAST_SHARE = 0.1
+# Bytes of kept rows that are read in a second (found, copied, and their input hashed), and that are
+# written, to memory and to the directory.
+READ_RATE, WRITE_RATE = 1.5e9, 0.75e9
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a batch, in seconds.
+
+    Args:
+        forward: Seconds of the forward pass through each unit.
+        backward: Seconds of the backward pass and the update, for each second of the forward pass
+            through the units that train.
+        read: Seconds of reading the batch's kept rows, for each number of frozen units.
+        load: Seconds of waiting for the batch's pixels.
+        write: Seconds of writing the batch's rows, for each number of frozen units.
+    """
+
+    forward: tuple[float, ...]
+    backward: float
+    read: tuple[float, ...]
+    load: float
+    write: tuple[float, ...]
+
+    @classmethod
+    def measured(
+        cls, step: float, load: float, forward: Sequence[float], sizes: Sequence[int], frozen: int
+    ) -> "Costs":
+        """Computes costs from measured times.
+
+        Args:
+            step: Seconds of a whole step in which all units ran.
+            load: Seconds of the step that were spent on waiting for pixels.
+            forward: Seconds of the forward pass through each unit.
+            sizes: Bytes of the input of each unit.
+            frozen: Number of units that were frozen.
+        """
+        backward = max(step - load - sum(forward), 0.0) / max(sum(forward[frozen:]), 1e-9)
+        kept = (0, *sizes[1:], 0)
+        read = tuple(size / READ_RATE for size in kept)
+        write = tuple(size / WRITE_RATE for size in kept)
+        return cls(tuple(forward), backward, read, load, write)
+
+    @classmethod
+    def unknown(cls, units: int) -> "Costs":
+        """Returns costs of one second for each unit, for when nothing was measured.
+
+        Only their proportions mean anything.
+        """
+        return cls((1.0,) * units, 2.0, (0.0,) * (units + 1), 0.0, (0.0,) * (units + 1))
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], units: int) -> "Costs":
+        """Reads costs from the dict that `dataclasses.asdict` made of them.
+
+        Args:
+            found: Dict of costs.
+            units: Number of units of the network.
+
+        Raises:
+            KeyError: A field is missing.
+            TypeError: A field has another type.
+            ValueError: A field is no number, or the costs are those of another network.
+        """
+        names = ("forward", "read", "write")
+        forward, read, write = (tuple(map(float, found[name])) for name in names)
+        if (len(forward), len(read), len(write)) != (units, units + 1, units + 1):
+            raise ValueError("costs of another network")
+        return cls(forward, float(found["backward"]), read, float(found["load"]), write)
