@@ -21,7 +21,8 @@ FLOORS = [
         "freezeout models keys",
         "cache data report",
         "training integrations",
-        "train",
+        "probing",
+        "train probe",
     )
 ]
 INSIDE = {
@@ -77,6 +78,12 @@ INSIDE = {
         ["preview", "trainer"],
     ],
     "integrations": [["lightning"]],
+    "probing": [
+        ["heads", "rows", "backbone", "fits"],
+        ["probe"],
+        ["grid", "segmentation", "saved"],
+        ["program"],
+    ],
     "report": [
         ["metrics", "run_results", "time_breakdown"],
         ["figures", "summary_text"],
