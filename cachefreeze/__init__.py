@@ -4,21 +4,21 @@
 for your own training loops.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cachefreeze.cache import ActivationCache
-from cachefreeze.errors import UserError
-from cachefreeze.freezeout import (
-    FreezeOutLR,
-    Schedule,
-    freeze,
-    param_groups,
-    unfreeze,
-    units_of,
-)
-from cachefreeze.lineage import explain
-
 if TYPE_CHECKING:
+    from cachefreeze.cache import ActivationCache
+    from cachefreeze.errors import UserError
+    from cachefreeze.freezeout import (
+        FreezeOutLR,
+        Schedule,
+        freeze,
+        param_groups,
+        unfreeze,
+        units_of,
+    )
+    from cachefreeze.lineage import explain
     from cachefreeze.probing import probe
 
 __all__ = [
@@ -34,11 +34,19 @@ __all__ = [
     "units_of",
 ]
 
+# Imported when they are asked for: a program's help, and a script that reads a folder of rows, do
+# without torch and its seconds.
+_HOMES = {
+    "cache": ("ActivationCache",),
+    "errors": ("UserError",),
+    "freezeout": ("FreezeOutLR", "Schedule", "freeze", "param_groups", "unfreeze", "units_of"),
+    "lineage": ("explain",),
+    "probing": ("probe",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Returns `probe`, which is imported when it is asked for: others do without what it needs."""
-    if name == "probe":
-        from cachefreeze.probing import probe
-
-        return probe
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"cachefreeze.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from cachefreeze.report.summary_text import markdown_table
-from cachefreeze.training.command_line import FREEZEOUT, meaning, options
+from cachefreeze.training.command_line import FREEZEOUT, command_line
 
 INTRODUCTION = """\
 # Options
@@ -38,7 +38,7 @@ def main() -> int:
 def page() -> Iterator[str]:
     """Yields the lines of the page in Markdown."""
     yield INTRODUCTION.rstrip()
-    for group in options()._action_groups:
+    for group in command_line()._action_groups:
         shown = [
             action
             for action in group._group_actions
@@ -47,7 +47,8 @@ def page() -> Iterator[str]:
         if shown:
             title = str(group.title)
             yield from ("", f"## {title[0].upper()}{title[1:]}", "")
-            rows = [[spelled(action), _cell(meaning(action))] for action in shown]
+            meanings = [str(action.help).replace("%%", "%") for action in shown]
+            rows = [[spelled(one), _cell(text)] for one, text in zip(shown, meanings, strict=True)]
             yield from markdown_table([["option", "meaning"], *rows])
     yield TERMINAL.rstrip()
     yield FREEZEOUTS

@@ -14,7 +14,7 @@ from torch import nn
 from cachefreeze.freezeout import count_of, units_of
 from cachefreeze.models import build
 from cachefreeze.train import main
-from cachefreeze.training import settings
+from cachefreeze.training import command_line
 
 from .chaos.harness import Nursery, results
 from .conftest import Run, Train, write_images
@@ -204,7 +204,7 @@ def test_weights_that_cannot_be_had_are_one_sentence(
         ("--arch torchvision:resnet19", "did you mean resnet1"),
         ("--arch torchvision:fcn_resnet50", "no network 'fcn_resnet50' for classification"),
         ("--arch keras:resnet", "--arch keras:resnet is not known"),
-        ("--arch torchvision:resnet18 --depth 20", "--depth is for wrn, densenet and vgg only"),
+        ("--arch torchvision:resnet18 --depth 20", "--depth is for wrn or densenet or vgg only"),
         ("--arch torchvision:inception_v3", "does not take images of 3x32x32"),
         ("--arch torchvision:resnet18 --freeze-first 10", "leaves nothing to train"),
         ("--arch torchvision:resnet18 --freeze-first layer9", "no unit 'layer9': it has conv1,"),
@@ -225,14 +225,14 @@ def test_what_cannot_be_is_told_before_anything_else(
 
 
 def test_a_unit_may_be_named_by_what_holds_it() -> None:
-    found = settings.parse(["--arch", "torchvision:resnet18", "--freeze-first", "layer3"])
+    found = command_line.parse(["--arch", "torchvision:resnet18", "--freeze-first", "layer3"])
     assert found.freeze_first == "layer3"
     assert count_of(units_of(build("wrn", 2, depth=16, width=1)), "group2") == 5
     assert count_of(units_of(build("torchvision:resnet18", 2)), "layer3") == 7
     assert not found.freeze
-    assert settings.parse(["--freeze-first", "-2", "--schedule", "cubic"]).freeze
-    assert settings.parse(["--weights", "x"]).lr == 0.01
-    assert settings.parse([]).lr == 0.1
+    assert command_line.parse(["--freeze-first", "-2", "--schedule", "cubic"]).freeze
+    assert command_line.parse(["--weights", "x"]).lr == 0.01
+    assert command_line.parse([]).lr == 0.1
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "googlenet"])

@@ -71,11 +71,12 @@ INSIDE = {
     "models": [["layers", "hugging_face"], ["wrn", "densenet", "vgg", "ready_made"]],
     "data": [["order"], ["images"], ["inputs", "folders"], ["sets"]],
     "training": [
-        ["device", "randomness"],
-        ["command_line", "terminal", "interrupts", "checkpoint", "run_folder", "measuring"],
-        ["settings"],
+        ["options", "device", "randomness", "terminal", "interrupts"],
+        ["settings", "checkpoint", "run_folder", "measuring"],
+        ["command_line"],
         ["network", "step", "resume", "progress"],
         ["preview", "trainer"],
+        ["run"],
     ],
     "integrations": [["lightning"]],
     "probing": [

@@ -1,6 +1,7 @@
 """The command line: what it means, and what it refuses."""
 
 import argparse
+import dataclasses
 import re
 import runpy
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachefreeze.training import command_line, settings
+from cachefreeze.freezeout.schedule import SHAPES
+from cachefreeze.training import command_line
+from cachefreeze.training.settings import Settings
 
 Fails = Callable[..., str]
 
@@ -31,18 +34,18 @@ Fails = Callable[..., str]
     ],
 )
 def test_without_sizes_the_data_set_decides(argv: str, expected: tuple[str, int, int]) -> None:
-    found = settings.parse(argv.split())
+    found = command_line.parse(argv.split())
     assert (found.network, found.epochs, found.batch_size) == expected
 
 
 def test_freezeouts_own_option_names_are_accepted() -> None:
-    found = settings.parse(["--t_0", "0.5", "--how_scale", "squared", "--no_scale"])
+    found = command_line.parse(["--t_0", "0.5", "--how_scale", "squared", "--no_scale"])
     assert (found.t0, found.schedule, found.scale_lr) == (0.5, "squared", False)
-    found = settings.parse([])
+    found = command_line.parse([])
     assert (found.t0, found.schedule, found.scale_lr) == (0.8, "cubic", True)
-    assert settings.parse(["--no-scale-lr", "--scale_lr"]).scale_lr
-    assert not settings.parse(["--scale_lr", "--no-scale-lr"]).scale_lr
-    assert settings.parse(["--model", "WRN"]).arch == "wrn"
+    assert command_line.parse(["--no-scale-lr", "--scale_lr"]).scale_lr
+    assert not command_line.parse(["--scale_lr", "--no-scale-lr"]).scale_lr
+    assert command_line.parse(["--model", "WRN"]).arch == "wrn"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_freezeouts_own_option_names_are_accepted() -> None:
         ("--frobnicate", "--frobnicate"),
         ("--dataset imagefolder --data-dir nowhere", "nowhere is not a folder"),
         ("--dataset imagefolder", "needs --data-dir"),
-        ("--data-dir photos", "--data-dir is for other data sets only"),
+        ("--data-dir photos", "--data-dir is for cifar10 or cifar100 or imagefolder only"),
         ("--epoch 3", "unrecognized arguments: --epoch 3: did you mean --epochs?"),
         ("--no-cach", "--no-cach: did you mean --no-cache?"),
         ("--keep-cach", "unrecognized arguments: --keep-cach (see --help)"),
@@ -121,14 +124,14 @@ def test_the_page_about_options_is_what_the_script_writes(
     assert page == (root / "docs" / "options.md").read_text(), (
         "python scripts/options_table.py > docs/options.md"
     )
-    for action in command_line.options()._actions:
+    for action in command_line.command_line()._actions:
         if action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
             assert all(f"`{name}`" in page for name in action.option_strings)
 
 
 def test_help_is_in_groups_and_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        settings.parse(["--help"])
+        command_line.parse(["--help"])
     assert end.value.code == 0
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     for group in ("network:", "data:", "schedule (FreezeOut):", "cache:", "training:"):
@@ -143,9 +146,25 @@ def test_help_is_in_groups_and_tells_defaults(capsys: pytest.CaptureFixture[str]
     assert "False)" not in text
 
 
+def test_help_fits_a_terminal_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        command_line.parse(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any(line.endswith("-") for line in lines), "no option is broken at its hyphens"
+
+
+def test_every_schedule_can_be_chosen() -> None:
+    (schedule,) = (one for one in dataclasses.fields(Settings) if one.name == "schedule")
+    assert schedule.metadata["argparse"]["choices"] == tuple(SHAPES)
+
+
 @pytest.mark.parametrize(("theirs", "ours"), command_line.FREEZEOUT)
 def test_what_help_says_of_freezeouts_options_is_so(theirs: str, ours: str) -> None:
-    known = command_line.options()._option_string_actions
+    known = command_line.command_line()._option_string_actions
     for name in re.findall(r"--?\w[\w-]*", theirs):
         assert (name in known) == (ours.startswith("the same") or name == "--resume")
     for name in re.findall(r"--\w[\w-]*", ours):
@@ -160,7 +179,7 @@ def test_a_device_that_is_not_there_is_named(fails: Fails) -> None:
 def test_every_option_that_the_readme_names_exists() -> None:
     root = Path(__file__).parents[1]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (root / "README.md").read_text()))
-    known = set(command_line.options()._option_string_actions)
+    known = set(command_line.command_line()._option_string_actions)
     for script in (root / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert len(named) > 20

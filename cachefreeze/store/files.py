@@ -89,6 +89,9 @@ def lock_folder(folder: Path) -> int | None:
     return file
 
 
+# Not the filelock library: its locks that readers share are SQLite databases, which must be
+# writable and which whoever writes to the folder can forge; its exclusive lock needs a file that it
+# may write. Here a reader without permission to write locks a file, up to 128 at once.
 # Others may hold a lock for a moment, to see whether it is held.
 LOCK_ATTEMPTS, LOCK_PAUSE_SECONDS = 10, 0.02
 # Descriptors that hold a lock. A process that is forked from this one has them too, and would keep

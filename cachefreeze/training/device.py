@@ -10,15 +10,12 @@ import torch
 
 from cachefreeze.errors import UserError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "bf16")
-
 
 def resolve_device(name: str) -> torch.device:
     """Returns a device by name.
 
     Args:
-        name: One of `DEVICES`. `auto` is the fastest device of this machine.
+        name: `cpu`, `cuda`, `mps` or `auto`: the fastest device of this machine.
 
     Raises:
         UserError: The named device is not there.
@@ -39,8 +36,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
     """Returns the type for autocast, or None for plain float32.
 
     Args:
-        name: One of `PRECISIONS`. `auto` is bfloat16 where the hardware multiplies it: GPUs from
-            Ampere on, processors with AMX or AVX512-BF16 (2 to 3 times the speed of float32).
+        name: `fp32`, `bf16` or `auto`. `auto` is bfloat16 where the hardware multiplies it: GPUs
+            from Ampere on, processors with AMX or AVX512-BF16 (2 to 3 times the speed of float32).
             Elsewhere bfloat16 is emulated, and slower, so `auto` is float32.
         device: Device that the run computes on.
     """

@@ -8,25 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.store.files import is_locked
-from cachefreeze.training.settings import Settings, option_of, parse, split
+from cachefreeze.training.command_line import parse, split
+from cachefreeze.training.options import option_of
+from cachefreeze.training.settings import Settings
 from cachefreeze.training.terminal import EVERYTHING, Verbosity
 
 RUNS = Path("runs")
-# Settings that may be changed in the middle of a run: they change its time, or what it leaves, but
-# not one bit of its weights. (Where the data lie may change; what they are is compared.)
-FREE = {
-    "data_dir",
-    "cache",
-    "cache_dir",
-    "cache_max_gb",
-    "cache_codec",
-    "checkpoint_every",
-    "tensorboard",
-    "workers",
-    "report",
-    "output_dir",
-}
 
 
 @dataclass(frozen=True)
@@ -59,8 +46,8 @@ def start_of(argv: Sequence[str]) -> Start:
         UserError: A setting makes no sense, there is no such run, its files cannot be used, or a
             setting was changed that would change its results.
     """
-    known, verbosity, words = split(argv)
-    target, output_dir = known.resume, known.output_dir
+    process, output_dir, words = split(argv)
+    target, verbosity = process.resume, process.verbosity
     named = [] if output_dir is None else ["--output-dir", str(output_dir)]
     if target is None:
         return Start(parse([*words, *named]), words, verbosity)
@@ -83,6 +70,9 @@ def newest_unfinished(settings: Settings) -> Path | None:
 
     A run that a process is working on does not count. None if there is no such run.
     """
+    # A quarter of a second, which only `--resume auto` needs.
+    from cachefreeze.store.files import is_locked
+
     if not RUNS.is_dir():
         return None
     for folder in sorted(RUNS.iterdir(), reverse=True):  # their names begin with the time
@@ -148,7 +138,7 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Returns the names of settings that differ between two runs and change the results."""
     # A setting that a run before it does not know of is as it was then: off.
-    names = [field.name for field in dataclasses.fields(Settings) if field.name not in FREE]
+    names = [one.name for one in dataclasses.fields(Settings) if not one.metadata["free"]]
     return [name for name in names if _differs(name, one, other)]
 
 

@@ -1,76 +1,232 @@
-"""The settings of a run, read from the command line, with the defaults of the data set."""
+"""The settings of a run. Each is described once, with its option, help, default and limits."""
 
-import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.models import meant_network
-from cachefreeze.training.command_line import (
-    ARCHITECTURES,
-    DEFAULTS,
-    MOST_WORKERS,
-    Parser,
-    add_verbosity,
-    options,
-)
-from cachefreeze.training.terminal import Verbosity
+from cachefreeze.training.options import filled, option, option_of, refuse_senseless
 
+ARCHITECTURES = ("wrn", "densenet", "vgg")
+# What `--arch` means without sizes, and how long to train, by data set. CIFAR: the networks,
+# epochs and batch size of the FreezeOut paper and its authors' code.
+_SMALL = {"wrn": (16, 2), "densenet": (22, 12), "vgg": (11, None)}
+_PAPER = {"wrn": (40, 4), "densenet": (76, 12), "vgg": (16, None)}
+_MEDIUM = {"wrn": (16, 4), "densenet": (40, 12), "vgg": (16, None)}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {"sizes": _SMALL, "epochs": 12, "batch_size": 64, "image_size": 32},
+    "cifar10": {"sizes": _PAPER, "epochs": 100, "batch_size": 50, "image_size": 32},
+    "cifar100": {"sizes": _PAPER, "epochs": 100, "batch_size": 50, "image_size": 32},
+    "imagefolder": {"sizes": _MEDIUM, "epochs": 30, "batch_size": 64, "image_size": 64},
+}
 # Below, nothing is left to pool over at the network's end.
 _SMALLEST_IMAGE = {"wrn": 8, "densenet": 8, "vgg": 32}
+_MOST_WORKERS = 8
+_COUNT = (lambda count: count >= 1, "1 or more")
 
 
-@dataclass(frozen=True)
+def _of_data_set(name: str) -> dict[str, Any]:
+    told = ", ".join(f"{values[name]} for {data_set}" for data_set, values in DEFAULTS.items())
+    return {"default": lambda run: DEFAULTS[run["dataset"]][name], "told": told}
+
+
+def _size(place: int, *architectures: str) -> dict[str, Any]:
+    """Returns the default of one of the sizes of our own networks."""
+
+    def default(run: dict[str, Any]) -> int | None:
+        sizes: dict[str, tuple[int, int | None]] = DEFAULTS[run["dataset"]]["sizes"]
+        return sizes[run["arch"]][place] if run["arch"] in architectures else None
+
+    return {"default": default, "only": architectures}
+
+
+def _unit_or_number(text: str) -> str | int:
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def _workers(_: dict[str, Any]) -> int:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    return min(processors, _MOST_WORKERS)
+
+
+def _new_output_dir(run: dict[str, Any]) -> Path:
+    """Returns the path runs/DATE-TIME-ARCH-DATASET, with a number if that is taken."""
+    name = f"{Path(run['arch'].rpartition(':')[2]).name}-{run['dataset']}"
+    base = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 1000))
+    return next(path for path in candidates if not path.exists())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings of a run. `args.json` holds these fields."""
 
-    arch: str
-    depth: int | None  # of our own networks only
-    width: int | None  # wrn only
-    growth_rate: int | None  # densenet only
-    bottleneck: bool
-    dropout: float
-    weights: str | None
-    freeze_first: str | int | None
-    dataset: str
-    data_dir: Path
-    image_size: int
-    val_fraction: float | None
-    skip_broken: bool
-    augment: bool
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    freeze: bool
-    t0: float
-    schedule: str
-    scale_lr: bool
-    cache: bool
-    cache_dir: Path
-    cache_max_gb: float | None
-    cache_codec: str
-    plan: bool
-    rows: tuple[int, int] | None  # with plan only
-    classes: int | None  # with plan only
-    seed: int
-    device: str
-    precision: str
-    tf32: bool
-    deterministic: bool
-    compile: bool
-    workers: int
-    checkpoint_every: int | None
-    report: bool
-    tensorboard: bool
-    output_dir: Path
+    arch: str = option("--model", group="network", default="wrn", metavar="NAME")
+    """network to train: wrn, densenet or vgg, with sizes (wrn40_4) or with the default sizes
+    for the data set; or one of another library: torchvision:NAME, timm:NAME, or hf:NAME for
+    transformers"""
+    weights: str | None = option(metavar="DEFAULT|NAME|FILE")
+    """start from trained weights: a name of weights in torchvision, timm or transformers, a
+    file with a state dict, or a checkpoint of a run; for other classes the head is new"""
+    freeze_first: str | int | None = option(metavar="UNIT|N", type=_unit_or_number)
+    """freeze all units up to and including UNIT, or the first N units (-N: all but the last N),
+    before the first step; the other units train to the end, or freeze by FreezeOut if
+    --schedule is given"""
+    depth: int | None = option("-L", **_size(0, *ARCHITECTURES))
+    """number of layers (6n+4 for wrn and densenet)"""
+    width: int | None = option(**_size(1, "wrn"))
+    """widening factor of a wrn"""
+    growth_rate: int | None = option("-k", **_size(1, "densenet"))
+    """number of channels that each dense layer of a densenet adds"""
+    bottleneck: bool = option(default=True, only=("densenet",))
+    """make a densenet a DenseNet-BC; --no-bottleneck makes it the plain DenseNet"""
+    dropout: float = option(
+        default=lambda run: 0.5 if run["arch"] == "vgg" else 0.0,
+        told="0; for a vgg 0.5",
+        limits=(lambda share: 0 <= share < 1, "at least 0 and below 1"),
+        only=ARCHITECTURES,
+        metavar="P",
+    )
+    """dropout probability in blocks, or in the head of a vgg"""
+
+    dataset: str = option(group="data", default="digits", choices=tuple(DEFAULTS))
+    """data set to train on"""
+    data_dir: Path = option(
+        default=Path("data"), only=("cifar10", "cifar100", "imagefolder"), free=True
+    )
+    """folder of the images of an imagefolder; for cifar, the folder that it is in or downloaded
+    to"""
+    image_size: int = option(
+        default=lambda run: DEFAULTS[run["dataset"]]["image_size"], told="64", only=("imagefolder",)
+    )
+    """height and width that images of an imagefolder are resized and cropped to"""
+    val_fraction: float | None = option(
+        limits=(lambda share: 0 < share < 1, "between 0 and 1"),
+        only=("imagefolder",),
+        metavar="SHARE",
+    )
+    """share of each class to validate on, for an imagefolder without a val or test folder"""
+    skip_broken: bool = option(default=False, only=("imagefolder",))
+    """leave out images of an imagefolder that cannot be decoded, and name them"""
+    augment: bool = option(default=False)
+    """crop images (padded by 4 pixels) and flip them at random; this switches the cache off"""
+
+    t0: float = option(
+        "--t_0",
+        group="schedule (FreezeOut)",
+        default=0.8,
+        limits=(lambda t0: 0 < t0 <= 1, "above 0 and at most 1"),
+        metavar="SHARE",
+    )
+    """share of the run after which the first unit freezes, before --schedule is applied: with
+    cubic, 0.8 means after 0.8^3 = 51% of the run"""
+    schedule: str = option("--how_scale", default="cubic", choices=("linear", "squared", "cubic"))
+    """function that spreads the freezes of the other units from there to the end of the run"""
+    scale_lr: bool = option(default=True, hidden={"--scale_lr": True, "--no_scale": False})
+    """divide each unit's initial learning rate by the share of the run for which it trains"""
+    freeze: bool = option(default=True)
+    """freeze units; --no-freeze, the baseline, trains all of them to the end on one cosine"""
+
+    cache: bool = option(
+        group="cache",
+        default=lambda run: not run["augment"],
+        told="on; off with --augment",
+        free=True,
+    )
+    """cache the outputs of frozen units; with --no-cache frozen units run in every step, as in
+    the FreezeOut paper"""
+    cache_dir: Path = option(default=Path("data/cache"), free=True)
+    """folder that cached outputs are kept in; later runs find them there"""
+    cache_max_gb: float | None = option(
+        told="half of the free disk",
+        limits=(lambda size: 0 < size < float("inf"), "above 0 (or give --no-cache)"),
+        free=True,
+        metavar="GB",
+    )
+    """most GB that this folder may take"""
+    cache_codec: str = option(default="raw", free=True, choices=("raw", "zstd"))
+    """format of cached outputs on the disk: zstd takes half of the room after a ReLU and hardly
+    less elsewhere, and more time where rows do not fit into memory; the bits are the same"""
+
+    plan: bool = option(group="preview", default=False)
+    """measure some steps, print when units freeze and how long the run would take with the
+    cache and without, and stop"""
+    rows: tuple[int, int] | None = option(
+        limits=(lambda counts: min(counts) >= 1, "1 or more of each"),
+        type=int,
+        nargs=2,
+        metavar=("TRAIN", "VAL"),
+    )
+    """with --plan, for an imagefolder that is not there: numbers of its images"""
+    classes: int | None = option(limits=(lambda count: count >= 2, "2 or more"))
+    """with --plan, for an imagefolder that is not there: number of its classes"""
+
+    epochs: int = option(group="training", limits=_COUNT, **_of_data_set("epochs"))
+    """number of passes over the data"""
+    batch_size: int = option("-b", "--batch_size", limits=_COUNT, **_of_data_set("batch_size"))
+    """number of images in a step"""
+    lr: float = option(
+        default=lambda run: 0.1 if run["weights"] is None else 0.01,
+        told="0.1; 0.01 with --weights",
+        limits=(lambda rate: 0 < rate < float("inf"), "above 0"),
+        metavar="RATE",
+    )
+    """base learning rate of SGD"""
+    momentum: float = option(
+        default=0.9,
+        limits=(lambda momentum: 0 <= momentum < 1, "at least 0 and below 1"),
+        metavar="M",
+    )
+    """Nesterov momentum of SGD"""
+    weight_decay: float = option(
+        default=1e-4, limits=(lambda decay: decay >= 0, "0 or more"), metavar="W"
+    )
+    """weight decay of SGD"""
+    seed: int = option(
+        default=0, limits=(lambda seed: 0 <= seed < 2**63, "0 or more, and below 2^63")
+    )
+    """seed of weights, dropout and row order"""
+    device: str = option(default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    """device to train on; auto is the fastest"""
+    precision: str = option(default="auto", choices=("auto", "fp32", "bf16"))
+    """precision of the arithmetic; auto is bf16 autocast where the hardware multiplies bf16
+    natively, and fp32 elsewhere"""
+    tf32: bool = option(default=False)
+    """on CUDA with fp32: multiply with 10 bits of mantissa (TensorFloat-32)"""
+    deterministic: bool = option(default=False)
+    """on CUDA: use only algorithms that give the same bits every time, so that runs with the
+    cache and without agree; torch warns of operations that have none (a CPU always uses such
+    algorithms)"""
+    compile: bool = option(default=False)
+    """compile every unit that trains (torch.compile); frozen units run uncompiled"""
+    workers: int = option(
+        "-j",
+        default=_workers,
+        told=f"number of processors, at most {_MOST_WORKERS}",
+        limits=(lambda count: count >= 0, "0 or more"),
+        free=True,
+    )
+    """number of processes that decode images of an imagefolder"""
+
+    tensorboard: bool = option(group="files of a run, and resuming it", default=False, free=True)
+    """write metrics for TensorBoard, too, into tensorboard/ in the run's folder"""
+    output_dir: Path = option(
+        default=_new_output_dir, told="runs/DATE-TIME-ARCH-DATASET", free=True
+    )
+    """folder of this run"""
+    report: bool = option(default=True, free=True)
+    """draw the run's report.html when it is finished"""
+    checkpoint_every: int | None = option(
+        told="at ends of epochs, as often as 1% of the time allows, but at least every five "
+        "minutes; and when interrupted",
+        limits=_COUNT,
+        free=True,
+    )
+    """save a checkpoint every N steps, too"""
 
     @property
     def network(self) -> str:
@@ -106,85 +262,40 @@ class Settings:
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 
-def split(argv: Sequence[str]) -> tuple[argparse.Namespace, Verbosity, list[str]]:
-    """Splits a command line into options of this process and settings of the run.
+def settings_of(given: dict[str, Any]) -> Settings:
+    """Returns the settings of a run from what was given on the command line.
 
     Args:
-        argv: Words of the command line.
-
-    Returns:
-        Values of `resume` and `output_dir`, the verbosity, and the words that are settings of the
-        run.
-    """
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    parser.add_argument("--output-dir", type=Path)
-    add_verbosity(parser)
-    known, words = parser.parse_known_args(list(argv))
-    return known, Verbosity(not known.quiet, known.progress and not known.quiet), words
-
-
-def parse(argv: Sequence[str] | None = None) -> Settings:
-    """Reads the settings of a run from a command line.
-
-    Args:
-        argv: Words of the command line. If None, those of this process.
+        given: Values that were given, by the name of the setting.
 
     Raises:
-        UserError: An option does not exist, or a value makes no sense.
+        UserError: A value makes no sense, or two of them contradict each other.
     """
-    args = options().parse_args(argv)
-    arch, depth, second = _parse_arch(args.arch)
-    defaults = DEFAULTS[args.dataset]
-    if arch in ARCHITECTURES:
-        default_depth, default_second = defaults["sizes"][arch]
-        depth = _only_one("--depth", args.depth, depth, default_depth)
-    width = growth_rate = None
-    if arch == "wrn":
-        width = _only_one("--width", args.width, second, default_second)
-    elif arch == "densenet":
-        growth_rate = _only_one("--growth-rate", args.growth_rate, second, default_second)
-    elif second is not None:
-        raise UserError(f"--arch {args.arch}: a VGG has a depth only, as in vgg16")
-    _refuse_what_does_not_apply(args, arch)
-    if args.augment and args.cache:
+    if "arch" in given:
+        given = given | _parse_arch(given["arch"], given)
+    run = filled(Settings, given)
+    _refuse_what_does_not_apply(run, given)
+    run["freeze"] = run["freeze"] and (run["freeze_first"] is None or "schedule" in given)
+    run["rows"] = None if run["rows"] is None else tuple(run["rows"])
+    refuse_senseless(Settings, run)
+    smallest = _SMALLEST_IMAGE.get(run["arch"], 8)
+    if run["image_size"] < smallest:
         raise UserError(
-            "--augment and --cache exclude each other: augmented pixels are new in every epoch, "
-            "so there is nothing to keep"
+            f"--image-size {run['image_size']} does not make sense: it must be {smallest} or more "
+            f"with {run['arch']}"
         )
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    chosen: dict[str, Any] = {
-        "dropout": 0.5 if arch == "vgg" else 0.0,
-        "data_dir": Path("data"),
-        "lr": 0.1 if args.weights is None else 0.01,
-        "t0": 0.8,
-        "schedule": "cubic",
-        "cache": not args.augment,
-        "workers": _workers(),
-        "output_dir": _new_output_dir(f"{Path(args.arch.rpartition(':')[2]).name}-{args.dataset}"),
-        **{name: defaults[name] for name in ("epochs", "batch_size", "image_size")},
-        **given,
-        "arch": arch,
-        "depth": depth,
-        "width": width,
-        "growth_rate": growth_rate,
-        "freeze_first": _unit_or_number(args.freeze_first),
-        "freeze": args.freeze and (args.freeze_first is None or args.schedule is not None),
-        "rows": None if args.rows is None else tuple(args.rows),
-    }
-    names = {field.name for field in dataclasses.fields(Settings)}
-    values = {name: value for name, value in chosen.items() if name in names}
-    settings = Settings(**{**dict.fromkeys(names), **values})
-    _check(settings)
-    return settings
+    return Settings(**run)
 
 
-def _parse_arch(text: str) -> tuple[str, int | None, int | None]:
-    """Splits a name such as `wrn40_4` into wrn, 40 and 4. Sizes may be left out."""
+def _parse_arch(text: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Splits a name such as `wrn40_4` into the settings wrn, 40 and 4. Sizes may be left out."""
     if re.fullmatch(r"(torchvision|timm):[\w.-]+|hf:[\w./~-]+", text):
-        return text, None, None
+        return {"arch": text}
     match = re.fullmatch(r"([a-z]+)(\d+)?(?:_(\d+))?", text.lower())
     if match is None or match[1] not in ARCHITECTURES:
+        # Here, where nobody waits for the import of the libraries any more.
+        from cachefreeze.models import meant_network
+
         meant = meant_network(text, ARCHITECTURES)
         if meant is not None:
             raise UserError(f"--arch {text} is not known: did you mean {meant}?")
@@ -192,104 +303,56 @@ def _parse_arch(text: str) -> tuple[str, int | None, int | None]:
             f"--arch {text} is not known: choose wrn, densenet or vgg, with sizes if you like "
             "(wrn40_4, densenet76_12, vgg16), or torchvision:NAME, timm:NAME or hf:NAME"
         )
-    depth, second = (int(size) if size else None for size in match.groups()[1:])
-    return match[1], depth, second
+    second = {"wrn": "width", "densenet": "growth_rate"}.get(match[1])
+    if second is None and match[3]:
+        raise UserError(f"--arch {text}: a VGG has a depth only, as in vgg16")
+    found: dict[str, Any] = {"arch": match[1]}
+    for name, size in (("depth", match[2]), (second, match[3])):
+        if name is not None and size:
+            found[name] = int(size)
+            if given.get(name, found[name]) != found[name]:
+                raise UserError(
+                    f"{option_of(name)} {given[name]} contradicts the {size} in --arch: give one "
+                    "of them"
+                )
+    return found
 
 
-def _unit_or_number(text: str | None) -> str | int | None:
-    return int(text) if text is not None and re.fullmatch(r"-?\d+", text) else text
-
-
-def _only_one(option: str, given: int | None, spelled: int | None, default: int) -> int:
-    if given is not None and spelled is not None and given != spelled:
-        raise UserError(f"{option} {given} contradicts the {spelled} in --arch: give one of them")
-    return next(value for value in (given, spelled, default) if value is not None)
-
-
-def _refuse_what_does_not_apply(args: argparse.Namespace, arch: str) -> None:
+def _refuse_what_does_not_apply(run: dict[str, Any], given: dict[str, Any]) -> None:
     """Refuses options that would do nothing: nobody would notice the mistake."""
-    for option, given, applies, to in (
-        ("--depth", args.depth is not None, arch in ARCHITECTURES, "wrn, densenet and vgg"),
-        ("--dropout", args.dropout is not None, arch in ARCHITECTURES, "wrn, densenet and vgg"),
-        ("--width", args.width is not None, arch == "wrn", "wrn"),
-        ("--growth-rate", args.growth_rate is not None, arch == "densenet", "densenet"),
-        ("--no-bottleneck", not args.bottleneck, arch == "densenet", "densenet"),
-        ("--data-dir", args.data_dir is not None, args.dataset != "digits", "other data sets"),
-        ("--image-size", args.image_size is not None, args.dataset == "imagefolder", "imagefolder"),
-        ("--skip-broken", args.skip_broken, args.dataset == "imagefolder", "imagefolder"),
-        (
-            "--val-fraction",
-            args.val_fraction is not None,
-            args.dataset == "imagefolder",
-            "imagefolder",
-        ),
-    ):
-        if given and not applies:
-            raise UserError(f"{option} is for {to} only: leave it out, or choose {to}")
-    if args.t0 is not None and args.freeze_first is not None and args.schedule is None:
+    for one in dataclasses.fields(Settings):
+        only = one.metadata["only"]
+        if only and one.name in given and not {run["arch"], run["dataset"]} & set(only):
+            names = " or ".join(only)
+            raise UserError(
+                f"{option_of(one.name)} is for {names} only: leave it out, or choose {names}"
+            )
+    if run["augment"] and given.get("cache"):
+        raise UserError(
+            "--augment and --cache exclude each other: augmented pixels are new in every epoch, "
+            "so there is nothing to keep"
+        )
+    if "t0" in given and "freeze_first" in given and "schedule" not in given:
         raise UserError(
             "--t0 is for units that freeze by FreezeOut, and with --freeze-first the others train "
             "to the end: leave it out, or give --schedule too"
         )
-    if args.schedule is not None and not args.freeze and args.freeze_first is not None:
+    if "schedule" in given and not run["freeze"] and "freeze_first" in given:
         raise UserError(
             "--schedule is for FreezeOut, and --no-freeze trains without it: leave out one of them"
         )
-    if (args.rows is None) != (args.classes is None) or (args.rows and not args.plan):
+    if (run["rows"] is None) != (run["classes"] is None) or (run["rows"] and not run["plan"]):
         raise UserError(
             "--rows and --classes are for --plan, and describe an imagefolder that is not there: "
             "give all three"
         )
-    if args.rows is not None and args.dataset != "imagefolder":
-        raise UserError(f"the size of {args.dataset} is known: leave out --rows and --classes")
-    if args.dataset == "imagefolder" and args.data_dir is None and args.rows is None:
+    if run["rows"] is not None and run["dataset"] != "imagefolder":
+        raise UserError(f"the size of {run['dataset']} is known: leave out --rows and --classes")
+    if run["dataset"] == "imagefolder" and "data_dir" not in given and run["rows"] is None:
         raise UserError(
             "--dataset imagefolder needs --data-dir: a folder with one sub-folder of images a class"
         )
-    if args.tf32 and args.precision == "bf16":
+    if run["tf32"] and run["precision"] == "bf16":
         raise UserError("--tf32 has no effect on bf16: leave it out, or give --precision fp32")
-    if args.plan and (args.cache is False or args.augment):
+    if run["plan"] and (given.get("cache") is False or run["augment"]):
         raise UserError("--plan shows what the cache would do: leave out --no-cache and --augment")
-
-
-def _check(settings: Settings) -> None:
-    smallest = _SMALLEST_IMAGE.get(settings.arch, 8)
-    limits: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "t0": (lambda t0: 0 < t0 <= 1, "above 0 and at most 1"),
-        "epochs": (lambda count: count >= 1, "1 or more"),
-        "batch_size": (lambda count: count >= 1, "1 or more"),
-        "lr": (lambda rate: 0 < rate < float("inf"), "above 0"),
-        "momentum": (lambda momentum: 0 <= momentum < 1, "at least 0 and below 1"),
-        "weight_decay": (lambda decay: decay >= 0, "0 or more"),
-        "dropout": (lambda share: 0 <= share < 1, "at least 0 and below 1"),
-        "seed": (lambda seed: 0 <= seed < 2**63, "0 or more, and below 2^63"),
-        "workers": (lambda count: count >= 0, "0 or more"),
-        "image_size": (lambda size: size >= smallest, f"{smallest} or more with {settings.arch}"),
-        "val_fraction": (lambda share: 0 < share < 1, "between 0 and 1"),
-        "cache_max_gb": (lambda size: 0 < size < float("inf"), "above 0 (or give --no-cache)"),
-        "checkpoint_every": (lambda count: count >= 1, "1 or more"),
-        "rows": (lambda counts: min(counts) >= 1, "1 or more of each"),
-        "classes": (lambda count: count >= 2, "2 or more"),
-    }
-    for name, (fits, condition) in limits.items():
-        value = getattr(settings, name)
-        if value is not None and not fits(value):
-            option = option_of(name)
-            raise UserError(f"{option} {value} does not make sense: it must be {condition}")
-
-
-def option_of(name: str) -> str:
-    """Returns the command line's name of a setting."""
-    return "--" + name.replace("_", "-")
-
-
-def _new_output_dir(name: str) -> Path:
-    """Returns the path runs/DATE-TIME-NAME, with a number if that is taken."""
-    base = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
-    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 1000))
-    return next(path for path in candidates if not path.exists())
-
-
-def _workers() -> int:
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    return min(processors, MOST_WORKERS)

@@ -1,14 +1,18 @@
 """Lines and bars on the terminal, and the verbosity that decides which of them show."""
 
 import logging
+import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,15 @@ def progress_bar(description: str, total: int, unit: str, **options: Any) -> "tq
     )
 
 
-def track(batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
+def track(batches: "Iterator[Tensor]", total: int) -> "Iterator[Tensor]":
     """Yields the batches of a pass over the images, and draws a bar meanwhile."""
     with progress_bar("reading images", total, "batch") as bar:
         for batch in batches:
             yield batch
             bar.update()
+
+
+def this_python() -> str:
+    """Returns the name of the running interpreter, as one would type it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
