@@ -80,16 +80,17 @@ INSIDE = {
     ],
     "integrations": [["lightning"]],
     "probing": [
-        ["heads", "rows", "backbone", "fits"],
+        ["heads", "rows", "backbone", "fits", "options", "pictures"],
         ["probe"],
-        ["grid", "segmentation", "saved"],
+        ["grid"],
+        ["saved"],
         ["program"],
     ],
     "report": [
         ["metrics", "run_results", "time_breakdown"],
         ["figures", "summary_text"],
         ["page"],
-        ["compare", "html_report"],
+        ["compare", "html_report", "probe_page"],
     ],
 }
 

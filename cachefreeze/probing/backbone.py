@@ -243,5 +243,7 @@ def _prefix(model: nn.Module, tokens: int) -> int:
         said = registers + 1
     if isinstance(said, int):
         return said
-    found = [n for n in range(min(_MOST_PREFIX, tokens)) if math.isqrt(tokens - n) ** 2 == tokens - n]
+    found = [
+        n for n in range(min(_MOST_PREFIX, tokens)) if math.isqrt(tokens - n) ** 2 == tokens - n
+    ]
     return found[0] if found else 0

@@ -94,5 +94,3 @@ def neighbours(
             scores.scatter_add_(1, labels[places[:, :count]], votes[:, :count])
             found[number].append(scores.argmax(1))
     return [torch.cat(some) for some in found]
-
-

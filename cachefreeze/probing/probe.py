@@ -4,13 +4,16 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from cachefreeze.cache import ActivationCache
-from cachefreeze.data import epoch_order
+from cachefreeze.data import epoch_order, full_batches
 from cachefreeze.errors import UserError
 from cachefreeze.probing.heads import Heads
 from cachefreeze.probing.rows import Rows, collect, frozen
@@ -37,7 +40,9 @@ class Probed:
     @property
     def best(self) -> int:
         """Number of the best head."""
-        order = [(-accuracy, loss) for accuracy, loss in zip(self.accuracies, self.losses, strict=True)]
+        order = [
+            (-accuracy, loss) for accuracy, loss in zip(self.accuracies, self.losses, strict=True)
+        ]
         return order.index(min(order))
 
 
@@ -112,7 +117,9 @@ def _each(value: float | Sequence[float], heads: Sequence[nn.Module], name: str)
     if isinstance(value, (int, float)):
         return [float(value)] * len(heads)
     if len(value) != len(heads):
-        raise UserError(f"{name} has {len(value)} values for {len(heads)} heads: give one for each.")
+        raise UserError(
+            f"{name} has {len(value)} values for {len(heads)} heads: give one for each."
+        )
     return [float(one) for one in value]
 
 
@@ -148,13 +155,14 @@ def rows_of(
     """
     if not len(dataset):
         raise UserError("the data set is empty: there is nothing to train heads on.")
+    # In batches of one size a row has the same bits in each, and all of them are served.
+    batches = [rows.tolist() for rows in full_batches(np.arange(len(dataset)), size)]
+    options: dict[str, Any] = {"batch_sampler": batches, "num_workers": workers}
+    options["generator"] = torch.Generator()  # or the program's random state would be drawn from
     if cache is None:
-        loader: Any = torch.utils.data.DataLoader(dataset, size, num_workers=workers)
-        return collect(call, loader, len(dataset), 1, device, tick)
-    loader = cache.loader(
-        dataset, size, num_workers=workers, views=views, transform=transform, seed=seed,
-        generator=torch.Generator(),
-    )  # fmt: skip
+        loader: Any = DataLoader(dataset, **options)
+    else:
+        loader = cache.loader(dataset, views=views, transform=transform, seed=seed, **options)
     count = 2 if views == "flips" else views or 1
     return collect(call, loader, len(dataset), int(count), device, tick)
 
@@ -171,6 +179,9 @@ def train_heads(
     seed: int,
     device: torch.device,
     tick: Callable[[int], object] = lambda count: None,
+    classes: int | None = None,
+    shares: Callable[[Tensor], Tensor] | None = None,
+    judge: Callable[[Heads], tuple[list[float], list[float]]] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Trains heads together from one stream of rows.
 
@@ -185,6 +196,11 @@ def train_heads(
         seed: Seed of the order of the rows.
         device: Device that heads are trained on.
         tick: Function that is called with the number of rows of each step.
+        classes: Number of classes. If None, as many as a head has outputs.
+        shares: Function that returns the share of each class for a batch of targets. If None,
+            targets are labels, or such shares.
+        judge: Function that returns a score and a loss of each head. If None, they are those on
+            the validation rows.
 
     Returns:
         Accuracy and mean loss of each head on the validation rows.
@@ -195,25 +211,30 @@ def train_heads(
         head.to(device)
     batches = -(-len(rows) // batch_size)
     group = Heads(heads, rates, decays, epochs * batches)
-    classes = _classes(heads[0], val, device)
-    for labels in (rows.targets, val.targets):
-        if not labels.is_floating_point() and not bool(
-            ((labels >= 0) & (labels < classes)).all()
-        ):
-            raise UserError(
-                f"labels must be whole numbers from 0 to {classes - 1}, as many as a head has "
-                f"outputs, and are from {int(labels.min())} to {int(labels.max())}."
-            )
+    count = classes or _classes(heads[0], val, device)
+    if shares is None:
+        _check_labels((rows.targets, val.targets), count)
+        shares = partial(_as_shares, classes=count)
     for epoch in range(epochs):
         values = rows.values[epoch % len(rows.values)]
         order = torch.from_numpy(epoch_order(len(rows), seed, epoch))
         for places in order.split(batch_size):
             x, y = values[places].to(device), rows.targets[places].to(device)
-            group.learn(x, as_shares(y, classes))
+            group.learn(x, shares(y))
             tick(len(places))
-    accuracies, losses = judge(group, val, classes, device)
+    found = _accuracies(group, val, count, device) if judge is None else judge(group)
     group.finish()
-    return accuracies, losses
+    return found
+
+
+def _check_labels(targets: Sequence[Tensor], classes: int) -> None:
+    for labels in targets:
+        if labels.is_floating_point() or bool(((labels >= 0) & (labels < classes)).all()):
+            continue
+        raise UserError(
+            f"labels must be whole numbers from 0 to {classes - 1}, as many as a head has outputs, "
+            f"and are from {int(labels.min())} to {int(labels.max())}."
+        )
 
 
 def _classes(head: nn.Module, rows: Rows, device: torch.device) -> int:
@@ -224,7 +245,7 @@ def _classes(head: nn.Module, rows: Rows, device: torch.device) -> int:
     return int(found)
 
 
-def as_shares(targets: Tensor, classes: int) -> Tensor:
+def _as_shares(targets: Tensor, classes: int) -> Tensor:
     """Returns targets as the share of each class, (..., classes)."""
     if targets.is_floating_point():
         return targets
@@ -232,14 +253,14 @@ def as_shares(targets: Tensor, classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def judge(
+def _accuracies(
     group: Heads, rows: Rows, classes: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
     """Returns the accuracy and the mean loss of each head. A head that diverged has accuracy 0."""
     right = torch.zeros(group.count, dtype=torch.float64)
     lost, total = torch.zeros(group.count, dtype=torch.float64), 0.0
     for x, y in zip(rows.plain.split(_MANY), rows.targets.split(_MANY), strict=True):
-        shares = as_shares(y.to(device), classes)
+        shares = _as_shares(y.to(device), classes)
         counted = shares.sum(-1)
         total += float(counted.sum())
         for number, output in enumerate(group.outputs(x.to(device))):

@@ -89,10 +89,11 @@ def collect(
             if values is None or targets is None:
                 values = _room((views, count, *rows.shape[1:]), rows.dtype)
                 targets = torch.empty((count, *y.shape[1:]), dtype=y.dtype)
-            values[view, place : place + len(rows)] = rows.cpu()
-            targets[place : place + len(rows)] = y
-            place += len(rows)
-            tick(len(rows))
+            new = min(len(rows), count - place)  # the last batch may be filled up with others
+            values[view, place : place + new] = rows[:new].cpu()
+            targets[place : place + new] = y[:new]
+            place += new
+            tick(new)
     if values is None or targets is None:
         raise UserError("the data set is empty: there is nothing to train heads on.")
     return Rows(values, targets)
