@@ -98,7 +98,7 @@ def pretrained(args: argparse.Namespace) -> Net:
         return model
     began = time.process_time()
     x, y = images(args.folder / "train", BEFORE, args.before_images)
-    rows = [(CHANGE(picture), label) for picture, label in zip(x, y, strict=True)]
+    rows: Any = [(CHANGE(picture), label) for picture, label in zip(x, y, strict=True)]
     train(model, DataLoader(rows, 64, shuffle=True, drop_last=True), args.before_epochs, 0.05)
     test = images(args.folder / "test", BEFORE, args.test_images)
     print(
@@ -138,7 +138,7 @@ def run(
 
 
 def table(lines: list[dict[str, Any]]) -> list[tuple[int | str, float, float, float, float]]:
-    """Returns for each setting: mean accuracy, its standard error, seconds, share of rows served."""
+    """Returns mean accuracy, its standard error, seconds and share of rows served, by setting."""
     found = []
     for views in SETTINGS:
         some = [one for one in lines if one["views"] == views]

@@ -39,10 +39,10 @@ class Views(Dataset[Any]):
         seed: int = 0,
     ) -> None:
         self.dataset = dataset
-        self.flips = views == FLIPS
-        self.views = 2 if views == FLIPS else views
-        if type(self.views) is not int or self.views < 1:
+        count = 2 if views == FLIPS else views
+        if not isinstance(count, int) or count < 1:
             raise UserError(f"views must be 1 or more, or 'flips', and was {views!r}.")
+        self.flips, self.views = views == FLIPS, count
         numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         if not numbered or isinstance(dataset, IterableDataset):
             raise UserError(
@@ -52,9 +52,10 @@ class Views(Dataset[Any]):
         self.seed = seed
         # Transforms of Albumentations draw from generators of their own. The user's are left alone.
         self._own_generators = hasattr(transform, "set_random_seed")
-        self.transform: Any = copy.deepcopy(transform) if self._own_generators else transform
+        made: Any = copy.deepcopy(transform) if self._own_generators else transform
+        self.transform = made
         if self._own_generators:
-            self.transform.set_random_seed(0)
+            made.set_random_seed(0)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -66,7 +66,8 @@ class Layout:
             blocks: Number of last blocks whose outputs are joined.
             pooling: `class`, `mean`, or `both`.
         """
-        found, start = [], 0
+        found: list[int] = []
+        start = 0
         for number, width in enumerate(self.widths):
             for part in ("class", "mean") if self.prefix else ("mean",):
                 if number < blocks and pooling in (part, "both"):
@@ -243,7 +244,5 @@ def _prefix(model: nn.Module, tokens: int) -> int:
         said = registers + 1
     if isinstance(said, int):
         return said
-    found = [
-        n for n in range(min(_MOST_PREFIX, tokens)) if math.isqrt(tokens - n) ** 2 == tokens - n
-    ]
-    return found[0] if found else 0
+    squares = (n for n in range(min(_MOST_PREFIX, tokens)) if math.sqrt(tokens - n).is_integer())
+    return next(squares, 0)

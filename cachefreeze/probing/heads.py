@@ -61,7 +61,7 @@ class Heads:
 
         Args:
             x: Rows, (n, ...).
-            targets: Share of each class, (n, ..., classes), and zeros where nothing is to be learnt.
+            targets: Share of each class, (n, ..., classes). Zeros where nothing is to be learnt.
         """
         factor = 0.5 * (1 + math.cos(math.pi * self._step / self._steps))
         for group in self._groups:

@@ -40,10 +40,9 @@ class Probed:
     @property
     def best(self) -> int:
         """Number of the best head."""
-        order = [
-            (-accuracy, loss) for accuracy, loss in zip(self.accuracies, self.losses, strict=True)
-        ]
-        return order.index(min(order))
+        return min(
+            range(len(self.heads)), key=lambda one: (-self.accuracies[one], self.losses[one])
+        )
 
 
 def probe(
@@ -71,8 +70,8 @@ def probe(
         model: Model that returns a tensor (n, ...) for a batch of inputs.
         train: Data set of inputs and labels (int) to train on.
         val: Data set to judge heads on.
-        heads: Modules that take what the model returns, and return (n, classes). They are trained in
-            place.
+        heads: Modules that take what the model returns, and return (n, classes). They are trained
+            in place.
         directory: Folder that rows are kept in, to be found by later calls. If None, they are kept
             in memory while this call lasts.
         lr: Learning rate of all heads, or of each.

@@ -1,4 +1,4 @@
-"""The program `python -m cachefreeze.probe`: one pass of the network, many heads, the best of them."""
+"""The program `python -m cachefreeze.probe`: one pass of the network, and many heads on it."""
 
 import json
 import sys
@@ -105,23 +105,22 @@ def _probe(
     backbone = Backbone(model, layout, pooled=settings.task == "classification")
     make_cache_folder(run.cache_dir)
     say(f"network   {run.network}: the last {len(layout.blocks)} of its blocks, on {device}")
-    say(
-        f"data      {len(train):,} training and {len(val):,} validation images, {len(classes)} classes"
-    )
+    counts = f"{len(train):,} training and {len(val):,} validation images"
+    say(f"data      {counts}, {len(classes)} classes")
 
     def call(x: torch.Tensor) -> torch.Tensor:
         with autocast(device, dtype):
             return backbone(x)
 
-    views = {"flips": 2, None: 1}.get(settings.views, settings.views)  # type: ignore[call-overload]
-    total = len(train) * int(views) + len(val)
+    views, transform = _augmented(settings)
+    count = 2 if views == "flips" else int(views or 1)
+    total = count * len(train) + len(val)
     cache = ActivationCache(backbone, directory=run.cache_dir, max_bytes=run.cache_bytes)
-    options: dict[str, Any] = {"workers": run.workers}
+    options: dict[str, Any] = {"workers": run.workers, "seed": settings.seed}
     with frozen(backbone), cache, progress_bar("network", total, "image") as bar:
-        rows, val_rows = (
-            rows_of(call, cache, one, device, *some, settings.seed, tick=bar.update, **options)
-            for one, some in ((train, _augmented(settings)), (val, (None, None)))
-        )
+        options["tick"] = bar.update
+        rows = rows_of(call, cache, train, device, views, transform, **options)
+        val_rows = rows_of(call, cache, val, device, **options)
     computed = time.perf_counter() - began
     served = cache.stats.rows_served
     say(f"rows      {total:,} in {computed:.1f} s, {served:,} of them from {run.cache_dir}")

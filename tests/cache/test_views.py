@@ -1,4 +1,4 @@
-"""Views of a row come again, are drawn from seed, row and view alone, and are served as other rows."""
+"""Views of a row come again, are drawn from seed, row and view alone, and are served."""
 
 import random
 from collections.abc import Callable
