@@ -101,9 +101,9 @@ class Masked(Pictures):
                         f"{picture.size[0]}x{picture.size[1]}: give the mask the size of the image"
                     )
                 mask = resized(file, self.files.size, Image.Resampling.NEAREST)
+                return torch.from_numpy(np.array(mask, dtype=np.uint8))
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error}): replace the file") from error
-        return torch.from_numpy(np.array(mask, dtype=np.uint8))
 
 
 def list_pairs(folder: Path) -> tuple[list[Path], list[Path]]:
