@@ -96,7 +96,15 @@ class Trainer:
         self.labels = {"train": data.train.labels.to(device), "val": data.val.labels.to(device)}
         kept_on = _place_of_pixels(settings, data, device)
         self.inputs = {
-            split: InputRows(images, data.mean, data.std, device, augment_seed, kept_on=kept_on)
+            split: InputRows(
+                images,
+                data.mean,
+                data.std,
+                device,
+                augment_seed,
+                views=settings.views,
+                kept_on=kept_on,
+            )
             for split, images, augment_seed in (
                 ("train", data.train, settings.seed if settings.augment else None),
                 ("val", data.val, None),
@@ -116,6 +124,7 @@ class Trainer:
             len(data.train),
             len(data.val),
             settings.batch_size,
+            views=settings.views_of_a_row,
             keeps_pixels=kept_on is not None or isinstance(data.train, ArrayImages),
         )
         self.cache: ActivationCache | None = None
@@ -352,7 +361,7 @@ class Trainer:
                 codec=self.settings.cache_codec,
             )
             self.cache = self._open.enter_context(cache)
-        if not self.step:  # rows are kept as the first epoch passes
+        if not self.step:  # rows are kept as the first epochs pass
             return
         with self._timing("train"):
             synchronize(self.device)
@@ -370,19 +379,28 @@ class Trainer:
         say(fill_line(self.fills[-1]))
 
     def _fill(self, cache: ActivationCache) -> None:
-        """Keeps the rows of the training set. A validation keeps its own rows as they pass."""
+        """Keeps the rows of the training set, in all views that are still to be shown.
+
+        A validation keeps its own rows as they pass.
+        """
         self.model.train()
+        inputs, passes = self.inputs["train"], self.run.passes(self.step)
         order = full_batches(np.arange(len(self.labels["train"])), self.settings.batch_size)
-        bar = progress_bar("keeping rows", len(order), "batch", delay=SHOW_AFTER)
+        bar = progress_bar("keeping rows", passes * len(order), "batch", delay=SHOW_AFTER)
 
         def batches() -> Iterator[Tensor]:
-            for x in self.inputs["train"].batches(order):
-                self._stop_if_asked()
-                yield x
-                bar.update()
+            for further in range(passes):
+                inputs.epoch = self.step // self.steps_per_epoch + further
+                for x in inputs.batches(order):
+                    self._stop_if_asked()
+                    yield x
+                    bar.update()
 
-        with bar:
-            cache.fill(batches(), self._logits)
+        try:
+            with bar:
+                cache.fill(batches(), self._logits)
+        finally:
+            inputs.epoch = self.epoch
 
     def _stats(self) -> dict[str, float]:
         """Returns what the cache has counted in this process."""
