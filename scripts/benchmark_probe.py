@@ -89,7 +89,7 @@ def by_hand(folder: Path, epochs: int, batch_size: int, results: Path) -> None:
             said.append(head(torch.cat(parts, 1)))
         return said
 
-    accuracies: list[float] = []
+    accuracies = [0.0] * len(kinds)
     for epoch in range(epochs):
         for rows in torch.from_numpy(epoch_order(len(y), 0, epoch)).split(batch_size):
             loss = sum(F.cross_entropy(one, y[rows]) for one in outputs(x[rows]))

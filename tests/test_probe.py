@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cachefreeze
-from cachefreeze import UserError
-from cachefreeze.probing.backbone import Backbone, find_layout
+from cachefreeze import ActivationCache, UserError
+from cachefreeze.probing.backbone import Backbone, Joined, find_layout
 from cachefreeze.probing.fits import logistic, neighbours
 from cachefreeze.probing.grid import Linear
 from cachefreeze.probing.heads import Heads
+from cachefreeze.probing.probe import rows_of
 from cachefreeze.probing.program import main
+from cachefreeze.probing.rows import frozen
 from cachefreeze.probing.saved import Saved
 
 WIDTH, CLASSES, CPU = 12, 3, torch.device("cpu")
@@ -255,7 +257,7 @@ def test_rows_of_a_vision_transformer_are_those_of_its_library() -> None:
     layout = find_layout(model, 2, 32, CPU)
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        found = Backbone(model, layout)(x)
+        found = Joined()(Backbone(model, layout)(x))
         theirs = model.forward_intermediates(
             x, indices=2, norm=True, output_fmt="NLC", return_prefix_tokens=True,
             intermediates_only=True,
@@ -264,6 +266,21 @@ def test_rows_of_a_vision_transformer_are_those_of_its_library() -> None:
         for pooling, value in (("class", prefix[:, 0]), ("mean", patches.mean(1))):
             columns = layout.columns(number + 1, pooling)[-value.shape[1] :]
             torch.testing.assert_close(found[:, columns], value)
+
+
+def test_fewer_blocks_are_found_among_those_that_were_kept(tmp_path: Path) -> None:
+    import timm
+
+    served = []
+    images = [(torch.randn(3, 32, 32), 0) for _ in range(48)]
+    for blocks in (2, 1):
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", img_size=32, num_classes=2).eval()
+        backbone, join = Backbone(model, find_layout(model, blocks, 32, CPU)), Joined()
+        with frozen(backbone), ActivationCache(backbone, directory=tmp_path) as cache:
+            rows_of(lambda x, net=backbone: join(net(x)), cache, images, CPU, size=8)
+            served.append(cache.stats.rows_served)
+    assert served == [0, 24]  # one batch is followed, and two are compared
 
 
 # The program.

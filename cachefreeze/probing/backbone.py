@@ -77,21 +77,23 @@ class Layout:
 
 
 class Backbone(nn.Module):
-    """A network whose last blocks' outputs are its result.
+    """A network whose last blocks' outputs are its result, as a list of tensors for `Joined`.
+
+    They are apart, so that a cache finds each of them, however many blocks are asked for.
 
     Args:
         model: Network that takes images.
         layout: Where these outputs are found.
         pooled: Whether they are pooled: the class token and the mean of the patches of each block,
-            (N, columns). If False, the result is (N, patches, channels of all blocks).
+            (N, channels). If False, they are the patches of each block, (N, patches, channels).
     """
 
     def __init__(self, model: nn.Module, layout: Layout, pooled: bool = True) -> None:
         super().__init__()
         self.model, self.layout, self.pooled = model, layout, pooled
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps images, (N, 3, H, W), to rows."""
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps images, (N, 3, H, W), to the parts of their rows."""
         with _caught(self.model, self.layout.blocks) as outputs:
             self.model(x)
         found: list[Tensor] = []
@@ -106,7 +108,15 @@ class Backbone(nn.Module):
             if self.layout.prefix:
                 found.append(tokens[:, 0])
             found.append(patches.mean(1))
-        return torch.cat(found, -1).float()
+        return found
+
+
+class Joined(nn.Module):
+    """Joins the parts of rows."""
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        """Returns rows, (N, ..., columns) in float32."""
+        return torch.cat(parts, -1).float()
 
 
 def find_layout(model: nn.Module, blocks: int, image_size: int, device: torch.device) -> Layout:

@@ -73,7 +73,7 @@ def _probe(
     import torch
 
     from cachefreeze.cache import ActivationCache
-    from cachefreeze.probing.backbone import Backbone, find_layout
+    from cachefreeze.probing.backbone import Backbone, Joined, find_layout
     from cachefreeze.probing.grid import fitted, train_linear
     from cachefreeze.probing.probe import rows_of
     from cachefreeze.probing.rows import frozen
@@ -108,9 +108,11 @@ def _probe(
     counts = f"{len(train):,} training and {len(val):,} validation images"
     say(f"data      {counts}, {len(classes)} classes")
 
+    join = Joined()
+
     def call(x: torch.Tensor) -> torch.Tensor:
         with autocast(device, dtype):
-            return backbone(x)
+            return join(backbone(x))
 
     views, transform = _augmented(settings)
     count = 2 if views == "flips" else int(views or 1)

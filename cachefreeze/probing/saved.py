@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cachefreeze.data.images import IMAGE_SUFFIXES
 from cachefreeze.errors import UserError, first_line
 from cachefreeze.models import build
-from cachefreeze.probing.backbone import Backbone, Layout
+from cachefreeze.probing.backbone import Backbone, Joined, Layout
 from cachefreeze.probing.grid import Linear, pixels_of
 from cachefreeze.probing.pictures import Pictures
 from cachefreeze.training.checkpoint import read_saved
@@ -105,7 +105,7 @@ class Saved:
                 f"({first_line(error)}): use the library's version that it was trained with"
             ) from error
         backbone = Backbone(model, self.layout, pooled=self.task == "classification")
-        return nn.Sequential(backbone, head).eval().to(device)
+        return nn.Sequential(backbone, Joined(), head).eval().to(device)
 
 
 def predict(
