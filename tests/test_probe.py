@@ -276,9 +276,9 @@ def test_fewer_blocks_are_found_among_those_that_were_kept(tmp_path: Path) -> No
     for blocks in (2, 1):
         torch.manual_seed(0)
         model = timm.create_model("test_vit", img_size=32, num_classes=2).eval()
-        backbone, join = Backbone(model, find_layout(model, blocks, 32, CPU)), Joined()
+        backbone = Backbone(model, find_layout(model, blocks, 32, CPU))
         with frozen(backbone), ActivationCache(backbone, directory=tmp_path) as cache:
-            rows_of(lambda x, net=backbone: join(net(x)), cache, images, CPU, size=8)
+            rows_of(lambda x, net=backbone: Joined()(net(x)), cache, images, CPU, size=8)
             served.append(cache.stats.rows_served)
     assert served == [0, 24]  # one batch is followed, and two are compared
 
