@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos fuzz lint format
+.PHONY: demo test chaos fuzz lint format docs
 
 demo: .venv/installed
-	$(BIN)/python -m cachefreeze.train --arch wrn
+	$(BIN)/python scripts/demo.py
 
 # A process a core, with one thread each: threads of several processes would wait for each other.
 # Files in their order: the long ones, of few tests, would come last.
@@ -27,6 +27,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_words.py
+
+# The site, into site/. It takes nothing from a network; a broken link or name is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -16,11 +16,16 @@ ROOT = Path(__file__).parents[1]
 # Folders whose modules are checked, without the folders in them.
 FOLDERS = [
     "cachefreeze",
+    "cachefreeze/cache",
     "cachefreeze/data",
     "cachefreeze/freezeout",
     "cachefreeze/integrations",
+    "cachefreeze/keys",
+    "cachefreeze/lineage",
     "cachefreeze/models",
+    "cachefreeze/plan",
     "cachefreeze/report",
+    "cachefreeze/store",
     "cachefreeze/training",
     "scripts",
     "examples",

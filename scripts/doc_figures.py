@@ -1,42 +1,76 @@
-"""Writes the pictures of a run's report.html to files, for pages that are no HTML.
+"""Draws the pictures of the documentation.
 
+    python scripts/benchmark_finetune.py --plain --blocks 0 --images 1280 --processor --json FILE
+    python scripts/doc_figures.py idea FILE docs/figures
     python -m cachefreeze.train --arch wrn --t0 0.5 --output-dir runs/pictures
-    python scripts/doc_figures.py runs/pictures docs/figures rates frontier seconds predicted
+    python scripts/doc_figures.py run runs/pictures docs/figures rates frontier seconds predicted
 
-wrote docs/figures. Each picture follows the reader's light or dark theme, with its own background.
+wrote docs/figures, but for lineage.svg, which is drawn by hand. Each picture follows the reader's
+light or dark theme, with its own background.
 """
 
 import argparse
+import json
 import re
+import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cachefreeze.errors import UserError
 
+# Ways of `benchmark_finetune.py --plain --blocks 0`, and their names in the picture.
+WAYS = {
+    "0 blocks, plain": "without the cache",
+    "0 blocks, first": "first run with it",
+    "0 blocks, second": "second run with it",
+}
+STYLE = """<style>
+svg{background:#fff;font-family:system-ui,sans-serif}
+text{fill:#0f172a;font-size:14px}.small{fill:#475569;font-size:12.5px}
+.frozen{fill:#93c5fd}.kept{fill:#bbf7d0}.trained{fill:#fdba74}.start{fill:#cbd5e1}
+.box{stroke:#475569}.gone{fill:none;stroke:#475569;stroke-dasharray:5 4}
+.line{stroke:#475569;fill:none}.head{fill:#475569}
+@media (prefers-color-scheme:dark){
+svg{background:#0f172a}text{fill:#f1f5f9}.small{fill:#cbd5e1}
+.frozen{fill:#1d4ed8}.kept{fill:#166534}.trained{fill:#c2410c}.start{fill:#475569}
+.box,.gone,.line{stroke:#cbd5e1}.head{fill:#cbd5e1}}
+</style>"""
+
 
 def main() -> int:
-    """Writes the pictures; returns the exit code."""
+    """Draws what is asked for; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("folder", type=Path, help="folder for the pictures")
-    parser.add_argument(
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    of_idea = kinds.add_parser("idea", help="picture of the README")
+    of_idea.add_argument("measured", type=Path, help="file of benchmark_finetune.py --json")
+    of_idea.add_argument("folder", type=Path, help="folder for the picture")
+    of_run = kinds.add_parser("run", help="pictures of a run's report.html")
+    of_run.add_argument("run", type=Path, help="folder of a run")
+    of_run.add_argument("folder", type=Path, help="folder for the pictures")
+    of_run.add_argument(
         "names", nargs="+", help="names of the pictures: rates, seconds, frontier, and so on"
     )
     args = parser.parse_args()
     try:
-        found = pictures(args.run)
-        for name in args.names:
-            if name not in found:
-                raise UserError(f"{args.run} has no picture {name}: it has {', '.join(found)}")
+        if args.kind == "idea":
+            chosen = {"idea": idea(json.loads(args.measured.read_text()))}
+        else:
+            found = pictures(args.run)
+            for name in args.names:
+                if name not in found:
+                    raise UserError(f"{args.run} has no picture {name}: it has {', '.join(found)}")
+            chosen = {name: found[name] for name in args.names}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name in args.names:
+    for name, picture in chosen.items():
         path = args.folder / f"{name}.svg"
-        path.write_text(found[name])
+        path.write_text(picture)
         print(path)
     return 0
 
@@ -62,6 +96,78 @@ def pictures(run: Path) -> dict[str, str]:
         start = svg.index(">") + 1
         found[name] = f"{svg[:start]}{style}{svg[start:]}\n"
     return found
+
+
+def idea(measured: dict[str, Any]) -> str:
+    """Draws what the cache leaves out, and how long each epoch takes with it and without.
+
+    Args:
+        measured: Contents of the file of `benchmark_finetune.py --plain --blocks 0 --json`.
+
+    Returns:
+        Text of an SVG file. Seconds are medians of the runs.
+    """
+    totals = {way: statistics.median(run["of_processor"] for run in measured[way]) for way in WAYS}
+    scale = 510 / totals["0 blocks, plain"]
+    lines = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 322" role="img">',
+        "<title>Frozen work runs once; later epochs and runs take kept rows in its place</title>",
+        STYLE,
+        *_pass("epoch 1", 14, runs=True),
+        *_pass("then", 74, runs=False),
+        f'<text x="14" y="164" class="small">{_caption(measured)}</text>',
+    ]
+    for place, (way, name) in enumerate(WAYS.items()):
+        y = 184 + 40 * place
+        lines.append(f'<text x="14" y="{y + 19}">{name}</text>')
+        epochs = [
+            statistics.median(epoch)
+            for epoch in zip(*(run["epochs"] for run in measured[way]), strict=True)
+        ]
+        x = 150.0
+        for number, took in enumerate([totals[way] - sum(epochs), *epochs]):
+            width = took * scale
+            kind = "start" if number == 0 else "frozen" if took > 1 else "trained"
+            gap = 1.0 if width > 3 else 0.0
+            lines.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{max(width - gap, 0.5):.1f}" height="26" '
+                f'class="{kind}"/>'
+            )
+            x += width
+        lines.append(f'<text x="{x + 8:.1f}" y="{y + 19}">{totals[way]:.0f} s</text>')
+    lines.append(
+        '<text x="14" y="312" class="small">grey: start of Python and torch; blue: epochs of more '
+        "than a second, most of it frozen work; orange: shorter ones</text>"
+    )
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _pass(name: str, y: int, runs: bool) -> Iterator[str]:
+    """Yields the boxes of a forward pass in which frozen work runs, or is left out."""
+    boxes = [("batch", 100, 80, "start box"), ("frozen layers", 220, 150, "frozen box")]
+    boxes += [("kept rows", 410, 120, "kept box"), ("trained layers", 570, 150, "trained box")]
+    yield f'<text x="14" y="{y + 28}">{name}</text>'
+    for text, x, width, kind in boxes:
+        if not runs and text == "frozen layers":
+            text, kind = "left out", "gone"
+        yield f'<rect x="{x}" y="{y}" width="{width}" height="44" rx="5" class="{kind}"/>'
+        yield f'<text x="{x + width / 2:.0f}" y="{y + 27}" text-anchor="middle">{text}</text>'
+    ends = [(180, 220), (370, 410), (530, 570)] if runs else [(530, 570)]
+    for start, end in ends:
+        yield f'<path d="M{start},{y + 22} H{end - 7}" class="line"/>'
+        yield f'<path d="M{end - 8},{y + 17} L{end},{y + 22} L{end - 8},{y + 27} z" class="head"/>'
+    if not runs:  # the batch is only looked up
+        yield f'<path d="M140,{y + 44} v8 H470 v-2" class="line"/>'
+        yield f'<path d="M465,{y + 52} L470,{y + 44} L475,{y + 52} z" class="head"/>'
+
+
+def _caption(measured: dict[str, Any]) -> str:
+    epochs = len(measured["0 blocks, plain"][0]["epochs"])
+    runs = len(measured["0 blocks, plain"])
+    return (
+        "Processor seconds of a whole run: new head on a frozen ResNet-18, 1,280 images, "
+        f"{epochs} epochs, medians of {runs}"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python scripts/own_loop_cached.py FOLDER DIRECTORY [--epochs 10] [--blocks 0] [-
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -46,11 +47,13 @@ else:
 parameters = [one for one in model.parameters() if one.requires_grad]
 optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 for _ in range(args.epochs):
+    began = time.process_time()
     for x, y in loader:
         loss = F.cross_entropy(model(x.to(memory_format=torch.channels_last)), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    print(f"epoch {time.process_time() - began:.3f} s of the processor")
 print(f"loss {loss.item():.4f}")
 if not args.plain:
     print(cache)

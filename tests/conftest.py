@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cachefreeze.cache import route
-from cachefreeze.plan import costs, forecast, pace
+from cachefreeze.cache import selection
+from cachefreeze.plan import costs, forecast, overhead
 from cachefreeze.train import main
 from cachefreeze.training import checkpoint
+from tests.support.programs import Programs, warm
 
 if TYPE_CHECKING:
-    from .interrupter import Interrupter
+    from tests.support.interrupter import Interrupter
 
 # For runs with --deterministic on a GPU: cuBLAS reads it once, when any test first uses it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -50,6 +51,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "train", 50, seed=1)
     write_images(folder / "val", 11, seed=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Runs programs in processes of their own, without the seconds that importing PyTorch takes."""
+    with warm() as server:
+        yield server
 
 
 @dataclass
@@ -151,7 +159,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def interrupt() -> "Iterator[Interrupter]":
-    from .interrupter import Interrupter  # which imports this
+    from tests.support.interrupter import Interrupter  # which imports this
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         yield Interrupter(monkeypatch)
@@ -172,10 +180,10 @@ def _short_runs() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def any_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets frozen work be left out whatever share of the time it was measured to be."""
-    monkeypatch.setattr(route, "LEAST_SHARE", 0.0)
+    monkeypatch.setattr(selection, "LEAST_SHARE", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def no_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets caches of small models take whatever time following takes."""
-    monkeypatch.setattr(pace, "_FREE_SECONDS", float("inf"))
+    monkeypatch.setattr(overhead, "_FREE_SECONDS", float("inf"))

@@ -28,7 +28,7 @@ FLOORS = [
 INSIDE = {
     "lineage": [
         ["structure", "calls", "frames", "undone"],
-        ["soundness", "contents"],
+        ["soundness", "contents", "changes"],
         ["operations"],
         ["known", "modes", "modules"],
         ["unloaded"],
@@ -41,18 +41,34 @@ INSIDE = {
     ],
     "keys": [
         ["bits", "bytecode", "environment", "hashing"],
-        ["code", "inputs", "objects", "weights"],
-        ["surroundings"],
+        ["code_reads", "inputs", "fingerprint", "weights"],
+        ["external_state"],
         ["operations"],
     ],
     "cache": [
-        ["codec", "layout", "lengths", "memory", "moving", "fetching", "table", "verify", "views"],
-        ["entries", "family", "binding"],
-        ["known_rows"],
-        ["shared", "loader"],
-        ["selection", "words"],
-        ["route"],
-        ["site"],
+        [
+            "codec",
+            "row_layout",
+            "padding",
+            "moving_weights",
+            "memory",
+            "fetching",
+            "messages",
+            "views",
+        ],
+        ["state", "deferred_writes", "statistics", "row_history", "item_records"],
+        ["row_table", "arguments"],
+        ["entries"],
+        ["cache_state"],
+        ["lazy_loading", "batch_inputs", "frozen_state", "module_call"],
+        ["loader", "kept_values"],
+        ["row_axes"],
+        ["selection"],
+        ["comparison", "guards", "runner"],
+        ["row_collector"],
+        ["cached_trace"],
+        ["final_check"],
+        ["cached_module"],
         ["activation_cache"],
     ],
     "store": [
@@ -66,15 +82,17 @@ INSIDE = {
         ["directory"],
         ["inspect"],
     ],
-    "plan": [["costs", "fill", "pace"], ["forecast"]],
+    "plan": [["costs", "fill", "overhead"], ["forecast"]],
     "freezeout": [["schedule", "freezing"], ["units"], ["scheduler"]],
     "models": [["layers", "hugging_face"], ["wrn", "densenet", "vgg", "ready_made"]],
     "data": [["order"], ["images"], ["inputs", "folders"], ["sets"]],
     "training": [
         ["options", "device", "randomness", "terminal", "interrupts"],
-        ["settings", "checkpoint", "run_folder", "measuring"],
+        ["settings", "checkpoint", "run_folder", "measuring", "run_state", "compiling", "pixels"],
         ["command_line"],
         ["network", "step", "resume", "progress"],
+        ["finite", "time_left"],
+        ["summary"],
         ["preview", "trainer"],
         ["run"],
     ],
@@ -160,6 +178,14 @@ def test_the_top_level_holds_the_programs_and_the_errors() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} <= {"__init__", "train", "probe", "errors"}
     packages = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
     assert len(packages) <= 12
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_is_longer_than_450_lines(path: Path) -> None:
+    # The last three are to be split.
+    longer = {"cache/route.py": 904, "cache/selection.py": 657}
+    most = longer.get(path.relative_to(PACKAGE).as_posix(), 450)
+    assert len(path.read_text().splitlines()) <= most
 
 
 def test_the_plan_is_arithmetic_and_knows_no_torch() -> None:

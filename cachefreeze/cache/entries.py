@@ -1,7 +1,7 @@
-"""Kept rows: a table for every kind of value, in memory and on the disk below it."""
+"""Kept rows of all kinds of values, in memory and on disk."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,23 +9,36 @@ import torch
 import xxhash
 
 from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
+from cachefreeze.cache.deferred_writes import DeferredWrites
 from cachefreeze.cache.memory import free_device_memory
-from cachefreeze.cache.table import BELOW, Table
-from cachefreeze.store import Directory, Row, Rows
+from cachefreeze.cache.row_table import BELOW, RowTable
+from cachefreeze.store import Directory, Row
 
 Tensor = torch.Tensor
 
-# Bytes of a row. To find a compressed row takes 16 bytes of the file, and a frame has a head.
+# Smallest row, in bytes, that is compressed. A compressed row takes 16 bytes more in the index of
+# the file, and has a header.
 _LEAST_COMPRESSED = 1024
+# Number of bytes of a row's key, its place in the index, and its time of use.
+_BESIDE = 56
 
 
 class Entries:
-    """All kept rows, under one limit. The rows that were not used for longest go first.
+    """All kept rows under one limit. The rows that were not used for longest are dropped first.
+
+    The name of a table is a hash of how its values are made. Keys have shape (n, 2), places (n,),
+    and rows (n, elements of a row).
 
     Args:
-        max_bytes: Largest number of bytes of memory, with what rows are found by.
-        directory: Folder that rows are kept in as well, if they are.
-        codec: How rows are kept, one of `codec.CODECS`: "zstd" on the disk, "int8" everywhere.
+        max_bytes: Largest number of bytes of memory, including the index.
+        directory: Directory that rows are written to. None if they are kept in memory only.
+        codec: Format of kept rows, one of `codec.CODECS`. "zstd" is used on disk, "int8"
+            everywhere.
+
+    Attributes:
+        messages: Sentences of the directory for the user. They stay after `close`.
+        now: Number of the present batch. Tables note it as the last use of a row.
+        dropped: Number of rows that were dropped to make room.
     """
 
     def __init__(
@@ -34,23 +47,22 @@ class Entries:
         self.max_bytes = max_bytes
         self.codec = codec
         self.directory = directory
-        # Sentences of the directory, also once it is closed.
         self.messages = directory.messages if directory is not None else []
         self.now = 0
         self.dropped = 0
-        self._tables: dict[bytes, Table] = {}
-        # Bytes that rows may take of the memory of a device other than the CPU.
+        self._tables: dict[bytes, RowTable] = {}
+        # Number of bytes that rows may take on each device other than the CPU.
         self._shares: dict[torch.device, int] = {}
-        # Elements of a row and their type, of the tables whose rows are rounded.
+        # Number of elements of a row, and their dtype, for each table of rounded rows.
         self._rounded: dict[bytes, tuple[int, torch.dtype]] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is kept."""
+        """Number of bytes of memory of everything that is kept."""
         return sum(table.nbytes for table in self._tables.values())
 
-    def table(self, name: bytes) -> Table | None:
-        """Returns the table of one kind of value, if there is one."""
+    def table(self, name: bytes) -> RowTable | None:
+        """Returns the table of that name, or None if there is none."""
         return self._tables.get(name)
 
     def open(
@@ -60,18 +72,21 @@ class Entries:
         dtype: torch.dtype,
         device: torch.device,
         about: Mapping[str, Any],
-    ) -> Table | None:
-        """Returns the table of one kind of value, with its rows on the disk below it.
+        is_same: Callable[[], bool] | None = None,
+    ) -> RowTable | None:
+        """Returns the table of one kind of value, together with its rows on disk.
 
         Args:
             name: Hash of how the value is made.
-            dims: Sizes of a row in the order of memory.
+            dims: Shape of a row, its dimensions in the order of memory.
             dtype: Type of the elements.
             device: Device that the rows are kept on.
-            about: What to say about the value, as plain JSON.
+            about: Description of the value for people, as plain JSON.
+            is_same: Function that returns whether the frozen bits are those in the name. It is
+                called before rows are written to disk. If None, rows are written at once.
 
         Returns:
-            The table, or None if nothing is kept on the disk.
+            Table, or None if nothing is kept on disk.
         """
         if self.directory is None or name in self._tables:
             return self._tables.get(name)
@@ -86,14 +101,10 @@ class Entries:
             below = self.directory.rows(stored, row, about, written)
         except ValueError:  # zarr has no such type
             return None
-        return self._make(name, numel, dtype, device, below)
+        return self._make(name, numel, dtype, device, DeferredWrites(below, is_same))
 
     def has(self, name: bytes) -> bool:
-        """Returns whether there may be rows of one kind of value on the disk.
-
-        Args:
-            name: Hash of how the value is made.
-        """
+        """Returns whether there may be rows of one kind of value on disk."""
         if self.directory is None:
             return False
         rounded = self.codec == "int8" and self.directory.has(_rounded_name(name))
@@ -108,17 +119,17 @@ class Entries:
         numel: int,
         dtype: torch.dtype,
         device: torch.device,
-        below: Rows | None = None,
-    ) -> Table:
+        writes: DeferredWrites | None = None,
+    ) -> RowTable:
         if self._rounds(dtype):
             self._rounded[name] = numel, dtype
             numel, dtype = encoded_numel(numel), torch.int8
         room = self.max_bytes // (max(numel * dtype.itemsize, 1) + _BESIDE)
-        table = self._tables[name] = Table(numel, dtype, device, room, below)
+        table = self._tables[name] = RowTable(numel, dtype, device, room, writes)
         return table
 
-    def _bound(self, table: Table) -> None:
-        """Leaves most of the memory of a GPU to training. Further rows lie on the disk only."""
+    def _bound(self, table: RowTable) -> None:
+        """Limits the rows on a GPU to a quarter of its free memory. Other rows are on disk only."""
         device = table.device
         if device.type == "cpu":
             return
@@ -130,19 +141,14 @@ class Entries:
         table.room = min(table.most, len(table) + left // table.row_bytes)
 
     def read(self, name: bytes, keys: np.ndarray, places: np.ndarray) -> Tensor | None:
-        """Copies rows of one kind of value. Those on the disk come into memory if they have room.
-
-        Args:
-            name: Hash of how the value is made.
-            keys: Keys of the rows, of shape (n, 2).
-            places: Their places.
+        """Copies rows of one kind of value. Rows on disk are brought into memory if there is room.
 
         Returns:
             Rows, of shape (n, elements of a row), or None if one is damaged or gone.
         """
         table = self._tables[name]
         if chunks := table.chunks(places):
-            places = self._raise_up(table, keys, places, chunks)
+            places = self._load_chunks(table, keys, places, chunks)
             if (places < 0).any():
                 return None
         rows = table.read(places, self.now)
@@ -151,25 +157,27 @@ class Entries:
         return decode(rows, *self._rounded[name])
 
     def prefetch(self, name: bytes, places: np.ndarray) -> None:
-        """Has the system read rows of one kind of value ahead, where they lie on the disk only.
+        """Asks the system to read rows from disk in advance.
 
-        It takes half a millisecond for a batch. Where rows are known some steps before they are
-        read, a disk that is slower than memory works meanwhile.
+        It takes half a millisecond for a batch. Rows are often known some steps before they are
+        used, and a slow disk can read them in the meantime.
 
         Args:
             name: Hash of how the value is made.
-            places: Places of the rows, as they were found, in the order in which they are read.
+            places: Places of the rows, in the order in which they will be read. Rows in memory are
+                left out.
         """
         table = self._tables.get(name)
         if table is not None and table.below is not None:
             table.below.expect(places[places >= BELOW] - BELOW)
 
-    def _raise_up(
-        self, table: Table, keys: np.ndarray, places: np.ndarray, chunks: list[int]
+    def _load_chunks(
+        self, table: RowTable, keys: np.ndarray, places: np.ndarray, chunks: list[int]
     ) -> np.ndarray:
-        """Copies chunks into memory that have room there. Returns where the rows are then.
+        """Brings as many chunks into memory as there is room for. Returns the new places of rows.
 
-        A chunk is read as a whole when its first row is asked for, for its checksum is one of all.
+        A chunk is read as a whole when its first row is used, because its checksum covers all of
+        it.
         """
         assert table.below is not None
         self._bound(table)
@@ -179,25 +187,20 @@ class Entries:
         lower = places[places >= BELOW]
         table.below.expect(lower - BELOW)
         for chunk in chunks[:room]:
-            table.raise_up(chunk, self.now)
+            table.load_chunk(chunk, self.now)
         return table.find(keys)
 
     def write(self, name: bytes, keys: np.ndarray, rows: Tensor) -> int:
         """Keeps rows of one kind of value.
 
-        Args:
-            name: Hash of how the value is made.
-            keys: Keys of the rows, of shape (n, 2).
-            rows: Rows, of shape (n, elements of a row).
-
         Returns:
-            Number of rows that were not there before. Rows that cannot be rounded are not kept.
+            Number of rows that were new. Rows that cannot be rounded are not kept.
         """
         table = self._tables.get(name)
         if table is None:
             table = self._make(name, rows.shape[1], rows.dtype, rows.device)
         if name in self._rounded:
-            # Masks are often infinite. Such rows are computed each time.
+            # Attention masks often contain infinity. Such rows are computed each time.
             finite = rows.isfinite().all(dim=1) & rows.float().isfinite().all(dim=1)
             keys, rows = keys[finite.cpu().numpy()], encode(rows[finite])
         self._bound(table)
@@ -205,17 +208,17 @@ class Entries:
         return table.write(keys, rows, self.now)
 
     def make_room(self, nbytes: int, held: int = 0) -> None:
-        """Drops rows until so many bytes more have room.
+        """Drops rows until there is room.
 
         Args:
-            nbytes: Bytes that are to be kept.
-            held: Bytes that are kept elsewhere under the same limit.
+            nbytes: Number of bytes that are needed.
+            held: Number of bytes that are kept elsewhere under the same limit.
         """
         while self._tables and self.nbytes + held + nbytes > self.max_bytes:
             used = np.concatenate([table.used() for table in self._tables.values()])
             if not used.size:
                 return
-            # An eighth at a time, for dropping costs a walk over all rows.
+            # An eighth of the rows at a time, because dropping moves all others.
             oldest = np.partition(used, len(used) // 8)[len(used) // 8]
             for name, table in list(self._tables.items()):
                 self.dropped += table.forget(int(oldest) + 1)
@@ -227,15 +230,15 @@ class Entries:
 
         Args:
             names: Hashes of how the values are made.
-            wrong: Whether they are not what the model computes. Then those on the disk go, too.
+            wrong: Whether the rows are wrong. If True, those on disk are not used any more either.
         """
         for name in names:
             table = self._tables.pop(name, None)
-            if wrong and table is not None and table.below is not None:
-                table.below.forget()
+            if wrong and table is not None and table.writes is not None:
+                table.writes.forget()
 
     def close(self) -> None:
-        """Frees all memory, and writes to the disk what is not there yet."""
+        """Frees all memory, and writes waiting rows to disk."""
         self._tables = {}
         self.max_bytes = 0
         if self.directory is not None:
@@ -244,9 +247,5 @@ class Entries:
 
 
 def _rounded_name(name: bytes) -> bytes:
-    # A run that is exact never finds rounded rows.
+    # Rounded rows have another name, so that an exact run never finds them.
     return xxhash.xxh3_128_digest(name + b"int8")
-
-
-# Bytes of a row's key, its place in the index, and its time.
-_BESIDE = 56

@@ -1,4 +1,4 @@
-"""What loads items for a loader, in its workers or in the main process, and notes how."""
+"""Loads items for a loader, in workers or in the main process, and reports how they were loaded."""
 
 import os
 import random
@@ -13,33 +13,33 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from cachefreeze.keys import Description
+from cachefreeze.keys import Fingerprint
 
-# A file that was changed less than so many ns ago may be changed again within the grain of its
-# times: 10 ms on most file systems, 2 s on those that count in seconds.
+# A file that was changed less than so many ns ago may be changed again without a new time stamp.
+# Stamps have a resolution of 10 ms on most file systems, and of 2 s on those that count in seconds.
 _GRAIN, _COARSE_GRAIN = 100_000_000, 2_500_000_000
 _SECOND = 1_000_000_000
-# Files that are code, which is known by versions and names, or no files at all.
+# Ends of names of files that hold no data: code is identified by versions and names.
 _NO_DATA = (".py", ".pyc", ".so", ".pth", ".dist-info", "METADATA")
 _BESIDE_FILES = ("socket.connect", "subprocess.Popen", "sqlite3.connect", "os.exec", "os.system")
 _WRITES = os.O_WRONLY | os.O_RDWR
 
-# Times, size and number of a file. None if there is none.
+# Times, size and inode of a file. None if it does not exist.
 Stamp = tuple[int, int, int, int] | None
 Files = tuple[tuple[str, Stamp], ...]
 
 
 @dataclass
-class Ask:
-    """A batch that a loader asks for.
+class FetchRequest:
+    """Request of a loader for one batch.
 
     Attributes:
-        indices: Numbers of its items, as the sampler gave them.
-        load: Whether its items are loaded.
-        watch: Whether it is watched what loading them changes.
-        note: Whether it is noted which files they are read from.
-        digest: Hash of what the data set held.
-        sample: Numbers of items of it that are loaded to be compared, if the batch is not.
+        indices: Numbers of the items, as the sampler returned them.
+        load: Whether the items are loaded.
+        watch: Whether to find out if loading draws random numbers.
+        note: Whether to record the files that the items are read from.
+        digest: Digest of the data set when the request was made. Empty if it is not needed.
+        sample: Numbers of items that are loaded to be compared, if the batch is not loaded.
     """
 
     indices: Any
@@ -51,59 +51,60 @@ class Ask:
 
 
 @dataclass
-class About:
-    """How the items of a batch were loaded.
+class FetchReport:
+    """Report on how the items of a batch were loaded.
 
     Attributes:
-        ask: What was asked for.
-        draws: What has drawn random numbers, for people. Empty if nothing has.
-        seconds: Seconds that an item took.
-        files: For each item, the files that were read, or None if that cannot be known.
+        ask: Request for the batch.
+        draws: Reason why the items may differ each time, to follow "its items". Empty if there is
+            none.
+        seconds: Seconds that one item took.
+        files: Files that each item was read from. None for an item whose files are not known.
     """
 
-    ask: Ask
+    ask: FetchRequest
     draws: str = ""
     seconds: float = 0.0
     files: list[Files | None] = field(default_factory=list)
 
 
 class Items:
-    """A data set as a loader's workers see it: they give items, and how those were loaded.
+    """Data set for the workers of a loader. It returns items together with a report.
 
     Args:
-        dataset: Data set of the user's.
-        description: What it holds. None in a worker, until it has made its own.
+        dataset: Data set of the user.
+        fingerprint: Fingerprint of the data set. If None, it is made when it is needed first.
     """
 
-    def __init__(self, dataset: Any, description: Description | None) -> None:
+    def __init__(self, dataset: Any, fingerprint: Fingerprint | None) -> None:
         self.dataset = dataset
-        self.description = description
+        self.fingerprint = fingerprint
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the description behind: a worker that is spawned makes its own."""
-        return {"dataset": self.dataset, "description": None}
+        """Leaves out the fingerprint: a spawned worker makes its own."""
+        return {"dataset": self.dataset, "fingerprint": None}
 
     def __len__(self) -> int:
         """Returns the number of items."""
         return len(self.dataset)
 
-    def __getitems__(self, ask: Ask) -> tuple[list[Any], About]:
-        """Loads what is asked for."""
-        about = About(ask)
+    def __getitems__(self, ask: FetchRequest) -> tuple[list[Any], FetchReport]:
+        """Loads the items of a request."""
+        about = FetchReport(ask)
         if not ask.load and not ask.sample:
             return [], about
         wanted = ask.indices if ask.load else list(ask.sample)
         if not ask.watch:
             return self._plainly(wanted), about
-        if self.description is None:
-            self.description = Description(self.dataset)
-        before, was_same = _random_states(), self.description.is_same()
+        if self.fingerprint is None:
+            self.fingerprint = Fingerprint(self.dataset)
+        before, was_same = _random_states(), self.fingerprint.is_same()
         began = time.perf_counter()
         items = self._noting(wanted, about) if ask.note else self._plainly(wanted)
         about.seconds = (time.perf_counter() - began) / max(len(wanted), 1)
         if _random_states() != before:
             about.draws = "draw random numbers"
-        elif was_same and not self.description.is_same() and not self.description.settle():
+        elif was_same and not self.fingerprint.is_same() and not self.fingerprint.settle():
             about.draws = "draw from a generator of their own"
         return items, about
 
@@ -113,11 +114,11 @@ class Items:
             return list(several(wanted))
         return [self.dataset[index] for index in wanted]
 
-    def _noting(self, wanted: Any, about: About) -> list[Any]:
+    def _noting(self, wanted: Any, about: FetchReport) -> list[Any]:
         if getattr(innermost(self.dataset), "__getitems__", None):
             with_files = _Opened()
             items = with_files.run(lambda: self._plainly(wanted))
-            # Which item has read which file is not known.
+            # It is not known which item has read which file.
             files = () if with_files.files() == () else None
             about.files = [files] * len(items)
             return items
@@ -130,24 +131,24 @@ class Items:
 
 
 def innermost(dataset: Any) -> Any:
-    """Returns the data set that a subset, or one of a subset, takes its items from."""
+    """Returns the data set below all `Subset`s."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return dataset
 
 
 class Collate:
-    """Makes a batch of items, and hands on how they were loaded.
+    """Makes a batch of items, and passes on the report.
 
     Args:
-        collate: Function that makes a batch of a list of items.
+        collate: Function that makes a batch from a list of items.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate
 
-    def __call__(self, fetched: tuple[list[Any], About]) -> dict[str, Any]:
-        """Returns a batch, or None if no item was loaded, and how they were loaded."""
+    def __call__(self, fetched: tuple[list[Any], FetchReport]) -> dict[str, Any]:
+        """Returns the batch, or None if no item was loaded, together with the report."""
         items, about = fetched
         return {"batch": self._collate(items) if items else None, "about": about}
 
@@ -163,9 +164,6 @@ def _random_states() -> tuple[Any, ...]:
     )
 
 
-# The files that python opens. What C extensions open by themselves is not seen.
-
-
 class _Local(threading.local):
     opened: "_Opened | None" = None
 
@@ -175,14 +173,14 @@ _hooked = False
 
 
 class _Opened:
-    """Notes the files that python opens in a call."""
+    """Records the files that Python opens during a call, but not those that C extensions open."""
 
     def __init__(self) -> None:
         self._found: dict[str, Stamp] = {}
         self._beside = False
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """Calls a function, and notes."""
+        """Calls a function, and records the files that it opens."""
         global _hooked
         if not _hooked:
             _hooked = True
@@ -194,14 +192,14 @@ class _Opened:
             _local.opened = before
 
     def files(self) -> Files | None:
-        """Returns the files that were read. None if that is not all, or they have just changed."""
+        """Returns the files that were read. None if some are not known or have just changed."""
         now = time.time_ns()
         if self._beside or any(_is_new(stamp, now) for stamp in self._found.values()):
             return None
         return tuple(self._found.items())
 
     def note(self, event: str, args: tuple[Any, ...]) -> None:
-        """Notes an event of python's."""
+        """Records an audit event of Python."""
         if event in _BESIDE_FILES:
             self._beside = True
             return
@@ -221,7 +219,7 @@ def _on_event(event: str, args: tuple[Any, ...]) -> None:
     if opened is None:
         return
     if event in ("open", "os.listdir", "os.scandir") or event in _BESIDE_FILES:
-        _local.opened = None  # what follows opens nothing of the item's
+        _local.opened = None  # recording may raise events of its own
         try:
             opened.note(event, args)
         finally:
@@ -229,7 +227,7 @@ def _on_event(event: str, args: tuple[Any, ...]) -> None:
 
 
 def stamp_of(path: str) -> Stamp:
-    """Returns what tells a file from what it was: its times, size and number."""
+    """Returns times, size and inode of a file, by which a changed file is noticed."""
     try:
         found = os.stat(path)
     except OSError:

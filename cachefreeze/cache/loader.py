@@ -1,33 +1,34 @@
-"""A DataLoader that knows its rows by number, so that items need not be loaded for frozen work."""
+"""DataLoader that does not load what only frozen work would use."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from cachefreeze.cache.fetching import Ask, Collate
-from cachefreeze.cache.known_rows import Cache, KnownRows
+from cachefreeze.cache.cache_state import CacheState
+from cachefreeze.cache.fetching import Collate, FetchRequest
+from cachefreeze.cache.lazy_loading import LazyLoading
 from cachefreeze.cache.views import EpochsOfViews, Views
 from cachefreeze.errors import UserError
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that does not load what only frozen work would read, where that is kept.
+    """DataLoader that does not load what only frozen work would use.
 
-    Made by `ActivationCache.loader`, which says more.
+    `ActivationCache.loader` makes it, and explains it.
 
     Args:
-        cache: Function that returns the cache, or None once that is closed.
-        dataset: Data set, or views of one.
+        cache: Function that returns the cache, or None if the cache is closed.
+        dataset: Data set whose items have numbers, or views of one.
         *args: Further arguments of `torch.utils.data.DataLoader`.
-        **kwargs: Further arguments of `torch.utils.data.DataLoader`, by name.
+        **kwargs: Further keyword arguments of `torch.utils.data.DataLoader`.
     """
 
     def __init__(
-        self, cache: Callable[[], Cache | None], dataset: Any, *args: Any, **kwargs: Any
+        self, cache: Callable[[], CacheState | None], dataset: Any, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(dataset, *args, **kwargs)
-        self._rows = KnownRows(cache)
+        self._rows = LazyLoading(cache)
         if isinstance(dataset, Views):
             if self.batch_sampler is None:
                 raise UserError("views needs batches: give a batch_size, or a batch_sampler.")
@@ -48,9 +49,9 @@ class Loader(DataLoader[Any]):
         return {**self.__dict__, "_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes a state, as one that loads everything."""
+        """Restores a loader as one that loads everything."""
         self.__dict__.update(state)
-        self.__dict__["_rows"] = KnownRows(lambda: None)
+        self.__dict__["_rows"] = LazyLoading(lambda: None)
 
     def _get_iterator(self) -> Any:
         if not self._rows.may_know(self):
@@ -59,12 +60,12 @@ class Loader(DataLoader[Any]):
 
 
 class _Batches:
-    """Iterates over batches: torch's iterator, with what is known put in the place of the rest."""
+    """Iterator over batches. It wraps torch's iterator and fills in what is known."""
 
-    def __init__(self, loader: Loader, rows: "KnownRows") -> None:
+    def __init__(self, loader: Loader, rows: "LazyLoading") -> None:
         self._rows = rows
         rows.begin(loader, anew=True)
-        # A plain loader over the same, whose items say how they were loaded.
+        # A plain loader with the same arguments, whose items come with a report.
         self._shadow: DataLoader[Any] = DataLoader.__new__(DataLoader)
         self._shadow.__dict__.update(
             loader.__dict__,
@@ -98,14 +99,14 @@ class _Batches:
 
 
 class _Asking:
-    """Yields batches of numbers, each with what is to be loaded of it."""
+    """Sampler of requests: batches of numbers, each with what is to be loaded."""
 
-    def __init__(self, sampler: Any, rows: "KnownRows") -> None:
+    def __init__(self, sampler: Any, rows: "LazyLoading") -> None:
         self._sampler = sampler
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._sampler)
 
-    def __iter__(self) -> Iterator[Ask]:
+    def __iter__(self) -> Iterator[FetchRequest]:
         return map(self._rows.ask, iter(self._sampler))

@@ -1,25 +1,31 @@
-"""Estimates how much memory is free, of the machine and of a device."""
+"""Free memory of the machine and of a GPU."""
 
 import os
+import resource
 from pathlib import Path
 
 import torch
 
 
 def free_memory() -> int:
-    """Estimates the bytes of memory that are free.
+    """Estimates the number of free bytes of memory.
 
-    They can be had without swapping, and within the limit of a container.
+    This is memory that is available without swapping, within the limit of the container if there is
+    one.
     """
     try:
         with open("/proc/meminfo") as file:
             kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
         free = kilobytes["MemAvailable"] * 1024
-    except (OSError, KeyError, ValueError):  # not Linux: half of what there is
+    except (OSError, KeyError, ValueError):  # not Linux: half of all memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if has_address_limit():
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        left = resource.getrlimit(resource.RLIMIT_AS)[0] - pages * os.sysconf("SC_PAGE_SIZE")
+        free = min(free, max(left, 0))
     try:
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{of}").read_text()) for of in _CGROUP)
-    except (OSError, ValueError):  # no container, or one without a limit
+    except (OSError, ValueError):  # there is no container, or it has no limit
         return free
     return min(free, max(limit - used, 0))
 
@@ -27,11 +33,16 @@ def free_memory() -> int:
 _CGROUP = ("max", "current")
 
 
-def free_device_memory(device: torch.device) -> int:
-    """Estimates the bytes that are free on the device.
+def has_address_limit() -> bool:
+    """Returns whether the addresses that this process may use are limited (`ulimit -v`)."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
-    The most that this process has used so far counts as used: the next training step will want it
-    again.
+
+def free_device_memory(device: torch.device) -> int:
+    """Estimates the number of free bytes of memory of a device.
+
+    The largest amount that this process has used so far counts as used, because the next training
+    step will need it again.
     """
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device)

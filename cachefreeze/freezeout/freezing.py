@@ -15,7 +15,7 @@ def freeze(*modules: nn.Module) -> None:
     Args:
         *modules: Modules to freeze, with everything in them.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 2))
         >>> freeze(model[:2])
         >>> model.train()[1].training

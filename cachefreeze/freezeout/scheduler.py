@@ -26,7 +26,7 @@ def param_groups(
     Returns:
         Groups, each with the name of its unit (`name`) and its number (`unit`).
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(param_groups(model), lr=0.1, momentum=0.9)
@@ -80,7 +80,7 @@ class FreezeOutLR(LRScheduler):
         ValueError: A value is outside its range, or the optimizer holds other parameters than the
             model's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(param_groups(model), lr=0.1)

@@ -30,8 +30,8 @@ class CacheActivations(Callback):  # type: ignore[misc]
     Attributes:
         cache: Cache of the last `fit`, or None.
 
-    Example:
-        trainer = Trainer(callbacks=[CacheActivations(directory="cache")])
+    Examples:
+        >>> trainer = Trainer(callbacks=[CacheActivations(directory="cache")])
     """
 
     def __init__(self, **options: Any) -> None:

@@ -1,24 +1,24 @@
-"""What an entry of the cache depends on: operations, frozen bits, and the rows of the inputs.
+"""Computes the two keys by which a kept value is found.
 
-A kept value is found by two keys. One says how it was made: the operations that lead to it, their
-constants, the bits of the parameters and buffers that they read, and the environment. The other is
-the content of the row: the bytes of just those inputs that the value depends on.
+The first key stands for how the value is made: the operations that lead to it, their constants, the
+bits of the parameters and buffers that they read, and the environment. The second key stands for
+the content of a row: the bytes of those inputs that the value depends on, and no others.
 """
 
 from cachefreeze.keys.bits import same_bits
 from cachefreeze.keys.environment import environment, machine
+from cachefreeze.keys.external_state import ExternalState
+from cachefreeze.keys.fingerprint import Fingerprint
 from cachefreeze.keys.inputs import SMALL, batch_key, row_keys, rows_hashed
-from cachefreeze.keys.objects import Description
 from cachefreeze.keys.operations import Lineage, lineage_of
-from cachefreeze.keys.surroundings import Surroundings
 from cachefreeze.keys.weights import Look, Weights
 
 __all__ = [
     "SMALL",
-    "Description",
+    "ExternalState",
+    "Fingerprint",
     "Lineage",
     "Look",
-    "Surroundings",
     "Weights",
     "batch_key",
     "environment",

@@ -1,4 +1,4 @@
-"""The bits of a tensor, to be hashed or compared."""
+"""Bits of tensors."""
 
 import torch
 
@@ -6,16 +6,16 @@ Tensor = torch.Tensor
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """Returns the bytes of a tensor's elements in their order, as one dimension of type uint8.
+    """Returns the bytes of a tensor's elements as a one-dimensional uint8 tensor.
 
-    In bits, NaN is equal to itself and -0.0 is not 0.0.
+    Comparing bits is not comparing numbers: NaN equals itself, and -0.0 differs from 0.0.
     """
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Says whether two tensors have the same shape, type and bits."""
+    """Returns whether two tensors have the same shape, type and bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(bits_of(one), bits_of(other))

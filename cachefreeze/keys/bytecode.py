@@ -1,4 +1,4 @@
-"""Python code: the names that it uses, and the packages that it is in."""
+"""Names that compiled Python code uses, and versions of packages."""
 
 import dis
 import functools
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-# Packages whose code is known by their versions.
+# Packages whose code does not change as long as their version does not.
 _BY_VERSION = ("torch", "torchvision", "numpy", "PIL", "scipy", "sklearn", "pandas")
 
 
 def content(cell: Any, empty: Any = None) -> Any:
-    """Returns what a cell of a closure holds.
+    """Returns the value that a closure cell holds.
 
     Args:
-        cell: Cell.
-        empty: Value that stands for nothing.
+        cell: Cell of a function's `__closure__`.
+        empty: Value that is returned for an empty cell.
     """
     try:
         return cell.cell_contents
@@ -27,13 +27,13 @@ def content(cell: Any, empty: Any = None) -> Any:
 
 
 def names(code: types.CodeType) -> list[str]:
-    """Returns the names of globals and attributes that code uses."""
+    """Returns the names of all globals and attributes that code uses."""
     return list(dict.fromkeys(name for one in codes(code) for name in one.co_names))
 
 
 @functools.lru_cache(2000)
 def globals_of(code: types.CodeType) -> list[str]:
-    """Returns the names of globals that code reads."""
+    """Returns the names of the globals that code reads."""
     found = (dis.get_instructions(one) for one in codes(code))
     steps = itertools.chain.from_iterable(found)
     return list(dict.fromkeys(one.argval for one in steps if one.opname in _OF_GLOBALS))
@@ -43,7 +43,7 @@ _OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yields code, and all code inside of it: of inner functions, lambdas and comprehensions."""
+    """Yields a code object and those inside it: inner functions, lambdas, comprehensions."""
     yield code
     for one in code.co_consts:
         if isinstance(one, types.CodeType):
@@ -51,14 +51,18 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def is_foreign(where: str | None) -> bool:
-    """Says whether a module's code is known by a version."""
+    """Returns whether a module belongs to Python or a package that is identified by its version."""
     root = (where or "").partition(".")[0]
     return root in _BY_VERSION or (root in sys.stdlib_module_names and root != "__main__")
 
 
 @functools.cache
 def version(where: str | None) -> str:
-    """Returns the version of the package of a module, if it has one of its own."""
+    """Returns the version of the package that a module belongs to.
+
+    Returns:
+        Version, or an empty string if the package has none or comes with Python.
+    """
     root = (where or "").partition(".")[0]
     if root in sys.stdlib_module_names or not root:
         return ""

@@ -1,4 +1,4 @@
-"""What the bits of a result may depend on beside what it is computed from."""
+"""Versions, switches and hardware that the bits of a result may depend on."""
 
 import functools
 import platform
@@ -11,10 +11,9 @@ import torch
 
 
 def environment(device: torch.device) -> tuple[Any, ...]:
-    """Returns versions and switches of now. They are compared at every call: 5 microseconds.
+    """Returns torch's versions and switches as they are now.
 
-    Args:
-        device: Device of the computation.
+    They are compared at every call, which takes 5 microseconds.
     """
     return (
         *numerics(device).values(),
@@ -29,7 +28,7 @@ def environment(device: torch.device) -> tuple[Any, ...]:
 
 
 def numerics(device: torch.device) -> dict[str, object]:
-    """Returns what decides the last bits of a result, besides the operations and their inputs."""
+    """Returns all switches and versions that may change the last bits of a result."""
     common: dict[str, object] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         return common | {
@@ -54,12 +53,12 @@ def numerics(device: torch.device) -> dict[str, object]:
 def _matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by torch's newer name for it
+    except RuntimeError:  # it was set by the newer `fp32_precision`
         return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def _reduced_precision() -> list[str]:
-    """Returns the switches that let sums of 16-bit products be rounded to 16 bits."""
+    """Returns the switches that allow rounding to 16 bits in sums of 16-bit products."""
     matmul = torch.backends.cuda.matmul
     return [
         str(matmul.allow_bf16_reduced_precision_reduction),
@@ -74,23 +73,25 @@ def _convolution_tf32() -> bool | str:
         return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
 
 
-# The smallest number that is not denormal.
+# Smallest positive number that is not denormal.
 _SMALLEST = sys.float_info.min
 
 
 def flushes_denormals() -> bool:
-    """Says whether this thread makes zeros of the smallest numbers: `torch.set_flush_denormal`.
+    """Returns whether this thread turns denormal numbers into zeros.
 
-    It is a switch of the processor, which torch does not tell. Python's numbers obey it, too.
+    It is the switch that `torch.set_flush_denormal` sets. torch has no function that returns it.
+    Python's own numbers obey it too, so a division shows it.
     """
     return _SMALLEST / 2 == 0.0
 
 
 @functools.cache
 def machine() -> tuple[str, str]:
-    """Returns the name of the processor, by which libraries choose how they compute.
+    """Returns the processor's name and torchvision's version.
 
-    torchvision's version stands beside it: some of its operators are kept as they are named.
+    Libraries choose their kernels by the processor. torchvision has operators of its own, of which
+    a key holds no more than the name.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

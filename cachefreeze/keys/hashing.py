@@ -1,4 +1,4 @@
-"""Hashes of the bits of tensors."""
+"""SHA-256 hashes of named tensors, such as a state dict."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Returns the SHA-256 over names, types, shapes and bytes, in the order given.
+    """Returns the SHA-256 of names, dtypes, shapes and bytes, in the given order.
 
-    Two sets of tensors have the same hash if and only if they are equal bit by bit, whatever their
-    memory layout or device.
+    Two sets of tensors have the same hash if and only if they are equal bit by bit. Memory layout
+    and device do not matter.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
@@ -22,5 +22,5 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """Returns the `tensors_sha256` of a state dict, with its keys sorted by name."""
+    """Returns the `tensors_sha256` of a state dict, sorted by name."""
     return tensors_sha256(sorted(state_dict.items()))

@@ -22,21 +22,21 @@ def row_keys(
     """Hashes each row of a batch with xxh3-128.
 
     Args:
-        rows: Inputs whose first dimension is that of the rows. An array is what `rows_hashed` has
-            returned for one.
-        shared: Inputs that all rows share. They are part of every key.
+        rows: Inputs whose first dimension counts rows. A numpy array holds the hashes that
+            `rows_hashed` returned for an input.
+        shared: Inputs that belong to the whole batch. They are part of every key.
         count: Number of rows in the batch.
-        lengths: Length of each row before its padding. If None, padding is part of a row.
-        padded: Length that rows are padded to. Inputs whose second dimension is that long are
+        lengths: Length of each row without its padding. If None, the padding is part of the row.
+        padded: Length that rows are padded to. An input whose second dimension has this size is
             hashed up to the row's own length.
 
     Returns:
-        Keys, as an array of shape (count, 2) of 64-bit numbers.
+        Keys as uint64, of shape (count, 2).
     """
     start = b"".join(xxhash.xxh3_128_digest(_bytes(tensor)) for tensor in shared)
     tensors = [one for one in rows if isinstance(one, Tensor)]
     if len(tensors) < len(rows):
-        assert lengths is None, "hashes of whole rows say nothing of rows without their padding"
+        assert lengths is None, "a row that is already hashed cannot be hashed without its padding"
         hashed = [
             [key.tobytes() for key in one]
             if isinstance(one, np.ndarray)
@@ -61,10 +61,13 @@ def row_keys(
 
 
 def rows_hashed(tensor: Tensor) -> np.ndarray:
-    """Hashes each row of a tensor, of shape (rows, 2), to stand for it among inputs.
+    """Hashes each row of a tensor. `row_keys` takes the result in place of the tensor.
 
     Args:
         tensor: Tensor whose rows are larger than `SMALL` bytes.
+
+    Returns:
+        Hashes as uint64, of shape (rows, 2).
     """
     return row_keys([tensor], [], len(tensor))
 
@@ -79,13 +82,17 @@ def _joined(hashed: Sequence[Sequence[bytes]], start: bytes, count: int) -> np.n
 
 
 def batch_key(keys: np.ndarray) -> np.ndarray:
-    """Returns the key of a whole batch, of shape (1, 2), from those of its rows in their order."""
+    """Returns the key of a whole batch, of shape (1, 2).
+
+    Args:
+        keys: Keys of its rows in their order, of shape (rows, 2).
+    """
     digest = xxhash.xxh3_128_digest(np.ascontiguousarray(keys).data)
     return np.frombuffer(digest, dtype=np.uint64).reshape(1, 2)
 
 
-# Rows of several inputs that are smaller than this together, in bytes, are copied side by side and
-# hashed at once: a call of the hash costs as much as some hundred bytes of it.
+# Small rows of several inputs are copied side by side and hashed in one call if they have at most
+# so many bytes together: a call takes as long as hashing some hundred bytes.
 SMALL = 4096
 
 

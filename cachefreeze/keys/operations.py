@@ -1,4 +1,4 @@
-"""What leads to a value: its operations in a form that is the same in another model or run."""
+"""Operations that lead to a value, in a form that is the same in another model or run."""
 
 import enum
 import functools
@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import nn
 
-from cachefreeze.keys.surroundings import read_by_code
+from cachefreeze.keys.external_state import read_by_code
 from cachefreeze.lineage.module_calls import CallOf
 from cachefreeze.lineage.operations import Modes, Operation, Trace
 from cachefreeze.lineage.program import Program
@@ -24,15 +24,15 @@ from cachefreeze.lineage.structure import PLAIN_KINDS, Built, Ref, numbers
 
 @dataclass(frozen=True)
 class Lineage:
-    """How a value is made.
+    """How a value is computed.
 
     Attributes:
-        digest: Hash of the operations, their constants, and the shapes and types of the inputs.
-        inputs: Places of the inputs that the value depends on, in the order of their first use.
-        states: Numbers of the parameters and buffers that it depends on, in the same order.
-        portable: Whether the digest means the same in another process. It does not where something
-            has no name, such as a function made in another one, or where code that is not torch's
-            is one operation: it may be edited.
+        digest: Hash of the operations, their constants, and the shapes and dtypes of the inputs.
+        inputs: Positions of the inputs that the value depends on, in the order of their first use.
+        states: Numbers of the parameters and buffers that the value depends on, in the same order.
+        portable: Whether the digest means the same in another process. It does not if something has
+            no name, such as a function that is defined inside another one, or if an operation
+            consists of code from outside torch, because that code may be edited.
     """
 
     digest: bytes
@@ -42,13 +42,7 @@ class Lineage:
 
 
 def lineage_of(trace: Trace, number: int, program: Program) -> Lineage:
-    """Finds the lineage of a value.
-
-    Args:
-        trace: Trace of a pass.
-        number: Number of the value.
-        program: Operations of the trace.
-    """
+    """Finds the lineage of a value."""
     writer = _Writer(trace)
     for operation in program.needed([number], ()):
         writer.operation(operation)
@@ -62,7 +56,7 @@ def lineage_of(trace: Trace, number: int, program: Program) -> Lineage:
 
 
 class _Writer:
-    """Writes operations as text, in which tensors have names by the order of their first use."""
+    """Writes operations as text. Tensors are named in the order of their first use."""
 
     def __init__(self, trace: Trace) -> None:
         self.inputs: list[int] = []
@@ -114,11 +108,11 @@ class _Writer:
         return self._named(func)
 
     def _named(self, value: Any) -> str:
-        """Names a function or a class by where it is found, or by a number of its own."""
+        """Returns the path of a function or class, or a serial number if it has none."""
         owner = getattr(value, "__self__", None)
         name = getattr(value, "__qualname__", "") or getattr(value, "__name__", "")
         if type(value).__name__ == "method-wrapper" and owner is not None:
-            # `Tensor.shape.__get__` and the like: a property of tensors.
+            # A property of tensors, such as `Tensor.shape.__get__`.
             return f"{name} of {getattr(owner, '__qualname__', None) or self._unnamed(value)}"
         if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
             if str(value).partition(".")[0] not in _OWN_OPERATORS:
@@ -133,8 +127,8 @@ class _Writer:
         ):
             self._somebodys(where)
             return f"{where}.{name}"
-        # The full name of `torch.zeros` has a hidden class in it, that of `max_pool2d` the function
-        # that made it.
+        # The qualified name of `torch.zeros` contains a hidden class, and that of `max_pool2d` the
+        # function that made it.
         for short in (name.split(".")[-1], getattr(value, "__name__", "")):
             for space in (torch, torch._C._nn, torch.nn.functional):
                 if short and getattr(space, short, _NONE) is value:
@@ -142,7 +136,7 @@ class _Writer:
         return self._unnamed(value)
 
     def _somebodys(self, where: str) -> None:
-        """Notes that something is not torch's: other processes may have other code for it."""
+        """Marks the text as not portable if it names code that may differ in another process."""
         if where and where.partition(".")[0] not in _SAME_EVERYWHERE:
             self.portable = False
 
@@ -151,7 +145,7 @@ class _Writer:
         return f"unnamed {_serial(value)}"
 
     def _module(self, module: nn.Module) -> str:
-        """Names a module that is one operation: its class, and what its code could read of it."""
+        """Describes a module that is one operation: its class, and all that its code can read."""
         told = [self._named(type(module)), str(module.training)]
         held = vars(module)
         for key in sorted(held):
@@ -200,7 +194,7 @@ class _Writer:
         return self._unnamed(value)
 
 
-# Packages whose versions are in the environment, or that have none of their own.
+# Packages whose versions are part of the environment, or of Python.
 _SAME_EVERYWHERE = (
     "torch",
     "torchvision",
@@ -219,7 +213,7 @@ _known: dict[int, tuple[Any, int]] = {}
 
 
 def _serial(value: Any) -> int:
-    """Numbers an object that has no name. No other one gets its number, also once it is gone."""
+    """Returns a number for an object without a name. It is never given to another object."""
     number = id(value)
     known = _known.get(number)
     if known is None:

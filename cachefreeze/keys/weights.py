@@ -1,16 +1,17 @@
-"""Bits of frozen parameters and buffers: their hashes, and whether they are still the same.
+"""Hashes of frozen parameters and buffers, and cheap checks that the bits are still the same.
 
-A version counter that moved proves a change, one that did not proves nothing: fused optimizers,
-batch norms, writes through `.data` or numpy move none. So three looks are taken. At every call,
-small tensors are compared with what they were, and a few numbers out of every larger one: who
-writes to a whole tensor changes them. After an event, such as an optimizer's step, all bits are
-hashed again. And one tensor after the other is hashed again as time allows.
+A version counter that has moved proves a change. One that has not moved proves nothing: fused
+optimizers, batch norms, `.data` and numpy write without moving it. So there are three checks. At
+every call, all bits of small models are hashed, and tensors of larger ones are compared at a few
+places: a write to a whole tensor changes these places. After an event such as an optimizer's step,
+all bits are hashed again. Besides that, one piece of memory after another is hashed as time allows.
 """
 
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +23,22 @@ from cachefreeze.lineage.known import off_line
 Tensor = torch.Tensor
 
 _SPOTS = 4
-# Bytes of a tensor that is looked at as a whole: a hash of so many takes as long as some spots.
+# Largest number of bytes of a tensor that is hashed at every call: it takes as long as reading
+# some spots.
 _SMALL = 4096
-# Fractions of the golden ratio fall evenly between those before them.
+# Number of bytes of larger tensors that are hashed at every call as well: 13 microseconds.
+_WHOLE = 1 << 17
+# Number of bytes that are hashed at a time: 7 microseconds.
+_PIECE = 1 << 16
+# Number of earlier states of a tensor that are remembered.
+_STATES = 8
+# Multiples of the golden ratio, modulo 1, are spread evenly however many there are.
 _GOLDEN = 0.6180339887498949
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class _Memory(NamedTuple):
-    """Reads a few numbers of memory on the CPU."""
+    """Reads a few numbers of a tensor in CPU memory."""
 
     memory: Any
     places: list[int]
@@ -40,7 +48,7 @@ class _Memory(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """Hashes all of a small memory on the CPU."""
+    """Hashes all of a small tensor in CPU memory."""
 
     memory: Any
 
@@ -53,18 +61,23 @@ _Looker = _Memory | _Whole | Callable[[], list[int]]
 
 @dataclass(eq=False, slots=True)
 class _Held:
-    """What is known of one tensor.
+    """Hash of one tensor, and what a quick check compares.
 
     Attributes:
-        tensor: Weak reference to it.
-        digest: Hash of its bits. Empty if it must be taken again.
-        pointer: Address of its first element, at the last look.
-        version: Version counter, at the last look.
-        look: Function that reads a few of its numbers.
-        spots: What that function returned.
+        tensor: Weak reference to the tensor.
+        digest: Hash of its bits. Empty if it must be computed again.
+        pointer: Address of its first element, when it was hashed.
+        version: Version counter, when it was hashed.
+        look: Function that reads a few of its numbers. None if no such function exists.
+        spots: Numbers that this function returned, when the tensor was hashed.
         before: Hash before the last one.
-        expected: Whether the last change was to be expected, since an optimizer has stepped.
-        unseen: Whether the bits have changed, and neither an event nor a look has shown it.
+        expected: Whether an optimizer has stepped since the last hash, so that a change is no
+            surprise.
+        unseen: Whether the last hash has found a change that no event and no quick check had shown.
+        pieces: Pieces of its memory, each with its hash. None if it is not on the CPU, or not
+            dense: then all of it is hashed at once.
+        room: Number of its bytes that count towards those that are hashed at every call.
+        states: Hashes of its last states, by the numbers that a quick check compares.
     """
 
     tensor: "weakref.ref[Tensor]"
@@ -76,18 +89,23 @@ class _Held:
     before: bytes = b""
     expected: bool = False
     unseen: bool = False
+    pieces: list[tuple[Any, bytes]] | None = None
+    room: int = 0
+    states: dict[tuple[int, ...], bytes] = field(default_factory=dict)
 
 
 class Look:
-    """A look at many tensors at once, to be taken at every call: it is a few lists long.
+    """Quick check of many tensors at once. It is done at every call.
 
     Args:
-        held: What is known of the tensors, all of which were hashed.
+        held: Tensors to check, all of which have a hash.
     """
 
     def __init__(self, held: Sequence[_Held]) -> None:
         self._tensors = [one.tensor for one in held]
-        self._versions = [one.version for one in held]
+        # Inference tensors have no version.
+        self._counting = [n for n, one in enumerate(held) if one.version >= 0]
+        self._versions = [one.version for one in held if one.version >= 0]
         self._pointers = [one.pointer for one in held]
         spots = [(one.look, one.spots) for one in held if one.look is not None]
         on_cpu = [look for look, _ in spots if isinstance(look, _Memory)]
@@ -99,62 +117,83 @@ class Look:
         self._whole = [memory for memory, _ in whole]
         self._hashes = [number for _, then in whole for number in then or ()]
         self._others = [pair for pair in spots if not isinstance(pair[0], (_Memory, _Whole))]
+        self._pieces = [
+            (one, memory, digest)
+            for one in held
+            if not isinstance(one.look, _Whole)
+            for memory, digest in one.pieces or [(None, b"")]
+        ]
+        self._turn = 0
 
     def is_same(self) -> bool:
-        """Says whether versions, addresses and some numbers of all tensors are what they were."""
+        """Returns whether versions, addresses and checked numbers of all tensors are unchanged."""
         try:
             tensors: list[Any] = [reference() for reference in self._tensors]
-            # Addresses come first: memory that was given back must not be read.
+            # Addresses come first, because freed memory must not be read.
             return (
-                [one.data_ptr() for one in tensors] == self._pointers
-                and list(map(_version, tensors)) == self._versions
+                [*map(_address, tensors)] == self._pointers
+                and [*map(_version, [tensors[n] for n in self._counting])] == self._versions
                 and [memory[place] for memory, place in self._memory] == self._numbers
                 and [*map(xxhash.xxh3_64_intdigest, self._whole)] == self._hashes
                 and all(look() == spots for look, spots in self._others)
             )
-        except AttributeError:  # a tensor is gone
+        except (AttributeError, TypeError):  # a tensor is gone
             return False
+
+    def next_piece(self) -> tuple[_Held, bool] | None:
+        """Hashes the next piece of memory. It must be called after `is_same` only.
+
+        Returns:
+            Tensor that the piece belongs to, and whether the whole tensor must be hashed: because
+            the piece has changed, or the tensor has no pieces. None after the last piece.
+        """
+        if self._turn >= len(self._pieces):
+            self._turn = 0
+            return None
+        held, memory, digest = self._pieces[self._turn]
+        self._turn += 1
+        return held, memory is None or xxhash.xxh3_128_digest(memory) != digest
 
 
 class Weights:
-    """Hashes of tensors that are not expected to change, taken again when they may have.
+    """Hashes of tensors that should not change, each computed again when it may be out of date.
 
-    A tensor is known by its identity, and held weakly.
+    A tensor is identified by its `id`, and held by a weak reference.
 
     Attributes:
-        changes: Number that grows whenever a hash may be another one now.
-        hashed: Bytes of all hashes that were taken.
+        changes: Number that grows whenever a hash may have become another one.
+        hashed: Total number of hashed bytes.
     """
 
     def __init__(self) -> None:
         self.changes = self.hashed = 0
         self._held: dict[int, _Held] = {}
-        self._turn = 0
+        self._room = _WHOLE
 
     def digest(self, tensor: Tensor) -> bytes:
-        """Returns the xxh3-128 of a tensor's type, shape and bits, of now."""
+        """Returns the xxh3-128 of a tensor's type, shape, strides and present bits."""
         held = self._of(tensor)
         if not held.digest:
             self._hash(held, tensor)
         return held.digest
 
     def look(self, tensors: Iterable[Tensor]) -> None:
-        """Compares versions, addresses and a few numbers of tensors with those at the last look."""
+        """Checks tensors quickly, and marks those that have changed for a new hash."""
         for tensor in tensors:
             held = self._of(tensor)
             if held.digest and not Look([held]).is_same():
                 self._doubt(held)
 
     def take_look(self, tensors: Iterable[Tensor]) -> Look:
-        """Returns a look at tensors, all of which have a hash."""
+        """Makes a quick check of tensors, all of which have a hash."""
         return Look([self._of(tensor) for tensor in tensors])
 
     def suspect(self, tensors: Iterable[Tensor], event: bool = False) -> None:
-        """Has tensors hashed again before they are relied upon.
+        """Marks tensors for a new hash, which is computed before they are used again.
 
         Args:
-            tensors: Tensors.
-            event: Whether somebody may just have written to them, so that a change is no surprise.
+            tensors: Tensors that may have changed. Those without a hash are left out.
+            event: Whether an event explains a change, such as an optimizer's step.
         """
         for tensor in tensors:
             held = self._held.get(id(tensor))
@@ -164,21 +203,30 @@ class Weights:
                     self._doubt(held)
 
     def has_changed_unseen(self, tensor: Tensor) -> bool:
-        """Says whether the last hash has shown a change that nothing else had shown."""
+        """Returns whether the last hash has found a change that nothing else had shown."""
         return self._of(tensor).unseen
 
-    def suspect_next(self, tensors: Collection[Tensor]) -> None:
-        """Has one of some tensors hashed again, each in its turn."""
-        if tensors:
-            self._turn += 1
-            self.suspect([list(tensors)[self._turn % len(tensors)]])
+    def hash_pieces(self, look: Look, seconds: float) -> float:
+        """Hashes pieces of memory, others at each call, and a whole tensor if a piece has changed.
 
-    def hash(self, tensors: Iterable[Tensor]) -> float:
-        """Takes all hashes anew that are in doubt. Returns the seconds that it took."""
-        began = time.perf_counter()
-        for tensor in tensors:
-            self.digest(tensor)
-        return time.perf_counter() - began
+        Args:
+            look: Quick check of the tensors, which has just found no change.
+            seconds: Time after which no further piece is hashed, in seconds.
+
+        Returns:
+            Seconds that this took.
+        """
+        began = now = time.perf_counter()
+        while now - began < seconds and (found := look.next_piece()) is not None:
+            held, in_doubt = found
+            tensor = held.tensor()
+            if not in_doubt:
+                self.hashed += _PIECE
+            elif tensor is not None and held.digest:
+                self._doubt(held)
+                self.digest(tensor)
+            now = time.perf_counter()
+        return now - began
 
     def _doubt(self, held: _Held) -> None:
         held.before, held.digest = held.digest, b""
@@ -188,48 +236,86 @@ class Weights:
         held = self._held.get(id(tensor))
         if held is None or held.tensor() is not tensor:
             number = id(tensor)
-            forget = weakref.ref(tensor, lambda _: self._held.pop(number, None))
+            forget = weakref.ref(tensor, lambda _: self._forget(number))
             held = self._held[number] = _Held(forget)
         return held
 
+    def _forget(self, number: int) -> None:
+        held = self._held.pop(number, None)
+        self._room += held.room if held is not None else 0
+
     def _hash(self, held: _Held, tensor: Tensor) -> None:
         looks_same = bool(held.before) and Look([held]).is_same()
-        held.pointer, held.version = tensor.data_ptr(), _version(tensor)
-        held.look = _looker(tensor)
+        spots = held.spots
+        laid = _laid(tensor)
+        self._room += held.room
+        held.room = tensor.nbytes if _SMALL < tensor.nbytes <= self._room else 0
+        self._room -= held.room
+        held.pointer = tensor.data_ptr()
+        held.version = -1 if tensor.is_inference() else tensor._version
+        held.look = _looker(laid, bool(held.room)) if laid is not None else None
         held.spots = held.look() if held.look is not None else None
         about = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.stride()}"
         if off := off_line(tensor):
             about += f"@{off}"
-        bits = xxhash.xxh3_128(about.encode())
-        bits.update(bits_of(tensor).cpu().numpy().data)
-        held.digest = bits.digest()
-        held.unseen = looks_same and not held.expected and held.digest != held.before
+        plain = bits_of(tensor) if laid is None else laid.view(torch.uint8)
+        memory = plain.cpu().numpy().data
+        pieces = [memory[start : start + _PIECE] for start in range(0, len(memory), _PIECE)]
+        digests = [*map(xxhash.xxh3_128_digest, pieces)]
+        held.digest = xxhash.xxh3_128_digest(about.encode() + b"".join(digests))
+        in_place = laid is not None and tensor.device.type == "cpu"
+        held.pieces = list(zip(pieces, digests, strict=True)) if in_place else None
+        hidden = self._looks_like_another(held, spots) or looks_same
+        held.unseen = hidden and not held.expected and held.digest != held.before
         held.expected = False
         self.hashed += tensor.nbytes
 
+    def _looks_like_another(self, held: _Held, before: list[int] | None) -> bool:
+        """Returns whether a tensor looks as in an earlier state, and has other bits.
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+        Parameters that are exchanged around a validation come back as they were. If they do not,
+        somebody has written to a few of their numbers, and rows may have been served since then.
+
+        Args:
+            held: Tensor, in its new state.
+            before: Numbers that the quick check has compared in the last state.
+        """
+        if held.spots is None:
+            return False
+        spots, states = tuple(held.spots), held.states
+        then = states.pop(spots, held.digest)
+        states[spots] = held.digest
+        if len(states) > _STATES:
+            del states[next(iter(states))]
+        return before != held.spots and then != held.digest
 
 
-def _looker(tensor: Tensor) -> _Looker | None:
-    """Makes a function that reads a few numbers of a tensor's memory, the same at each call."""
-    count = tensor.numel()
-    if not count or tensor.is_conj() or tensor.is_neg():
+_version, _address = attrgetter("_version"), torch.Tensor.data_ptr
+
+
+def _laid(tensor: Tensor) -> Tensor | None:
+    """Returns a tensor's elements in the order of memory, or None if they are not contiguous."""
+    if not tensor.numel() or tensor.is_conj() or tensor.is_neg():
         return None
-    # In the order in which elements lie in memory, for weights may be in `channels_last`.
+    # Weights may be in `channels_last`.
     stride = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: -stride[dim])
     laid = tensor.detach().permute(order)
-    if not laid.is_contiguous():
-        return None
-    size = tensor.element_size()
-    plain = laid.reshape(-1)
-    words = plain.view(_WORDS.get(size, torch.uint8))
-    if tensor.device.type == "cpu" and tensor.nbytes <= _SMALL:
+    return laid.reshape(-1) if laid.is_contiguous() else None
+
+
+def _looker(laid: Tensor, whole: bool) -> _Looker:
+    """Makes a function that reads a few numbers, from the same places at each call, or hashes all.
+
+    Args:
+        laid: Elements of a tensor in the order of memory.
+        whole: Whether to hash all of a tensor that is not small.
+    """
+    words = laid.view(_WORDS.get(laid.element_size(), torch.uint8))
+    if laid.device.type == "cpu" and (whole or laid.nbytes <= _SMALL):
         return _Whole(words.numpy().data)
     places = sorted({int(len(words) * ((k + 1) * _GOLDEN % 1)) for k in range(_SPOTS)})
-    if tensor.device.type != "cpu":
-        chosen = torch.tensor(places, device=tensor.device)
+    if laid.device.type != "cpu":
+        chosen = torch.tensor(places, device=laid.device)
         return lambda: words[chosen].tolist()
     return _Memory(words.numpy().data, places)

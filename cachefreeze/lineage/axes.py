@@ -1,9 +1,9 @@
-"""Finds where the rows of a batch are in each value, by running recorded operations on other rows.
+"""Finds the rows of a batch in each value, by runs of recorded operations on other rows.
 
-Rows are not always the first axis, and sometimes merged with another: `(batch * length, width)`.
-Sizes do not tell. An operation is run once more on rows of the batch in another choice; where its
-result has the same choice along an axis, and along no other, that is the batch axis. A result that
-has it along none depends on other rows.
+Rows are not always in the first dimension, and may be merged with another one: `(batch * length,
+width)`. Sizes do not show this. So an operation runs once more on another choice of rows. If its
+result shows the same choice along one axis only, this is the batch axis. If it shows the choice
+along no axis, rows depend on one another.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,20 +20,20 @@ from cachefreeze.lineage.structure import tensors
 
 Tensor = torch.Tensor
 
-# Largest difference, as a share of the largest number, that another place in the batch may make.
+# Largest difference that another position in the batch may make, relative to the largest element.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the rows of a batch are in a value.
+    """Position of the rows of a batch in a value.
 
     Attributes:
-        dim: Dimension that the rows are in.
-        inner: Number of entries that a row has one after another, if the rows are merged with a
-            dimension behind them, as in `(batch * length, width)`.
-        outer: Number of times that all rows come one after another, if they are merged with a
-            dimension before them.
+        dim: Dimension that contains the rows.
+        inner: Number of consecutive entries of each row, if the rows are merged with a dimension
+            after them, as in `(batch * length, width)`.
+        outer: Number of repetitions of the batch, if the rows are merged with a dimension before
+            them.
     """
 
     dim: int
@@ -41,7 +41,7 @@ class Axis:
     outer: int = 1
 
     def places(self, rows: Sequence[int], count: int) -> Tensor:
-        """Returns the places of some rows along the dimension.
+        """Returns the indices of some rows along the dimension.
 
         Args:
             rows: Numbers of the rows.
@@ -53,20 +53,20 @@ class Axis:
         return (outer + one.reshape(1, -1)).reshape(-1)
 
     def take(self, tensor: Tensor, rows: Sequence[int], count: int) -> Tensor:
-        """Returns a tensor with other rows of the same batch, with the same strides.
+        """Returns a tensor with other rows of the same batch, and with the same strides.
 
         Args:
-            tensor: Tensor whose batch axis this is.
+            tensor: Tensor with this batch axis.
             rows: Numbers of the rows.
             count: Number of rows in the batch.
         """
         return with_strides(self.rows(tensor, rows, count), tensor.stride())
 
     def rows(self, tensor: Tensor, rows: Sequence[int], count: int) -> Tensor:
-        """Returns some rows of a tensor whose batch axis this is.
+        """Returns some rows of a tensor.
 
         Args:
-            tensor: Tensor.
+            tensor: Tensor with this batch axis.
             rows: Numbers of the rows.
             count: Number of rows in the batch.
         """
@@ -76,14 +76,15 @@ class Axis:
 
 @dataclass
 class Axes:
-    """Where the rows are in the values of a trace.
+    """Batch axes of the values of a trace.
 
     Attributes:
         rows: Number of rows in the batch.
-        fitting: Axes that each value that rows reach may have, by number. Several if the rows of
-            the batch are too much alike to tell, none if the value depends on other rows.
+        fitting: Set of possible batch axes of each value that depends on rows, by number. It has
+            several if the rows are too similar to decide, and none if a row of the value depends on
+            other rows.
         mixing: Numbers of the operations whose result for a row depends on other rows.
-        found: Values of the batch that were asked for, by number, as far as they were computed.
+        found: Values of the batch that were asked for and computed, by number.
     """
 
     rows: int
@@ -92,12 +93,12 @@ class Axes:
     found: dict[int, Tensor] = field(default_factory=dict)
 
     def axis(self, number: int) -> Axis | None:
-        """Returns the batch axis of a value, or None if it is not decided or there is none."""
+        """Returns the batch axis of a value, or None if there is none or it is not decided."""
         fitting = self.fitting.get(number, frozenset())
         return next(iter(fitting)) if len(fitting) == 1 else None
 
     def of(self, number: int) -> str:
-        """Says where the rows are in a value, for people."""
+        """Returns a description of the batch axis of a value, for people."""
         if number not in self.fitting:
             return "shared by all rows"
         axis = self.axis(number)
@@ -120,18 +121,19 @@ def batch_axes(
 ) -> Axes:
     """Finds the batch axis of every value that can be left out.
 
-    None of the model's own python code runs, except in modules that are one operation.
+    The Python code of the model does not run, except for modules that are one operation.
 
     Args:
         trace: Trace of a pass.
-        *args: Positional arguments of such a pass, with at least two rows that differ.
-        dims: Dimension of the rows in each input, by its place among the tensors of the arguments.
-            None for an input that all rows share. Without it, an input has its rows first if its
-            first dimension is as long as that of the first input that has one.
-        earlier: What another batch of the same trace has shown, to be made more precise.
-        known: Values of that batch whose batch axis is known, by number. What only leads to them is
-            not run.
-        wanted: Numbers of the values whose axis is sought. None for all.
+        *args: Positional arguments of such a pass. The batch needs at least two different rows.
+        dims: Dimension of the rows in each input, by position among the tensors in the arguments.
+            None for an input that all rows share. By default, each input whose first size is equal
+            to that of the first input has its rows first.
+        earlier: Result for another batch of the same trace. Axes that did not fit there are
+            excluded.
+        known: Values of this batch and their known batch axes, by number. Operations that only lead
+            to these values are not run.
+        wanted: Numbers of the values whose batch axes are needed. None for all.
         **kwargs: Keyword arguments of the pass.
 
     Raises:
@@ -140,7 +142,7 @@ def batch_axes(
     inputs = dict(zip(trace.inputs, tensors((args, kwargs)), strict=True))
     rows, axes = _of_inputs(inputs, dims)
     if rows < 2:
-        raise UserError("An example batch of at least two rows is needed to find the batch axes.")
+        raise UserError("The example batch has fewer than two rows: give one with two or more.")
     known = known or {}
     axes.update({number: {axis} for number, (_, axis) in known.items()})
     search = _Search(trace, rows, axes)
@@ -161,13 +163,13 @@ def axes_of(
     kept: Mapping[int, Tensor],
     inputs: Mapping[int, Tensor],
 ) -> Axes:
-    """Finds the batch axis of some values only, by two runs of the operations that lead to them.
+    """Finds the batch axes of some values, by two runs of the operations that lead to them.
 
     Args:
         program: Operations of the trace.
-        kept: Those values in a pass, by number.
-        inputs: Inputs of that pass, by number. Rows are first where the first dimension is as long
-            as that of the first input that has one.
+        kept: Values in a pass, by number.
+        inputs: Inputs of that pass, by number. Each input whose first size is equal to that of the
+            first input has its rows first.
     """
     rows, axes = _of_inputs(inputs, None)
     found = Axes(rows)
@@ -177,7 +179,8 @@ def axes_of(
     _narrow(fits, program, kept, inputs, axes, rows)
     open_ones = [number for number, fitting in fits.items() if len(fitting) > 1]
     if open_ones:
-        # The rows are too much alike, as masks without padding are: others are made of them.
+        # The rows are too similar, for example masks without padding: other rows are made from
+        # them.
         varied = {
             number: _varied(tensor) if number in axes else tensor
             for number, tensor in inputs.items()
@@ -196,7 +199,7 @@ def _narrow(
     axes: Mapping[int, set[Axis]],
     rows: int,
 ) -> None:
-    """Leaves those axes along which another choice of rows comes back in the results."""
+    """Removes the axes along which the results do not show the choice of rows."""
     for choice in _choices(rows):
         chosen = {
             number: next(iter(axes[number])).take(tensor, choice, rows)
@@ -210,7 +213,7 @@ def _narrow(
 
 
 def _varied(tensor: Tensor) -> Tensor:
-    """Returns other rows of the same kind: masks that end earlier and earlier, or rolled rows."""
+    """Returns other rows of the same kind: rolled rows, or masks of different lengths."""
     found = with_strides(tensor.detach(), tensor.stride())
     if found.dim() < 2 or not found.numel():
         return found
@@ -225,14 +228,17 @@ def _varied(tensor: Tensor) -> Tensor:
 
 
 def _choices(rows: int) -> list[list[int]]:
-    """Chooses each half of a batch twice: what depends on an extreme row shows in one of them."""
+    """Returns two choices of rows, from each half of the batch.
+
+    A value that depends on an extreme row differs in one of them.
+    """
     half = max(rows // 2, 1)
     low, high = list(range(half)), list(range(rows - half, rows))
     return [(low * 3)[:rows][::-1], (high * 3)[:rows][::-1]]
 
 
 def rows_of(inputs: Mapping[int, Tensor]) -> tuple[int, frozenset[int]]:
-    """Returns the number of rows of a batch, and the inputs that have one for each.
+    """Returns the number of rows of a batch, and the numbers of the inputs that contain rows.
 
     Args:
         inputs: Inputs of a pass, by number.
@@ -242,11 +248,11 @@ def rows_of(inputs: Mapping[int, Tensor]) -> tuple[int, frozenset[int]]:
 
 
 def leave_mixing(trace: Trace, axes: Axes) -> None:
-    """Makes operations live whose result for a row depends on other rows.
+    """Marks operations as live if their result for a row depends on other rows.
 
     Args:
         trace: Trace of a pass.
-        axes: What `batch_axes` found in it.
+        axes: Result of `batch_axes` for this trace.
     """
     reached = _reach_frozen(trace)
     for number in axes.mixing:
@@ -256,7 +262,10 @@ def leave_mixing(trace: Trace, axes: Axes) -> None:
 
 
 def _reach_frozen(trace: Trace) -> set[int]:
-    """Finds the operations that frozen work depends on. Others only decide on python's way."""
+    """Returns the operations that frozen work depends on.
+
+    Others only decide the path of Python code.
+    """
     found: set[int] = set()
     for operation in reversed(trace.operations):
         if operation.kind == FROZEN or operation.number in found:
@@ -293,7 +302,7 @@ class _Search:
         self._choices = _choices(rows)
 
     def run(self, given: Mapping[int, Tensor], wanted: Collection[int] | None) -> dict[int, Tensor]:
-        """Runs the operations that lead to wanted values, and returns those values."""
+        """Runs the operations that lead to the wanted values, and returns these values."""
         trace, keep = self._trace, frozenset(wanted or ())
         chosen = trace.operations if wanted is None else self._program.needed(wanted, given)
         chosen = [one for one in chosen if one.skippable]
@@ -303,7 +312,7 @@ class _Search:
             return {number: given[number] for number in keep if number in given}
         for operation in chosen:
             if not all(n in found or trace.values[n].operation < 0 for n in operation.reads):
-                continue  # it takes what live work has made
+                continue  # its arguments come from live work
             before = {number: found[number] for number in operation.reads if number in found}
             follows = any(number in self.fitting for number in operation.reads)
             if follows and operation.writes:
@@ -317,7 +326,7 @@ class _Search:
         return {number: found[number] for number in keep if number in found}
 
     def _all_are_known(self, chosen: Sequence[Operation], given: Collection[int]) -> bool:
-        """Says whether no operation needs a trial: then none needs to run."""
+        """Returns whether no operation needs a trial, so that none has to run."""
         there = set(given)
         for operation in chosen:
             if not all(n in there or self._trace.values[n].operation < 0 for n in operation.reads):
@@ -329,8 +338,11 @@ class _Search:
         return True
 
     def _knows(self, operation: Operation) -> bool:
-        """Notes the batch axis of results that need no trial."""
-        if not operation.makes and not operation.writes:  # it hands on what it takes
+        """Notes the batch axis of the results, if there is a rule for it.
+
+        Returns whether there is.
+        """
+        if not operation.makes and not operation.writes:  # it returns an argument
             return True
         dims = {n: _plain_dim(self.fitting[n]) for n in operation.reads if n in self.fitting}
         dim = row_dimension(operation, self._trace.values, dims)
@@ -342,7 +354,7 @@ class _Search:
     def _decide(
         self, operation: Operation, before: dict[int, Tensor], after: Mapping[int, Tensor]
     ) -> None:
-        """Finds the batch axis in the results of an operation."""
+        """Finds the batch axes of the results of an operation by trials."""
         made = [n for n in operation.makes if n in after and self._trace.values[n].plain]
         if any(number in self.fitting and not self.fitting[number] for number in operation.reads):
             self.fitting.update({number: set() for number in made})
@@ -374,7 +386,7 @@ class _Search:
 
 
 def _plain_dim(fits: set[Axis]) -> int | None:
-    """Returns the dimension of the rows if there is only one, and nothing is merged with it."""
+    """Returns the dimension of the rows. None if it is not decided or merged with another one."""
     axis = next(iter(fits)) if len(fits) == 1 else None
     return axis.dim if axis is not None and axis.inner * axis.outer == 1 else None
 
@@ -394,12 +406,12 @@ def _candidates(shape: Sequence[int], rows: int) -> Iterator[Axis]:
 def _fitting(
     fits: set[Axis], whole: Tensor, result: Tensor, choice: Sequence[int], rows: int
 ) -> set[Axis]:
-    """Returns the axes along which a result has the rows that were chosen.
+    """Returns the axes along which a result shows the choice of rows.
 
     Args:
         fits: Axes to try.
-        whole: Value of the batch itself.
-        result: Value of the chosen rows.
+        whole: Value for the batch itself.
+        result: Value for the chosen rows.
         choice: Numbers of the chosen rows.
         rows: Number of rows in the batch.
     """
@@ -408,14 +420,17 @@ def _fitting(
     return {
         axis
         for axis in fits
-        # One row tells most wrong axes, and costs a small part of all rows.
+        # One row excludes most wrong axes, and takes a small part of the time of all rows.
         if _near(axis.rows(whole, choice[:1], rows), axis.rows(result, [0], rows), whole)
-        and _same(axis.take(whole, choice, rows), result)
+        and _near(taken := axis.take(whole, choice, rows), result, taken)
     }
 
 
 def _near(one: Tensor, other: Tensor, whole: Tensor) -> bool:
-    """Says whether a row is that of another value, as far as a value that holds it allows."""
+    """Returns whether two tensors are equal, up to a tolerance.
+
+    The tolerance is relative to the largest element of `whole`.
+    """
     if torch.equal(one, other):
         return True
     if not (one.is_floating_point() or one.is_complex()):
@@ -423,16 +438,3 @@ def _near(one: Tensor, other: Tensor, whole: Tensor) -> bool:
     far = (torch.nan_to_num(one) - torch.nan_to_num(other)).abs()
     scale = float(torch.nan_to_num(whole.detach()).abs().max())
     return bool((far <= _TOLERANCE.get(one.dtype, 1e-4) * scale).all())
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    if torch.equal(one, other):
-        return True
-    if not (one.is_floating_point() or one.is_complex()):
-        return torch.equal(one, other)
-    one, other = torch.nan_to_num(one), torch.nan_to_num(other)
-    scale = one.abs().max() if one.numel() else torch.tensor(0.0)
-    allowed = _TOLERANCE.get(one.dtype, 1e-4) * float(scale)
-    return bool(((one - other).abs() <= allowed).all())

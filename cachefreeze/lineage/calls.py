@@ -1,7 +1,7 @@
-"""Catches calls of modules, and segments of gradient checkpointing, while a pass is followed.
+"""Intercepts calls of modules, and of segments of gradient checkpointing.
 
-`nn.Module.__call__` is replaced as long as somebody follows, and put back afterwards. Neither hooks
-nor attributes of modules are touched, since those go into pickles and copies.
+`nn.Module.__call__` is replaced in the body of `catching`, and restored afterwards. Hooks and
+attributes of modules are not used, since they would be pickled and copied with the module.
 """
 
 import threading
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Follower(Protocol):
-    """What is told of the calls of a thread."""
+    """Receives the calls of modules in one thread."""
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call of a module, or does something in its place."""
@@ -24,7 +24,7 @@ class Follower(Protocol):
 
 
 class _Local(threading.local):
-    """What goes on in a thread. Defaults of a class are read twice as fast as by `getattr`."""
+    """State of a thread. Reading a class default is twice as fast as `getattr` with a default."""
 
     follower: Follower | None = None
     within = False
@@ -39,7 +39,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # The first line is for Dynamo, which follows this function where it compiles a call.
+    # Dynamo traces this function when it compiles a call of a module.
     if _is_compiling():
         return real_call(module, *args, **kwargs)
     follower = _local.follower
@@ -49,7 +49,7 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return real_call(module, *args, **kwargs)
     watcher = _watched.get(id(module))
     if watcher is None and type(module).__name__ == "OptimizedModule":
-        # Compiled code follows no calls of the modules that it was made from.
+        # Compiled code does not call the modules that it was made from.
         watcher = _watched.get(id(module._modules.get("_orig_mod")))
     if watcher is None:
         if _before_call is not None:
@@ -66,10 +66,10 @@ _before_call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | Non
 
 
 def before_call(function: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
-    """Has a function called before the outermost calls of modules that are not watched.
+    """Registers a function that is called before each outermost call of a module without a watcher.
 
     Args:
-        function: Function called with the module and its arguments, from now on.
+        function: Function called with the module and its positional and keyword arguments.
     """
     global _before_call
     _before_call = function
@@ -80,33 +80,33 @@ _watched: dict[int, Watcher] = {}
 
 
 def watch(modules: Iterable[nn.Module], watcher: Watcher) -> None:
-    """Hands over the outermost calls of some modules, in the body of `catching`.
+    """Makes a function receive the outermost calls of some modules, in the body of `catching`.
 
     Args:
-        modules: Modules. They are not held.
-        watcher: Function called in the place of such a call, with the module and its arguments.
+        modules: Modules to watch. No reference to them is kept.
+        watcher: Function called in the place of each such call, with the module and its arguments.
     """
     _watched.update((id(module), watcher) for module in modules)
 
 
 def unwatch(numbers: Iterable[int]) -> None:
-    """Hands calls over no more.
+    """Stops watching some modules.
 
     Args:
-        numbers: Identities of the modules, which may be gone.
+        numbers: Identities (`id`) of the modules, which may not exist any more.
     """
     for number in numbers:
         _watched.pop(number, None)
 
 
 def watcher_of(module: nn.Module) -> Watcher | None:
-    """Returns who is handed the calls of a module."""
+    """Returns the function that receives the calls of a module, or None."""
     return _watched.get(id(module))
 
 
 @contextmanager
 def rooted() -> Iterator[None]:
-    """Lets the calls inside a call that was handed over be outermost ones themselves."""
+    """Treats calls inside of a watched call as outermost calls, too, in the body."""
     before, _local.within = _local.within, False
     try:
         yield
@@ -116,7 +116,7 @@ def rooted() -> Iterator[None]:
 
 @contextmanager
 def catching() -> Iterator[None]:
-    """Catches calls of modules in the body, in every thread that has a follower."""
+    """Intercepts calls of modules in the body, in every thread."""
     global _open
     with _lock:
         if not _open:
@@ -133,7 +133,7 @@ def catching() -> Iterator[None]:
 
 @contextmanager
 def follower_of_thread(follower: Follower | None) -> Iterator[None]:
-    """Tells a follower of the calls of this thread in the body. None tells nobody."""
+    """Makes a follower receive the calls of this thread in the body. None for no follower."""
     before = _local.follower
     _local.follower = follower
     try:
@@ -144,15 +144,16 @@ def follower_of_thread(follower: Follower | None) -> Iterator[None]:
 
 @contextmanager
 def unfollowed(mode: TorchFunctionMode | None) -> Iterator[None]:
-    """Runs the body as if nobody followed: without the follower, and without its mode.
+    """Runs the body without the follower of this thread and without its mode.
 
     Args:
-        mode: Mode of the follower. It is taken off if it is on top of the stack.
+        mode: Mode of the follower. It is removed for the body if it is on top of the stack of
+            modes.
     """
     before = _local.follower
     _local.follower = None
     taken = mode is not None and take_off(mode)
-    # Below a mode of somebody else's, ours cannot be taken off.
+    # A mode below another one cannot be removed, so it is paused.
     paused = getattr(mode, "paused", False)
     if mode is not None and not taken:
         mode.paused = True  # type: ignore[attr-defined]
@@ -167,7 +168,7 @@ def unfollowed(mode: TorchFunctionMode | None) -> Iterator[None]:
 
 
 def take_off(mode: TorchFunctionMode) -> bool:
-    """Takes a mode off the stack of modes, if it is on top. Says whether it was."""
+    """Removes a mode from the stack of modes if it is on top. Returns whether it was."""
     if _on_top() is not mode:
         return False
     torch._C._pop_torch_function_stack()
@@ -186,10 +187,10 @@ def _on_top() -> Any:
 
 @contextmanager
 def segments(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
-    """Tells of the checkpointed segments that this thread runs in the body of `catching`.
+    """Reports the checkpointed segments that this thread runs, in the body of `catching`.
 
     Args:
-        begin: Function called before a segment's forward pass.
+        begin: Function called before the forward pass of a segment.
         end: Function called after it.
     """
     _local.segment = (begin, end)
@@ -200,7 +201,7 @@ def segments(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[Non
 
 
 class _Reentrant:
-    """Stands in the place of torch's `CheckpointFunction`."""
+    """Replaces torch's `CheckpointFunction`."""
 
     @staticmethod
     def apply(*args: Any) -> Any:
@@ -215,7 +216,7 @@ class _Reentrant:
 
 
 def _nonreentrant(*args: Any, **kwargs: Any) -> Iterator[Any]:
-    """Stands in the place of torch's generator around a segment that is not reentrant."""
+    """Replaces torch's generator around a segment that is not reentrant."""
     told = _local.segment
     if told is None:
         yield from _generator(*args, **kwargs)
@@ -228,7 +229,7 @@ def _nonreentrant(*args: Any, **kwargs: Any) -> Iterator[Any]:
 
 
 _reentrant: Any = checkpointing.CheckpointFunction
-# Later versions of torch call the second name, earlier ones have the first only.
+# Newer versions of torch call the second name, older ones have only the first.
 _NAME = "_checkpoint_without_reentrant_generator"
 _NAME = f"{_NAME}_impl" if hasattr(checkpointing, f"{_NAME}_impl") else _NAME
 _generator: Callable[..., Iterator[Any]] = getattr(checkpointing, _NAME)
@@ -243,8 +244,8 @@ def _put_in_place() -> None:
 
 
 def _put_back() -> None:
-    # Somebody else who has replaced the call since then keeps it: theirs leads to ours, and ours
-    # does nothing without a follower.
+    # If other code has replaced the call since then, its function stays. It calls ours, which does
+    # nothing without a follower.
     if nn.Module.__call__ is _call:
         nn.Module.__call__ = real_call  # type: ignore[method-assign]
     checkpointing.CheckpointFunction = _reentrant  # type: ignore[misc]

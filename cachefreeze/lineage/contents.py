@@ -1,14 +1,18 @@
-"""What lists, dictionaries and plain objects among the attributes of modules hold.
+"""Contents of the settings of modules: plain values, containers and objects in their attributes.
 
-Such are the configurations of Hugging Face's models, which all parts of a model share.
+An example is the configuration of a Hugging Face model, which all its parts share.
 """
 
+import ctypes
 import sys
+import threading
 import types
+import weakref
 from array import array
 from collections import deque
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from itertools import chain, count
 from operator import is_
 from typing import Any
 
@@ -18,23 +22,27 @@ from torch import nn
 
 from cachefreeze.lineage.structure import PLAIN_KINDS
 
-# Number of entries of a container, and depth, that are looked at.
+# Largest number of entries of a container, and largest depth, that are compared.
 _MANY, _DEEP = 10_000, 4
 _SEQUENCES, _SETS = (list, tuple, deque), (set, frozenset)
-# What may be written to in place, with no object exchanged.
+# Types whose contents can change in place, although all objects stay the same.
 _ARRAYS = (np.ndarray, bytearray, array)
+# What shows something that lies elsewhere.
+_WINDOWS = (ContextVar, threading.local, types.MappingProxyType, memoryview, weakref.ref, Iterator)
+_C_DATA: Any = ctypes.c_int.__mro__[-2]
+WINDOWS = (*_WINDOWS, bytearray, array, _C_DATA)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def content(value: Any, depth: int = 0) -> Any:
-    """Describes what a setting holds, or returns None for what is no setting.
+    """Returns a comparable description of a setting, or None if the value is not a setting.
 
     Args:
         value: Value of an attribute.
-        depth: Depth of the value in others.
+        depth: Number of objects around the value.
     """
     if isinstance(value, (float, complex)):
-        return type(value), repr(value)  # -0.0 is equal to 0.0
+        return type(value), repr(value)  # -0.0 == 0.0, and they are two settings
     if type(value) in PLAIN_KINDS:
         return type(value), value
     if depth > _DEEP:
@@ -52,8 +60,29 @@ def content(value: Any, depth: int = 0) -> Any:
     return (type(value), content(held, depth)) if held is not None else None
 
 
+def shown_by(value: Any) -> Any:
+    """Returns what one of `WINDOWS` shows, as a container of python's or bytes.
+
+    An iterator shows a number that is another one each time, for reading it is changing it.
+    """
+    if isinstance(value, ContextVar):
+        return [value.get(None)]
+    if isinstance(value, threading.local):
+        return dict(vars(value))
+    if isinstance(value, types.MappingProxyType):
+        return dict(value)
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if isinstance(value, Iterator):
+        return next(_numbers)
+    return bytes(value)
+
+
+_numbers = count()
+
+
 def attributes_of(value: Any) -> dict[str, Any] | None:
-    """Returns the attributes of a plain object, and None of anything else."""
+    """Returns the attributes of a plain object. None for tensors, modules, classes, functions."""
     if isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType, *_FUNCTIONS)):
         return None
     held = getattr(value, "__dict__", None)
@@ -65,7 +94,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 
 def _slots(kind: type) -> list[str]:
-    """Returns the names of attributes that objects of somebody's class have without `__dict__`."""
+    """Returns the names of the attributes in `__slots__`, for classes of user code."""
     if kind.__module__.partition(".")[0] in _NO_SLOTS:
         return []
     return [
@@ -79,10 +108,21 @@ def _slots(kind: type) -> list[str]:
 _NO_SLOTS = frozenset(("builtins", "torch", "numpy", "cachefreeze", *sys.stdlib_module_names))
 
 
-class Glance:
-    """A quick look at the same: whether all that settings hold are the very objects of before.
+def _never_the_same(held: dict[Any, Any]) -> object:
+    return object()
 
-    It is one pass in C over all of them. Where objects were exchanged, contents may still be equal.
+
+# Number that is another one as soon as somebody has assigned to an entry of a dictionary. torch's
+# compiler relies on it, too. Without it, entries are compared one by one.
+dict_version: Callable[[Any], Any] = getattr(
+    torch._C._dynamo.guards, "dict_version", _never_the_same
+)
+
+
+class Glance:
+    """Quick comparison of settings by the identity of all objects in them, in one pass in C.
+
+    If an object was replaced, the contents may still be equal.
 
     Args:
         values: Settings.
@@ -92,7 +132,7 @@ class Glance:
         self._views: list[Iterable[Any]] = []
         self._objects: list[Any] = []
         self._dicts: list[dict[str, Any]] = []
-        # The identity of a number says something as long as the number lives.
+        # These objects are kept alive, since the identity of a deleted object may be used again.
         self._alive: list[Any] = []
         self._sees_all = True
         for value in values:
@@ -105,11 +145,13 @@ class Glance:
             return
         if depth > _DEEP:
             return
-        if isinstance(value, _ARRAYS):
+        if isinstance(value, (*_ARRAYS, *WINDOWS)):
             self._sees_all = False
             return
         if isinstance(value, dict):
-            self._sees_all &= len(value) <= _MANY and all(type(key) in PLAIN_KINDS for key in value)
+            self._sees_all &= len(value) <= _MANY and all(
+                type(key) in PLAIN_KINDS or isinstance(key, type) for key in value
+            )
             self._alive += list(value)[:_MANY]
             self._views += [value, value.values()]
             items = list(value.values())
@@ -131,11 +173,11 @@ class Glance:
 
     @property
     def size(self) -> int:
-        """Number of objects that are looked at."""
+        """Number of objects that are compared."""
         return len(self._ids)
 
     def is_same(self) -> bool:
-        """Says whether nothing was exchanged, as far as this look can tell."""
+        """Returns whether all objects are the same. False if this comparison cannot tell."""
         return (
             self._sees_all
             and [*map(id, chain.from_iterable(self._views))] == self._ids
@@ -144,5 +186,5 @@ class Glance:
 
 
 def _dict_of(value: Any) -> Any:
-    # Past what a class makes of reading its attributes, which costs more than the rest.
+    # Does not call a `__getattribute__` of the class, which would cost more than all the rest.
     return object.__getattribute__(value, "__dict__")

@@ -1,4 +1,4 @@
-"""Chooses what is kept of a pass: what crosses from frozen to trained work, or what is cheapest."""
+"""Chooses the values to keep: those between frozen and trained work, or the cheapest."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ import numpy as np
 
 from cachefreeze.lineage.operations import FROZEN, INPUT, Operation, Trace
 
-# Largest sum of capacities, which the flow counts in 32 bits.
+# Largest capacity. The maximum flow counts in 32 bits.
 _CAPACITY = 1 << 30
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What is kept of a pass, and what runs again at replay.
+    """The values that are kept, and the operations that still run in a replay.
 
     Attributes:
         kept: Numbers of the kept values, in order.
-        runs: Numbers of the operations that run at replay. All others are left out.
-        nbytes: Bytes of the kept values, for the traced batch.
-        seconds_again: Time of the kernels that run again although they could be left out.
-        seconds_saved: Time of the kernels that are left out.
+        runs: Numbers of the operations that run in a replay. All others are left out.
+        nbytes: Bytes of the kept values of the traced batch.
+        seconds_again: Seconds of the kernels that run again although they could be left out.
+        seconds_saved: Seconds of the kernels that are left out.
     """
 
     kept: tuple[int, ...]
@@ -33,14 +33,14 @@ class Cut:
 def crossing_cut(trace: Trace, unread: Collection[int] = ()) -> Cut:
     """Keeps every frozen value that trained work, live work or the output takes.
 
-    Work that depends on the batch alone, or on nothing, runs again where its result is taken.
+    Operations that depend on the batch alone, or on nothing, run again if their result is taken.
 
     Args:
         trace: Trace of a pass.
-        unread: Numbers of outputs that nobody reads. They are not kept.
+        unread: Numbers of outputs that the caller never reads. They are not kept.
     """
     kept, runs = _settle(trace, set(), set(), _wanted(trace, unread))
-    roots = _cheaper_roots(trace, kept, runs)
+    roots = _cheaper_roots(trace, kept)
     if roots:
         kept, runs = _settle(trace, set(), roots, _wanted(trace, unread))
     return _cut(trace, kept, runs)
@@ -55,27 +55,28 @@ def minimum_cut(
     each_of_inputs: float = 0.0,
     unread: Collection[int] = (),
 ) -> Cut:
-    """Keeps what makes the replayed pass cheapest: a value is read, or its operations run again.
+    """Chooses the values to keep so that the replayed pass is as fast as possible.
 
-    The choice is a minimum cut of the graph of operations and values, as in the min-cut
-    rematerialization of `torch._functorch.partitioners`. Constants are always made again.
+    Each value is either read, or its operations run again. The choice is a minimum cut of the graph
+    of operations and values, as in the min-cut rematerialization of
+    `torch._functorch.partitioners`. Constants are always computed again.
 
     Args:
         trace: Trace of a pass.
         reading_rate: Bytes a second at which kept values are read.
-        price: Seconds that one kept byte of the batch counts beside its reading, for a budget.
-        each: Seconds that one kept value costs beside its bytes, such as for finding its rows.
-        each_of_inputs: The same for a value that is made from the batch alone.
-        unread: Numbers of outputs that nobody reads. They are not kept.
+        price: Further cost of each kept byte, in seconds, for example to fit a memory limit.
+        each: Further cost of each kept value, in seconds, for example to look up its rows.
+        each_of_inputs: Further cost of each kept value that depends on the batch alone, in seconds.
+        unread: Numbers of outputs that the caller never reads. They are not kept.
 
     Raises:
         ValueError: The reading rate is not positive, or the price is negative.
     """
     if not reading_rate > 0 or not price >= 0:
-        raise ValueError("minimum_cut needs a reading_rate above 0 and a price of at least 0.")
+        raise ValueError("minimum_cut takes a reading_rate above 0 and a price of at least 0.")
     wanted = _wanted(trace, unread)
     _, runs = _settle(trace, set(), set(), wanted)
-    # What runs whatever is kept, and what it takes.
+    # Operations that run whichever values are kept. The values that they read are needed.
     fixed = {one for one in runs if not trace.operations[one].skippable}
     fixed |= _bound_to_run(trace, fixed)
     wanted = wanted | {number for one in fixed for number in trace.operations[one].reads}
@@ -105,17 +106,17 @@ def cheapest(
     costs: dict[int, float],
     wanted: Iterable[int],
 ) -> tuple[set[int], set[int]]:
-    """Decides for each value that is needed: keep it, or run its operation again.
+    """Decides for each needed value whether to keep it or to run its operation again.
 
     Args:
         seconds: Cost of each operation.
-        reads: Values that each operation takes, by number. All of them have a maker.
-        maker: Operation that makes each value.
-        costs: Cost of keeping each value. A value without one cannot be kept.
-        wanted: Values that are needed.
+        reads: Numbers of the values that each operation reads. Each value has a maker.
+        maker: Operation that makes each value, by number of the value.
+        costs: Cost of keeping each value, by number. Values without a cost cannot be kept.
+        wanted: Numbers of the needed values.
 
     Returns:
-        Operations that run again, and values that are kept. Their costs together are the least.
+        Operations that run again, and values that are kept. Their total cost is the minimum.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
@@ -123,8 +124,8 @@ def cheapest(
     wanted = list(wanted)
     if not wanted:
         return set(), set()
-    # A cut edge is something paid for: source -> operation is running it, operation -> value is
-    # keeping the value. A value that is needed, and whose maker is on the source's side, is kept.
+    # A cut edge is a cost: source -> operation is to run it, operation -> value is to keep the
+    # value. A needed value is kept if its maker is on the side of the source.
     numbers = {number: len(seconds) + rank for rank, number in enumerate(maker)}
     source, sink = len(seconds) + len(numbers), len(seconds) + len(numbers) + 1
     total = sum(seconds)
@@ -136,7 +137,7 @@ def cheapest(
 
     edges = [(source, one, capacity(cost)) for one, cost in enumerate(seconds)]
     for number, one in maker.items():
-        # Nothing that costs more than all operations together is ever kept.
+        # A value that costs more than all operations together is never kept.
         cost = costs.get(number)
         kept = endless if cost is None else min(capacity(min(cost, 2 * total)), endless - 1)
         edges.append((one, numbers[number], kept))
@@ -159,7 +160,7 @@ def cheapest(
 
 
 def _is_view(trace: Trace, operation: Operation) -> bool:
-    """Says whether an operation only makes views, which takes no time and no bytes."""
+    """Returns whether an operation only makes views, which takes neither time nor memory."""
     storages = {trace.values[number].storage for number in operation.reads}
     return not operation.writes and all(
         trace.values[number].storage in storages for number in operation.makes
@@ -173,7 +174,10 @@ def _needed(
     maker: dict[int, int],
     wanted: Iterable[int],
 ) -> set[int]:
-    """Leaves out operations that nothing needs: a cut puts what costs nothing on either side."""
+    """Removes operations that nothing needs.
+
+    The cut may put an operation without cost on either side.
+    """
     found: set[int] = set()
     open_values = list(wanted)
     while open_values:
@@ -190,16 +194,16 @@ def _wanted(trace: Trace, unread: Collection[int]) -> set[int]:
 
 
 def _bound_to_run(trace: Trace, runs: set[int]) -> set[int]:
-    """Finds operations that must run because of others: in a checkpointed segment, on a buffer.
+    """Returns operations that must run because others on their segment or buffer run.
 
     Args:
         trace: Trace of a pass.
-        runs: Operations that run.
+        runs: Numbers of the operations that run.
     """
     operations, values = trace.operations, trace.values
     segments = {operations[one].segment for one in runs} - {-1}
     bound = {one.number for one in operations if one.segment in segments}
-    # A running write reaches the other tensors on its buffer only if they really are on it.
+    # A write that runs changes the other tensors on its buffer only if they were really made.
     shared = {
         values[old].storage
         for one in runs
@@ -217,13 +221,13 @@ def _bound_to_run(trace: Trace, runs: set[int]) -> set[int]:
 def _settle(
     trace: Trace, kept: set[int], runs: set[int], wanted: set[int]
 ) -> tuple[set[int], set[int]]:
-    """Completes a choice, until everything that runs has what it takes.
+    """Completes a choice, until every operation that runs has its arguments.
 
     Args:
         trace: Trace of a pass.
-        kept: Values that are kept.
-        runs: Operations that run again by choice.
-        wanted: Values that the caller takes.
+        kept: Numbers of the kept values.
+        runs: Numbers of the operations that run again by choice.
+        wanted: Numbers of the values that the caller reads.
     """
     operations, values = trace.operations, trace.values
     kept = set(kept)
@@ -253,7 +257,7 @@ def _settle(
 
 
 def _writes_on_real(trace: Trace, kept: set[int], runs: set[int]) -> set[int]:
-    """Finds writes that may not be left out, since a real tensor is on the buffer by then."""
+    """Returns writes that cannot be left out, since a real tensor is on their buffer by then."""
     values = trace.values
     real = {values[number].storage: number for number in sorted(kept, reverse=True)}
     for one in sorted(runs, reverse=True):
@@ -269,8 +273,8 @@ def _writes_on_real(trace: Trace, kept: set[int], runs: set[int]) -> set[int]:
     }
 
 
-def _cheaper_roots(trace: Trace, kept: set[int], runs: set[int]) -> set[int]:
-    """Finds views that are better made again, from one kept tensor that they are views of."""
+def _cheaper_roots(trace: Trace, kept: set[int]) -> set[int]:
+    """Returns operations that make views of a base that is smaller to keep than the views."""
     values, operations = trace.values, trace.operations
     groups: dict[int, list[int]] = {}
     for number in sorted(kept):
@@ -288,7 +292,7 @@ def _cheaper_roots(trace: Trace, kept: set[int], runs: set[int]) -> set[int]:
 
 
 def _path(trace: Trace, numbers: Iterable[int], root: int) -> set[int]:
-    """Finds the operations that lead from a tensor to its views."""
+    """Returns the operations that lead from a tensor to its views."""
     found: set[int] = set()
     open_values = [number for number in numbers if number != root]
     while open_values:

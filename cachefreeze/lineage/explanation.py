@@ -1,4 +1,4 @@
-"""Says in words what a cache would save of a model's forward pass, and what stands in its way."""
+"""Explains what a cache would save of a model's forward pass, and which work limits it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,20 +14,20 @@ from cachefreeze.lineage.modules import compiled_functions
 from cachefreeze.lineage.operations import LIVE, MIXES, SHAPELESS, TRAINED, Operation, Trace, mark
 from cachefreeze.lineage.tracer import trace
 
-# Rate at which memory or a fast disk gives kept values back, in bytes a second.
+# Bytes a second at which memory or a fast disk returns kept values.
 READING_RATE = 1e9
 _MANY_LINES = 12
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a cache would do for a model, to be printed.
+    """Expected effect of a cache on a model. `print` shows all of it.
 
     Attributes:
-        saved: Share of the forward pass's time that a replayed pass leaves out, from 0 to 1.
-        row_bytes: Bytes that are kept a row.
-        kept: Names of the kept values.
-        limits: Sentences that say what stands in the way of more.
+        saved: Share of the time of the forward pass that is left out, from 0 to 1.
+        row_bytes: Bytes that are kept for each row.
+        kept: Descriptions of the kept values.
+        limits: Sentences about the work that limits the cache.
         text: All of it as text.
     """
 
@@ -74,28 +74,28 @@ def _views(views: int) -> str:
 
 
 def explain(model: Callable[..., Any], /, *example: Any, **kwargs: Any) -> Explanation:
-    """Explains what a cache would save of a model's forward pass.
+    """Explains what a cache would save of a model's forward pass, and which work limits it.
 
-    One forward pass runs on the example. It is an ordinary pass: random numbers are drawn, and
-    batch norms in training mode move.
+    Runs one ordinary forward pass: random numbers are drawn, and batch norms in training mode
+    update their statistics.
 
     Args:
         model: Module, or a function or method that calls modules.
-        *example: Positional arguments of the call, with a batch of at least two rows among them.
+        *example: Positional arguments of the call, with a batch of at least two rows.
         **kwargs: Keyword arguments of the call.
 
     Returns:
         Explanation. `print` shows it as a table.
 
     Raises:
-        UserError: The callable uses no module, does not take the example, has no frozen parameter,
-            trains nothing, or calls a function under `torch.compile`.
+        UserError: The callable uses no module, does not accept the example, has no frozen or no
+            trained parameter, or calls a compiled function.
     """
     if isinstance(model, torch.nn.Module) and (functions := compiled_functions(model)):
         raise UserError(
             f"{type(model).__name__} calls a function under torch.compile "
-            f"({', '.join(functions)}), which would run uncompiled while it is followed: compile a "
-            "module in its place."
+            f"({', '.join(functions)}), which a trace would run uncompiled: compile a module "
+            "instead."
         )
     try:
         output, traced = trace(model, *example, **kwargs)
@@ -104,7 +104,7 @@ def explain(model: Callable[..., Any], /, *example: Any, **kwargs: Any) -> Expla
     except Exception as error:
         told = str(error).strip().splitlines()
         raise UserError(
-            f"The model does not take the example batch: {told[0] if told else error!r}"
+            f"The model does not accept the example batch: {told[0] if told else error!r}"
         ) from error
     del output
     name = getattr(model, "__name__", type(model).__name__)
@@ -112,10 +112,12 @@ def explain(model: Callable[..., Any], /, *example: Any, **kwargs: Any) -> Expla
         state for state in traced.states if isinstance(state.tensor(), torch.nn.Parameter)
     ]
     if not any(state.trained for state in parameters):
-        raise UserError(f"Nothing of {name} is trained: no parameter has requires_grad = True.")
+        raise UserError(
+            f"No parameter of {name} is trained: set requires_grad = True on those to train."
+        )
     if all(state.trained for state in parameters):
         raise UserError(
-            f"No parameter of {name} is frozen: set requires_grad = False on those that do not "
+            f"No parameter of {name} is frozen: set requires_grad = False on those that should not "
             "change."
         )
     axes = None
@@ -144,13 +146,12 @@ def _explanation(name: str, traced: Trace, axes: Axes | None) -> Explanation:
         lines.append("")
     if 0 < cheapest.nbytes < cut.nbytes:
         lines += [
-            f"Keeping {_bytes(cheapest.nbytes / rows)} a row would do if "
-            f"{cheapest.seconds_again / max(traced.kernel_seconds, 1e-12):.1%} of the pass ran "
-            "again.",
+            f"It could keep only {_bytes(cheapest.nbytes / rows)} a row and run "
+            f"{cheapest.seconds_again / max(traced.kernel_seconds, 1e-12):.1%} of the pass again.",
             "",
         ]
-    lines += _table(["module", "time", "of it left out"], _modules(traced, cut))
-    lines += [f"- {limit}" for limit in limits]
+    lines += _table(["module", "share of time", "left out"], _modules(traced, cut))
+    lines += ["", *(f"- {limit}" for limit in limits)]
     return Explanation(saved, round(cut.nbytes / rows), kept, limits, "\n".join(lines).rstrip())
 
 
@@ -169,7 +170,7 @@ def _kept(traced: Trace, cut: Cut, axes: Axes | None, rows: int) -> list[list[st
     found = []
     for number in cut.kept:
         value = traced.values[number]
-        place = axes.of(number) if axes is not None else "not sought: one row is too few"
+        place = axes.of(number) if axes is not None else "unknown: one row is too few"
         kind = str(value.dtype).removeprefix("torch.")
         found.append([traced.describe(number), kind, _bytes(value.nbytes / rows), place])
     if len(found) > _MANY_LINES:
@@ -179,7 +180,7 @@ def _kept(traced: Trace, cut: Cut, axes: Axes | None, rows: int) -> list[list[st
 
 
 def _modules(traced: Trace, cut: Cut) -> list[list[str]]:
-    """Returns a line for each of the outermost modules that differ in what is left out."""
+    """Returns a table row for each of the outermost modules."""
     times: dict[str, float] = defaultdict(float)
     saved: dict[str, float] = defaultdict(float)
     for operation in traced.operations:
@@ -197,12 +198,12 @@ def _modules(traced: Trace, cut: Cut) -> list[list[str]]:
         lines = [
             one for one, seconds in zip(lines, times.values(), strict=True) if seconds >= order
         ]
-        lines.append(["smaller ones", "", ""])
+        lines.append(["others", "", ""])
     return lines
 
 
 def _outer(traced: Trace, operation: Operation) -> str:
-    """Names the module at the first or second level in which an operation ran."""
+    """Returns the name of the module, at the first or second level, in which an operation ran."""
     number, names = operation.call, []
     if operation.opaque:
         names.append(operation.opaque)
@@ -215,7 +216,7 @@ def _outer(traced: Trace, operation: Operation) -> str:
 
 
 def limits_of(traced: Trace, saved: float) -> list[str]:
-    """Says what is live, where, and what would come of changing it.
+    """Returns sentences about live work: the reason, the modules, and what a change would bring.
 
     Args:
         traced: Trace of a pass.
@@ -235,14 +236,15 @@ def limits_of(traced: Trace, saved: float) -> list[str]:
         more = len(set(places)) - 3
         some += f" and {more} more places" if more > 0 else ""
         sentences.append(
-            f"Work that {reason} runs in every pass, and so does what follows from it: {some}."
+            f"Work that {reason} runs in every pass, and so does all work after it that uses its "
+            f"results: {some}."
         )
     could = saved + more_in_eval_mode(traced)
     if could > saved + 0.01:
         sentences.append(
-            "Dropout and batch norms in training mode limit the cache: with the frozen modules in "
-            f"eval mode it would leave out {could:.0%} of the forward pass. cachefreeze.freeze "
-            "puts them in eval mode and holds it."
+            "Dropout and batch norms in training mode limit the cache. With the frozen modules in "
+            f"eval mode it would leave out {could:.0%} of the forward pass: cachefreeze.freeze "
+            "puts them in eval mode and keeps them there."
         )
     return sentences
 
@@ -255,17 +257,17 @@ def _first(traced: Trace, operation: Operation) -> bool:
 
 
 def _general(reason: str) -> str:
-    return "moves its running statistics" if reason.startswith("writes to `") else reason
+    return "updates its running statistics" if reason.startswith("writes to `") else reason
 
 
 def more_in_eval_mode(traced: Trace) -> float:
-    """Estimates how much more could be left out if nothing frozen drew or moved.
+    """Estimates how much more could be left out if all frozen modules were in eval mode.
 
     Args:
-        traced: Trace of a pass. It is as before afterwards.
+        traced: Trace of a pass. It is unchanged afterwards.
 
     Returns:
-        Share of the pass, from 0 to 1. 0 if nothing frozen draws or moves.
+        Share of the pass, from 0 to 1. 0 if frozen modules draw and update nothing.
     """
     before = crossing_cut(traced).seconds_saved
     changed: list[tuple[Operation, str, bool]] = []
@@ -277,7 +279,7 @@ def more_in_eval_mode(traced: Trace) -> float:
         return 0.0
     mark(traced, traced.asked)
     cut = crossing_cut(traced)
-    # What draws or moves is nothing by itself in eval mode: what follows from it counts.
+    # In eval mode, the draws and updates take no time. Only the work that depends on them counts.
     own = sum(one.seconds for one, _, _ in changed if one.number not in cut.runs)
     more = (cut.seconds_saved - own - before) / max(traced.kernel_seconds, 1e-12)
     for operation, must_run, taints in changed:

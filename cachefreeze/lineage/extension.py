@@ -1,52 +1,25 @@
-"""Computes the values of a new cut from those of an old one, when more of a model is frozen."""
+"""Relates the kept values of an old plan to a new plan, when more of the model is frozen."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-import torch
-
 from cachefreeze.lineage.operations import FROZEN, Trace
 from cachefreeze.lineage.plan import Plan
 from cachefreeze.lineage.program import Program
-from cachefreeze.lineage.structure import Ref, tensors
+from cachefreeze.lineage.structure import Ref
 
 _Any = TypeVar("_Any")
 
 
-def extend(
-    old: Plan, kept: Mapping[int, torch.Tensor], new: Plan, /, *args: Any, **kwargs: Any
-) -> dict[int, torch.Tensor] | None:
-    """Computes the kept values of a new plan from those of an old one, without a forward pass.
-
-    None of the model's own python code runs, except in modules that are one operation.
-
-    Args:
-        old: Plan from when less was frozen.
-        kept: Kept values of a batch under the old plan, by number. They are not written to.
-        new: Plan of the same model, now that more is frozen.
-        *args: Positional arguments of the pass on that batch.
-        **kwargs: Keyword arguments of the pass.
-
-    Returns:
-        Kept values under the new plan, or None if they cannot be computed from the old ones.
-    """
-    extension = Extension(old, new)
-    if not extension.is_complete:
-        return None
-    inputs = dict(zip(new.trace.inputs, tensors((args, kwargs)), strict=True))
-    found = new.program.run(new.cut.kept, {**extension.values(kept), **inputs})
-    return {number: tensor.detach() for number, tensor in found.items()}
-
-
 class Extension:
-    """What an old plan has kept, as values of a new plan of the same model.
+    """Kept values of an old plan, as values of a new plan of the same model.
 
     Args:
-        old: Plan from when less was frozen.
-        new: Plan of the same model, now that more is frozen.
+        old: Plan from before the change.
+        new: Plan of the same model with more frozen parameters.
 
     Attributes:
-        is_complete: Whether the kept values of the new plan can be computed from the old ones.
+        is_complete: Whether all kept values of the new plan can be computed from the old ones.
     """
 
     def __init__(self, old: Plan, new: Plan) -> None:
@@ -56,10 +29,10 @@ class Extension:
         self.is_complete = found.issuperset(new.cut.kept)
 
     def values(self, kept: Mapping[int, _Any]) -> dict[int, _Any]:
-        """Returns something of each kept value of the old plan, by numbers of the new one.
+        """Renumbers a mapping, from the numbers of the old plan to those of the new plan.
 
         Args:
-            kept: Something of each kept value, by numbers of the old plan.
+            kept: Mapping from the numbers of kept values in the old plan to anything.
         """
         return {
             self._numbers[number]: each for number, each in kept.items() if number in self._numbers
@@ -67,14 +40,14 @@ class Extension:
 
 
 def same_values(old: Trace, new: Trace) -> dict[int, int]:
-    """Finds the values that two traces of one model have in common.
+    """Finds the values that are the same in two traces of one model.
 
     Args:
         old: Trace of a pass.
-        new: Trace of a later pass of the same model.
+        new: Trace of a later pass.
 
     Returns:
-        Numbers in the new trace by those in the old one, up to the first operation that differs.
+        Numbers in the new trace by numbers in the old one, up to the first different operation.
     """
     same = dict(zip(old.inputs, new.inputs, strict=False))
     states = {id(state.tensor()): state.value for state in new.states if state.tensor() is not None}
@@ -104,11 +77,9 @@ def _alike(one: Any, other: Any, same: Mapping[int, int]) -> bool:
 
 
 def computable(trace: Trace, given: Collection[int]) -> set[int]:
-    """Finds the values that can be computed without doing again what some values stand for.
+    """Returns the values that can be computed from given ones.
 
-    Args:
-        trace: Trace of a pass.
-        given: Numbers of the values that are there.
+    The frozen work that led to the given values is not run again. Values that need it are left out.
     """
     behind = {one.number for one in Program(trace).needed(given, ()) if one.kind == FROZEN}
     values = trace.values

@@ -1,4 +1,4 @@
-"""Sees which python functions run in a pass, each once."""
+"""Reports the Python functions that run in a pass."""
 
 import sys
 import types
@@ -7,26 +7,28 @@ from typing import Any
 
 
 class Frames:
-    """Calls a function when a code runs for the first time. It is entered for a pass.
+    """Context manager that calls a function when a code object runs for the first time.
 
-    Where a debugger and a profiler are both at work already, nothing is seen.
+    If a debugger and a profiler are active already, it reports nothing.
 
     Args:
-        first: Function that is called with the frame, before anything in it has run.
+        first: Function called with the frame, before any line of it has run.
 
     Attributes:
-        codes: Codes that ran or that need not be told, by their identity: equal codes of two
-            functions are two things.
+        ended: Function called when the pass is over. It returns whether the pass has changed a
+            number that it reads.
+        codes: Code objects that ran or need no report, by `id`: two functions may have equal code.
     """
 
     def __init__(self, first: Callable[[types.FrameType], None]) -> None:
         self.codes: dict[int, types.CodeType] = {}
+        self.ended: Callable[[], bool] = bool
         self._first = first
         self._switch: Callable[[Any], None] | None = None
         self._is_on = False
 
     def __enter__(self) -> "Frames":
-        """Begins to look."""
+        """Starts reporting."""
         if sys.gettrace() is None:
             self._switch = sys.settrace
         elif sys.getprofile() is None:
@@ -35,19 +37,19 @@ class Frames:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Ends looking."""
+        """Stops reporting."""
         self.pause()
         self._switch = None
 
     def pause(self) -> bool:
-        """Looks away, for looking takes time. Says whether it looked before."""
+        """Pauses reporting, which slows Python down. Returns whether it was active."""
         was_on, self._is_on = self._is_on, False
         if was_on and self._switch is not None:
             self._switch(None)
         return was_on
 
     def resume(self) -> None:
-        """Looks again."""
+        """Continues reporting."""
         if self._switch is not None:
             self._is_on = True
             self._switch(self._note)

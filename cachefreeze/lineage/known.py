@@ -1,4 +1,4 @@
-"""The tensors of a pass that are alive while it is followed, and which value each one is."""
+"""Finds the values of tensors while a pass is traced."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def buffer_of(tensor: torch.Tensor) -> int:
-    """Returns what two tensors on one buffer have in common, or 0 for a tensor without one."""
+    """Returns a number that tensors on one buffer share, or 0 for a tensor without a buffer."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):
@@ -19,21 +19,21 @@ def buffer_of(tensor: torch.Tensor) -> int:
 
 
 def off_line(tensor: torch.Tensor) -> int:
-    """Returns the bytes between the last line of 16 and a tensor's first element, on the CPU."""
+    """Returns the offset of a CPU tensor from a multiple of 16 bytes, and 0 for other tensors."""
     if tensor.device.type != "cpu":
         return 0
     try:
         return tensor.data_ptr() % LINE
-    except RuntimeError:  # inside of `torch.func`, tensors have no memory
+    except RuntimeError:  # tensors inside of `torch.func` have no memory
         return 0
 
 
-# Some kernels of the CPU give other bits where data begin between two lines of so many bytes.
+# Some CPU kernels give other bits if the first element is not at a multiple of so many bytes.
 LINE = 16
 
 
 class Known:
-    """Finds the number of the value that a tensor is now. It keeps no tensor alive.
+    """The number of the value that each tensor has now. Keeps no tensor alive.
 
     Args:
         values: List that new values are appended to.
@@ -42,8 +42,8 @@ class Known:
     def __init__(self, values: list[Value]) -> None:
         self._values = values
         self._number: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
-        # Tensors by the buffer they lie on. Addresses come again once a buffer is freed, so a
-        # buffer counts only while a tensor on it is alive.
+        # Tensors by buffer. The address of a freed buffer is used again, so a buffer counts only
+        # while one of its tensors exists.
         self._on: dict[int, dict[int, weakref.ref[torch.Tensor]]] = {}
         self._buffers: dict[int, int] = {}
         self._made: list[tuple[int, weakref.ref[torch.Tensor]]] = []
@@ -53,7 +53,7 @@ class Known:
         self.input_buffers: set[int] = set()
 
     def number(self, tensor: torch.Tensor) -> int:
-        """Returns the number of a tensor's value, or -1 if it is not known."""
+        """Returns the number of a tensor's value, or -1 for an unknown tensor."""
         found = self._number.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else -1
 
@@ -62,15 +62,15 @@ class Known:
         return self._number[id(tensor)][0]
 
     def buffer(self, number: int) -> int:
-        """Returns the buffer that a value lies on."""
+        """Returns the buffer of a value."""
         return self._buffers.get(number, 0)
 
     def on(self, buffer: int) -> list[int]:
-        """Returns the values of the tensors on a buffer that are alive."""
+        """Returns the values of the existing tensors on a buffer."""
         return [self.number(tensor) for tensor in self.tensors_on((buffer,))]
 
     def tensors_on(self, buffers: Iterable[int]) -> list[torch.Tensor]:
-        """Returns the tensors on some buffers that are alive."""
+        """Returns the existing tensors on some buffers."""
         found: list[torch.Tensor] = []
         for buffer in buffers:
             for reference in self._on.get(buffer, {}).values():
@@ -80,12 +80,12 @@ class Known:
         return found
 
     def versions(self) -> list[tuple[torch.Tensor, int]]:
-        """Returns the tensors that are alive, each with the count of writes to it."""
+        """Returns the existing tensors, each with its version counter."""
         found = [reference() for reference, _ in self._number.values()]
         return [(one, one._version) for one in found if one is not None and not one.is_inference()]
 
     def alive_since(self, operation: int) -> Iterator[torch.Tensor]:
-        """Yields the tensors alive that an operation, or one after it, has made."""
+        """Yields the existing tensors that were made by an operation or later."""
         since = len(self._made)
         while since and self._made[since - 1][0] >= operation:
             since -= 1
@@ -95,15 +95,15 @@ class Known:
             if tensor is not None:
                 alive.append(one)
                 yield tensor
-        # The dead are not looked at again for the calls around this one.
+        # Deleted tensors are removed, so that the calls around this one need not check them again.
         self._made[since:] = alive
 
     def add(self, tensor: torch.Tensor, operation: int) -> int:
-        """Registers a new tensor, and returns the number of its value.
+        """Adds a new tensor, and returns the number of its value.
 
         Args:
-            tensor: Tensor.
-            operation: Number of the operation that made it. -1 for an input, -2 for state.
+            tensor: New tensor.
+            operation: Number of the operation that made the tensor. -1 for an input, -2 for state.
         """
         buffer = buffer_of(tensor)
         alive = self.on(buffer) if buffer else []
@@ -128,7 +128,12 @@ class Known:
         return number
 
     def renew(self, tensor: torch.Tensor, operation: int) -> int:
-        """Gives a known tensor that was written to the number of a new value."""
+        """Gives a new value to a known tensor that was written to. Returns the number of the value.
+
+        Args:
+            tensor: Known tensor.
+            operation: Number of the operation that wrote to it.
+        """
         old = self._values[self.number(tensor)]
         reference = self._number[id(tensor)][0]
         number = self._append(tensor, operation, old.storage, old.thing, buffer_of(tensor))

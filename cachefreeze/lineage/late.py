@@ -1,4 +1,4 @@
-"""Late values: tensors in the place of skipped ones, which compute themselves when used."""
+"""Late values: tensors in the place of skipped results. They compute themselves when used."""
 
 import threading
 import weakref
@@ -21,14 +21,14 @@ _quiet = torch._C.DisableTorchFunctionSubclass
 
 
 class Late(torch.Tensor):
-    """A tensor whose values are not there yet.
+    """A tensor whose values are not computed yet.
 
-    It answers shape, type, strides, device and `requires_grad` itself. The first use of anything
-    else computes the values, and the very object becomes a plain `torch.Tensor`: python's
-    references, and identity, stay as they were.
+    Shape, type, strides, device and `requires_grad` are known. The first use of anything else
+    computes the values, and the same object becomes a plain `torch.Tensor`. References to it stay
+    valid.
     """
 
-    # Code that asks for the class of a tensor goes the way that it would with the tensor itself.
+    # Code that checks the class of a tensor must take the same branch as for a plain tensor.
     __class__ = property(lambda self: torch.Tensor)  # type: ignore[assignment]
     late_number: int
     late_pass: "Pass"
@@ -40,8 +40,9 @@ class Late(torch.Tensor):
         """Makes a late value.
 
         Args:
-            value: Value whose place it takes.
-            owner: Pass that can compute it.
+            cls: This class.
+            value: Value of the trace that the tensor stands for.
+            owner: Pass that can compute the value.
         """
         made: Late = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -56,7 +57,7 @@ class Late(torch.Tensor):
         return made
 
     def __init__(self, value: Value, owner: "Pass") -> None:
-        """Does nothing more. See `__new__`."""
+        """Does nothing, since `__new__` does all."""
 
     @classmethod
     @uncompiled
@@ -74,9 +75,9 @@ class Late(torch.Tensor):
         kept = list(_late_in((args, kwargs)))
         if not kept:
             return func(*args, **(kwargs or {}))
-        # C++ code holds the object, as a custom function does with what it is given, so it could
-        # not become a plain tensor. If it has a place in autograd's graph, kernels are given the
-        # computed tensor, else the function is.
+        # C++ code, for example a custom function, holds the object, so it could not become a plain
+        # tensor. If it has a place in the graph of autograd, the kernels get the computed tensor.
+        # Otherwise the function gets it.
         with _quiet():
             if any(late.grad_fn is not None for late in kept):
                 return func(*args, **(kwargs or {}))
@@ -90,7 +91,7 @@ class Late(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Gives a kernel the computed tensors. Only autograd and C++ code come here."""
+        """Passes the computed tensors to a kernel. Only autograd and C++ code call this."""
         args, kwargs = tree_map(_real, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -121,24 +122,24 @@ def _late_in(value: Any) -> Iterator[Late]:
 
 
 class Pass:
-    """One replayed pass: what it was given, and the late values that it has handed out.
+    """One replayed pass: the tensors that it was given, and the late values that it has returned.
 
     Args:
         trace: Trace that is replayed.
         program: Operations of the trace.
-        given: Tensors by the numbers of their values: inputs and kept values.
+        given: Inputs and kept values, by number.
 
     Attributes:
-        ids: Tensor and number of its value, by the identity of the tensor.
+        ids: Tensor and number of its value, by `id` of the tensor.
         computed: Numbers of the late values that were computed.
-        quiet: Function that makes a context in which nobody follows.
+        quiet: Function that returns a context without a follower.
     """
 
     def __init__(self, trace: Trace, program: Program, given: dict[int, Tensor]) -> None:
         self.ids: dict[int, tuple[Tensor, int]] = {}
         self.computed: set[int] = set()
         self.quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
-        # Threads that the model itself starts may use late values at the same time.
+        # Threads of the model may use late values at the same time.
         self._lock = threading.RLock()
         self._trace = trace
         self._program = program
@@ -153,35 +154,38 @@ class Pass:
             self.give(number, tensor)
 
     def give(self, number: int, tensor: Tensor) -> None:
-        """Notes the tensor that a value is now."""
+        """Notes that a value is this tensor from now on."""
         self._given[number] = tensor
         self._versions[number] = _version(tensor)
         self.ids[id(tensor)] = tensor, number
 
     def sources(self) -> dict[int, Tensor]:
-        """Returns what late values are computed from: what nobody has written to since."""
+        """Returns the tensors that nobody has written to, by number.
+
+        Late values are computed from them.
+        """
         versions = self._versions
         return {n: tensor for n, tensor in self._given.items() if _version(tensor) == versions[n]}
 
     def save(self, number: int) -> None:
-        """Copies a value that is written to now, and that late values may need."""
+        """Copies a value before a write, if late values may need it."""
         if number in self._given:
             given: Any = self._given[number]
             copied = another(given) if is_unloaded(given) else copy_of(given.detach())
             self._given[number], self._versions[number] = copied, _version(copied)
 
     def written(self, writes: Sequence[tuple[int, int]]) -> None:
-        """Notes that tensors were written to and are other values now."""
+        """Notes that tensors were written to and have new values."""
         for old, new in writes:
             for tensor, number in list(self.ids.values()):
                 if number == old and self._given.get(old) is not tensor:
-                    self.give(new, tensor)  # a copy of the old value is kept
+                    self.give(new, tensor)  # `save` has copied the old value
                 elif number == old:
                     del self._given[old]
                     self.give(new, tensor)
 
     def write(self, old: int, new: int) -> None:
-        """Lets a skipped write take place: the written object has another value now."""
+        """Carries out a skipped write: the late tensor has another value from now on."""
         reference = self._lates.pop(old, None)
         late = reference() if reference is not None else None
         if late is None or reference is None or type(late) is not Late:
@@ -196,7 +200,7 @@ class Pass:
                 late.requires_grad_(not late.requires_grad)
 
     def hand_out(self, number: int) -> Tensor:
-        """Returns the tensor of a made value: the given one, or a late one."""
+        """Returns the tensor for a value: the given one, or a late one."""
         reference = self._lates.get(number)
         late = reference() if reference is not None else None
         if late is not None:
@@ -209,7 +213,7 @@ class Pass:
         return made
 
     def compute_now(self, late: Late) -> None:
-        """Computes a late value, together with those that share its buffer."""
+        """Computes a late value, together with those on the same buffer."""
         with self._lock:
             self._compute_group(late)
 
@@ -223,12 +227,12 @@ class Pass:
         self._compute([late, *(one for one in group if one is not late)])
 
     def compute_all(self) -> None:
-        """Computes every late value that somebody still holds."""
+        """Computes every late value that still exists."""
         with self._lock:
             self._compute(self._alive())
 
     def real(self, late: Late) -> Tensor:
-        """Returns the computed tensor of a late value that stays one."""
+        """Returns the computed tensor of a late value that cannot become a plain tensor."""
         with self._lock:
             if late.late_real is None:
                 self._compute([late], swap=False)
@@ -236,7 +240,7 @@ class Pass:
         return late.late_real
 
     def settle(self) -> None:
-        """Makes what is still late independent of tensors that the caller may write to."""
+        """Copies the inputs that late values need, since the caller may write to its tensors."""
         if self._alive():
             for number in self._trace.inputs:
                 self.save(number)
@@ -250,8 +254,8 @@ class Pass:
         if not lates:
             return
         by_number = {late.late_number: late for late in lates}
-        # Below autograd, where C++ code asks for a value, torch has switched off the keys by which
-        # functions choose their way: recorded operations run with those of the pass.
+        # Below autograd, torch has disabled the dispatch keys by which functions choose their
+        # kernels. Recorded operations run with the keys of the pass.
         keys = nullcontext() if swap else torch._C._ForceDispatchKeyGuard(*self._keys)
         with self.quiet(), keys:
             results = self._program.run(list(by_number), self.sources())
@@ -262,7 +266,7 @@ class Pass:
                 self._become(late, results[number], swap)
 
     def _become(self, late: Late, tensor: Tensor, swap: bool = True) -> None:
-        """Turns the object of a late value into a plain tensor, or gives it one to stand for."""
+        """Makes a late value a plain tensor, or stores the tensor in it if that is not possible."""
         number = late.late_number
         with _quiet():
             held = late.grad_fn is not None
@@ -274,13 +278,13 @@ class Pass:
 
 
 def _to_dlpack(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Takes a tensor's memory as torch does, once a late value has computed itself."""
+    """Computes a late value before torch exports its memory."""
     tensor.data_ptr()
     return _capsule(tensor, *args, **kwargs)
 
 
-# The only function of torch that takes memory without asking the tensor's class: on a late value it
-# ends the process. A late value may outlive whoever made it, so this is not put back.
+# The only function of torch that reads memory without a call of the tensor's class: a late value
+# would end the process. The original function is never restored, as late values may always exist.
 _capsule: Any = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
 torch.utils.dlpack.to_dlpack = _to_dlpack  # type: ignore[attr-defined,assignment]
 torch.to_dlpack = _to_dlpack  # type: ignore[attr-defined,assignment]

@@ -1,4 +1,4 @@
-"""Reads and sets torch's switches: gradients, inference mode, autocast, and Dynamo."""
+"""Reads and sets switches of torch: gradients, inference mode, autocast and Dynamo."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ _AUTOCAST = ("cpu", "cuda")
 
 
 def modes_now() -> Modes:
-    """Returns the switches that are on in this thread."""
+    """Returns the current switches of this thread."""
     autocast = tuple(
         (kind, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled())
         for kind in _AUTOCAST
@@ -25,7 +25,7 @@ def modes_now() -> Modes:
 
 @contextmanager
 def under(modes: Modes) -> Iterator[None]:
-    """Sets torch's switches as they were when an operation ran."""
+    """Sets the switches of torch in the body to those under which an operation ran."""
     now = modes_now()
     if now == modes:
         yield
@@ -44,9 +44,9 @@ def under(modes: Modes) -> Iterator[None]:
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes Dynamo leave its graph at a function, and compile nothing that the function calls.
+    """Makes Dynamo end its graph at a function, and compile nothing that the function calls.
 
-    `torch.compiler.disable` does the same, and imports Dynamo, which takes seconds.
+    `torch.compiler.disable` does the same, but it imports Dynamo, which takes seconds.
     """
 
     @functools.wraps(function)
@@ -64,9 +64,9 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _skip(code: Any) -> None:
-    """Makes Dynamo run code as it is."""
+    """Makes Dynamo run a code object without compiling it."""
     dynamo: Any = _dynamo
-    if hasattr(dynamo, "skip_code"):  # earlier versions, such as 2.6
+    if hasattr(dynamo, "skip_code"):  # older versions of torch, such as 2.6
         dynamo.skip_code(code)
     else:
         action = dynamo._FrameAction

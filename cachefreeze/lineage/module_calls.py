@@ -1,4 +1,4 @@
-"""Follows the calls of modules: which can be left out whole, and which are one operation."""
+"""Records calls of modules: which can be left out as a whole, and which are one operation."""
 
 import weakref
 from collections.abc import Collection, Iterator
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from cachefreeze.lineage import calls, soundness
+from cachefreeze.lineage.changes import changes
 from cachefreeze.lineage.modes import modes_now
 from cachefreeze.lineage.modules import states_of
 from cachefreeze.lineage.operations import SWITCH, Call, Enter, Leave, Operation, twin_of
@@ -16,7 +17,6 @@ from cachefreeze.lineage.structure import (
     NotDescribedError,
     Ref,
     Unknown,
-    changes,
     describe,
     describe_objects,
     numbers,
@@ -27,7 +27,7 @@ _HOOKS = "runs a hook"
 DRAWS = "draws random numbers"
 _CHANGES = "changes an attribute of its module"
 _KEEPS = "keeps a tensor elsewhere than in its output"
-# Functions whose result has the shape of their first argument.
+# Beginnings of names of functions whose result has the shape of their first argument.
 _INTO = ("index_add", "index_copy", "index_put", "scatter", "masked_", "__setitem__")
 _SPREADS = frozenset((_HOOKS, DRAWS, _CHANGES, "raises an error"))
 
@@ -36,10 +36,11 @@ class ModuleCalls(Recording):
     """Records the calls of modules."""
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs and records a call of a module."""
         if self._running is not None:
             return calls.real_call(module, *args, **kwargs)
         if id(module) not in self._names:
-            self._meet(module)
+            self._register_new(module)
         if soundness.is_opaque(module):
             return self._opaque(module, args, kwargs)
         around = self._enter(module, args, kwargs)
@@ -50,7 +51,7 @@ class ModuleCalls(Recording):
             around.call.why_not_whole = "raises an error"
             raise
         self._leave(around)
-        self._judge(around, module, args, kwargs, output)
+        self._classify(around, module, args, kwargs, output)
         return output
 
     @resting
@@ -67,7 +68,7 @@ class ModuleCalls(Recording):
             kwargs=kwargs_template,
             twin=twin_of(module),
         )
-        # Describing may have found work that was not seen, which comes before the call.
+        # The description of the arguments may have added unseen work, which comes before the call.
         call.enter = len(self.trace.events)
         around = Around(call, module, len(self.trace.operations), self._draws)
         around.identities = identities
@@ -77,10 +78,13 @@ class ModuleCalls(Recording):
         return around
 
     def _described(self, given: Any) -> tuple[Any, list[int] | None]:
-        """Describes the arguments of a call, if possible with the objects among them."""
+        """Returns the template of the arguments, and the identities of its objects.
+
+        None in the place of the identities if an object cannot be rebuilt.
+        """
         args, kwargs = given
         try:
-            if not kwargs:  # the dictionary is nobody's
+            if not kwargs:  # an empty dictionary of Python's own, not of the user
                 described, identities = describe_objects(args, self._number, self._fixed)
                 return (described, {}), identities
             return describe_objects(given, self._number, self._fixed)
@@ -94,27 +98,28 @@ class ModuleCalls(Recording):
         self.trace.events.append(Leave(around.call.number))
 
     @resting
-    def _judge(
+    def _classify(
         self, around: Around, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Decides whether a call could be left out as a whole, and whether it is opaque."""
+        """Decides whether a call can be left out as a whole, or becomes one operation."""
         call = around.call
         drew = around.draws != self._draws
         if self._stack and (around.unseen or self._hides_shapes(around, module, output)):
-            self._collapse(around, module, args, kwargs, output, drew)
+            self._collapse(around, module, output, drew)
             return
         call.why_not_whole = self._effect(around, module, drew)
         if not call.why_not_whole and (_unknown(call.args) or _unknown(call.kwargs)):
-            call.why_not_whole = "takes an object that is not described"
+            call.why_not_whole = "takes an object of an unknown kind"
         if not call.why_not_whole:
             call.why_not_whole = self._results(around, (args, kwargs), output)
         if not call.why_not_whole:
             call.why_not_whole = self._kept_elsewhere(around, (args, kwargs), output)
 
     def _hides_shapes(self, around: Around, module: nn.Module, output: Any) -> bool:
-        """Says whether shapes that depend on the data, as in a router, stay inside a module.
+        """Returns whether a module is frozen, and shapes that depend on data stay inside of it.
 
-        Such a module is one operation if all of it is frozen: its way depends on its input alone.
+        Such a module, for example a router, can be one operation: its path depends on its input
+        alone.
         """
         if not around.shapeless:
             return False
@@ -129,7 +134,10 @@ class ModuleCalls(Recording):
         return shapeless.isdisjoint(self._number(tensor) for tensor in tensors(output))
 
     def _results(self, around: Around, given: Any, output: Any) -> str:
-        """Describes the output of a call, and what it did to the objects that it was given."""
+        """Describes the output of a call and its changes to arguments.
+
+        Returns a reason if that is not possible, or an empty string.
+        """
         call = around.call
         if around.identities == []:
             return self._output(around, output)
@@ -142,7 +150,7 @@ class ModuleCalls(Recording):
             if around.identities is None or identities is None:
                 return "changes an object that it is given"
             if [one for one in identities if one in set(around.identities)] != around.identities:
-                return "replaces an object in one that it is given"
+                return "replaces an object inside of an object that it is given"
             call.after, call.changes = after, changed
         return self._output(around, output)
 
@@ -151,11 +159,11 @@ class ModuleCalls(Recording):
         try:
             around.call.output, _ = describe_objects(output, self._number, fixed)
         except NotDescribedError as reason:
-            return f"returns something else than tensors: {reason}"
+            return f"returns an object that cannot be rebuilt: {reason}"
         return ""
 
     def _effect(self, around: Around, module: nn.Module, drew: bool) -> str:
-        """Names what a call did beside its operations. Empty if it did nothing else."""
+        """Returns what a call did apart from its operations. Empty if it did nothing else."""
         inner = self.trace.calls[around.call.number + 1 :]
         for one in inner:
             if one.why_not_whole in _SPREADS:
@@ -175,7 +183,10 @@ class ModuleCalls(Recording):
         return ""
 
     def _kept_elsewhere(self, around: Around, given: Any, output: Any) -> str:
-        """Says whether a tensor of a call lives on in a place that is not its output."""
+        """Returns a reason if a tensor of a call lives on outside of its output.
+
+        Empty if none does.
+        """
         alive = [one for one in self.known.alive_since(around.first) if one is not output]
         if not alive:
             return ""
@@ -185,12 +196,14 @@ class ModuleCalls(Recording):
         return _KEEPS if any(id(tensor) not in allowed for tensor in alive) else ""
 
     def _opaque(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs a module that is not followed inside. It is one operation."""
+        """Runs a module as one operation."""
         name = self._names[id(module)]
         operation = self._begin(CallOf(module), type(module).__name__, args, kwargs)
         states = [self._state(f"{name}.{key}", one) for key, one in states_of("", module)]
         operation.reads = tuple(dict.fromkeys((*operation.reads, *states)))
         running = self._running = Running()
+        # Dynamo would compile what looks into functions.
+        looked = soundness.is_compiled(module) and self.frames is not None and self.frames.pause()
         try:
             with calls.unfollowed(self._functions), self._kernels_of(module, running):
                 output = calls.real_call(module, *args, **kwargs)
@@ -200,26 +213,23 @@ class ModuleCalls(Recording):
             raise
         finally:
             self._running = None
+            if looked and self.frames is not None:
+                self.frames.resume()
         if soundness.has_hooks(module):
-            operation.must_run, operation.taints = "runs hooks in a module that is opaque", True
+            operation.must_run, operation.taints = (
+                "runs hooks in a module that is not followed",
+                True,
+            )
         self._end(operation, running, args, kwargs, output)
         operation.opaque = name
         return output
 
     def _kernels_of(self, module: nn.Module, running: Running) -> AbstractContextManager[None]:
-        """Makes a context in which a module that is opaque runs, and its kernels are noted."""
+        """Returns a context in which the kernels of a module that is one operation are observed."""
         raise NotImplementedError
 
-    def _collapse(
-        self,
-        around: Around,
-        module: nn.Module,
-        args: Any,
-        kwargs: dict[str, Any],
-        output: Any,
-        drew: bool,
-    ) -> None:
-        """Makes one operation of a call whose work was only partly seen."""
+    def _collapse(self, around: Around, module: nn.Module, output: Any, drew: bool) -> None:
+        """Replaces the operations of a call by one, since some of its work was not seen."""
         trace, first, call = self.trace, around.first, around.call
         inner = trace.operations[first:]
         del trace.operations[first:], trace.events[call.enter :], trace.calls[call.number :]
@@ -250,7 +260,7 @@ class ModuleCalls(Recording):
 
 
 class _Either:
-    """Holds what one of two sets holds, without copying the larger one in every call."""
+    """Union of two sets, without a copy of the larger one in every call."""
 
     def __init__(self, one: Collection[int], other: Collection[int]) -> None:
         self._sets = one, other
@@ -260,24 +270,29 @@ class _Either:
 
 
 class CallOf:
-    """Calls a module that is one operation. It holds the module weakly."""
+    """Calls a module that is one operation. Holds the module weakly."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
         self.__name__ = type(module).__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module.
+
+        Raises:
+            RuntimeError: The module was deleted.
+        """
         module = self.module()
         if module is None:
             raise RuntimeError(
-                f"A value that was left out cannot be computed: a {self.__name__} is gone."
+                f"A value that was left out cannot be computed: a {self.__name__} was deleted."
             )
         with calls.unfollowed(None):
             return module(*args, **kwargs)
 
 
 def objects_in(given: Any) -> Iterator[Any]:
-    """Yields the objects in arguments that a template does not describe."""
+    """Yields a template and all objects in it, but no `Ref`."""
     stack = [given]
     while stack:
         value = stack.pop()

@@ -1,4 +1,4 @@
-"""Takes values that are outputs of modules from a plain pass, whatever else differs in it."""
+"""Copies values that modules return from a plain pass, even if the pass differs from the trace."""
 
 import weakref
 from collections import Counter
@@ -15,12 +15,12 @@ from cachefreeze.lineage.structure import Ref
 
 
 class ModuleOutput(NamedTuple):
-    """The place of a value: it is what some call of a module returns.
+    """A value that a call of a module returns.
 
     Attributes:
         number: Number of the value.
         module: Weak reference to the module.
-        turn: Number of its calls in the pass before that one.
+        turn: Number of earlier calls of this module in the pass.
     """
 
     number: int
@@ -29,7 +29,7 @@ class ModuleOutput(NamedTuple):
 
 
 def module_outputs(trace: Trace, wanted: Sequence[int]) -> list[ModuleOutput] | None:
-    """Finds the calls of modules that return some values, or None if one is no such output.
+    """Finds the calls of modules that return some values. None if no call returns one of them.
 
     Args:
         trace: Trace of a pass.
@@ -43,7 +43,7 @@ def module_outputs(trace: Trace, wanted: Sequence[int]) -> list[ModuleOutput] | 
         turns[id(module)] += 1
         number = _returned(call)
         if module is not None and number in wanted:
-            # The innermost call is the last one of those that return it.
+            # If several calls return the value, the innermost one is found last.
             found[number] = ModuleOutput(number, call.module, turn)
     return [found[number] for number in wanted] if len(found) == len(set(wanted)) else None
 
@@ -55,16 +55,16 @@ def _returned(call: Call) -> int:
 def capture_outputs(
     places: Sequence[ModuleOutput], model: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> tuple[Any, dict[int, torch.Tensor]]:
-    """Runs a plain pass and takes outputs of modules from it.
+    """Runs a plain pass and copies outputs of modules.
 
     Args:
-        places: Places of the values.
-        model: Module or callable.
+        places: Calls whose outputs are copied.
+        model: Module or callable to run.
         *args: Positional arguments of the call.
         **kwargs: Keyword arguments of the call.
 
     Returns:
-        Output of the model, and copies of those values that were made, by number.
+        Output of the model, and copies of the values that were made, by number.
     """
     watching = _Watching(places)
     with calls.catching(), calls.follower_of_thread(watching):
@@ -79,7 +79,7 @@ class _Watching:
         self._turns: Counter[int] = Counter()
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a call of a module, and takes its output if it is wanted."""
+        """Runs a call of a module, and copies its output if it is wanted."""
         place = id(module), self._turns[id(module)]
         self._turns[id(module)] += 1
         output = calls.real_call(module, *args, **kwargs)

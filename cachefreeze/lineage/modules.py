@@ -1,4 +1,4 @@
-"""Finds the modules that a callable uses, and the tensors that they hold."""
+"""Finds the modules that a callable uses, and the tensors that these modules hold."""
 
 import functools
 import inspect
@@ -15,11 +15,10 @@ _CONTAINERS = (list, tuple, dict)
 
 
 def modules_of(call: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
-    """Finds the modules that a callable uses, each with a name. Parts of others are left out.
+    """Returns the modules that a callable uses, each with a name. Parts of these are not listed.
 
-    A module is found where it is the callable itself, what a method is bound to, an argument of a
-    `functools.partial`, in a closure, in a default argument, or in a global variable that the code
-    names.
+    A module is found if it is the callable itself, the owner of a bound method, an argument of a
+    `functools.partial`, in a closure, a default argument, or a global variable that the code names.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
     seen: set[int] = set()
@@ -65,7 +64,7 @@ def modules_of(call: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
 
 
 def _opens(value: Any, depth: int) -> bool:
-    """Says whether modules are looked for among the attributes of an object."""
+    """Returns whether the attributes of an object are searched for modules."""
     if not hasattr(value, "__dict__") or isinstance(value, type):
         return False
     return depth <= 1 or not callable(value)
@@ -76,7 +75,7 @@ def _closed_over(function: Any) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
         try:
             yield name, cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # the variable has no value yet
             continue
 
 
@@ -87,10 +86,11 @@ def _globals_of(function: Any) -> Iterator[tuple[str, Any]]:
 
 
 def compiled_functions(module: nn.Module) -> list[str]:
-    """Finds functions under `torch.compile` that the code of a module or of its parts names.
+    """Returns the names of compiled functions that the code of a module or its parts uses.
 
-    While a pass is followed they run uncompiled, with other bits in the last places. They are found
-    as attributes of modules, and as global variables of the modules' code, one function deep.
+    These functions run uncompiled while a pass is traced, and their results may differ in the last
+    bits. They are found among the attributes of modules and the global variables of the modules'
+    code, and in functions that this code calls directly.
     """
     found: dict[str, None] = {}
     seen: set[int] = set()
@@ -108,7 +108,7 @@ def compiled_functions(module: nn.Module) -> list[str]:
 
     for part in module.modules():
         for name, value in vars(part).items():
-            # A compiled module is one operation, and runs as compiled.
+            # A compiled module is traced as one operation, and stays compiled.
             if _is_compiled(value) and name not in ("forward", "_compiled_call_impl"):
                 found[name] = None
         if not type(part).__module__.startswith("torch."):
@@ -123,8 +123,7 @@ def _is_compiled(value: Any) -> bool:
 def states_of(prefix: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors that a module and its parts hold, each with a name.
 
-    Parameters and buffers come first, then tensors that are plain attributes, also those in lists
-    and dictionaries.
+    Parameters and buffers come first. Tensors in plain attributes, lists and dictionaries follow.
     """
     attributes: list[tuple[str, torch.Tensor]] = []
     for path, part in module.named_modules(prefix=prefix):

@@ -1,4 +1,4 @@
-"""What a trace holds: values, operations and calls of modules, in the order of one forward pass."""
+"""The trace of a forward pass: its values, operations and calls of modules, in order."""
 
 import math
 import weakref
@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cachefreeze.lineage.structure import PLAIN_KINDS, Change, Ref
+from cachefreeze.lineage.changes import Change
+from cachefreeze.lineage.structure import PLAIN_KINDS
 
 TRAINED = "trained"
 LIVE = "live"
 FROZEN = "frozen"
 INPUT = "input"
 CONSTANT = "constant"
-# Reason of an operation that switches the recording of gradients.
+# Reasons of operations that cannot be left out.
 SWITCH = "switches gradients"
 MIXES = "makes a row's result depend on other rows"
 SHAPELESS = "gives a result whose shape depends on the data"
@@ -27,7 +28,7 @@ class Modes(NamedTuple):
     Attributes:
         grad: Whether gradients were recorded.
         inference: Whether inference mode was on.
-        autocast: Device, type and weight cache of each autocast region that was on.
+        autocast: Device, type and use of the weight cache, for each device with autocast on.
     """
 
     grad: bool
@@ -37,26 +38,26 @@ class Modes(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """A tensor of the traced pass. A tensor that is written to becomes another value.
+    """A tensor of the traced pass. A write to a tensor makes another value.
 
     Attributes:
-        number: Place in `Trace.values`.
+        number: Position in `Trace.values`.
         operation: Number of the operation that made the value. Negative for inputs and state.
         shape: Sizes of the dimensions.
         stride: Strides in elements.
         dtype: Type of the elements.
         device: Device of the elements.
         requires_grad: Whether autograd follows the tensor.
-        leaf: Whether the tensor is a leaf for autograd.
+        leaf: Whether the tensor is a leaf of autograd.
         storage: Number of the buffer. Views of one buffer share it.
-        thing: Number of the tensor object. A written tensor keeps it.
-        plain: Whether the tensor is a dense `torch.Tensor`, so that another one can take its place.
-        off_line: Bytes from the last line of 16 to the first element, for some kernels of the CPU
-            give other bits between lines.
+        thing: Number of the tensor object. It stays the same when the tensor is written to.
+        plain: Whether the tensor is a dense `torch.Tensor`, so that another one can replace it.
+        off_line: Offset of the first element from a multiple of 16 bytes. Some CPU kernels give
+            other bits for other offsets.
         inputs: Bit set of the inputs that the value depends on.
         state: Bit set of the parameters and buffers that the value depends on.
-        kind: One of "trained", "live", "frozen", "input" and "constant".
-        reason: Reason for "live".
+        kind: Kind of work that made the value: "trained", "live", "frozen", "input" or "constant".
+        reason: Reason why the value is live. Empty for other kinds.
     """
 
     number: int
@@ -78,7 +79,7 @@ class Value:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements. An expanded dimension counts once."""
+        """Bytes of the elements. The elements of an expanded dimension count once."""
         count = 1
         for size, stride in zip(self.shape, self.stride, strict=True):
             count *= size if stride or not size else 1
@@ -87,31 +88,32 @@ class Value:
 
 @dataclass(eq=False, slots=True)
 class Operation:
-    """One followed call of a torch function, or one call of a module that is not followed inside.
+    """One call of a torch function, or one call of a module that is traced as one operation.
 
     Attributes:
-        number: Place in `Trace.operations`.
-        event: Place in `Trace.events`.
+        number: Position in `Trace.operations`.
+        event: Position in `Trace.events`.
         func: Function that was called.
         name: Name of the function, for people.
         args: Template of the positional arguments.
         kwargs: Template of the keyword arguments.
-        reads: Numbers of the values among the arguments and, for a module, of its parameters.
-        output: Template of the result. Results that are no tensors stand in it as they are.
-        makes: Numbers of the values that the call made, written tensors included.
+        reads: Numbers of the values among the arguments and, for a module, of its parameters and
+            buffers.
+        output: Template of the result. It includes results that are not tensors.
+        makes: Numbers of the values that the call made, including written tensors.
         writes: Pairs of a value before a write and the value after it.
         modes: Switches under which the call ran.
         call: Number of the innermost call of a module around it. Negative if there is none.
-        seconds: Time that the kernels took.
+        seconds: Seconds that the kernels took.
         must_run: Reason why the call can never be left out. Empty if it can.
-        taints: Whether what depends on the results cannot be left out either.
-        escapes: Whether the call hands python a value that was taken from a tensor.
-        mixes: Whether the result of a row depends on other rows, as far as is known by name.
-        shapeless: Whether the shape of a result depends on what the arguments hold.
-        segment: Number of the gradient checkpointing segment around it. Negative for none.
+        taints: Whether work that depends on the results cannot be left out either.
+        escapes: Whether the call returns Python values that may come from elements, as `item` does.
+        mixes: Whether the result for a row depends on other rows.
+        shapeless: Whether the shape of a result depends on the elements of the arguments.
+        segment: Number of the gradient checkpointing segment around it. Negative if there is none.
         opaque: Name of the module, if the operation is a call of a module. Otherwise empty.
-        kind: As of a value.
-        reason: Reason for "live".
+        kind: Kind of work: "trained", "live", "frozen", "input" or "constant".
+        reason: Reason why the work is live. Empty for other kinds.
     """
 
     number: int
@@ -139,7 +141,7 @@ class Operation:
 
     @property
     def skippable(self) -> bool:
-        """Whether the call may be left out at replay."""
+        """Whether the call may be left out in a replay."""
         return self.kind not in (TRAINED, LIVE) and not self.must_run and not self.escapes
 
 
@@ -148,19 +150,19 @@ class Call:
     """One call of a module.
 
     Attributes:
-        number: Place in `Trace.calls`.
-        name: Name of the module within the traced model.
+        number: Position in `Trace.calls`.
+        name: Name of the module in the traced model.
         module: Weak reference to the module.
-        twin: Class and plain attributes of a module without state. Some models make such a module
-            in every pass.
+        twin: Class and plain attributes of a module without state. They identify a module that the
+            model creates anew in every pass.
         parent: Number of the call around it. Negative for an outermost call.
-        enter: Place in `Trace.events` at which it begins.
-        leave: Place in `Trace.events` at which it ends.
+        enter: Position of its beginning in `Trace.events`.
+        leave: Position of its end in `Trace.events`.
         args: Template of the positional arguments.
         kwargs: Template of the keyword arguments.
-        output: Template of the output, if it can be built again.
-        after: Template of the arguments after the call, if it changed objects among them.
-        changes: What it changed in them.
+        output: Template of the output, if the output can be rebuilt.
+        after: Template of the arguments after the call, if the call changed objects among them.
+        changes: Changes that the call made to objects among its arguments.
         why_not_whole: Reason why the call cannot be left out as a whole. Empty if it can.
     """
 
@@ -180,11 +182,11 @@ class Call:
 
     @property
     def results(self) -> tuple[Any, Any]:
-        """Templates of everything that the call gives or changes."""
+        """Templates of the output and of the changed arguments."""
         return self.output, self.after
 
     def is_of(self, module: torch.nn.Module) -> bool:
-        """Says whether the call was one of this module, or of its like."""
+        """Returns whether the call was one of this module, or of an equal module without state."""
         known = self.module()
         if known is not None or self.twin is None:
             return known is module
@@ -192,7 +194,7 @@ class Call:
 
 
 def twin_of(module: torch.nn.Module) -> tuple[type, dict[str, Any]] | None:
-    """Returns what tells modules without state apart, or None for a module with state."""
+    """Returns what identifies a module without state, or None for a module with state."""
     held = vars(module)
     if held.get("_parameters", True) or held.get("_buffers", True):
         return None
@@ -205,31 +207,43 @@ def twin_of(module: torch.nn.Module) -> tuple[type, dict[str, Any]] | None:
 
 
 class Enter(NamedTuple):
-    """The event at which a call of a module begins."""
+    """Event: a call of a module begins.
+
+    Attributes:
+        call: Number of the call.
+    """
 
     call: int
 
 
 class Leave(NamedTuple):
-    """The event at which a call of a module ends."""
+    """Event: a call of a module ends.
+
+    Attributes:
+        call: Number of the call.
+    """
 
     call: int
 
 
 class Step(NamedTuple):
-    """The event of an operation."""
+    """Event: an operation runs.
+
+    Attributes:
+        operation: Number of the operation.
+    """
 
     operation: int
 
 
 @dataclass(eq=False, slots=True)
 class State:
-    """A parameter, a buffer, or another tensor that was there before the pass.
+    """A parameter, a buffer, or another tensor that existed before the pass.
 
     Attributes:
-        name: Name within the traced model.
+        name: Name in the traced model.
         tensor: Weak reference to the tensor.
-        trained: Whether it takes gradient, or is said to move.
+        trained: Whether the tensor requires gradient, or was given as `moving`.
         value: Number of its value.
     """
 
@@ -241,21 +255,21 @@ class State:
 
 @dataclass(eq=False)
 class Trace:
-    """One forward pass in order. It holds no tensor of the pass but those in `held`.
+    """Trace of one forward pass. It keeps no tensor of the pass alive, apart from those in `held`.
 
     Attributes:
-        values: Tensors, by number.
-        operations: Followed calls, by number.
+        values: Values, by number.
+        operations: Operations, by number.
         calls: Calls of modules, by number.
         events: Beginnings and ends of calls, and operations, in order.
-        inputs: Numbers of the values that came with the arguments, in the order of `tensors`.
-        states: Parameters, buffers and other tensors that were there before.
-        outputs: Numbers of the values that were returned, each with whether it is likely read.
-        asked: Numbers of the values of which the pass asked for gradients.
-        signature: What another pass must have in common with this one. See `signature`.
-        seconds: Time of the pass, with the work of following it.
-        held: Tensors without gradient that trained work has taken, each with its version then, by
-            number, until `take_held`.
+        inputs: Numbers of the values in the arguments of the pass, in the order of `tensors`.
+        states: Parameters, buffers and other tensors that existed before the pass.
+        outputs: Numbers of the returned values, each with whether the caller probably reads it.
+        asked: Numbers of the values whose gradients the pass asked for.
+        signature: Conditions under which another pass can use this trace.
+        seconds: Seconds that the pass took, with tracing.
+        held: Values without gradient that trained work took, by number. Each is a tensor and its
+            version at that time. `take_held` removes them.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -271,13 +285,10 @@ class Trace:
     held: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def take_held(self, numbers: Collection[int]) -> dict[int, torch.Tensor] | None:
-        """Returns some values of the pass itself, and lets go of all others.
-
-        Args:
-            numbers: Numbers of the values.
+        """Returns some values of the pass itself, and releases all others.
 
         Returns:
-            Values by number, or None if one was not held or was written to since.
+            Values by number. None if one of them was not held, or was written to since.
         """
         found = {number: self._held_as(number) for number in numbers}
         self.held = {}
@@ -285,9 +296,9 @@ class Trace:
         return whole if len(whole) == len(found) else None
 
     def _held_as(self, number: int) -> torch.Tensor | None:
-        """Returns a value that is held, or that another one on its buffer is a view of."""
+        """Returns a held value, or makes it as a view of another held value on the same buffer."""
         value = self.values[number]
-        if self._rewritten(value):  # a write through `.data` or numpy counts nowhere
+        if self._rewritten(value):  # versions do not count writes through `.data` or numpy
             return None
         for other, (tensor, version) in self.held.items():
             if self.values[other].storage != value.storage or tensor._version != version:
@@ -303,18 +314,18 @@ class Trace:
         return None
 
     def _rewritten(self, value: Value) -> bool:
-        """Says whether a value's buffer was written to after the value was made."""
+        """Returns whether the buffer of a value was written to after the value was made."""
         later = self.operations[value.operation + 1 :]
         written = {self.values[old].storage for one in later for old, _ in one.writes}
         return value.storage in written
 
     @property
     def kernel_seconds(self) -> float:
-        """Time of all kernels of the pass."""
+        """Seconds of all kernels of the pass."""
         return sum(one.seconds for one in self.operations)
 
     def describe(self, number: int) -> str:
-        """Names a value for people: the module and the operation that made it, and its shape."""
+        """Returns a description of a value for people: module, operation and shape."""
         value = self.values[number]
         shape = "x".join(map(str, value.shape)) or "scalar"
         if value.operation < 0:
@@ -326,11 +337,11 @@ class Trace:
 
 
 def mark(trace: Trace, asked: Sequence[int] = ()) -> None:
-    """Gives every value and operation its kind, from what it depends on.
+    """Sets the kind of every value and operation, from what each depends on.
 
     Args:
-        trace: Trace whose `inputs`, `states`, `reads`, `makes` and `must_run` are known.
-        asked: Numbers of values of which python asks gradients. They count as trained.
+        trace: Trace with complete `inputs`, `states`, `reads`, `makes` and `must_run`.
+        asked: Numbers of the values whose gradients the pass asks for. They count as trained.
     """
     trained: list[bool] = [False] * len(trace.values)
     live: list[str] = [""] * len(trace.values)
@@ -379,31 +390,9 @@ def _kind(trained: bool, live: bool, inputs: int, state: int) -> str:
 
 
 def label(func: Callable[..., Any]) -> str:
-    """Names a function for people. A property is named by its own name."""
+    """Returns the name of a function for people, or the name of a property for its getter."""
     name = getattr(func, "__name__", None) or type(func).__name__
     if name in ("__get__", "__set__"):
         owner = getattr(getattr(func, "__self__", None), "__name__", "")
         return f"{owner}.{'read' if name == '__get__' else 'write'}"
     return str(name)
-
-
-__all__ = [
-    "CONSTANT",
-    "FROZEN",
-    "INPUT",
-    "LIVE",
-    "SWITCH",
-    "TRAINED",
-    "Call",
-    "Enter",
-    "Leave",
-    "Modes",
-    "Operation",
-    "Ref",
-    "State",
-    "Step",
-    "Trace",
-    "Value",
-    "label",
-    "mark",
-]

@@ -1,6 +1,6 @@
-"""What each event of a trace becomes when the pass is replayed, or when it is captured."""
+"""Plans for each event of a trace: what a replay does, and what a capture does."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,8 +22,8 @@ from cachefreeze.lineage.structure import Ref, numbers
 class Action(Enum):
     """What is done at an event.
 
-    An operation is run or skipped. A call of a module is followed inside, taken as a whole, or run
-    unfollowed, with no mode on.
+    Operations are run or skipped. Calls of modules are followed inside, handled as a whole, or run
+    without a follower and its mode.
     """
 
     RUN = "run"
@@ -35,21 +35,23 @@ class Action(Enum):
 
 @dataclass(eq=False, slots=True)
 class Planned:
-    """An operation or a call of a module, and what becomes of it.
+    """An operation or a call of a module, and what is done with it.
 
     Attributes:
-        action: What is done.
-        operation: The operation, if it is one.
-        call: The call, if it is one.
-        checked: Whether the arguments must be those of the trace.
-        tracked: Numbers of made values that arguments are compared with later.
-        kept: Numbers of made values that are kept.
-        saved: Numbers of values that are copied before they are written to.
-        guards: Operations on the batch whose results decided the way through a module.
-        inside: For a call that is taken as a whole, the operations in it.
+        action: Action at this event.
+        operation: Operation. None for a call.
+        call: Call of a module. None for an operation.
+        checked: Whether the arguments must be equal to those in the trace.
+        tracked: Numbers of the made values that arguments are compared with later.
+        kept: Numbers of the made values that are kept.
+        saved: Numbers of the values that are copied before they are written to.
+        guards: Operations on the batch whose results decided which path the module took.
+        inside: Operations in a call that is handled as a whole.
         writes: Pairs of a value before a write and the value after it.
-        returned: Whether an argument may be returned, which must be that very object then.
-        simple: Number of the only value that is made, if it is new and nothing is written.
+        returned: Whether the call may return one of its arguments. It must return the same object
+            then.
+        simple: Number of the made value, if there is only one, it is new, and nothing is written
+            to. Otherwise -1.
     """
 
     action: Action
@@ -67,25 +69,24 @@ class Planned:
 
 
 _LEFT_OUT = (Action.SKIP, Action.WHOLE)
-_Whole = Callable[[Call, list[Operation], frozenset[int]], bool]
 
 
 class Plan:
-    """A trace with a cut, made ready to be replayed.
+    """A trace and a cut, prepared for replays.
 
     Args:
         trace: Trace of a pass.
-        cut: What is kept of it.
+        cut: Values to keep, and operations that run.
 
     Attributes:
         trace: Trace of a pass.
-        cut: What is kept of it.
-        program: Operations of the trace, to be run again.
-        replayed: What becomes of each event at replay. None at the end of a call.
-        captured: What becomes of each event while kept values are taken from a plain pass.
-        last_skipped: Last event at which a replayed pass has something to leave out.
-        states: Numbers of the parameters and buffers, by the identity of the tensor.
-        followed: Largest number of events that a pass is followed at, one after another.
+        cut: Values to keep, and operations that run.
+        program: Operations of the trace, which can be run again.
+        replayed: Plan for each event of a replay. None at the end of a call.
+        captured: Plan for each event of a capture. None at the end of a call.
+        last_skipped: Position of the last event at which a replay has something to leave out.
+        states: Numbers of the parameters and buffers, by `id` of the tensor.
+        followed: Largest number of events at which a replay or a capture does something.
     """
 
     def __init__(self, trace: Trace, cut: Cut) -> None:
@@ -95,8 +96,8 @@ class Plan:
         self._kept = frozenset(cut.kept)
         skipped = {one.number for one in trace.operations} - cut.runs
         lineage = {one.number for one in self.program.needed(cut.kept, ())}
-        self.replayed = self._events(skipped, skipped, self._is_skippable)
-        self.captured = self._events(set(), lineage, self._gives_kept)
+        self.replayed = self._events(skipped, skipped)
+        self.captured = self._events((), lineage)
         self.last_skipped = max(
             (
                 place if one.call is None else one.call.leave
@@ -113,7 +114,7 @@ class Plan:
                 self.states[id(tensor)] = state.value
 
     def modules_around(self) -> set[int]:
-        """Returns the modules, by `id`, in whose calls something is left out."""
+        """Returns the modules, by `id`, in whose calls operations are left out."""
         found: set[int] = set()
         for operation in self.trace.operations:
             if operation.number in self.cut.runs:
@@ -127,18 +128,15 @@ class Plan:
                 number = call.parent
         return found
 
-    def _events(
-        self, skipped: Collection[int], compared: Collection[int], whole: _Whole
-    ) -> list[Planned | None]:
-        """Decides what becomes of each event.
+    def _events(self, skipped: Collection[int], compared: Collection[int]) -> list[Planned | None]:
+        """Plans each event.
 
         Args:
-            skipped: Operations that are left out.
-            compared: Operations whose arguments must be those of the trace.
-            whole: Function that says whether a call is taken as a whole.
+            skipped: Numbers of the operations that are left out.
+            compared: Numbers of the operations whose arguments must be equal to those in the trace.
         """
         trace = self.trace
-        calls = {one.number: self._as_a_whole(one, compared, whole) for one in trace.calls}
+        calls = {one.number: self._as_a_whole(one, skipped, compared) for one in trace.calls}
         compared, last = self._compared(compared, [p.call for p in calls.values() if p and p.call])
         taken = frozenset(last)
         late = frozenset(n for one in skipped for n in trace.operations[one].reads)
@@ -161,10 +159,11 @@ class Plan:
     def _compared(
         self, compared: Collection[int], calls: Collection[Call]
     ) -> tuple[set[int], dict[int, int]]:
-        """Completes the operations whose arguments are compared: what makes an argument is, too.
+        """Adds the operations that make the compared arguments, since these must be equal, too.
 
         Returns:
-            Those operations, and the last event that takes each value that is an argument.
+            Compared operations, and for each value among their arguments the last event that takes
+            it.
         """
         operations, values = self.trace.operations, self.trace.values
         found = set(compared)
@@ -182,7 +181,7 @@ class Plan:
             made_by = values[number].operation
             if seen or made_by < 0:
                 continue
-            # A tensor that is written to is followed from value to value.
+            # A written tensor is compared from value to value.
             wanted += [(old, operations[made_by].event) for old, new in operations[made_by].writes
                        if new == number]  # fmt: skip
             if made_by in found or not operations[made_by].skippable:
@@ -227,14 +226,18 @@ class Plan:
             if isinstance(event, Step)
         ]
 
-    def _as_a_whole(self, call: Call, compared: Collection[int], whole: _Whole) -> Planned | None:
-        """Plans a call that is taken as a whole. Returns None if it cannot be."""
+    def _as_a_whole(
+        self, call: Call, skipped: Collection[int], compared: Collection[int]
+    ) -> Planned | None:
+        """Returns the plan for a call that is handled as a whole. None if it cannot be."""
         inside = self._inside(call)
         if call.why_not_whole or not any(one.number in compared for one in inside):
             return None
         kept = self._kept.intersection(number for one in inside for number in one.makes)
-        if not whole(call, inside, kept):
+        if not self._is_whole(inside):
             return None
+        if not skipped and not kept <= set(numbers(call.results)):
+            return None  # in a capture, which skips nothing, kept values must be in the results
         guards = tuple(one for one in inside if one.escapes)
         writes = tuple(pair for one in inside for pair in one.writes)
         given = {*numbers(call.args), *numbers(call.kwargs)}
@@ -259,9 +262,9 @@ class Plan:
         return Planned(Action.UNFOLLOWED if unfollowed else Action.FOLLOW, call=call)
 
     def _is_whole(self, inside: list[Operation]) -> bool:
-        """Says whether operations could be left out together, as far as they are concerned.
+        """Returns whether operations can be left out together.
 
-        Python values that they took from the batch are compared before.
+        Numbers that Python took from the batch are no obstacle, since they are compared before.
         """
         for one in inside:
             if one.escapes and not one.must_run:
@@ -272,15 +275,9 @@ class Plan:
                 return False
         return True
 
-    def _is_skippable(self, call: Call, inside: list[Operation], kept: frozenset[int]) -> bool:
-        return self._is_whole(inside)
-
-    def _gives_kept(self, call: Call, inside: list[Operation], kept: frozenset[int]) -> bool:
-        return self._is_whole(inside) and kept <= set(numbers(call.results))
-
 
 def _steps(events: Sequence[Planned | None]) -> int:
-    """Counts the events that are not inside a call that is taken as a whole, or run unfollowed."""
+    """Returns the number of events without those inside of calls that are not followed."""
     at = steps = 0
     while at < len(events):
         planned = events[at]

@@ -1,7 +1,6 @@
-"""Runs recorded operations again, with none of the model's own python code.
+"""Runs recorded operations again, without the Python code of the model.
 
-That is how a late value computes itself, how the values of a new cut come from those of an old one,
-and how the batch axes are found.
+Late values and the values of a new cut are computed this way, and batch axes are searched.
 """
 
 from collections import defaultdict
@@ -19,7 +18,7 @@ Tensor = torch.Tensor
 
 
 class Program:
-    """The operations of a trace, to be run again in their order.
+    """The operations of a trace, which can be run again.
 
     Args:
         trace: Trace of a pass.
@@ -27,8 +26,8 @@ class Program:
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
-        # Operations that make or write a tensor on a buffer, in order. Where a tensor is written
-        # while another one on its buffer lives, all of them belong together.
+        # Operations that make or write a tensor on each buffer, in order. If a tensor is written to
+        # while another one on its buffer exists, all of them are run together.
         self._touching: dict[int, list[int]] = defaultdict(list)
         self._tangled: set[int] = set()
         for operation in trace.operations:
@@ -39,11 +38,11 @@ class Program:
         self._orders: dict[Any, list[Operation]] = {}
 
     def needed(self, targets: Collection[int], given: Collection[int]) -> list[Operation]:
-        """Finds the operations that make some values, in order.
+        """Returns the operations that are needed to make some values, in order.
 
         Args:
-            targets: Numbers of the values.
-            given: Numbers of the values that are there already.
+            targets: Numbers of the values to make.
+            given: Numbers of the values that exist already.
         """
         again: set[int] = set()
         while True:
@@ -56,7 +55,8 @@ class Program:
             more = (written & self._tangled) - again
             if not more:
                 return [self._trace.operations[one] for one in sorted(found)]
-            # Tensors that share a written buffer are made together, so that they share it again.
+            # Tensors that share a written buffer are made together, so that they share a buffer
+            # again.
             again |= more
 
     def _closure(
@@ -79,14 +79,14 @@ class Program:
         return found
 
     def run(self, targets: Sequence[int], given: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Computes values from others.
+        """Computes values from other values.
 
         Args:
             targets: Numbers of the values to compute.
-            given: Tensors by the numbers of their values. They are not written to.
+            given: Tensors by number of their values. They are not written to.
 
         Returns:
-            Tensors by number. Two on one buffer in the pass are on one buffer here.
+            Tensors by number. Tensors that shared a buffer in the pass share one here.
         """
         key = (frozenset(targets), frozenset(given))
         order = self._orders.get(key)
@@ -98,13 +98,13 @@ class Program:
         for operation in order:
             self.run_one(operation, found, given)
             for number in _touched(operation):
-                # Frees what is not needed any more, as the pass itself did.
+                # Frees memory as early as the pass itself did.
                 if last[number] == operation.number and number not in keep:
                     found.pop(number, None)
         return {number: found[number] for number in targets}
 
     def result(self, operation: Operation, given: Mapping[int, Tensor]) -> Any:
-        """Runs one operation, after those that make what it takes, and returns its result."""
+        """Runs one operation after all operations that it needs, and returns its result."""
         made = [one for one in operation.reads if self._trace.values[one].operation >= 0]
         found = self.run(made, given)
         return self.run_one(operation, {**given, **found}, {**given, **found})
@@ -112,12 +112,12 @@ class Program:
     def run_one(
         self, operation: Operation, found: dict[int, Tensor], given: Mapping[int, Tensor]
     ) -> Any:
-        """Runs an operation.
+        """Runs one operation.
 
         Args:
-            operation: Operation.
-            found: Tensors by number. Those that the operation makes are put in.
-            given: Tensors that may not be written to.
+            operation: Operation to run.
+            found: Tensors by number. The tensors that the operation makes are added.
+            given: Tensors that must not be written to, by number.
 
         Returns:
             Result of the operation.
@@ -131,8 +131,7 @@ class Program:
         kwargs = fill(operation.kwargs, lambda number: self._tensor(number, found))
         with under(operation.modes):
             result = operation.func(*args, **kwargs)
-        for number, tensor in bound(operation.output, result):
-            found[number] = tensor
+        found.update(bound(operation.output, result))
         for old, new in operation.writes:
             if new not in found and old in found:
                 found[new] = found[old]
@@ -145,7 +144,7 @@ class Program:
         """Returns a parameter or buffer by the number of its value.
 
         Raises:
-            RuntimeError: It is gone.
+            RuntimeError: The parameter or buffer was deleted or written to.
         """
         for state in self._trace.states:
             if state.value == number:
@@ -153,7 +152,7 @@ class Program:
                 if tensor is not None:
                     return tensor
                 raise RuntimeError(
-                    f"A value that was left out cannot be computed: `{state.name}` is gone."
+                    f"A value that was left out cannot be computed: `{state.name}` was deleted."
                 )
         raise RuntimeError(
             f"A value that was left out cannot be computed: it needs the value of "
@@ -162,23 +161,23 @@ class Program:
 
 
 def _touched(operation: Operation) -> tuple[int, ...]:
-    """Returns the values that an operation takes or writes to, through another tensor too."""
+    """Returns the values that an operation reads or writes to, also through another tensor."""
     return (*operation.reads, *(old for old, _ in operation.writes))
 
 
 def copy_of(tensor: Tensor) -> Tensor:
-    """Copies a tensor to a buffer of its own, with its strides and its `requires_grad`."""
+    """Copies a tensor to a new buffer, with its strides and its `requires_grad`."""
     copied = with_strides(tensor, tensor.stride())
     return copied.requires_grad_(tensor.requires_grad) if tensor.requires_grad else copied
 
 
 def with_strides(tensor: Tensor, stride: tuple[int, ...], off_line: int = 0) -> Tensor:
-    """Copies a tensor to a buffer of its own, with certain strides.
+    """Copies a tensor to a new buffer, with given strides.
 
     Args:
-        tensor: Tensor.
-        stride: Strides in elements. Where one is 0, the tensor is the same all along.
-        off_line: Bytes between the last line of memory and the first element.
+        tensor: Tensor to copy.
+        stride: Strides in elements. Along a dimension with stride 0, the tensor must be constant.
+        off_line: Offset of the first element from a multiple of 16 bytes.
     """
     with torch.no_grad():
         source = tensor.detach()

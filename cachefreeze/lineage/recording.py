@@ -1,4 +1,4 @@
-"""What a trace in the making consists of: values, states, operations and the calls around them."""
+"""Records the values, states and operations of a pass, and the calls of modules around them."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.known import Known, buffer_of
 from cachefreeze.lineage.modes import modes_now
 from cachefreeze.lineage.modules import states_of
-from cachefreeze.lineage.operations import Call, Operation, State, Step, Trace, twin_of
+from cachefreeze.lineage.operations import Call, Operation, State, Step, Trace
 from cachefreeze.lineage.signature import Signature
 from cachefreeze.lineage.structure import describe, tensors
 
@@ -23,7 +23,7 @@ UNSEEN = "does work that torch functions do not show (TorchScript, vmap, an exte
 
 
 class Functions(TorchFunctionMode):
-    """Sees every torch function that the pass calls, in order."""
+    """Receives every torch function that the pass calls, in order."""
 
     def __init__(self, tracer: "Recording") -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Functions(TorchFunctionMode):
 
 
 class Running:
-    """What is noted of an operation while it runs."""
+    """Notes about an operation while it runs."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -50,7 +50,7 @@ class Running:
 
 
 class Around:
-    """What is noted of a call of a module until it ends."""
+    """Notes about a call of a module until it ends."""
 
     def __init__(self, call: Call, module: nn.Module, first: int, draws: int) -> None:
         self.call = call
@@ -67,7 +67,7 @@ class Around:
 
 
 def resting(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes what a method of the tracer itself computes invisible to the tracer."""
+    """Stops recording while a method of the tracer itself runs."""
 
     @functools.wraps(method)
     def rest(self: "Recording", *args: Any) -> Any:
@@ -92,9 +92,9 @@ class Recording:
 
     Args:
         modules: Modules that the callable uses, each with its name.
-        moving: Parameters and buffers that count as trained although they take no gradient.
+        moving: Parameters and buffers that count as trained although they require no gradient.
         given: Arguments of the pass.
-        frames: Sees the functions that run, if somebody wants to know.
+        frames: Reporter of the Python functions that run. None for no reports.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Recording:
         self._torch = soundness.torch_generators()
         self._python = soundness.python_generators()
         for name, module in modules:
-            self._know(name, module)
+            self._register(name, module)
         self._fixed = {
             id(value)
             for _, one in modules
@@ -138,7 +138,7 @@ class Recording:
         self.trace.signature = Signature(modules, given)
 
     def function(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Follows a call of a torch function."""
+        """Runs and records a call of a torch function."""
         raise NotImplementedError
 
     def _end(
@@ -149,20 +149,19 @@ class Recording:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        """Records what an operation has done."""
+        """Records the results of an operation."""
         raise NotImplementedError
 
-    def _know(self, prefix: str, module: nn.Module) -> None:
+    def _register(self, prefix: str, module: nn.Module) -> None:
         for name, part in module.named_modules(prefix=prefix):
             self._names.setdefault(id(part), name)
         for name, tensor in states_of(prefix, module):
             self._state(name, tensor)
 
     @resting
-    def _meet(self, module: nn.Module) -> None:
-        self._know(type(module).__name__, module)
-        if twin_of(module) is None:
-            self._met.append((type(module).__name__, weakref.ref(module)))
+    def _register_new(self, module: nn.Module) -> None:
+        self._register(type(module).__name__, module)
+        self._met.append((type(module).__name__, weakref.ref(module)))
 
     def _state(self, name: str, tensor: torch.Tensor) -> int:
         number = self.known.number(tensor)
@@ -180,7 +179,7 @@ class Recording:
         self._segments.pop()
 
     def _number(self, tensor: torch.Tensor) -> int:
-        """Finds the number of a value, also of one that no torch function has made."""
+        """Returns the number of a tensor's value. Unknown tensors get a new one."""
         if self._exposed:
             self._look_at_exposed(tensor)
         number = self.known.number(tensor)
@@ -192,7 +191,7 @@ class Recording:
             alias = self.known.on(buffer)
             reads = (alias[0],) if alias else None
         if reads is None:
-            # It was there before the pass, or it comes from numpy: the end of the pass tells.
+            # It existed before the pass, or it comes from numpy. Known only at the end of the pass.
             number = self._state("a tensor from outside", tensor)
             self._found.append(next(s for s in self.trace.states if s.value == number))
             return number
@@ -202,7 +201,7 @@ class Recording:
         return number
 
     def _look_at_exposed(self, tensor: torch.Tensor) -> None:
-        """Notes a write through memory that was handed out, to numpy for example."""
+        """Records a write through memory that was given to other code, such as numpy."""
         number = self.known.number(tensor)
         storage = self.trace.values[number].storage if number >= 0 else -1
         before = self._exposed.get(storage)
@@ -219,12 +218,12 @@ class Recording:
     def _unseen_work(
         self, reads: tuple[int, ...], written: list[torch.Tensor], reason: str = UNSEEN
     ) -> Operation:
-        """Records work that no torch function shows, and makes the module around it opaque.
+        """Records work that no torch function shows, and makes the module around it one operation.
 
         Args:
-            reads: Numbers of the values that it takes.
-            written: Tensors that it writes to.
-            reason: Reason why it must run.
+            reads: Numbers of the values that the work reads.
+            written: Tensors that the work writes to.
+            reason: Reason why the work must run.
         """
         call = self._stack[-1].call.number if self._stack else -1
         operation = Operation(-1, -1, unseen, "unseen work", (), {}, reads, modes_now(), call)
@@ -267,12 +266,12 @@ class Recording:
         operation.mixes = running.mixes
         operation.shapeless = running.shapeless
         self.trace.operations.append(operation)
-        if operation.func is not unseen:  # nobody sees unseen work at replay either
+        if operation.func is not unseen:  # a replay does not see this work either
             self.trace.events.append(Step(operation.number))
 
 
 def digest(tensor: torch.Tensor) -> tuple[int, bytes]:
-    """Returns where a tensor begins and a hash of its elements."""
+    """Returns the position of a tensor in its storage, and a hash of its elements."""
     held = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return int(tensor.storage_offset()), hashlib.blake2b(held.numpy().data, digest_size=16).digest()
 

@@ -1,4 +1,4 @@
-"""Runs a forward pass with its frozen work left out, or takes from a plain pass what is kept."""
+"""Runs a forward pass without its frozen work, or copies the values to keep from a plain pass."""
 
 import functools
 import weakref
@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cachefreeze.lineage import calls, soundness
+from cachefreeze.lineage.changes import update
 from cachefreeze.lineage.known import off_line
 from cachefreeze.lineage.late import Late, Pass, compute_in
 from cachefreeze.lineage.modes import uncompiled
@@ -20,20 +21,20 @@ from cachefreeze.lineage.module_calls import CallOf
 from cachefreeze.lineage.operations import Call, Operation, label
 from cachefreeze.lineage.plan import Action, Plan, Planned
 from cachefreeze.lineage.program import copy_of, with_strides
-from cachefreeze.lineage.structure import bound, fill, matches, tensors, update
+from cachefreeze.lineage.structure import bound, fill, matches, tensors
 
 Tensor = torch.Tensor
 
 
 @dataclass
 class Report:
-    """What happened in a replayed or captured pass.
+    """Events of a replayed or captured pass.
 
     Attributes:
         skipped: Number of operations that were left out.
-        left: Reason why the pass went on plainly, from some call on. Empty if it did not.
-        computed: Numbers of the late values that were computed after all. It grows when the caller
-            uses further ones after the pass.
+        left: Reason why the rest of the pass ran in full. Empty if the pass followed the trace.
+        computed: Numbers of the late values that were computed. It grows if the caller uses more of
+            them after the pass.
     """
 
     skipped: int = 0
@@ -51,22 +52,22 @@ def replay(
     known_to_fit: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Report]:
-    """Runs a forward pass with its frozen work left out.
+    """Runs a forward pass without its frozen work.
 
-    Where the pass goes another way than the traced one, it goes on from there without skipping.
-    The result is the plain pass's in either case.
+    If the pass takes another path than the traced one, the rest of it runs in full. The result is
+    that of a plain pass in either case.
 
     Args:
-        plan: Trace and cut.
-        kept: Kept values of this very batch, by number. The pass owns these tensors from now on.
+        plan: Plan made from a trace of the model.
+        kept: Kept values of the same batch, by number. Do not use these tensors afterwards.
         model: Module or callable that was traced.
         *args: Positional arguments of the call.
-        leave_at: Event from which on nothing is skipped, for tests.
+        leave_at: Event at which skipping ends, for tests.
         known_to_fit: Whether the signature was just compared with this call.
         **kwargs: Keyword arguments of the call.
 
     Returns:
-        Output of the model, and what happened.
+        Output of the model, and a report.
 
     Raises:
         ValueError: A kept value is missing, or has another shape or type.
@@ -95,18 +96,18 @@ def capture(
     known_to_fit: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, dict[int, Tensor] | None, Report]:
-    """Runs a plain forward pass and takes the kept values from it.
+    """Runs a plain forward pass and copies the values to keep.
 
     Args:
-        plan: Trace and cut.
+        plan: Plan made from a trace of the model.
         model: Module or callable that was traced.
         *args: Positional arguments of the call.
         known_to_fit: Whether the signature was just compared with this call.
         **kwargs: Keyword arguments of the call.
 
     Returns:
-        Output of the model; copies of the kept values by number, or None if the pass went another
-        way than the traced one; and what happened.
+        Output of the model; copies of the values to keep by number, or None if the pass took
+        another path than the traced one; and a report.
     """
     given = (args, kwargs)
     difference = "" if known_to_fit else plan.trace.signature.difference(given)
@@ -119,20 +120,20 @@ def capture(
     if len(mode.found) == len(plan.cut.kept):
         return output, mode.found, mode.report
     if not mode.report.left:
-        mode.report.left = "the pass ended before all values were made"
+        mode.report.left = "the pass ended before all values to keep were made"
     return output, None, mode.report
 
 
 def _prepared(plan: Plan, kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Gives kept values what they had in the traced pass: strides, place, `requires_grad`."""
+    """Gives kept values the strides, memory alignment and `requires_grad` of the traced pass."""
     ready: dict[int, Tensor] = {}
     for number in plan.cut.kept:
         value, tensor = plan.trace.values[number], kept.get(number)
         if tensor is None:
-            raise ValueError(f"replay needs the kept value {plan.trace.describe(number)}.")
+            raise ValueError(f"`kept` lacks the kept value {plan.trace.describe(number)}.")
         if tuple(tensor.shape) != value.shape or tensor.dtype != value.dtype:
             raise ValueError(
-                f"The kept value {plan.trace.describe(number)} was given as "
+                f"The kept value {plan.trace.describe(number)} has another shape or type: "
                 f"{tuple(tensor.shape)}, {tensor.dtype}."
             )
         if tensor.stride() != value.stride or off_line(tensor) != value.off_line:
@@ -145,7 +146,7 @@ def _prepared(plan: Plan, kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 
 class _Made(torch.autograd.Function):
-    """Makes a tensor one that autograd follows and that is no leaf, as a computed one is."""
+    """Makes a tensor that requires gradient and is not a leaf, like a computed one."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, held: list[Tensor]) -> Tensor:
@@ -154,12 +155,12 @@ class _Made(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        """Ends the gradient, as nothing before a frozen value is trained."""
+        """Stops the gradient, since no work before a frozen value is trained."""
         return None, None
 
 
 class _Following(TorchFunctionMode):
-    """Goes along the events of a plan with a pass that runs now."""
+    """Follows the events of a plan in a pass that runs now."""
 
     def __init__(self, plan: Plan, events: list[Planned | None]) -> None:
         super().__init__()
@@ -167,18 +168,18 @@ class _Following(TorchFunctionMode):
         self.report = Report()
         self._events = events
         self._at = 0
-        self._lost = False
+        self._left = False
         self._open = True
         self.paused = False
 
-    # What the two kinds of passes do differently.
+    # Methods in which replays and captures differ.
 
     def number(self, tensor: Any) -> int:
-        """Returns the number of the value that a tensor is in this pass, or -1."""
+        """Returns the number of the value that a tensor has in this pass, or -1."""
         raise NotImplementedError
 
     def sources(self) -> dict[int, Tensor]:
-        """Returns the tensors that recorded operations can start from."""
+        """Returns the tensors from which recorded operations can be run."""
         raise NotImplementedError
 
     def carry_out(self, planned: Planned, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -186,48 +187,48 @@ class _Following(TorchFunctionMode):
         raise NotImplementedError
 
     def whole(self, planned: Planned, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Does what is planned for a call that is taken as a whole."""
+        """Does what is planned for a call that is handled as a whole."""
         raise NotImplementedError
 
-    def lose(self, why: str) -> None:
-        """Goes on plainly from here."""
-        if not self._lost:
-            self._lost = True
+    def leave(self, why: str) -> None:
+        """Stops following: the rest of the pass runs in full."""
+        if not self._left:
+            self._left = True
             self.report.left = why
 
-    # What they have in common.
+    # Methods of both.
 
     @uncompiled
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._lost or self.paused or not self._open or func in soundness.METADATA:
+        if self._left or self.paused or not self._open or func in soundness.METADATA:
             return func(*args, **(kwargs or {}))
         if func is soundness.ITERATE:
             return iter(self.step(torch.Tensor.unbind, (args[0], 0), {}))
         return self.step(func, args, kwargs or {})
 
     def step(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Does what is planned for the next operation, if this is it."""
+        """Handles the next torch function, if it is the one that is planned."""
         planned = self._events[self._at] if self._at < len(self._events) else None
         operation = planned.operation if planned is not None else None
         if planned is None or operation is None or func != operation.func:
-            self.lose(f"another call: {label(func)}")
+            self.leave(f"the traced pass did not call `{label(func)}` here")
         elif planned.checked and not self._matches(operation, args, kwargs):
-            self.lose(f"other arguments of {operation.name}")
+            self.leave(f"`{operation.name}` was called with other arguments")
         else:
             self._at += 1
             return self.carry_out(planned, func, args, kwargs)
         return func(*args, **kwargs)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Does what is planned for a call of a module, if this is it."""
+        """Handles the next call of a module, if it is the one that is planned."""
         planned = self._events[self._at] if self._at < len(self._events) else None
-        if self._lost or not self._open:
+        if self._left or not self._open:
             return self._plainly(module, args, kwargs)
         if planned is not None and planned.operation is not None and planned.operation.opaque:
-            return self._opaque(planned, planned.operation, module, args, kwargs)
+            return self._opaque(planned, module, args, kwargs)
         call = planned.call if planned is not None else None
         if planned is None or call is None or not call.is_of(module):
-            self.lose(f"another call: {type(module).__name__}")
+            self.leave(f"the traced pass did not call this {type(module).__name__} here")
             return self._plainly(module, args, kwargs)
         if planned.action is not Action.FOLLOW:
             with calls.unfollowed(self):
@@ -247,11 +248,13 @@ class _Following(TorchFunctionMode):
             output = calls.real_call(module, *args, **kwargs)
         except BaseException:
             if self._open and self._at != call.leave:
-                self.lose("an error")
+                self.leave("the model raised an error")
             self._at = call.leave + 1
             raise
         if self._open and self._at != call.leave:
-            self.lose(f"{call.name or type(module).__name__} ended early")
+            self.leave(
+                f"{call.name or type(module).__name__} ended earlier than in the traced pass"
+            )
         self._at = call.leave + 1
         return output
 
@@ -260,18 +263,15 @@ class _Following(TorchFunctionMode):
             return calls.real_call(module, *args, **kwargs)
 
     def _opaque(
-        self,
-        planned: Planned,
-        operation: Operation,
-        module: nn.Module,
-        args: Any,
-        kwargs: dict[str, Any],
+        self, planned: Planned, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
+        operation = planned.operation
+        assert operation is not None
         assert isinstance(operation.func, CallOf)
         if operation.func.module() is not module:
-            self.lose(f"another call: {type(module).__name__}")
+            self.leave(f"the traced pass did not call this {type(module).__name__} here")
         elif planned.checked and not self._matches(operation, args, kwargs):
-            self.lose(f"other arguments of {operation.name}")
+            self.leave(f"`{operation.name}` was called with other arguments")
         else:
             self._at += 1
             with calls.unfollowed(self):
@@ -317,14 +317,14 @@ class _Replaying(_Following):
     def sources(self) -> dict[int, Tensor]:
         return self._pass.sources()
 
-    def lose(self, why: str) -> None:
-        if not self._lost:
-            super().lose(why)
+    def leave(self, why: str) -> None:
+        if not self._left:
+            super().leave(why)
             self._pass.compute_all()
 
     def step(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self._look_ahead()
-        if self._lost or not self._open:
+        if self._left or not self._open:
             return func(*args, **kwargs)
         return super().step(func, args, kwargs)
 
@@ -334,9 +334,9 @@ class _Replaying(_Following):
         return super().call(module, args, kwargs)
 
     def _look_ahead(self) -> None:
-        """Stops following where nothing is left to be left out: the rest may go any way."""
+        """Stops following after the last skipped event. The rest of the pass may take any path."""
         if self._at >= self._leave_at:
-            self.lose("told to leave")
+            self.leave("skipping ended at `leave_at`")
         elif self._at > self.plan.last_skipped:
             self._open = False
 
@@ -347,7 +347,7 @@ class _Replaying(_Following):
             for number in planned.saved:
                 self._pass.save(number)
             if operation.name.endswith(".write") or operation.opaque:
-                compute_in((args, kwargs))  # Dynamo would leave its graph at a late value
+                compute_in((args, kwargs))  # Dynamo would break its graph at a late value
             result = func(*args, **kwargs)
             if planned.tracked:
                 self._pass.written(operation.writes)
@@ -372,18 +372,21 @@ class _Replaying(_Following):
     def _skipped(
         self, planned: Planned, args: Any, kwargs: dict[str, Any]
     ) -> Callable[[int], Tensor]:
-        """Leaves work out. Returns a function from the numbers of its results to tensors."""
+        """Skips work. Returns a function from the numbers of its results to tensors."""
         if not planned.returned:
             return self._pass.hand_out
         given = list(tensors((args, kwargs)))
         for old, new in planned.writes:
             self._pass.write(old, new)
-        # A call that returns an argument of its own must return that very object.
+        # If the plain call returns one of its arguments, this one must return the same object.
         own = {self.number(tensor): tensor for tensor in given}
         return lambda number: own[number] if number in own else self._pass.hand_out(number)
 
     def end(self) -> None:
-        """Ends the pass. What is still late depends on nothing that the caller may change."""
+        """Ends the pass.
+
+        Existing late values no longer depend on tensors that the caller may change.
+        """
         self._open = False
         self._pass.quiet = nullcontext
         self._pass.settle()
@@ -405,7 +408,7 @@ class _Capturing(_Following):
         return self.plan.states.get(id(tensor), -1)
 
     def sources(self) -> dict[int, Tensor]:
-        # An input that was written to is another value by now.
+        # An input that was written to has another value now.
         return {n: tensor for n, tensor in self._inputs.items() if self.number(tensor) == n}
 
     def carry_out(self, planned: Planned, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -424,7 +427,7 @@ class _Capturing(_Following):
     def _take(
         self, planned: Planned, operations: Sequence[Operation], template: Any, result: Any
     ) -> None:
-        """Notes what tensors are now, and copies those that are kept."""
+        """Notes the new values of tensors, and copies those to keep."""
         for operation in operations:
             for old, new in operation.writes:
                 for reference, number in list(self._ids.values()):
@@ -443,5 +446,5 @@ class _Capturing(_Following):
     def _keep(self, planned: Planned, number: int, tensor: Tensor) -> None:
         if number in planned.kept:
             self.found[number] = copy_of(tensor.detach())
-            # The rest of the pass may go any way.
+            # The rest of the pass may take any path.
             self._open = len(self.found) < len(self.plan.cut.kept)

@@ -1,6 +1,7 @@
-"""Operations that are known to go through a batch row by row, and where the rows are after them.
+"""Rules for operations that treat each row alone: in which dimension the rows are afterwards.
 
-They need not be tried on other rows, which costs several times what they cost themselves.
+These operations need not be tried on other rows, which costs several times as much as the
+operation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from cachefreeze.lineage.structure import Ref
 
 T = torch.Tensor
 
-# Every element of the result is made from one element of each argument.
+# Each element of the result depends on one element of each argument.
 _ELEMENTWISE = {
     T.add, T.add_, T.__add__, T.__radd__, T.__iadd__, torch.add,
     T.sub, T.sub_, T.__sub__, T.__rsub__, T.__isub__, torch.sub,
@@ -29,14 +30,14 @@ _ELEMENTWISE = {
     T.__ge__, T.__and__, T.__or__, T.__invert__, T.masked_fill, T.expand, T.cos, T.sin, torch.cos,
     torch.sin, F.dropout,
 }  # fmt: skip
-# Functions of images: rows first, then channels, then so many dimensions.
+# Functions of images, with the number of their spatial dimensions. Rows come first, then channels.
 _OF_IMAGES: dict[Callable[..., Any], int] = {
     torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3,
     F.max_pool2d: 2, torch.max_pool2d: 2, F.avg_pool2d: 2, F.adaptive_avg_pool2d: 2,
     F.adaptive_max_pool2d: 2, torch.conv_transpose2d: 2,
 }  # fmt: skip
 _LINEAR, _LAYER_NORM, _BATCH_NORM = (F.linear, torch._C._nn.linear), F.layer_norm, F.batch_norm
-# The elements stay in their order, and so do the rows if the first dimension does.
+# Functions that keep the order of the elements. Rows stay first if the first size stays the same.
 _IN_ORDER = {T.reshape, T.view, T.flatten, torch.reshape, torch.flatten}
 _PERMUTE, _TRANSPOSE = (T.permute, torch.permute), (T.transpose, torch.transpose)
 _UNSQUEEZE, _UNBIND = (T.unsqueeze, torch.unsqueeze), (T.unbind, torch.unbind)
@@ -53,13 +54,13 @@ def row_dimension(
     """Returns the dimension of the rows in all results of an operation.
 
     Args:
-        operation: Operation.
+        operation: Operation of the trace.
         values: Values of the trace, by number.
-        dims: Dimension of the rows in each value that rows reach, by number. None if they are
-            merged with another dimension, or if it is not known.
+        dims: Dimension of the rows in each value that depends on rows, by number. None if it is
+            unknown, or if the rows are merged with another dimension.
 
     Returns:
-        Dimension, or None if the operation is none of those that are known.
+        Dimension, or None if there is no rule for the operation.
     """
     reached = [number for number in operation.reads if number in dims]
     found = {dims[number] for number in reached}
@@ -103,7 +104,7 @@ def _of_one(
         return 0 if dim == 0 and not _argument(operation, 5, "training", False) else None
     if func in _LINEAR:
         bias = _argument(operation, 2, "bias", None)
-        # A bias may have something of its own for every place of the batch.
+        # A bias of two dimensions may differ between rows.
         shared = not isinstance(bias, Ref) or len(values[bias.number].shape) < 2
         return dim if dim < size - 1 and shared else None
     if func is _LAYER_NORM:
@@ -139,11 +140,11 @@ def _of_one(
 def _apart(
     operation: Operation, values: Sequence[Value], reached: Sequence[int], dim: int
 ) -> int | None:
-    """Returns the dimension of the rows in the parts of a value."""
+    """Returns the dimension of the rows in the parts that a value is split into."""
     first = operation.args[0] if operation.args else None
     if not (isinstance(first, Ref) and list(reached) == [first.number]):
         return None
-    if "axis" in operation.kwargs:  # torch takes numpy's word for `dim`, too
+    if "axis" in operation.kwargs:  # torch accepts numpy's name for `dim`
         return None
     size, alone = len(values[first.number].shape), operation.func in _UNBIND
     along = _dimension(operation, 1 if alone else 2, "dim", 0, size)
@@ -153,13 +154,13 @@ def _apart(
 
 
 def _is_alike_for_all(value: Value, size: int, dim: int) -> bool:
-    """Says whether a value that is spread over others with rows is the same for each of them."""
+    """Returns whether a value is the same for all rows when it is broadcast."""
     place = dim - (size - len(value.shape))
     return place < 0 or value.shape[place] == 1 or value.stride[place] == 0
 
 
 def _leaves_rows(operation: Operation, size: int) -> bool:
-    """Says whether a sum or a mean is over other dimensions than the first."""
+    """Returns whether a sum or mean leaves the first dimension as it is."""
     dims = _argument(operation, 1, "dim", None)
     dims = [dims] if isinstance(dims, int) else dims
     whole = isinstance(dims, (tuple, list)) and all(isinstance(one, int) for one in dims)
@@ -167,17 +168,17 @@ def _leaves_rows(operation: Operation, size: int) -> bool:
 
 
 def _takes_all_rows(places: Any) -> bool:
-    """Says whether an index leaves the first dimension as it is, and takes no other by a tensor."""
+    """Returns whether an index keeps the first dimension and contains no tensor."""
     if not isinstance(places, tuple) or not places:
         return False
     plain = (int, slice, type(None), type(Ellipsis))
-    # A truth value takes elements, as a tensor does.
+    # A bool selects elements, as a tensor does.
     known = all(isinstance(one, plain) and not isinstance(one, bool) for one in places)
     return known and places[0] == slice(None)
 
 
 def _dimension(operation: Operation, place: int, name: str, default: Any, size: int) -> int | None:
-    """Returns an argument that is a dimension, counted from the first one."""
+    """Returns an argument that is a dimension, as a number that is not negative."""
     found = _argument(operation, place, name, default)
     return found % size if isinstance(found, int) else None
 

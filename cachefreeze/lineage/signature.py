@@ -1,4 +1,4 @@
-"""What two passes must have in common for the trace of one to say something of the other."""
+"""Compares another pass with a trace: the given tensors, the switches of torch, and the modules."""
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cachefreeze.lineage.contents import Glance, content
-from cachefreeze.lineage.soundness import PARTS as _PARTS
+from cachefreeze.lineage.contents import Glance, content, dict_version
+from cachefreeze.lineage.soundness import HOOKS, PARTS, shared_hooks
 from cachefreeze.lineage.structure import PLAIN_KINDS, tensors
 from cachefreeze.lineage.unloaded import kind_of
 
@@ -34,7 +34,7 @@ _DEVICES = ("cpu", "cuda")
 
 
 class Signature:
-    """What a pass was given, and the state that its modules were in.
+    """The tensors that a pass was given, the switches of torch, and the state of the modules.
 
     Args:
         modules: Modules that the callable uses, each with its name.
@@ -49,18 +49,13 @@ class Signature:
             for name, module in modules
             for path, part in module.named_modules()
         ]
-        self._shared_hooks = _shared_hooks()
+        self._shared = _run_for_all()
         parts = [part for _, module in modules for part in module.modules()]
         self._settings = _settings(parts)
         self._glance: _Glance | None = None
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Adds a module that the pass has called and that was not known before.
-
-        Args:
-            name: Name of the module.
-            module: Module.
-        """
+        """Adds a module that the pass called and that was not known before."""
         self._parts += [
             _Part(f"{name}.{path}".strip("."), part) for path, part in module.named_modules()
         ]
@@ -68,35 +63,31 @@ class Signature:
         self._glance = None
 
     def settle(self) -> None:
-        """Forgets what the pass itself has changed, such as a counter or a list that grows."""
+        """Ignores attributes that the pass itself has changed, such as counters or lists."""
         self._settings = [one for one in self._settings if content(one[1]) == one[2]]
         for part in self._parts:
             part.settle()
         self._glance = None
 
     def difference(self, given: Any) -> str:
-        """Says in a few words how another pass differs, or returns an empty string.
-
-        Args:
-            given: Arguments of the other pass.
-        """
+        """Returns a short description of how another pass differs, or an empty string."""
         if [_shape(tensor) for tensor in tensors(given)] != self._given:
-            return "the tensors that are given have other shapes, types or strides"
+            return "the given tensors have other shapes, types or strides"
         if _switches() != self._switches:
-            return "gradients, inference mode or autocast are switched otherwise"
-        if _shared_hooks() != self._shared_hooks:
+            return "gradients, inference mode or autocast are switched differently"
+        if _run_for_all() != self._shared:
             return "hooks for all modules were added or removed"
         return self.difference_of_modules()
 
     def renew(self, counting: Collection[int]) -> bool:
-        """Takes modules as they are now, if parts of them were frozen and nothing else was done.
+        """Accepts the state of the modules if only freezing has changed it.
 
         Args:
-            counting: Modules that must be as they were, by `id`. Containers of torch's own read
-                nothing but their parts: their mode may have changed.
+            counting: Identities of the modules that must not have changed. Containers of torch may
+                have another mode, since they only hold their parts.
 
         Returns:
-            Whether modules are as they were in all that counts.
+            Whether the current state was accepted.
         """
         if any(content(value) != before for _, value, before in self._settings):
             return False
@@ -109,12 +100,12 @@ class Signature:
                 return False
         for part, module in zip(changed, modules, strict=True):
             assert module is not None
-            part.take_anew(module)
+            part.record(module)
         self._glance = None
         return True
 
     def difference_of_modules(self) -> str:
-        """Says in a few words how the modules differ, whatever they are given."""
+        """Returns a short description of how the modules differ, or an empty string."""
         if self._glance is None:
             self._glance = _Glance(self._parts, [value for _, value, _ in self._settings])
         if not self._glance.parts_are_same():
@@ -129,9 +120,9 @@ class Signature:
 
 
 class _Glance:
-    """A look at all modules at once, in a few passes over flat lists: the fewer steps, the better.
+    """Quick comparison of all modules in a few passes over flat lists, with few steps of Python.
 
-    Where it sees something exchanged, modules may still be the same in all that counts.
+    If it finds a difference, the modules may still be equal in all that matters.
 
     Args:
         parts: States of the modules.
@@ -140,6 +131,7 @@ class _Glance:
 
     def __init__(self, parts: Sequence["_Part"], settings: Iterable[Any]) -> None:
         self.settings = Glance(settings)
+        self._parts_of = parts
         self._modules = [part.module for part in parts]
         self._takes = [part.take for part in parts]
         self._plain = [value for part in parts for value in part.plain]
@@ -160,20 +152,60 @@ class _Glance:
         self._numbers: list[int] = []
         self._trained: list[bool] = []
         self._real: Callable[[list[Any]], tuple[Any, ...]] = _nothing
+        # Versions of the attributes of all modules, and of those dictionaries among them that are
+        # not empty; and the others.
+        self._versions: list[int] = []
+        self._filled: list[tuple[str, int]] = []
+        self._unfilled: list[dict[str, Any]] = []
 
     def parts_are_same(self) -> bool:
-        """Says whether nothing was exchanged, added or removed."""
+        """Returns whether nothing was replaced, added or removed."""
         try:
             modules = [*map(call, self._modules)]
             held: list[dict[str, Any]] = [*map(_held_by, modules)]
+            if self._is_untouched(held) and [*map(type, modules)] == self._kinds:
+                return True
             if any(map(any, map(call, self._empty, held))):
                 return False
             now = chain.from_iterable(map(call, self._takes, held))
             if not all(map(is_, now, self._plain)):
                 return False
             tensors = [held[n][kind] for kind, n in self._holders]
-        except (AttributeError, KeyError):  # a module, or an attribute of it, is gone
+            if not self._is_same(modules, held, tensors):
+                return False
+        except (AttributeError, KeyError):  # a module or one of its attributes was removed
             return False
+        self._take_versions(held)
+        return True
+
+    def _take_versions(self, held: list[dict[str, Any]]) -> None:
+        places = [
+            (kind, n)
+            for n, part in enumerate(self._parts_of)
+            for kind in (*HOOKS, *_HELD)
+            if kind in held[n] and (part.watches_buffers or kind != "_buffers")
+        ]
+        if not all(isinstance(held[n][kind], dict) for kind, n in places):
+            return  # scripted modules have no dictionaries
+        self._filled = [(kind, n) for kind, n in places if held[n][kind]]
+        self._unfilled = [held[n][kind] for kind, n in places if not held[n][kind]]
+        filled = [held[n][kind] for kind, n in self._filled]
+        self._versions = [*map(dict_version, held), *map(dict_version, filled)]
+
+    def _is_untouched(self, held: list[dict[str, Any]]) -> bool:
+        """Says whether nobody has assigned to any attribute, and which tensors take gradient."""
+        if not self._versions:
+            return False
+        filled = [held[n][kind] for kind, n in self._filled]
+        if [*map(dict_version, held), *map(dict_version, filled)] != self._versions:
+            return False
+        tensors = [held[n][kind].values() for kind, n in self._holders]
+        real = self._real([*chain.from_iterable(tensors)])
+        return not any(self._unfilled) and [*map(_takes_gradient, real)] == self._trained
+
+    def _is_same(
+        self, modules: list[Any], held: list[dict[str, Any]], tensors: list[dict[str, Any]]
+    ) -> bool:
         parts = [held[n]["_modules"] for n in self._with_parts]
         return (
             [*map(type, modules)] == self._kinds
@@ -186,13 +218,13 @@ class _Glance:
         )
 
     def _are_same(self, tensors: list[Any]) -> bool:
-        """Compares tensors by identity, and asks whether the same of them take gradient."""
+        """Returns whether tensors are the same objects, and the same of them require gradient."""
         numbers = [*map(id, tensors)]
         if numbers == self._numbers:
             return [*map(_takes_gradient, self._real(tensors))] == self._trained
         if [0 if t is not None and t.requires_grad else id(t) for t in tensors] != self._frozen:
             return False
-        # Of those that take gradient others will do. These may be the ones of the next pass, too.
+        # Trainable tensors may be replaced by others. The new ones are expected in the next pass.
         self._numbers = numbers
         real = [n for n, tensor in enumerate(tensors) if tensor is not None]
         self._real = itemgetter(*real, *real[:1]) if real else _nothing
@@ -201,7 +233,6 @@ class _Glance:
 
 
 _held_by, _takes_gradient = attrgetter("__dict__"), attrgetter("requires_grad")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HELD = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -211,7 +242,7 @@ def _nothing(held: Any) -> tuple[()]:
 
 
 class _Part:
-    """State of one module, compared where a look at all of them has seen something exchanged."""
+    """State of one module. Compared only if the quick comparison has found a difference."""
 
     __slots__ = (
         "attributes", "buffers", "empty", "hooks", "keys", "kind", "module", "name", "parameters",
@@ -221,12 +252,12 @@ class _Part:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
-        self.take_anew(module)
+        self.record(module)
 
-    def take_anew(self, module: nn.Module) -> None:
-        """Takes the state of the module of now."""
+    def record(self, module: nn.Module) -> None:
+        """Records the current state of a module."""
         held = vars(module)
-        # Always more than one, so that what is taken is a tuple: every module has `training`.
+        # At least two keys, so that `itemgetter` returns a tuple. Every module has `training`.
         keys = [key for key, value in held.items() if type(value) in PLAIN_KINDS]
         self.module = weakref.ref(module)
         self.training = module.training
@@ -240,15 +271,15 @@ class _Part:
         self.buffers = _tensors(_held(module, "_buffers"))
         self.kind = type(module)
         self.parts = [(key, id(part)) for key, part in held.get("_modules", {}).items()]
-        # Most modules have no hooks and no buffers, and many no parameters or no parts.
-        self._stay_empty([key for key in (*_HOOKS, *_HELD) if key in held and not held[key]])
+        # These must stay empty. Most modules have no hooks and no buffers.
+        self._stay_empty([key for key in (*HOOKS, *_HELD) if key in held and not held[key]])
 
     def _stay_empty(self, kinds: list[str]) -> None:
         self.empty = kinds
         self.take_empty = itemgetter(*kinds, kinds[0]) if kinds else _nothing
 
     def settle(self) -> None:
-        """Forgets attributes that the pass itself has changed, such as a counter."""
+        """Ignores attributes that the pass itself has changed, such as a counter."""
         module = self.module()
         if module is None or self.is_same():
             return
@@ -264,7 +295,7 @@ class _Part:
 
     def is_same(self) -> bool:
         module = self.module()
-        if type(module) is not self.kind:  # also if it is gone
+        if type(module) is not self.kind:  # also if it was deleted
             return False
         held = module.__dict__
         try:
@@ -287,9 +318,9 @@ class _Part:
         )
 
     def is_same_but_for_freezing(self) -> bool:
-        """Says whether nothing but its mode, and which parameters take gradient, has changed.
+        """Returns whether nothing changed but its mode and which parameters require gradient.
 
-        Parts count wherever they are: a list of modules is never called itself.
+        Parts are always compared, since a list of modules is never called itself.
         """
         module = self.module()
         if module is None or type(module) is not self.kind:
@@ -303,10 +334,10 @@ class _Part:
         )
 
     def difference(self) -> str:
-        """Says what has changed, or returns an empty string."""
+        """Returns a description of what has changed."""
         module = self.module()
         if module is None:
-            return f"`{self.name}` is gone"
+            return f"`{self.name}` was deleted"
         if type(module) is not self.kind:
             return f"`{self.name}` is of another class"
         other = _Part(self.name, module)
@@ -324,14 +355,14 @@ class _Part:
 
 
 def _held(module: nn.Module, kind: str) -> dict[str, torch.Tensor | None]:
-    """Returns what a module holds of a kind. Scripted modules do not have it as an attribute."""
+    """Returns parameters or buffers of a module. Scripted modules do not have this attribute."""
     return vars(module).get(kind) or {}
 
 
 def _tensors(held: dict[str, torch.Tensor | None]) -> list[tuple[str, int]] | None:
-    """Tells tensors apart by identity. Of those that take gradient any other one will do.
+    """Returns the name and the identity of each tensor. The identity of trainable ones is 0.
 
-    Nothing that is left out depends on them, and `functional_call` puts others in their place.
+    Trainable tensors may be replaced, as `functional_call` does: no skipped work depends on them.
     """
     if not held:
         return None
@@ -343,21 +374,21 @@ def _tensors(held: dict[str, torch.Tensor | None]) -> list[tuple[str, int]] | No
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (float, complex)):
-        return type(one) is type(other) and repr(one) == repr(other)  # -0.0 is equal to 0.0
+        return type(one) is type(other) and repr(one) == repr(other)  # -0.0 == 0.0
     return type(one) is type(other) and one == other
 
 
 def _hooks(held: dict[str, Any]) -> int:
-    return sum(len(held[kind]) for kind in _HOOKS)
+    return sum(len(held[kind]) for kind in HOOKS)
 
 
 def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
-    """Finds lists, dictionaries and plain objects among attributes, each once, with its content."""
+    """Returns name, object and content of each setting of some modules, each object once."""
     found: list[tuple[str, Any, Any]] = []
     seen: set[int] = set()
     for module in modules:
         for name, value in vars(module).items():
-            if name in _PARTS or type(value) in PLAIN_KINDS or id(value) in seen:
+            if name in PARTS or type(value) in PLAIN_KINDS or id(value) in seen:
                 continue
             seen.add(id(value))
             held = content(value)
@@ -366,11 +397,6 @@ def _settings(modules: Sequence[nn.Module]) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _shared_hooks() -> int:
-    shared = nn.modules.module
-    return (
-        len(shared._global_forward_hooks)
-        + len(shared._global_forward_pre_hooks)
-        + len(shared._global_backward_hooks)
-        + len(shared._global_backward_pre_hooks)
-    )
+def _run_for_all() -> tuple[Any, ...]:
+    """Returns what runs at the calls of all modules."""
+    return nn.Module._call_impl, *shared_hooks()

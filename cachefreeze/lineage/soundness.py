@@ -1,10 +1,11 @@
-"""What is known about torch's functions and modules: which only look, write, draw, or mix rows."""
+"""Facts about functions, kernels and modules of torch: which read, write, draw or mix rows."""
 
 import functools
 import random
 import sys
 import types
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,54 +16,46 @@ from cachefreeze.lineage.structure import kind_is
 Tensor = torch.Tensor
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
-# Functions that only read what a tensor is, not what it holds. A late value answers them itself.
-METADATA_NAMES = frozenset(
-    _words(
-        """
+# Functions that read only metadata of a tensor. A late value answers them itself.
+METADATA_NAMES = _words(
+    """
     size dim ndimension stride storage_offset numel nelement element_size is_contiguous
     is_floating_point is_complex is_signed is_conj is_neg is_inference get_device has_names
     __len__ __hash__ __instancecheck__ is_sparse is_nested dim_order
     """
-    )
 )
-METADATA_PROPERTIES = frozenset(
-    _words(
-        """
+METADATA_PROPERTIES = _words(
+    """
     shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_meta is_mps is_xpu
     is_sparse is_sparse_csr is_quantized is_nested is_mkldnn is_vulkan names itemsize nbytes
     is_xla is_ipu is_hpu is_mtia is_maia is_ort _backward_hooks output_nr
     """
-    )
 )
-# Functions on which gradients of a tensor are asked for. What hangs on it is trained work.
+# Functions that ask for gradients of a tensor. Work that depends on this tensor counts as trained.
 _GRADIENT_NAMES = frozenset(
     ["retain_grad", "register_hook", "register_post_accumulate_grad_hook", "backward"]
 )
-# Results that are no tensors and yet depend on shapes and types alone.
-_SHAPE_ONLY_NAMES = frozenset(
-    _words(
-        """
+# Functions without tensor results that depend on shapes and types alone.
+_SHAPE_ONLY_NAMES = _words(
+    """
     broadcast_shapes result_type can_cast promote_types is_grad_enabled is_tensor is_storage
     is_inference_mode_enabled get_default_dtype iinfo finfo compiled_with_cxx11_abi
     """
-    )
 )
-# Functions that hand out the memory of a tensor, which may be written to unseen from then on.
-EXPOSING_NAMES = frozenset(
-    _words(
-        """
+# Functions that return the memory of a tensor. Later writes to this memory are not seen.
+EXPOSING_NAMES = _words(
+    """
     numpy __array__ data_ptr untyped_storage storage _typed_storage __dlpack__
     __array_interface__ __cuda_array_interface__.read
     """
-    )
 )
 SWITCH_NAMES = frozenset(["_set_grad_enabled", "set_grad_enabled"])
-# Kernels that write to arguments of theirs without saying so in their schema: position of the
-# written arguments, and of the flag under which they do.
+# Kernels that write to arguments although their schema does not say so: positions of these
+# arguments, and position of the flag under which they write (-1 for always).
 _UNSAID_WRITES: dict[str, tuple[tuple[int, ...], int]] = {
     "aten::native_batch_norm": ((3, 4), 5),
     "aten::cudnn_batch_norm": ((3, 4), 5),
@@ -73,17 +66,15 @@ _UNSAID_WRITES: dict[str, tuple[tuple[int, ...], int]] = {
     "aten::_batch_norm_with_update_functional": ((3, 4), -1),
 }
 _COLLECTIVES = ("c10d::", "_c10d_functional::", "c10d_functional::", "_c10d_functional_autograd::")
-# Kernels whose result for one row depends on other rows, whatever the axes are.
-_MIXING = frozenset(
-    _words(
-        """
+# Kernels whose result for a row depends on other rows, whichever axis the rows are in.
+_MIXING = _words(
+    """
     quantized::linear_dynamic quantized::linear_dynamic_fp16 quantized::linear_relu_dynamic
     quantized::conv2d_dynamic quantized::quantized_lstm_cell_dynamic aten::quantized_lstm
     aten::_choose_qparams_per_tensor aten::choose_qparams_optimized
     """
-    )
 )
-# torch's own modules whose fast path, open to them in eval mode, asks for function modes.
+# Modules of torch that have a fast path in eval mode, and do not take it below a function mode.
 _FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 _ASKED = "has_torch_function"
 
@@ -104,25 +95,26 @@ IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 
 
 def asks_gradients(name: str) -> bool:
-    """Says whether a function asks for gradients of a tensor."""
+    """Returns whether a function asks for gradients of a tensor."""
     return name in _GRADIENT_NAMES
 
 
 def is_switch(name: str) -> bool:
-    """Says whether a function switches gradients on or off. It must always run."""
+    """Returns whether a function switches gradients on or off. Such a function must always run."""
     return name in SWITCH_NAMES
 
 
 class Kernel:
-    """What is known of a kernel, by its schema and its name.
+    """Properties of a kernel, from its schema and its name.
 
     Args:
-        overload: Overload that a dispatch mode sees.
+        overload: Operator overload, as a dispatch mode gets it.
 
     Attributes:
-        collective: Whether it talks to other processes.
-        mixes: Whether a row's result depends on other rows, whatever the axes are.
-        may_draw: Whether it may draw random numbers: torch says so, or does not know the kernel.
+        collective: Whether the kernel exchanges tensors with other processes.
+        mixes: Whether the result for a row depends on other rows, whichever axis the rows are in.
+        may_draw: Whether the kernel may draw random numbers. Also true for kernels that are not
+            torch's.
     """
 
     def __init__(self, overload: Any) -> None:
@@ -158,9 +150,10 @@ class Kernel:
         return found
 
     def shape_follows_data(self, args: Sequence[Any]) -> bool:
-        """Says whether the shape of a call's result depends on what its arguments hold."""
+        """Returns whether the shape of the result depends on the elements of the arguments."""
         if self._index:
-            # Only a mask picks a number of elements that is not known before.
+            # A mask selects a number of elements that depends on its elements. Other indices do
+            # not.
             return any(one is not None and one.dtype in _MASKS for one in args[1])
         return self._shapeless
 
@@ -178,12 +171,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def holds_generator(values: Iterable[Any]) -> bool:
-    """Says whether a call is given a random generator of its own."""
+    """Returns whether a random generator is among some arguments."""
     return any(kind_is(type(value), torch.Generator) for value in values)
 
 
 def torch_generators() -> tuple[Any, ...]:
-    """Returns the state of torch's own generators, to be compared with a later one."""
+    """Returns the states of torch's default generators."""
     states: list[Any] = [torch.default_generator.get_state()]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states += [generator.get_state() for generator in torch.cuda.default_generators]
@@ -191,12 +184,12 @@ def torch_generators() -> tuple[Any, ...]:
 
 
 def same_generators(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Says whether nothing was drawn between two calls of `torch_generators`."""
+    """Returns whether two results of `torch_generators` are equal, so that nothing was drawn."""
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def python_generators() -> tuple[Any, ...]:
-    """Returns the state of python's and numpy's own generators."""
+    """Returns the states of the default generators of Python and numpy."""
     numpy = sys.modules.get("numpy")
     state = numpy.random.get_state(legacy=False) if numpy is not None else None
     if state is not None:
@@ -205,11 +198,11 @@ def python_generators() -> tuple[Any, ...]:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Says whether a module is not followed inside, since following would change what it does.
+    """Returns whether a module is traced as one operation, as its inside must not be followed.
 
-    That holds for compiled and scripted modules, and for modules whose code asks whether a function
-    mode is on: torch's attention and transformer encoders leave their fast path then, and give
-    other numbers.
+    This holds for compiled and scripted modules, and for modules whose code asks whether a function
+    mode is on. Torch's attention and transformer encoders leave their fast path then, and their
+    results have other bits.
     """
     if isinstance(module, torch.jit.ScriptModule) or is_compiled(module):
         return True
@@ -219,7 +212,7 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Says whether a module, or its forward method, is under `torch.compile`."""
+    """Returns whether a module or its `forward` method is compiled by `torch.compile`."""
     if getattr(module, "_compiled_call_impl", None) is not None:
         return True
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
@@ -252,23 +245,22 @@ def _names(code: types.CodeType, beginning: str) -> bool:
     return any(_names(one, beginning) for one in code.co_consts if isinstance(one, types.CodeType))
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Says whether a hook runs when a module is called, its own or one for all modules."""
-    shared = nn.modules.module
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or shared._global_forward_hooks
-        or shared._global_forward_pre_hooks
-        or shared._global_backward_hooks
-        or shared._global_backward_pre_hooks
-    )
+    """Returns whether a hook runs when the module is called. Global hooks count."""
+    return any(getattr(module, kind) for kind in HOOKS) or bool(shared_hooks())
+
+
+def shared_hooks() -> tuple[int, ...]:
+    """Returns the numbers of the hooks that run for all modules."""
+    kinds = (getattr(nn.modules.module, f"_global{kind}") for kind in HOOKS)
+    return tuple(chain.from_iterable(kinds))
 
 
 def holds_own_generator(module: nn.Module) -> bool:
-    """Says whether a module keeps a random generator, whose state a trace does not watch."""
+    """Returns whether an attribute of a module is a random generator. Traces do not watch these."""
     numpy = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (random.Random, torch.Generator)
     if numpy is not None:
@@ -277,35 +269,36 @@ def holds_own_generator(module: nn.Module) -> bool:
 
 
 def is_torchs_own(module: nn.Module) -> bool:
-    """Says whether a module is of torch itself: those draw no python numbers, keep no lists."""
+    """Returns whether the class of a module is torch's.
+
+    Such modules draw no Python numbers and keep no lists.
+    """
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Returns what a module has as attributes, apart from its parts, to be compared later."""
+    """Returns the attributes of a module, without its parameters, buffers, parts and hooks."""
     return {name: value for name, value in vars(module).items() if name not in PARTS}
 
 
-PARTS = frozenset(
-    _words(
-        """
+PARTS = _words(
+    """
     _parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks
     _backward_hooks _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs
     _forward_hooks_always_called _forward_pre_hooks _forward_pre_hooks_with_kwargs
     _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks
     _load_state_dict_post_hooks training
     """
-    )
 )
 
 
 def attributes_changed(before: dict[str, Any], sizes: dict[str, int], module: nn.Module) -> str:
-    """Names an attribute of a module that has changed, or returns an empty string.
+    """Returns the name of an attribute that has changed, or an empty string.
 
     Args:
-        before: What `plain_attributes` returned before.
-        sizes: What `sizes_of` returned before.
-        module: Module.
+        before: Earlier result of `plain_attributes`.
+        sizes: Earlier result of `sizes_of` for these attributes.
+        module: Module to compare.
     """
     after = plain_attributes(module)
     for name in before.keys() | after.keys():
@@ -316,7 +309,7 @@ def attributes_changed(before: dict[str, Any], sizes: dict[str, int], module: nn
 
 
 def sizes_of(attributes: dict[str, Any]) -> dict[str, int]:
-    """Returns what the lists, sets and dictionaries among attributes hold, as a number each."""
+    """Returns a hash of the items of each attribute that is a list, set or dictionary."""
     kinds = (list, dict, set)
     return {
         name: hash(tuple(map(id, value.values() if isinstance(value, dict) else value)))

@@ -1,7 +1,7 @@
-"""Opens arguments and outputs, and compares them with what a trace has seen.
+"""Templates of arguments and outputs: made from objects, compared with objects, and filled again.
 
-A *template* is an argument or an output in which every tensor is replaced by a `Ref`, the number of
-its value. Templates hold no tensor.
+A template is an argument or an output in which every tensor is replaced by a `Ref`, the number of
+its value in the trace. Templates hold no tensor.
 """
 
 import dataclasses
@@ -9,19 +9,19 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-# Values that are compared by type and equality. Anything else is compared by identity.
+# Types whose objects are compared by type and equality. Most others are compared by identity.
 _PLAIN = (
     int, float, complex, bool, str, bytes, type(None), type(Ellipsis), torch.Size, torch.dtype,
     torch.device, torch.layout, torch.memory_format, range,
 )  # fmt: skip
 PLAIN_KINDS = frozenset(_PLAIN)
-# Objects that a pass does not make anew: they stay what they are when an output is built again.
+# Types whose objects a pass does not create: a filled template holds the very same object.
 _FIXED: tuple[type, ...] = (
     type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
     functools.partial, torch.nn.Module, torch.Generator, np.generic,
@@ -32,7 +32,7 @@ _LARGE_ARRAY = 1 << 16
 
 
 class Ref(NamedTuple):
-    """Stands for a tensor in a template.
+    """A tensor in a template.
 
     Attributes:
         number: Number of the tensor's value in its trace.
@@ -42,7 +42,7 @@ class Ref(NamedTuple):
 
 
 class Unknown:
-    """Stands for an object that a template cannot describe. It matches only that very object."""
+    """An object that a template cannot describe. Only the very same object matches it."""
 
     __slots__ = ("what",)
 
@@ -54,7 +54,7 @@ class Unknown:
             self.what = _nothing
 
     def matches(self, value: Any) -> bool:
-        """Says whether a value is the object."""
+        """Returns whether a value is this object."""
         return value is not None and self.what() is value
 
 
@@ -63,12 +63,12 @@ def _nothing() -> None:
 
 
 class Built(NamedTuple):
-    """Stands for an object with attributes, such as a dataclass or a Hugging Face `ModelOutput`.
+    """An object with attributes in a template, such as a dataclass or a Hugging Face `ModelOutput`.
 
     Attributes:
         kind: Class of the object.
-        items: Templates of the entries, for a class that is a dictionary. Otherwise None.
-        attributes: Templates of what its `__dict__` holds.
+        items: Templates of the entries, if the object is a dictionary. Otherwise None.
+        attributes: Templates of the entries of its `__dict__`.
     """
 
     kind: type
@@ -77,11 +77,11 @@ class Built(NamedTuple):
 
 
 class NotDescribedError(Exception):
-    """Raised for an object that cannot be built again from a template."""
+    """An object cannot be rebuilt from a template."""
 
 
 def _named(value: Any) -> bool:
-    """Says whether a value is a named tuple, of python's kind or of torch's (`torch.max`)."""
+    """Returns whether a value is a named tuple of Python, or of torch like the result of `max`."""
     kind = type(value)
     return isinstance(value, tuple) and (
         hasattr(kind, "_fields") or kind.__module__ == "torch.return_types"
@@ -89,12 +89,12 @@ def _named(value: Any) -> bool:
 
 
 def _tuple(kind: Any, items: list[Any]) -> Any:
-    # Not by the class itself, which may do something with what it is given.
+    # The class may have a `__new__` of its own, with other arguments.
     return tuple.__new__(kind, items) if hasattr(kind, "_fields") else kind(items)
 
 
 def is_tensor(value: Any) -> bool:
-    """Says whether an object is a tensor. Faster than `isinstance`, which torch overloads."""
+    """Returns whether an object is a tensor. Faster than `isinstance`, which torch overloads."""
     return kind_is(type(value), torch.Tensor)
 
 
@@ -102,7 +102,9 @@ _known_kinds: dict[tuple[type, Any], bool] = {}
 
 
 def kind_is(kind: type, of: type | tuple[type, ...]) -> bool:
-    """Says whether a class is one of some others. Faster than `isinstance` of torch's classes.
+    """Returns whether a class is a subclass of others.
+
+    Results are cached, since torch overloads `issubclass` with a slow function.
 
     Args:
         kind: Class of an object.
@@ -115,19 +117,19 @@ def kind_is(kind: type, of: type | tuple[type, ...]) -> bool:
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yields the tensors in an object, opened by type, in a fixed order and each object once.
+    """Yields the tensors in an object in a fixed order, each once.
 
-    Tuples, lists, mappings, slices, dataclasses and objects with a `__dict__` are opened, such as
-    the key-value cache of a language model. Modules and functions are not.
+    Tuples, lists, sets, mappings, slices, dataclasses and objects with a `__dict__` are opened, for
+    example the key-value cache of a language model. Modules and functions are not.
     """
     yield from (tensor for tensor, _ in _walk(value))
 
 
 def outputs(value: Any) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Yields the tensors in an output, each with whether a caller is likely to read it.
+    """Yields the tensors in an output, each with whether the caller probably reads it.
 
-    What lies in a container of python's or in a dataclass is meant to be read. What lies in other
-    objects, such as a key-value cache, often is not.
+    Callers read what is in containers of Python and in dataclasses. They often do not read what is
+    in other objects, such as a key-value cache.
     """
     yield from _walk(value)
 
@@ -156,7 +158,7 @@ def _walk(root: Any) -> Iterator[tuple[torch.Tensor, bool]]:
 
 
 def describe(value: Any, number: Callable[[torch.Tensor], int]) -> Any:
-    """Makes the template of a call's arguments.
+    """Returns the template of the arguments of a call.
 
     Args:
         value: Arguments, a tuple or a dictionary.
@@ -183,12 +185,12 @@ def describe(value: Any, number: Callable[[torch.Tensor], int]) -> Any:
 
 
 def matches(template: Any, value: Any, number: Callable[[Any], int]) -> bool:
-    """Says whether an argument is what its template describes.
+    """Returns whether an argument is equal to what its template describes.
 
     Args:
-        template: Template made by `describe`.
-        value: Argument of another pass.
-        number: Function from a tensor to the number of its value, negative for an unknown one.
+        template: Template that `describe` returned.
+        value: Argument in another pass.
+        number: Function from a tensor to the number of its value. Negative if the value is unknown.
     """
     kind = type(template)
     if kind is Ref:
@@ -221,7 +223,7 @@ def matches(template: Any, value: Any, number: Callable[[Any], int]) -> bool:
     if template is value:
         return True
     if kind in PLAIN_KINDS or isinstance(template, np.generic):
-        # Both may be "not a number". A sign of zero is a difference.
+        # Two NaN are equal here. 0.0 and -0.0 are not.
         return (template == value and repr(template) == repr(value)) or (
             template != template and value != value
         )
@@ -232,8 +234,8 @@ def fill(template: Any, tensor: Callable[[int], Any]) -> Any:
     """Builds arguments or an output from a template.
 
     Args:
-        template: Template made by `describe` or `describe_objects`.
-        tensor: Function from a value's number to a tensor.
+        template: Template that `describe` or `describe_objects` returned.
+        tensor: Function from the number of a value to a tensor.
     """
     kind = type(template)
     if kind is Ref:
@@ -256,7 +258,8 @@ def fill(template: Any, tensor: Callable[[int], Any]) -> Any:
 def _build(template: Built, tensor: Callable[[int], Any]) -> Any:
     made: Any = template.kind.__new__(template.kind)  # type: ignore[call-overload]
     if template.items is not None:
-        # A class may do more in its own `__setitem__`: that is among its attributes already.
+        # A `__setitem__` of the class may do more, and its results are among the attributes
+        # already.
         put = OrderedDict.__setitem__ if isinstance(made, OrderedDict) else dict.__setitem__
         for key, item in template.items.items():
             put(made, key, fill(item, tensor))
@@ -268,20 +271,20 @@ def _build(template: Built, tensor: Callable[[int], Any]) -> Any:
 def describe_objects(
     value: Any, number: Callable[[torch.Tensor], int], fixed: Container[int]
 ) -> tuple[Any, list[int]]:
-    """Makes a template of objects, from which `fill` builds such objects again.
+    """Returns a template from which `fill` can build such objects again.
 
-    Other than `describe`, it opens objects with a `__dict__`, such as a key-value cache.
+    Unlike `describe`, it opens objects with a `__dict__`, such as a key-value cache.
 
     Args:
         value: Arguments or output of a module.
         number: Function from a tensor to the number of its value.
-        fixed: Identities of objects that cannot be built again, since they were there before.
+        fixed: Identities of objects that existed before the pass, so that they cannot be rebuilt.
 
     Returns:
-        Template, and the identities of the objects in it that can change, in order.
+        Template, and the identities of the mutable objects in it, in order.
 
     Raises:
-        NotDescribedError: An object cannot be built again.
+        NotDescribedError: An object cannot be rebuilt.
     """
     identities: list[int] = []
     describing = _Describing(number, fixed, identities)
@@ -306,7 +309,9 @@ class _Describing:
         if kind is slice:
             return describe(value, self._number)
         if id(value) in self._fixed or id(value) in above or len(self._identities) > _MANY_NODES:
-            raise NotDescribedError(f"a {kind.__name__} that was there before, or holds itself")
+            raise NotDescribedError(
+                f"a {kind.__name__} that is older than the pass, or contains itself"
+            )
         if not isinstance(value, tuple):
             self._identities.append(id(value))
         above = (*above, id(value))
@@ -325,14 +330,14 @@ class _Describing:
         return Built(kind, items, held)
 
 
-# Classes that inherit from these have content beside their `__dict__`.
+# Objects of these classes have contents outside of their `__dict__`.
 _HOLDING_MORE = (
     list, set, tuple, frozenset, int, float, complex, str, bytes, bytearray, deque, np.ndarray
 )  # fmt: skip
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Says whether an object is what its `__dict__` holds, with its entries for a dictionary."""
+    """Returns whether an object has only a `__dict__`, and entries if it is a dictionary."""
     kind = type(value)
     is_dict = isinstance(value, dict)
     if not is_dict and kind.__reduce_ex__ is not object.__reduce_ex__:  # type: ignore[comparison-overlap]
@@ -340,94 +345,6 @@ def _is_plain_object(value: Any) -> bool:
     if isinstance(value, _HOLDING_MORE) or not hasattr(value, "__dict__"):
         return False
     return not any(getattr(base, "__slots__", ()) for base in kind.__mro__)
-
-
-class Change(NamedTuple):
-    """One thing that a call did to the objects that it was given.
-
-    Attributes:
-        path: Steps from the arguments to the changed object: whether the step is an attribute, and
-            its name, key or place.
-        attribute: Whether an attribute is set, and not an entry.
-        key: Name, key or place of what is set.
-        new: Template of the new content. `Gone` if it is removed.
-    """
-
-    path: tuple[tuple[bool, Any], ...]
-    attribute: bool
-    key: Any
-    new: Any
-
-
-class Gone:
-    """Stands for what a call has removed."""
-
-
-_Same = Callable[[int, int], bool]
-_Path = tuple[tuple[bool, Any], ...]
-
-
-def changes(before: Any, after: Any, same: _Same, path: _Path = ()) -> list[Change]:
-    """Finds what a call changed in the objects that it was given.
-
-    Args:
-        before: Template of the arguments before the call.
-        after: Template of the arguments after it.
-        same: Function that says whether two values are of one tensor, which was written to.
-        path: Steps to these arguments.
-    """
-    found: list[Change] = []
-    if isinstance(after, Built) and isinstance(before, Built):
-        found += _entries(before.items or {}, after.items or {}, same, path, False)
-        found += _entries(before.attributes, after.attributes, same, path, True)
-    elif isinstance(after, dict):
-        found += _entries(before, after, same, path, False)
-    elif isinstance(after, (tuple, list)):
-        found += _entries(dict(enumerate(before)), dict(enumerate(after)), same, path, False)
-    return found
-
-
-def _entries(
-    before: dict[Any, Any], after: dict[Any, Any], same: _Same, path: _Path, attribute: bool
-) -> Iterator[Change]:
-    for key in reversed([one for one in before if one not in after]):
-        yield Change(path, attribute, key, Gone)
-    for key, new in after.items():
-        old = before.get(key, Gone)
-        if isinstance(old, Ref) and isinstance(new, Ref):
-            if not same(old.number, new.number):
-                yield Change(path, attribute, key, new)
-        elif isinstance(new, (Built, dict, list, tuple)) and type(old) is type(new):
-            yield from changes(old, new, same, (*path, (attribute, key)))
-        elif old is not new and (type(old) is not type(new) or not _are_equal(old, new)):
-            yield Change(path, attribute, key, new)
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    if isinstance(one, np.ndarray):
-        return np.array_equal(one, other)
-    return bool(one == other)
-
-
-def update(target: Any, made: Iterable[Change], tensor: Callable[[int], Any]) -> None:
-    """Changes objects as a module changed those that it was given.
-
-    Args:
-        target: Arguments of the call.
-        made: What the call changed.
-        tensor: Function from a value's number to a tensor.
-    """
-    for change in made:
-        place = target
-        for attribute, key in change.path:
-            place = vars(place)[key] if attribute else place[key]
-        entries = vars(place) if change.attribute else place
-        if change.new is Gone:
-            del entries[change.key]
-        elif isinstance(entries, list) and change.key == len(entries):
-            entries.append(fill(change.new, tensor))
-        else:
-            entries[change.key] = fill(change.new, tensor)
 
 
 def numbers(template: Any) -> Iterator[int]:
@@ -449,12 +366,7 @@ def numbers(template: Any) -> Iterator[int]:
 
 
 def bound(template: Any, result: Any) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields the tensors of a result, each with the number of its value.
-
-    Args:
-        template: Template of the result.
-        result: Result of the same call in another pass.
-    """
+    """Yields the tensors in a result, each with the number of its value."""
     if isinstance(template, Ref):
         yield template.number, result
     elif isinstance(template, Built):

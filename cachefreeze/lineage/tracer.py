@@ -1,4 +1,4 @@
-"""Follows one forward pass: which operations run, in which order, and what each depends on."""
+"""Traces one forward pass: which operations run, in which order, and what each depends on."""
 
 import contextlib
 import time
@@ -24,7 +24,7 @@ from cachefreeze.lineage.operations import SWITCH, Operation, Trace, label, mark
 from cachefreeze.lineage.recording import Running, digest, resting
 from cachefreeze.lineage.structure import Unknown, describe, numbers, outputs, tensors
 
-# Kernels in which no code of somebody's own runs.
+# Namespaces of kernels that run no user code.
 _OF_TORCH = frozenset(("aten", "prims"))
 _CAME_AND_WENT = "uses a tensor that no torch function made (from numpy, or from a global variable)"
 
@@ -37,15 +37,15 @@ def trace(
     code_frames: Frames | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Trace]:
-    """Runs one ordinary forward pass and follows it.
+    """Runs one ordinary forward pass and traces it.
 
-    The pass is the caller's own: random numbers are drawn and buffers move as without following.
+    Random numbers are drawn and buffers change as in a pass without tracing.
 
     Args:
         model: Module, or a function or method that calls modules.
-        *args: Positional arguments of the call, the example batch among them.
-        moving: Parameters and buffers that count as trained although they take no gradient.
-        code_frames: Sees the functions that run, if somebody wants to know.
+        *args: Positional arguments of the call, including the example batch.
+        moving: Parameters and buffers that count as trained although they require no gradient.
+        code_frames: Reporter of the Python functions that run. None for no reports.
         **kwargs: Keyword arguments of the call.
 
     Returns:
@@ -76,7 +76,13 @@ def trace(
 
 
 class _Kernels(TorchDispatchMode):
-    """Sees every kernel, also those that no torch function shows: what it writes and draws."""
+    """Receives every kernel, including those that no torch function shows."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True, torch's default, imports the compiler at the first kernel: seconds in every process.
+        # Nothing is compiled while a pass is followed.
+        return False
 
     def __init__(self, tracer: "_Tracer") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -139,7 +145,7 @@ class _Tracer(ModuleCalls):
         here = len(self.trace.operations)
         makes: list[int] = []
         writes: list[tuple[int, int]] = []
-        self._unusual(operation, running, args, kwargs)
+        self._set_reason(operation, running, args, kwargs)
         if operation.name in soundness.EXPOSING_NAMES:
             for tensor in tensors(args[:1]):
                 value = self.known.number(tensor)
@@ -147,7 +153,8 @@ class _Tracer(ModuleCalls):
                     self._exposed[self.trace.values[value].storage] = digest(tensor)
         targets = [(tensor, True) for tensor in self.known.tensors_on(running.written)]
         if operation.name.endswith(("_", ".write")) and not operation.name.endswith("__"):
-            # What changes a tensor, not its elements: `requires_grad_`, `detach_`, `x.data = y`.
+            # Functions that change the tensor and not its elements: `requires_grad_`, `detach_`,
+            # `x.data = y`.
             targets += [(value, False) for value in args[:1] if isinstance(value, torch.Tensor)]
         for tensor, elements in targets:
             before = self.known.number(tensor)
@@ -156,7 +163,7 @@ class _Tracer(ModuleCalls):
                 writes.append((before, after))
                 makes.append(after)
                 if elements or self.trace.values[before].operation < 0:
-                    self._outside(operation, before, running)
+                    self._set_reason_of_write(operation, before, running)
 
         def number(tensor: torch.Tensor) -> int:
             found = self.known.number(tensor)
@@ -180,7 +187,10 @@ class _Tracer(ModuleCalls):
         self._commit(operation, running)
 
     def _hold(self, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Holds what trained work takes of other work: autograd holds most of it anyway."""
+        """Holds the untrained values that trained work reads.
+
+        Autograd holds most of them anyway.
+        """
         if not any(tensor.requires_grad for tensor in tensors(output)):
             return
         for tensor in tensors((args, kwargs)):
@@ -191,10 +201,10 @@ class _Tracer(ModuleCalls):
             if value.operation >= 0 and value.plain:
                 self.trace.held[number] = tensor.detach(), tensor._version
 
-    def _unusual(
+    def _set_reason(
         self, operation: Operation, running: Running, args: Any, kwargs: dict[str, Any]
     ) -> None:
-        """Finds reasons why an operation must run, in its name, its arguments and its kernels."""
+        """Sets the reason why an operation must run, from its name, arguments and kernels."""
         name = operation.name
         if soundness.is_switch(name):
             operation.must_run = SWITCH
@@ -215,8 +225,8 @@ class _Tracer(ModuleCalls):
         elif name.endswith(".write") and name != "requires_grad.write":
             operation.must_run, operation.taints = f"sets {name[:-6]} of a tensor", True
 
-    def _outside(self, operation: Operation, before: int, running: Running) -> None:
-        """Notes that a written value outlives the call: it belongs to the model or the caller."""
+    def _set_reason_of_write(self, operation: Operation, before: int, running: Running) -> None:
+        """Sets the reason why a write to a tensor of the model or of the caller must run."""
         buffer = self.trace.values[before].storage
         if buffer in self.known.state_buffers:
             if running.collective and running.same_bits:
@@ -236,7 +246,7 @@ class _Tracer(ModuleCalls):
             return func(*args, **kwargs)
         if self._running is None:
             return self._kernel_unseen(func, args, kwargs)
-        # Below a torch function, torch has taken the mode off already.
+        # Inside of a torch function, torch has removed the function mode already.
         self._resting = True
         looked = self.frames is not None and func.namespace in _OF_TORCH and self.frames.pause()
         try:
@@ -257,8 +267,8 @@ class _Tracer(ModuleCalls):
         copies = [tensor.clone() for tensor in written] if known.collective else []
         draws = known.may_draw
         before = self._generators_now() if draws else ()
-        # Not by the clock on the wall: other processes may hold up any kernel, and what costs
-        # nothing would seem to be worth keeping.
+        # Time of this thread, since other processes may delay any kernel, and cheap values would
+        # then seem worth keeping.
         began = time.thread_time()
         output = func(*args, **kwargs)
         seconds = time.thread_time() - began
@@ -267,7 +277,7 @@ class _Tracer(ModuleCalls):
             self._torch = soundness.torch_generators()
             drew = not soundness.same_generators(before, self._torch)
         if running is None:
-            self._orphan(args, kwargs, output, written, drew)
+            self._record_kernel(args, kwargs, output, written, drew)
             return output
         running.seconds += seconds
         running.draws = running.draws or drew
@@ -280,7 +290,7 @@ class _Tracer(ModuleCalls):
             running.written |= {buffer_of(tensor) for tensor in written} - {0}
         if known.collective:
             running.collective = True
-            # What is sent around may arrive later: it is waited for before it is compared.
+            # The exchange may still be running. It must end before results are compared.
             waited = getattr(output[-1], "wait", None) if isinstance(output, tuple) else None
             if waited is not None:
                 waited()
@@ -290,12 +300,13 @@ class _Tracer(ModuleCalls):
 
     @contextmanager
     def _kernels_of(self, module: torch.nn.Module, running: Running) -> Iterator[None]:
-        """Runs some modules without the mode that sees kernels.
+        """Runs an opaque module, for some without the mode that receives kernels.
 
-        Dynamo compiles nothing below such a mode, and what runs then has other bits. Kernels of
-        torch's transformers call others, which autocast does not see below such a mode. What the
-        module wrote and drew is found by comparison: buffers by their bits, since kernels write to
-        some without counting it.
+        These are compiled modules, and all modules under autocast. Dynamo compiles nothing below
+        such a mode, and uncompiled code gives other bits. Under autocast, kernels of torch's
+        transformers call other kernels without the casts. So writes and draws of the module are
+        found by comparison. Buffers are compared by their bits, since some kernels write without a
+        change of the version.
         """
         changes_bits = soundness.is_compiled(module) or modes_now().autocast
         if not changes_bits or _get_current_dispatch_mode() is not self._kernels:
@@ -319,16 +330,19 @@ class _Tracer(ModuleCalls):
             running.written = {buffer_of(tensor) for tensor in written} - {0}
 
     def _generators_now(self) -> tuple[Any, ...]:
-        """Returns the state of torch's generators, and notes what was drawn without a kernel."""
+        """Returns the states of torch's generators.
+
+        Notes whether numbers were drawn outside of kernels.
+        """
         now = soundness.torch_generators()
         if not soundness.same_generators(self._torch, now):
             self._hidden_draws = True
         return now
 
-    def _orphan(
+    def _record_kernel(
         self, args: Any, kwargs: dict[str, Any], output: Any, written: list[Any], drew: bool
     ) -> None:
-        """Notes a kernel that runs below no torch function that was seen."""
+        """Records a kernel that runs outside of every torch function."""
         reads = []
         for tensor in tensors((args, kwargs)):
             number = self.known.number(tensor)
@@ -344,7 +358,7 @@ class _Tracer(ModuleCalls):
             self._draws += drew
 
     def finish(self, output: Any) -> None:
-        """Completes the trace when the pass is over and its locals are gone."""
+        """Completes the trace after the pass, when its local variables are gone."""
         trace = self.trace
         trace.outputs = [
             (self.known.number(tensor), read)
@@ -356,7 +370,8 @@ class _Tracer(ModuleCalls):
                 for operation in trace.operations:
                     if state.value in operation.reads and not operation.must_run:
                         operation.must_run, operation.taints = _CAME_AND_WENT, True
-        # What numpy was given may be written to by then, and nothing tells.
+        # Code outside of torch may have written to the memory of these values, without a trace of
+        # it.
         trace.held = {
             number: held
             for number, held in trace.held.items()
@@ -364,7 +379,9 @@ class _Tracer(ModuleCalls):
         }
         self._generators_now()
         if self._hidden_draws or self._python != soundness.python_generators():
-            self._distrust()
+            self._forbid_whole_calls(DRAWS)
+        if self.frames is not None and self.frames.ended():
+            self._forbid_whole_calls("reads a number that the pass itself changes")
         for name, reference in self._met:
             module = reference()
             if module is not None:
@@ -373,28 +390,28 @@ class _Tracer(ModuleCalls):
         trace.asked = self._asked
         mark(trace, self._asked)
 
-    def _distrust(self) -> None:
-        """Lets no module be left out as a whole, since one of them drew unseen random numbers.
+    def _forbid_whole_calls(self, why: str) -> None:
+        """Allows no module to be left out as a whole, since one of them depends on earlier calls.
 
-        Python's and numpy's generators tell nobody who used them. What is followed call by call is
-        compared with the trace, numbers that were drawn included.
+        The generators of Python and numpy do not tell who used them. The operations inside are
+        still compared with the trace, including numbers that were drawn.
+
+        Args:
+            why: Behaviour that some module shows, as in `Call.why_not_whole`.
         """
         suspects: set[int] = set()
         for call in reversed(self.trace.calls):
             module = call.module()
             if call.number in suspects or module is None or not soundness.is_torchs_own(module):
-                call.why_not_whole = call.why_not_whole or DRAWS
+                call.why_not_whole = call.why_not_whole or why
                 suspects.add(call.parent)
         for operation in self.trace.operations:
             if operation.opaque and not operation.must_run:
-                operation.must_run, operation.taints = (
-                    f"draws random numbers ({operation.name})",
-                    True,
-                )
+                operation.must_run, operation.taints = f"{why} ({operation.name})", True
 
 
 def _holds_data(template: Any) -> bool:
-    """Says whether a result holds numbers beside tensors."""
+    """Returns whether a result holds numbers beside tensors."""
     return any(
         isinstance(item, (bool, int, float, complex, Unknown)) for item in objects_in(template)
     )

@@ -1,4 +1,4 @@
-"""Puts random state and buffers back after a pass that is no training."""
+"""Restores random state and buffers after passes that do not train."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -11,10 +11,10 @@ from torch import nn
 
 @contextmanager
 def undone(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts the buffers of models and all random state back, after passes that are no training.
+    """Restores all random state and the buffers of models after the passes in the body.
 
     Args:
-        models: Models that run inside the context.
+        models: Models that run in the body.
     """
     buffers = [(one, one.clone()) for model in models for one in model.buffers()]
     python, numbers = random.getstate(), np.random.get_state()

@@ -1,4 +1,4 @@
-"""Tensors that a loader gives before their values are loaded: most of them are never needed."""
+"""Tensors of a data loader whose values are loaded only if something uses them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,20 +17,20 @@ from cachefreeze.lineage.structure import tensors
 
 Tensor = torch.Tensor
 _quiet = torch._C.DisableTorchFunctionSubclass
-# `Unloaded` says that its class is `torch.Tensor`, so its real class is set below that.
+# `Unloaded` reports `torch.Tensor` as its class, so the class is set by the descriptor of `object`.
 set_class: Callable[[Any, type], None] = vars(object)["__class__"].__set__
 
 
 class Unloaded(torch.Tensor):
-    """A tensor whose values are loaded by the first use of anything but shape, type and device.
+    """A tensor whose values are loaded at the first use of anything but shape, type and device.
 
-    The very object becomes a plain `torch.Tensor` then. `.to(device)`, `pin_memory` and another
-    memory format alone make another such tensor.
+    The same object becomes a plain `torch.Tensor` then. `.to(device)`, `pin_memory` and a change of
+    the memory format load nothing, but return another such tensor.
     """
 
-    # Code that asks for the class of a tensor goes the way that it would with the tensor itself.
+    # Code that checks the class of a tensor must take the same branch as for a plain tensor.
     __class__ = property(lambda self: torch.Tensor)  # type: ignore[assignment]
-    # Values once loaded, where the object itself could not become them.
+    # Loaded values, if the object itself could not become a plain tensor.
     late_real: Tensor | None
     unloaded_load: Callable[[bool], Tensor]
     unloaded_keys: np.ndarray
@@ -44,13 +44,14 @@ class Unloaded(torch.Tensor):
         load: Callable[[bool], Tensor],
         keys: np.ndarray,
     ) -> "Unloaded":
-        """Makes a tensor.
+        """Makes a tensor without values.
 
         Args:
+            cls: This class.
             like: Tensor of the same shape, strides and type.
-            device: Device.
-            load: Function that returns the values. It is told whether something has used them, or
-                the cache needs them.
+            device: Device of the tensor.
+            load: Function that returns the values. Its argument says whether user code uses the
+                values. If False, only the cache needs them.
             keys: Hashes of the rows, of shape (rows, 2).
         """
         made: Unloaded = torch.Tensor._make_wrapper_subclass(
@@ -66,12 +67,12 @@ class Unloaded(torch.Tensor):
         return made
 
     def __init__(self, *args: Any) -> None:
-        """Does nothing more. See `__new__`."""
+        """Does nothing, since `__new__` does all."""
 
     @classmethod
     @uncompiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Loads the values of the tensors among the arguments, then calls the function."""
+        """Loads the values of such tensors among the arguments, then calls the function."""
         kwargs = kwargs or {}
         if func in _METADATA:
             with _quiet():
@@ -93,7 +94,7 @@ class Unloaded(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Gives a kernel the loaded tensors. Only C++ code comes here."""
+        """Passes the loaded tensors to a kernel. Only C++ code calls this."""
         args, kwargs = tree_map(_real, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -103,12 +104,12 @@ _MOVES = frozenset({Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.contiguous, Tenso
 
 
 def is_unloaded(value: Any) -> bool:
-    """Says whether a value is a tensor that is not loaded yet."""
+    """Returns whether a value is a tensor that is not loaded yet."""
     return type(value) is Unloaded
 
 
 def kind_of(tensor: Tensor) -> type:
-    """Returns the class of a tensor, which is that of its values if they are not loaded yet."""
+    """Returns the class of a tensor, or of its values if they are not loaded yet."""
     kind = type(tensor)
     return torch.Tensor if kind is Unloaded else kind
 
@@ -117,8 +118,8 @@ def load_in(given: Any, used: bool = False) -> None:
     """Loads the tensors in some arguments that are not loaded yet.
 
     Args:
-        given: Arguments.
-        used: Whether something of the user's uses them.
+        given: Arguments of a call.
+        used: Whether user code uses the values.
     """
     for one in tensors(given):
         if type(one) is Unloaded:
@@ -126,7 +127,7 @@ def load_in(given: Any, used: bool = False) -> None:
 
 
 def another(tensor: Unloaded) -> Unloaded:
-    """Returns a tensor with the same values, on a buffer of its own once they are loaded."""
+    """Returns an unloaded tensor with the same values, on its own buffer after loading."""
     load = tensor.unloaded_load
     with _quiet():
         return Unloaded(
@@ -135,7 +136,7 @@ def another(tensor: Unloaded) -> Unloaded:
 
 
 def _moved(func: Any, tensor: Unloaded, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Returns the result of a function that moves a tensor, or None if it does more."""
+    """Returns the result of a function that moves a tensor, or None if the function does more."""
     with _quiet():
         device, shape = tensor.device, tensor.shape
         if func is Tensor.pin_memory:
@@ -158,7 +159,7 @@ def _moved(func: Any, tensor: Unloaded, args: Any, kwargs: dict[str, Any]) -> Te
                 wanted = device if to is None else to
                 moved = like if form is None else like.to(memory_format=form)
         except (TypeError, RuntimeError, AssertionError):
-            return None  # plainly, with its own error
+            return None  # the plain call raises its own error
         if wanted.type == "cuda" and wanted.index is None:
             wanted = torch.device("cuda", torch.cuda.current_device())
         if wanted == device and moved.stride() == like.stride():
@@ -167,7 +168,7 @@ def _moved(func: Any, tensor: Unloaded, args: Any, kwargs: dict[str, Any]) -> Te
 
 
 def _named(args: Any) -> Any:
-    # `x.to(other)` takes device and type of another tensor.
+    # `x.to(other)` takes device and type from another tensor.
     if args and isinstance(args[0], torch.Tensor):
         with _quiet():
             return (args[0].device, args[0].dtype, *args[1:])
@@ -186,7 +187,7 @@ def _after(
 
 
 def _before_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Loads what a module is given that goes another way, with other bits, for such tensors."""
+    """Loads the arguments of opaque modules, which may compute other bits for unloaded tensors."""
     late = any(type(one) is Unloaded for one in (*args, *kwargs.values()))
     if late and soundness.is_opaque(module):
         load_in((args, kwargs), used=True)
@@ -207,7 +208,7 @@ def _load(tensor: Unloaded, used: bool) -> None:
     guard = torch._C._ForceDispatchKeyGuard(include, exclude)
     with guard, _unfollowed(), calls.unfollowed(None), under(modes):
         values = tensor.unloaded_load(used)
-        # A loaded tensor may have been written to while it was made.
+        # The values may have been written to while they were made. Plain data have version 0.
         values = values if values.is_inference() or not values._version else values.data
     if type(tensor) is Unloaded and not exchange(tensor, values):
         tensor.late_real = values
@@ -215,7 +216,7 @@ def _load(tensor: Unloaded, used: bool) -> None:
 
 @contextmanager
 def _unfollowed() -> Iterator[None]:
-    """Leaves all function modes but the one of the default device."""
+    """Removes all function modes in the body, apart from the one of the default device."""
     taken: list[TorchFunctionMode] = []
     try:
         for _ in range(torch._C._len_torch_function_stack()):
@@ -232,20 +233,20 @@ def _unfollowed() -> Iterator[None]:
 
 
 def exchange(late: Any, tensor: Tensor) -> bool:
-    """Exchanges what two tensor objects are: one becomes a plain tensor. Says whether it could.
+    """Turns a late tensor into a plain one by an exchange of two objects. Returns whether it could.
 
     Args:
-        late: Tensor of a class of ours.
-        tensor: Plain tensor, which stands for `late` afterwards, with that as its `late_real`.
+        late: Tensor of class `Late` or `Unloaded`.
+        tensor: Plain tensor with the values. Afterwards it is the late one, with `late_real` set.
     """
     kind = type(late)
     with _quiet():
-        # C++ code alone may hold the object, as a custom function does with what it saves. Earlier
-        # versions of torch, such as 2.6, count python among the holders of such a tensor only once
-        # C++ code has returned it: this function does no more than that.
+        # C++ code may hold the object, for example a custom function that saves it. In torch 2.6,
+        # the count of holders includes Python's only once C++ code has returned the object. This
+        # function does nothing but that.
         torch._C._functorch.unwrap_if_dead(late)
         if late._use_count() > 1:
-            return False  # C++ code holds it
+            return False  # C++ code holds the object
     left = late.__dict__
     late.__dict__ = {}
     set_class(late, torch.Tensor)
@@ -255,7 +256,8 @@ def exchange(late: Any, tensor: Tensor) -> bool:
         set_class(late, kind)
         late.__dict__ = left
         return False
-    # C++ code may hold what the late value was, counted or not: that stands for the tensor now.
+    # C++ code may still hold the old tensor of the late object, counted or not. That tensor stands
+    # for the values now.
     set_class(tensor, kind)
     tensor.__dict__.update(left, late_real=late)
     return True

@@ -157,7 +157,7 @@ def epoch_line(metrics: Mapping[str, Any], epochs: int, units: Sequence[str]) ->
         units: Names of the units.
     """
     rows = metrics["rows_served"] + metrics["rows_computed"]
-    source = f"  {metrics['rows_served'] / rows:.0%} of rows from the cache" if rows else ""
+    source = f"  {metrics['rows_served'] / rows:.0%} cached" if rows else ""
     return (
         f"epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  "
         f"loss {metrics['train_loss']:.4f}  val {metrics['val_accuracy']:7.2%}  "
@@ -235,12 +235,14 @@ def _cache_words(summary: Mapping[str, Any]) -> list[str]:
         verdict = "saved" if seconds >= 0 else "cost more than it saved:"
         lines = [
             f"cache     {verdict} {duration(abs(seconds))} (estimated), filling included; "
-            f"{cache['rows_served']:,} of {total:,} rows came from it"
+            f"{cache['rows_served']:,} of {total:,} rows that passed frozen units came from it"
         ]
     if cache["rows_kept"]:
         where = "memory" if cache["directory"] is None else cache["directory"]
         kept = f"{cache['rows_kept']:,} rows in {where}, {human_bytes(cache['bytes'])}"
-        lines.append(f"{_INDENT}{kept}")
+        again = ": an image has a row for each unit after which it was kept"
+        several = len({fill["unit"] for fill in cache["fills"]}) > 1
+        lines.append(f"{_INDENT}{kept}{again if several else ''}")
     return lines
 
 

@@ -36,13 +36,7 @@ class Way:
     predicted: float | None
 
     def by(self, run: "Way") -> float:
-        """Returns this time divided by that of a run.
-
-        A time that was only predicted is divided by the predicted time of the run: if the machine
-        has become slower since, both are wrong by the same factor.
-        """
-        if self.known == "predicted" and run.predicted is not None:
-            return self.seconds / run.predicted
+        """Returns this time divided by that of a run."""
         return self.seconds / run.seconds
 
 

@@ -1,4 +1,9 @@
-"""Rows on disk and what they are found by. Knows no model and names no tensor."""
+"""Rows on disk, found by their keys. Knows no model and no tensor.
+
+A directory holds sets. A set holds the rows of one value of a model. It consists of segments, each
+the rows of one writer in zarr arrays. A segment consists of chunk files of whole rows, and a
+journal with one line for each complete chunk. docs/store-format.md describes the files.
+"""
 
 from cachefreeze.store.directory import Directory
 from cachefreeze.store.format import Row

@@ -1,4 +1,4 @@
-"""Collects rows into chunks, which a thread of its own writes."""
+"""Collects new rows into chunks, which a thread writes."""
 
 import contextlib
 import queue
@@ -15,19 +15,19 @@ from cachefreeze.store.format import Layout
 from cachefreeze.store.locks import refuse, remove
 from cachefreeze.store.segment import Buffer, SegmentWriter
 
-# Chunks that wait for the disk: more would hide a slow disk in memory.
+# Number of chunks that may wait for the disk. More of them would fill memory if the disk is slow.
 MOST_WAITING = 2
 
 
 class Writer:
-    """The thread that writes the chunks of all sets of a directory.
+    """Thread that writes the chunks of all sets of a directory.
 
-    What fails stops it, and is told. It never raises.
+    It raises no errors. After the first error it writes nothing more, and tells the user why.
 
     Args:
         directory: Folder that holds the sets.
-        budget: Limit of the directory.
-        tell: Function that takes a sentence for the user.
+        budget: Limit on the disk space of the directory.
+        tell: Function called with each message for the user.
 
     Attributes:
         stopped: Whether nothing is written any more.
@@ -42,10 +42,10 @@ class Writer:
         self.stopped = False
 
     def put(self, appender: "Appender", buffer: Buffer) -> None:
-        """Has a chunk written. Waits only while the queue is full.
+        """Queues a chunk for writing. Waits only while the queue is full.
 
         Args:
-            appender: Set that the chunk belongs to.
+            appender: Appender of the set that the chunk belongs to.
             buffer: Rows of the chunk.
         """
         if self._thread is None:
@@ -59,7 +59,7 @@ class Writer:
             if not self.stopped:
                 self._write(appender, buffer)
             appender.give_back(buffer)
-            # Not kept until the next job comes.
+            # Otherwise these variables would keep the memory until the next chunk comes.
             del job, appender, buffer
 
     def _write(self, appender: "Appender", buffer: Buffer) -> None:
@@ -68,23 +68,17 @@ class Writer:
                 appender.write(buffer)
                 return
             most = self._budget.max_bytes
-            reason = "it may take half of the disk" if most is None else (
-                f"it may take {human_bytes(most)}"
-            )  # fmt: skip
-            reason += ", and what lies there is in use"
+            limit = "half of the space on the disk" if most is None else human_bytes(most)
+            reason = f"its limit is {limit}, and its older rows are in use"
         except OSError as error:
             reason = error.strerror or str(error)
         except Exception as error:
-            # A thread that died would let training wait for it for ever.
+            # If the thread ended by an error, training would wait for it without end.
             reason = f"{type(error).__name__}: {error}"
         self.stop(f"no further rows are written to {self._directory} ({reason})")
 
     def stop(self, sentence: str) -> None:
-        """Writes nothing from now on.
-
-        Args:
-            sentence: Reason, for the user.
-        """
+        """Writes nothing more."""
         if not self.stopped:
             self.stopped = True
             self._tell(sentence)
@@ -94,24 +88,24 @@ class Writer:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._jobs.put(None)
-            # The garbage collector may close a directory in any thread.
+            # The garbage collector may close a directory in any thread, also in this one.
             if thread is not threading.current_thread():
                 thread.join()
         self.stopped = True
 
-    def leave_to_the_parent(self) -> None:
-        """Writes nothing from now on, in a forked process that has no such thread."""
+    def after_fork(self) -> None:
+        """Writes nothing more, in a forked process that does not have the thread."""
         self.stopped = True
         self._thread = None
 
 
 class Appender:
-    """Collects the new rows of one set. The segment is made with its first chunk.
+    """Collects the new rows of one set. It creates a segment for its first chunk.
 
     Args:
         folder: Folder of the set.
-        layout: How the rows lie.
-        about: What to say about the value, as plain JSON.
+        layout: Division of the rows into chunks.
+        about: Description of the value for people, as plain JSON.
         writer: Thread that writes.
     """
 
@@ -123,21 +117,21 @@ class Appender:
         self._about = about
         self._writer = writer
         self._guard = threading.Lock()
-        # Held while the thread writes.
+        # Locked while the thread writes.
         self._writing = threading.Lock()
         self._buffer: Buffer | None = None
         self._free: list[Buffer] = []
         self._segment: SegmentWriter | None = None
-        # Nothing more is appended; nothing more is written.
+        # No rows are appended any more; no rows are written any more.
         self._ended = self._taken_back = False
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes that a chunk takes on the disk at most."""
+        """Largest disk space of a chunk, in bytes."""
         return self._layout.values_bytes + self._layout.keys_bytes
 
     def append(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Copies rows, to be written with others as a chunk.
+        """Copies rows, to be written together with others as a chunk.
 
         Args:
             keys: Keys of the rows, of shape (n, 2).
@@ -149,7 +143,7 @@ class Appender:
                     if self._buffer is None:
                         self._buffer = self._free.pop() if self._free else Buffer(self._layout)
                 except MemoryError:
-                    self._writer.stop("no further rows are written: no memory for a chunk of them")
+                    self._writer.stop("no further rows are written: there is no memory for a chunk")
                     return
                 count = self._buffer.take(keys, rows)
                 keys, rows = keys[count:], rows[count:]
@@ -157,7 +151,7 @@ class Appender:
                     self._send()
 
     def flush(self) -> None:
-        """Has the rows written that do not fill a chunk. Nothing is appended after it."""
+        """Queues the last rows for writing. No rows are appended afterwards."""
         with self._guard:
             if self._buffer is not None and self._buffer.count and not self._writer.stopped:
                 self._send()
@@ -170,13 +164,10 @@ class Appender:
         self._writer.put(self, buffer)
 
     def write(self, buffer: Buffer) -> None:
-        """Writes a chunk, in the thread.
-
-        Args:
-            buffer: Rows of the chunk.
+        """Writes a chunk. Only the thread calls this.
 
         Raises:
-            OSError: the disk is full, or fails.
+            OSError: The disk is full or fails.
         """
         with self._writing:
             if self._taken_back:
@@ -186,29 +177,29 @@ class Appender:
             self._segment.write(buffer)
 
     def give_back(self, buffer: Buffer) -> None:
-        """Takes back the memory of a chunk that was written."""
+        """Takes back the memory of a chunk that was written, for the next chunk."""
         buffer.count = 0
         if len(self._free) < MOST_WAITING and not self._ended:
             self._free.append(buffer)
 
     def close(self) -> None:
-        """Gives back the lock on the segment, once everything is written."""
+        """Releases the lock on the segment. Called after all chunks are written."""
         with self._writing, contextlib.suppress(OSError):
             if self._segment is not None:
                 self._segment.close()
 
-    def leave_to_the_parent(self) -> None:
-        """Drops what is not written, in a forked process: the parent writes it."""
+    def after_fork(self) -> None:
+        """Drops the unwritten rows in a forked process. The parent process writes them."""
         self._ended = self._taken_back = True
         self._buffer = self._segment = None
         self._free.clear()
         self._guard, self._writing = threading.Lock(), threading.Lock()
 
     def take_back(self, sentence: str) -> Path | None:
-        """Removes the segment, and writes nothing from now on. Returns its folder.
+        """Removes the segment and writes nothing more. Returns its folder, if there was one.
 
         Args:
-            sentence: Reason, for those who read it just now.
+            sentence: Reason, for processes that read the segment now.
         """
         with self._guard:
             self._buffer = None

@@ -1,4 +1,4 @@
-"""How many bytes all sets of a directory take, and what goes when they are too many."""
+"""The limit on the disk space of a directory."""
 
 import contextlib
 import os
@@ -13,23 +13,13 @@ from cachefreeze.store.locks import is_refused, last_use, remove
 
 
 def segment_folders(directory: Path) -> Iterator[Path]:
-    """Yields the folders of all segments in a directory.
-
-    Args:
-        directory: Folder that holds the sets.
-    """
+    """Yields the folders of all segments in a directory."""
     for folder in named_folders(directory):
         yield from named_folders(folder)
 
 
 def named_folders(folder: Path) -> list[Path]:
-    """Returns the sets in a directory, or the segments in a set, in the order of their names.
-
-    Links are not followed.
-
-    Args:
-        folder: Directory or set.
-    """
+    """Returns the sets in a directory, or the segments in a set, sorted by name. Ignores links."""
     try:
         with os.scandir(folder) as entries:
             found = [
@@ -43,11 +33,7 @@ def named_folders(folder: Path) -> list[Path]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Returns the bytes that the files below a folder take. Holes in them take none.
-
-    Args:
-        folder: Folder of a set or a segment.
-    """
+    """Returns the disk space of all files below a folder, in bytes. Holes in files take none."""
     return sum(map(_file_bytes, entries_below(folder)))
 
 
@@ -56,56 +42,57 @@ def _file_bytes(entry: os.DirEntry[str]) -> int:
         if entry.is_dir(follow_symlinks=False):
             return 0
         found = entry.stat(follow_symlinks=False)
-    except OSError:  # others rename and remove while this counts
+    except OSError:  # another process may rename or remove it now
         return 0
-    # Some file systems tell no blocks.
+    # Some file systems report 0 blocks.
     return min(found.st_size, found.st_blocks * 512) or found.st_size
 
 
 class Budget:
-    """Keeps a directory below a limit, over all runs that write there.
+    """Limit on the disk space of a directory, for all runs that write there together.
 
     Args:
         directory: Folder that holds the sets.
-        max_bytes: Largest number of bytes. If None, half of what it and the free space of its disk
-            are together.
+        max_bytes: Largest number of bytes. If None, half of the disk space that is free or used by
+            the directory.
     """
 
     def __init__(self, directory: Path, max_bytes: int | None) -> None:
         self._directory = directory
         self.max_bytes = max_bytes
-        # Of each segment: lines of the journal, bytes at that time, bytes of a full chunk.
+        # For each segment: lines of the journal, bytes at that time, bytes of a full chunk.
         self._known: dict[Path, tuple[int, int, int]] = {}
 
     def make_room(self, nbytes: int) -> bool:
-        """Removes segments that nobody uses until a chunk has room. Returns whether it has.
-
-        Args:
-            nbytes: Bytes of the chunk.
-        """
+        """Removes unused segments until a chunk fits. Returns whether it fits."""
         if self.max_bytes is not None and nbytes > self.max_bytes:
             return False
         kept: set[Path] = set()
-        # Counted again after each removal, for others may remove at the same time.
-        while (total := self.total()) + nbytes > self._limit(total):
+        # Counted again after each removal, since other processes may remove segments, too.
+        while (total := self.total()) + nbytes > self.limit(total):
             if not kept:
                 remove_trash(self._directory)
             left = [folder for folder in self._known if folder not in kept]
             if not left:
                 return False
-            # What is refused serves nobody.
+            # Segments that are marked as wrong go first, since nobody reads them.
             oldest = min(left, key=lambda folder: (not is_refused(folder), last_use(folder)))
             remove(oldest)
             kept.add(oldest)
         return True
 
-    def _limit(self, total: int) -> int:
+    def limit(self, total: int) -> int:
+        """Returns the number of bytes that all segments may take.
+
+        Args:
+            total: Number of bytes that they take now.
+        """
         if self.max_bytes is not None:
             return self.max_bytes
         return (total + shutil.disk_usage(self._directory).free) // 2
 
     def total(self) -> int:
-        """Returns the bytes of all segments now."""
+        """Returns the bytes of all segments."""
         known, self._known = self._known, {}
         for folder in segment_folders(self._directory):
             try:
@@ -113,7 +100,7 @@ class Budget:
             except OSError:
                 lines = 0
             before = known.get(folder)
-            # All chunks are equally large, so that files are counted one by one only once.
+            # All chunks of a segment have about the same size, so its files are counted only once.
             if before is None or not before[2]:
                 before = lines, disk_bytes(folder), _chunk_bytes(folder)
             self._known[folder] = before
@@ -133,11 +120,7 @@ def _chunk_bytes(folder: Path) -> int:
 
 
 def remove_trash(directory: Path) -> None:
-    """Removes what others began to remove and did not end.
-
-    Args:
-        directory: Folder that holds the sets.
-    """
+    """Removes folders whose removal another process began and did not finish."""
     for folder in named_folders(directory):
         with contextlib.suppress(OSError):
             for entry in folder.glob(f"{TRASH}*"):

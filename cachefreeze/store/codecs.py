@@ -1,7 +1,7 @@
-"""Rows in a chunk file that are compressed one by one, so that one can be read alone.
+"""Chunk files with compressed rows. Each row is compressed alone, so that it can be read alone.
 
-Such a file is a shard of zarr's `sharding_indexed`: a zstd frame for each row, then where each of
-them lies, then the CRC32C of that.
+Such a file is a shard of zarr's `sharding_indexed` codec: one zstd frame for each row, then an
+index with the position of each frame, then the CRC32C of the index.
 """
 
 import google_crc32c
@@ -10,7 +10,7 @@ from numcodecs import zstd
 
 from cachefreeze.store.format import CHECKSUM_BYTES, ZSTD_LEVEL, Layout, SegmentError
 
-# The place of a row that is not there, in zarr's words.
+# Position of a missing row, as zarr defines it.
 _MISSING = 2**64 - 1
 
 
@@ -18,7 +18,7 @@ def compress(layout: Layout, rows: np.ndarray) -> bytes:
     """Returns the content of a chunk file.
 
     Args:
-        layout: How the rows lie.
+        layout: Division of the rows into chunks.
         rows: Rows, uint8 of shape (n, row_bytes).
     """
     frames = [zstd.compress(row, ZSTD_LEVEL) for row in rows]
@@ -31,16 +31,16 @@ def compress(layout: Layout, rows: np.ndarray) -> bytes:
 
 
 def places(layout: Layout, rows: int, size: int, tail: bytes) -> list[tuple[int, int]]:
-    """Returns where each row begins in a chunk file, and its length.
+    """Returns the offset and the length of each row in a chunk file.
 
     Args:
-        layout: How the rows lie.
+        layout: Division of the rows into chunks.
         rows: Number of rows in the chunk.
         size: Bytes of the file.
         tail: Last `layout.index_bytes` of the file.
 
     Raises:
-        SegmentError: they lie outside of the file, or are too long.
+        SegmentError: A row is outside the file.
     """
     index = np.frombuffer(tail, dtype="<u8", count=2 * layout.chunk_rows).reshape(-1, 2)[:rows]
     most = size - layout.index_bytes
@@ -50,17 +50,17 @@ def places(layout: Layout, rows: int, size: int, tail: bytes) -> list[tuple[int,
 
 
 def decompress(frame: bytes, out: np.ndarray) -> None:
-    """Writes a row into memory.
+    """Decompresses a row.
 
     Args:
-        frame: What was written for the row.
-        out: Memory of the row, uint8.
+        frame: Compressed row.
+        out: Memory for the row, uint8.
 
     Raises:
-        SegmentError: the frame is no row.
+        SegmentError: The frame cannot be decoded, or is a row of another size.
     """
     try:
-        # Also that of a forged frame: what it would decode to is never allocated.
+        # Compared first, so that a forged frame cannot make zstd allocate its size.
         if _content_bytes(frame) == len(out):
             zstd.decompress(frame, out)
             return
@@ -70,7 +70,7 @@ def decompress(frame: bytes, out: np.ndarray) -> None:
 
 
 def _content_bytes(frame: bytes) -> int:
-    """Returns the size that the header of a zstd frame (RFC 8878, 3.1.1.1) names."""
+    """Returns the decoded size from the header of a zstd frame (RFC 8878, 3.1.1.1)."""
     flags = frame[4]
     single = flags >> 5 & 1
     width = (single, 2, 4, 8)[flags >> 6]

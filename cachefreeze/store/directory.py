@@ -1,4 +1,4 @@
-"""The directory that the user names, and the sets of rows in it."""
+"""The cache directory of the user, and the sets of rows in it."""
 
 import atexit
 import contextlib
@@ -17,7 +17,7 @@ from cachefreeze.store.locks import Held
 from cachefreeze.store.reading import Files
 from cachefreeze.store.rows import Rows
 
-# Backup programs know the first line by its standard (bford.info/cachedir).
+# Backup programs skip folders with this first line (bford.info/cachedir).
 TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# This folder holds activations cached by cachefreeze. It may be deleted at any time.\n"
@@ -27,50 +27,62 @@ _MOST_MESSAGES = 50
 
 
 class Directory:
-    """Rows on the disk, shared with other runs at any time.
+    """Rows on disk. Several runs may use the same directory at the same time.
 
     Args:
-        path: Folder that holds the sets. It is made if it is not there.
-        max_bytes: Largest number of bytes that all sets may take, over all runs. If None, half of
-            what they and the free space of the disk are together.
+        path: Folder that holds the sets. It is created if it does not exist.
+        max_bytes: Largest number of bytes of all sets together, for all runs. If None, half of the
+            disk space that is free or used by the sets.
 
     Attributes:
-        messages: Sentences for the user, so far.
+        messages: Messages for the user.
 
     Raises:
-        UserError: the path is a file, or the folder cannot be made, or it holds other files.
+        UserError: The path is a file, the folder cannot be created, or it holds other files.
     """
 
     def __init__(self, path: Path, max_bytes: int | None) -> None:
         self._path = Path(path).absolute()
         self.messages: list[str] = []
-        # Not a method: the thread would keep this object alive.
+        # Not a method, since the writer's thread would then keep this object alive.
         tell = _teller(self.messages)
         self._tell = tell
         self._rows: dict[bytes, Rows] = {}
         self._held = Held()
         self._files = Files()
-        self._writer = Writer(self._path, Budget(self._path, max_bytes), tell)
+        self._budget = Budget(self._path, max_bytes)
+        self._writer = Writer(self._path, self._budget, tell)
         self._closed = False
         problem = _prepare(self._path)
         if problem is not None:
             self._writer.stop(
-                f"{self._path} cannot be written to ({problem}): rows that lie there are used, "
-                "and no further ones are kept"
+                f"{self._path} cannot be written to ({problem}): the rows in it are used, and no "
+                "further rows are written"
             )
         _open.add(self)
 
+    @property
+    def path(self) -> Path:
+        """Absolute path of the folder."""
+        return self._path
+
+    @property
+    def room(self) -> int:
+        """Number of bytes that all sets may take if there is none yet."""
+        return self._budget.limit(0)
+
     def rows(self, name: bytes, row: Row, about: Mapping[str, Any], codec: str = "raw") -> Rows:
-        """Returns the rows of one kind of value.
+        """Returns the rows of one set, which is created if it does not exist.
 
         Args:
-            name: Hash of how the value is made and of the bits that it is made from, 16 bytes.
-            row: How a row lies in memory.
-            about: What to say about the value, as plain JSON, for people.
-            codec: How new rows are written, "raw" or "zstd". Both are read whatever it is.
+            name: Name of the set, 16 bytes: a hash of the operations and weights that make the
+                value.
+            row: Sizes and type of one row.
+            about: Description of the value for people, as plain JSON.
+            codec: Codec for new rows, "raw" or "zstd". Rows of both codecs are read in any case.
 
         Raises:
-            ValueError: the set was opened with another row, or `about` is no plain JSON.
+            ValueError: The set was opened with another `row`, or the description is not plain JSON.
         """
         assert len(name) == 16, "the name of a set has 16 bytes"
         assert not self._closed, "the directory is closed"
@@ -82,19 +94,19 @@ class Directory:
             found = Rows(folder, row, about, held, files, writer, self._tell, codec)
             self._rows[name] = found
         if found.row != row:
-            raise ValueError(f"{name.hex()} holds {found.row}, and not {row}")
+            raise ValueError(f"the set {name.hex()} holds {found.row}, and not {row}")
         return found
 
     def has(self, name: bytes) -> bool:
-        """Returns whether there may be rows of one kind of value.
+        """Returns whether a set exists. It may be empty.
 
         Args:
-            name: Hash of how the value is made, 16 bytes.
+            name: Name of the set, 16 bytes.
         """
         return (self._path / name.hex()).is_dir()
 
     def close(self) -> None:
-        """Writes what is left, and gives back locks and files."""
+        """Writes the last rows, releases all locks and closes all files."""
         if self._closed:
             return
         self._closed = True
@@ -110,16 +122,16 @@ class Directory:
         if hasattr(self, "_closed"):
             self.close()
 
-    def _leave_to_the_parent(self) -> None:
-        self._writer.leave_to_the_parent()
-        self._held.leave_to_the_parent()
-        self._files.leave_to_the_parent()
+    def _after_fork(self) -> None:
+        self._writer.after_fork()
+        self._held.after_fork()
+        self._files.after_fork()
         for rows in self._rows.values():
-            rows.leave_to_the_parent()
+            rows.after_fork()
 
 
 def _prepare(path: Path) -> str | None:
-    """Makes the folder, with its tag. Returns why it cannot be written to, if so."""
+    """Creates the folder and its tag. Returns why the folder cannot be written to, or None."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         names = os.listdir(path)
@@ -138,23 +150,19 @@ def _prepare(path: Path) -> str | None:
 
 
 def _is_part_of_tag(name: str) -> bool:
-    # A process that was killed while it wrote the tag leaves a part of it.
+    # A process that is killed while it writes the tag leaves a part of it.
     return name.startswith(f"{_TAG_FILE}.")
 
 
 def _cannot_be_used(path: Path, reason: str) -> UserError:
     return UserError(
-        f"the folder {path} cannot hold activations ({reason}): give another one as directory, "
-        "or none to keep them in memory"
+        f"the folder {path} cannot hold activations ({reason}): give another directory, or none "
+        "to keep them in memory"
     )
 
 
 def is_directory(path: Path) -> bool:
-    """Returns whether a folder carries the tag of cachefreeze.
-
-    Args:
-        path: Folder that may hold sets.
-    """
+    """Returns whether a folder is a cache directory of cachefreeze, by its tag."""
     try:
         with open(path / _TAG_FILE, "rb", opener=open_regular) as file:
             return file.read(len(TAG) + 1) == TAG.encode()
@@ -174,7 +182,7 @@ _open: "weakref.WeakSet[Directory]" = weakref.WeakSet()
 
 
 def _close_all() -> None:
-    # Rows that do not fill a chunk would be lost with a program that ends without `close`.
+    # If a program ends without `close`, the rows that do not fill a chunk would be lost.
     for directory in list(_open):
         with contextlib.suppress(Exception):
             directory.close()
@@ -182,7 +190,7 @@ def _close_all() -> None:
 
 def _after_fork() -> None:
     for directory in list(_open):
-        directory._leave_to_the_parent()
+        directory._after_fork()
 
 
 atexit.register(_close_all)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks on folders, and walks through them."""
+"""Atomic writes, locks on files and folders, and walks through folders."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# How the names of files end that were not written to their end.
+# Ending of the names of files that are not complete yet.
 PARTIAL = ".partial"
 
 
@@ -31,12 +31,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def write_partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Writes a file beside `path`, for the caller to rename, and yields its path.
+    """Writes a temporary file beside `path` and yields its path. The caller renames it.
 
-    All of its content is on the disk by then. If the caller fails, the file is removed.
+    Its content is on disk by then. If the caller raises an error, the file is removed.
 
     Args:
-        path: Path that the file gets later.
+        path: Path to which the caller renames the file.
         content: Content of the file.
     """
     with partial_beside(path) as temporary:
@@ -49,12 +49,12 @@ def write_partial(path: Path, content: bytes) -> Iterator[Path]:
 
 @contextmanager
 def partial_beside(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` for a file that the caller makes and renames.
+    """Yields a path beside `path`, where the caller creates a file and renames it.
 
-    No other process uses the path. If the caller fails, the file is removed.
+    No other process uses the path. If the caller raises an error, the file is removed.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    # Never through what may lie there already: it may be a link.
+    # Removed first, since an existing file may be a link.
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
@@ -64,7 +64,7 @@ def partial_beside(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Writes a folder to the disk: a rename is on the disk only when its folder is."""
+    """Writes a folder to disk. A rename inside of it is on disk only after that."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -76,7 +76,7 @@ def lock_folder(folder: Path) -> int | None:
     """Takes an advisory lock on a folder, which ends with this process.
 
     Returns:
-        File descriptor that holds the lock. None if another process holds it.
+        Descriptor that holds the lock. None if another process holds it.
     """
     file = os.open(folder, os.O_RDONLY)
     try:
@@ -89,13 +89,13 @@ def lock_folder(folder: Path) -> int | None:
     return file
 
 
-# Not the filelock library: its locks that readers share are SQLite databases, which must be
-# writable and which whoever writes to the folder can forge; its exclusive lock needs a file that it
-# may write. Here a reader without permission to write locks a file, up to 128 at once.
-# Others may hold a lock for a moment, to see whether it is held.
+# Not the filelock library: its shared locks are SQLite databases, which every reader must be able
+# to write to, and which another program can forge. Its exclusive lock needs a writable file. Here,
+# a reader without permission to write locks up to 128 files at once.
+# Another process may hold a lock for a moment, only to test it.
 LOCK_ATTEMPTS, LOCK_PAUSE_SECONDS = 10, 0.02
-# Descriptors that hold a lock. A process that is forked from this one has them too, and would keep
-# the lock when this one is killed: it closes them.
+# Descriptors that hold a lock. A forked process inherits them, and would keep the locks if this
+# process is killed, so it closes them.
 _holding: set[int] = set()
 
 
@@ -123,7 +123,7 @@ def lock_file(file: int, *, exclusive: bool) -> None:
 
 def unlock_file(file: int) -> None:
     """Releases the lock on a file, and closes the file."""
-    # First of all: a child that another thread forks just now would have it, too.
+    # Unlocked before it is closed: a process that another thread forks now has the descriptor, too.
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)
     _holding.discard(file)
@@ -140,7 +140,7 @@ os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 def is_locked(folder: Path) -> bool:
-    """Says whether a process holds the lock on a folder, by taking it for a moment."""
+    """Returns whether a process holds the lock on a folder. Takes the lock for a moment."""
     file = lock_folder(folder)
     if file is not None:
         unlock_file(file)
@@ -148,20 +148,20 @@ def is_locked(folder: Path) -> bool:
 
 
 def nearest_folder(path: Path) -> Path:
-    """Returns the path itself if it exists, or else the nearest of its parents that does."""
+    """Returns the path itself if it exists, or else its nearest parent that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Returns the reason why a folder cannot be made or written to, or None if none is known.
+    """Returns why a folder cannot be created or written to, or None if no reason is known.
 
-    Nothing is written to find out.
+    This writes nothing.
     """
     try:
         nearest = nearest_folder(folder)
-    except OSError as error:  # a parent that may not be searched, a name that is too long
+    except OSError as error:  # for example, a name that is too long
         return error.strerror or str(error)
     if not nearest.is_dir():
         return f"{nearest} is a file"
@@ -172,10 +172,9 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def entries_below(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yields all files and folders below a folder, each folder before what is in it.
+    """Yields all files and folders below a folder, each folder before its contents.
 
-    Links are not followed. Folders may be nested to any depth: `os.walk` and `shutil.rmtree` give
-    up at some depth.
+    Links are not followed. The depth is not limited, as it is in `os.walk` and `shutil.rmtree`.
     """
     folders = [os.fspath(folder)]
     while folders:
@@ -187,7 +186,7 @@ def entries_below(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder and all that is below it, as far as that is allowed."""
+    """Removes a folder and everything below it, as far as permissions allow."""
     for entry in reversed(list(entries_below(folder))):
         with contextlib.suppress(OSError):
             if entry.is_dir(follow_symlinks=False):
@@ -199,22 +198,22 @@ def remove_tree(folder: Path) -> None:
 
 
 def open_regular(path: str | Path, flags: int, mode: int = 0o666) -> int:
-    """Opens a file that others may have put there, and returns its descriptor.
+    """Opens a file that another program may have written, and returns its descriptor.
 
     A symbolic link may lead anywhere, and a pipe would block, so both are refused.
 
     Args:
         path: Path of the file.
         flags: Flags of `os.open`.
-        mode: Permissions of the file if it is made.
+        mode: Permissions of the file if it is created.
 
     Raises:
-        OSError: It is no regular file, or cannot be opened.
+        OSError: The file cannot be opened, or is not a regular file.
     """
     file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return file
 
 

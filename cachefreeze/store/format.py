@@ -1,4 +1,4 @@
-"""What the files of a segment are called and say, and how that is checked before it is believed."""
+"""The files of a segment: their names, their metadata, and the checks of both."""
 
 import json
 import os
@@ -15,29 +15,29 @@ import numpy as np
 from cachefreeze.store.files import open_regular
 
 FORMAT = 2
-# Rows as they are, or compressed one by one.
+# Rows are written as they are, or each row is compressed alone.
 CODECS = ("raw", "zstd")
-# Higher levels take twice the time and gain nothing: activations repeat nothing but zeros.
+# Higher levels take twice the time and save nothing: activations repeat nothing but zeros.
 ZSTD_LEVEL = 1
-# Few files, and no more than a killed run may lose.
+# Large enough for few files. Small enough, since a killed run loses up to one chunk.
 CHUNK_BYTES, CHUNK_ROWS = 8 * 2**20, 4096
-# A raw chunk file is its rows' bytes, and their CRC32C.
+# A raw chunk file holds the bytes of its rows, then their CRC32C.
 CHECKSUM_BYTES = 4
 KEY_BYTES = 16
-# The name of a set, and of a segment. Nothing else is served, counted or removed.
+# Name of a set or a segment. Folders with other names are not read, counted or removed.
 NAME = re.compile(r"[0-9a-f]{32}")
-# What is being made and what is being removed: invisible to readers.
+# Prefixes of folders that are being made or removed. Readers ignore them.
 NEW, TRASH = ".new-", ".trash-"
-# Files of a segment that are not zarr's. They lie in the folder of an array, where zarr takes no
-# notice of them; in that of a group it warns.
+# Files that zarr does not know. They are in the folder of an array, where zarr ignores them. In the
+# folder of a group it would warn.
 JOURNAL, LOCK, USED, REFUSED = "keys/journal", "keys/lock", "keys/used", "keys/refused"
-# Nothing that is written here comes near: what is larger is not parsed. An object in JSON takes 30
-# times its size in memory.
+# Larger metadata files are not parsed, since JSON objects take 30 times their size in memory. The
+# store writes much smaller ones.
 METADATA_BYTES, METADATA_BRACKETS = 2**20, 10_000
 MOST_DIMS, MOST_ROW_BYTES = 32, 2**40
-# Digits of the number of slots in an array's metadata: it is written over as the array grows.
+# Width of the number of slots in the metadata of an array. It is overwritten in place.
 SLOT_DIGITS = 12
-# A fill value that no activation is taken for: zarr gives it for a chunk that is missing.
+# zarr returns the fill value for a missing chunk, so it is one that no activation has.
 _FILL: dict[str, object] = {
     "bool": False,
     **dict.fromkeys(("int8", "int16", "int32", "int64"), 0),
@@ -50,19 +50,19 @@ _FILL: dict[str, object] = {
 
 
 class SegmentError(Exception):
-    """A segment that must not be read. One sentence, with the path."""
+    """A segment or a part of it cannot be read. The message is one sentence with the path."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """How one row of a value lies in memory.
+    """Sizes and type of one row of a value.
 
     Args:
-        dims: Sizes in the order of memory, the outermost first.
-        dtype: Type of the elements: a name of numpy's, or `bfloat16`.
+        dims: Sizes of the dimensions in the order of memory, the outermost first.
+        dtype: Type of the elements: the name of a numpy type, or `bfloat16`.
 
     Raises:
-        ValueError: a row of no bytes, or a type that zarr does not have.
+        ValueError: The row is empty or too large, or zarr does not have the type.
     """
 
     dims: tuple[int, ...]
@@ -78,7 +78,10 @@ class Row:
 
     @property
     def stored(self) -> str:
-        """Type of the array's elements. zarr has no bfloat16: its bits stand there."""
+        """Type of the elements in the array.
+
+        zarr has no bfloat16, so its bits are stored as uint16.
+        """
         return "uint16" if self.dtype == "bfloat16" else self.dtype
 
     @property
@@ -89,12 +92,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a segment are divided into chunks.
+    """Division of the rows of a segment into chunks.
 
     Args:
-        row: How one row lies in memory.
+        row: Sizes and type of one row.
         chunk_rows: Number of rows in a chunk.
-        codec: How rows are written, one of `CODECS`.
+        codec: Name of the codec, one of `CODECS`.
     """
 
     row: Row
@@ -103,21 +106,26 @@ class Layout:
 
     @classmethod
     def of(cls, row: Row, codec: str = "raw") -> "Layout":
-        """The layout that is written for such rows."""
+        """Returns the layout in which new rows are written.
+
+        Args:
+            row: Sizes and type of one row.
+            codec: Name of the codec, one of `CODECS`.
+        """
         return cls(row, min(max(CHUNK_BYTES // row.nbytes, 1), CHUNK_ROWS), codec)
 
     @property
     def values_bytes(self) -> int:
-        """Largest number of bytes of a chunk file of values. If raw, all have so many."""
+        """Largest size of a chunk file of values, in bytes. All raw chunk files have this size."""
         if self.codec == "raw":
             return self.chunk_rows * self.row.nbytes + CHECKSUM_BYTES
-        # zstd adds a 256th and 64 bytes at most to what it cannot compress.
+        # zstd adds at most 64 bytes and a 256th of the size to data that it cannot compress.
         most = self.row.nbytes + self.row.nbytes // 256 + 64
         return self.chunk_rows * most + self.index_bytes
 
     @property
     def index_bytes(self) -> int:
-        """Bytes at the end of a compressed chunk file that say where rows lie in it."""
+        """Bytes of the index at the end of a compressed chunk file."""
         return 16 * self.chunk_rows + CHECKSUM_BYTES
 
     @property
@@ -126,21 +134,21 @@ class Layout:
         return self.chunk_rows * KEY_BYTES + CHECKSUM_BYTES
 
     def values_name(self, chunk: int) -> str:
-        """Path of a chunk file of values, inside the segment."""
+        """Returns the path of a chunk file of values inside the segment."""
         return f"values/c.{chunk}" + ".0" * len(self.row.dims)
 
     def keys_name(self, chunk: int) -> str:
-        """Path of a chunk file of keys, inside the segment."""
+        """Returns the path of a chunk file of keys inside the segment."""
         return f"keys/c.{chunk}.0"
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the metadata of a segment say.
+    """Contents of the metadata of a segment.
 
     Attributes:
-        layout: How its rows lie.
-        about: What the writer said about the value, for people.
+        layout: Division of the rows into chunks.
+        about: Description of the value that the writer gave, for people.
     """
 
     layout: Layout
@@ -148,16 +156,16 @@ class Head:
 
 
 def metadata(name: str, layout: Layout, about: Mapping[str, Any], slots: int) -> dict[str, str]:
-    """Returns the metadata files of a segment, by path.
+    """Returns the contents of the metadata files of a segment, by path.
 
     Args:
         name: Name of the set.
-        layout: How the rows lie.
-        about: What to say about the value, as plain JSON.
+        layout: Division of the rows into chunks.
+        about: Description of the value for people, as plain JSON.
         slots: Number of rows in the arrays.
 
     Raises:
-        ValueError: `about` is no plain JSON, or too much of it.
+        ValueError: The description is not plain JSON, or is longer than a megabyte.
     """
     row = layout.row
     attributes = {
@@ -177,9 +185,9 @@ def metadata(name: str, layout: Layout, about: Mapping[str, Any], slots: int) ->
     try:
         content = json.dumps(group, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"what is said about a value is no plain JSON: {error}") from error
+        raise ValueError(f"the description of a value is not plain JSON: {error}") from error
     if len(content) > METADATA_BYTES or _brackets(content.encode()) > METADATA_BRACKETS:
-        raise ValueError("what is said about a value is longer than a megabyte")
+        raise ValueError("the description of a value is longer than a megabyte")
     return {
         "zarr.json": content,
         "values/zarr.json": _array(layout, slots),
@@ -188,7 +196,7 @@ def metadata(name: str, layout: Layout, about: Mapping[str, Any], slots: int) ->
 
 
 def slots_offset(content: str) -> int:
-    """Returns where the number of slots stands in an array's metadata."""
+    """Returns the position of the number of slots in the metadata of an array."""
     return content.index('"shape": [') + len('"shape": [')
 
 
@@ -227,27 +235,30 @@ def _array(layout: Layout, slots: int) -> str:
 
 
 def read_head(folder: Path, name: str) -> Head:
-    """Returns what the metadata of a segment say, once they are what is written for such rows.
+    """Reads and checks the metadata of a segment.
 
-    The number of slots is not compared: it grows while others read, and nothing here goes by it.
+    They must be equal to what the store writes for such rows, apart from the number of slots. That
+    number grows while others read, and the store does not use it.
 
     Args:
         folder: Folder of the segment.
-        name: Name of the set that it must belong to.
+        name: Name of the set that the segment must belong to.
 
     Raises:
-        SegmentError: they are not.
+        SegmentError: The metadata are missing, cannot be read, or say something else.
     """
     for part in (folder, folder / "values", folder / "keys"):
         if not is_folder(part):
-            raise SegmentError(f"{part} is no folder: this segment is not read")
+            raise SegmentError(f"{part} is not a folder: this segment is not read")
     path = folder / "zarr.json"
     group = _parse(path)
     try:
         said = group["attributes"]["cachefreeze"]
         if said["format"] != FORMAT:
             found = f"{said['format']!r:.40}"
-            raise SegmentError(f"{path} has format {found}, and this version reads {FORMAT}")
+            raise SegmentError(
+                f"{path} has format {found}, and this version reads format {FORMAT}: not read"
+            )
         if said["set"] != name:
             raise SegmentError(f"{path} belongs to another set: this segment is not read")
         row = Row(tuple(said["dims"]), str(said["dtype"]))
@@ -257,27 +268,27 @@ def read_head(folder: Path, name: str) -> Head:
         head = Head(Layout(row, said["chunk_rows"], said["codec"]), dict(said["about"]))
         most = Layout.of(row).chunk_rows
         if type(head.layout.chunk_rows) is not int or not 1 <= head.layout.chunk_rows <= most:
-            raise ValueError("no chunk has so many rows")
+            raise ValueError("chunk_rows is out of range")
         expected = metadata(name, head.layout, head.about, 0)
         _compare(group, expected["zarr.json"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SegmentError(f"{path} is not what cachefreeze writes: not read") from error
+        raise SegmentError(f"{path} was not written by cachefreeze: not read") from error
     for array_name in ("values", "keys"):
         path = folder / array_name / "zarr.json"
         array = _parse(path)
         try:
             slots = array["shape"][0]
             if type(slots) is not int or not 0 <= slots < 10**SLOT_DIGITS:
-                raise ValueError("no array has so many slots")
+                raise ValueError("the number of slots is out of range")
             array["shape"][0] = 0
             _compare(array, expected[f"{array_name}/zarr.json"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise SegmentError(f"{path} is not what cachefreeze writes: not read") from error
+            raise SegmentError(f"{path} was not written by cachefreeze: not read") from error
     return head
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder itself, and no link to one."""
+    """Returns whether a path is a folder, and not a link to one."""
     try:
         return stat.S_ISDIR(path.lstat().st_mode)
     except OSError:
@@ -285,26 +296,30 @@ def is_folder(path: Path) -> bool:
 
 
 def read_small(path: Path, most: int = METADATA_BYTES) -> bytes:
-    """Returns the content of a file that others may have put there.
+    """Reads a file that another program may have written.
+
+    Args:
+        path: Path of the file.
+        most: Largest number of bytes.
 
     Raises:
-        SegmentError: it is no regular file, too large, or cannot be read.
+        SegmentError: The file is too large, cannot be read, or is not a regular file.
     """
     try:
         with open(path, "rb", opener=open_regular) as file:
-            # Not `most` at once, which would be taken from memory whatever there is to read.
+            # `read(most)` would take that much memory, however small the file is.
             content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     except OSError as error:
         raise SegmentError(f"{path} cannot be read ({error.strerror})") from error
     if len(content) > most:
-        raise SegmentError(f"{path} is too large to be one of cachefreeze: not read")
+        raise SegmentError(f"{path} is larger than any file that cachefreeze writes: not read")
     return content
 
 
 def _parse(path: Path) -> Any:
     content = read_small(path)
     if _brackets(content) > METADATA_BRACKETS:
-        raise SegmentError(f"{path} is not what cachefreeze writes: not read")
+        raise SegmentError(f"{path} was not written by cachefreeze: not read")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -316,6 +331,6 @@ def _brackets(content: bytes) -> int:
 
 
 def _compare(found: Any, expected: str) -> None:
-    # As text: in python 1, 1.0 and True are equal.
+    # Compared as text, since 1, 1.0 and True are equal in Python.
     if json.dumps(found, sort_keys=True) != json.dumps(json.loads(expected), sort_keys=True):
-        raise ValueError("it says something else")
+        raise ValueError("the metadata say something else")

@@ -1,4 +1,4 @@
-"""The rows of a set that lie on the disk, whoever wrote them."""
+"""Finds and reads the rows of a set on disk, whichever run wrote them."""
 
 import itertools
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-# numpy.unique imports it at its first use, which fails where no more files can be opened.
+# `numpy.unique` imports it at its first use. That fails if no more files can be opened.
 import numpy.ma
 
 from cachefreeze.store.format import (
@@ -26,11 +26,11 @@ from cachefreeze.store.journal import LINE_BYTES, Chunk, read_lines
 from cachefreeze.store.locks import Gone, Held, is_refused
 from cachefreeze.store.reading import Damaged, Files, Source, read_keys
 
-# The source of a row that is not served any more.
+# Source of a row that is no longer read.
 _NOWHERE = -1
-# Keys that are added at once: adding a few has a price of its own.
+# Number of keys that are added to the index at once, since each call has a cost of its own.
 _KEYS_AT_ONCE = 2**18
-# Chunks that are read ahead at once: 128 MB, which the system must have room for.
+# Number of chunks that are read ahead at once. They take 128 MB of the system's memory.
 _MOST_EXPECTED = 16
 
 
@@ -39,29 +39,27 @@ class _Segment:
     folder: Path
     layout: Layout
     lines: int = 0
-    # Whether nothing that is written from now on is read: the journal is damaged.
+    # Whether the journal is damaged: nothing that is written later is read.
     ended: bool = False
     sources: list[int] = field(default_factory=list)
 
 
 class Found:
-    """Finds and reads the rows of all segments of a set.
-
-    It costs 6 bytes a row beside the index.
+    """The rows of all segments of a set. Beside the index, they take 6 bytes of memory each.
 
     Args:
         folder: Folder of the set.
-        row: How a row lies in memory.
+        row: Sizes and type of one row.
         held: Locks on the segments that are read.
-        files: Chunk files that are open.
-        tell: Function that takes a sentence for the user.
+        files: Open chunk files.
+        tell: Function called with each message for the user.
     """
 
     def __init__(
         self, folder: Path, row: Row, held: Held, files: Files, tell: Callable[[str], None]
     ) -> None:
         self._folder = folder
-        self._row = row
+        self.row = row
         self._held = held
         self._files = files
         self._tell = tell
@@ -75,12 +73,12 @@ class Found:
         self._live = 0
 
     def __len__(self) -> int:
-        """Returns the number of rows that are served, each counted once."""
+        """Returns the number of rows that can be read. A row in two segments counts once."""
         return self._live
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory of what rows are found by."""
+        """Bytes of memory of the index."""
         return self._index.nbytes + self._source.nbytes + self._slot.nbytes
 
     @property
@@ -89,7 +87,7 @@ class Found:
         return [segment.folder for segment in self._segments.values()]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Returns the place of each row, or -1.
+        """Returns the place of each row, which is its number in the index, or -1 for unknown rows.
 
         Args:
             keys: Keys of the rows, of shape (n, 2).
@@ -102,23 +100,25 @@ class Found:
             return places
 
     def read(self, places: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Copies rows, and returns which of them are good.
-
-        The others are damaged or were removed, and are unknown from now on.
+        """Copies rows. Rows that are damaged or were removed are unknown from then on.
 
         Args:
-            places: Places of the rows.
-            out: Memory that the rows are copied to, uint8 of shape (n, row_bytes).
+            places: Places of the rows, or -1.
+            out: Memory for the rows, uint8 of shape (n, row_bytes).
+
+        Returns:
+            Bool array of shape (n,). True for each row that was copied.
         """
-        assert out.dtype == np.uint8, "rows are bytes"
-        assert out.shape == (len(places), self._row.nbytes), "one row for each place"
-        assert out.flags.c_contiguous, "rows lie one after another"
+        assert out.dtype == np.uint8, "`out` is of type uint8"
+        assert out.shape == (len(places), self.row.nbytes), "`out` has one row for each place"
+        assert out.flags.c_contiguous, "`out` is contiguous"
         good = np.zeros(len(places), dtype=bool)
         with self._guard:
             known = np.flatnonzero(places >= 0)
             sources = self._source[places[known]].astype(np.int64)
             slots = self._slot[places[known]]
-        # By chunk, so that each file is looked up once, and neighbours are read in one call.
+        # Sorted by chunk, so that each file is looked up once, and neighbouring rows are read at
+        # once.
         order = np.argsort((sources << 16) | slots)
         order = order[np.searchsorted(sources[order], 0) :]
         if not len(order):
@@ -144,29 +144,26 @@ class Found:
         return good
 
     def chunks(self, places: np.ndarray) -> list[int]:
-        """Returns the chunks that rows lie in, each once.
-
-        Args:
-            places: Places of the rows.
-        """
+        """Returns the numbers of the chunks that hold some rows, each once."""
         with self._guard:
             sources = np.unique(self._source[places])
         return sources[sources != _NOWHERE].tolist()
 
     def expect(self, places: np.ndarray) -> None:
-        """Has the system read rows ahead, so that the disk works while others are read.
+        """Tells the system to read rows ahead, so that the disk works while other rows are used.
 
-        Of a chunk that was not read yet all is read, for its checksum is one of all.
+        A chunk that was not checked yet is read ahead as a whole, since its checksum needs all of
+        it.
 
         Args:
-            places: Places of the rows. Those that are -1 are left out.
+            places: Places of the rows. -1 is ignored.
         """
         with self._guard:
             known = places[places >= 0]
             sources, slots = self._source[known], self._slot[known]
         chunks, first = np.unique(sources, return_index=True)
         unread = 0
-        # In the order in which they are read.
+        # In the order of their use.
         for chunk in chunks[np.argsort(first)].tolist():
             if chunk == _NOWHERE:
                 continue
@@ -179,10 +176,10 @@ class Found:
         """Reads all rows of a chunk.
 
         Args:
-            chunk: What `chunks` has returned.
+            chunk: Number of the chunk, as `chunks` returns it.
 
         Returns:
-            Keys of the rows, of shape (n, 2), and rows, uint8 of shape (n, row_bytes), or None if
+            Keys of the rows, of shape (n, 2), and the rows, uint8 of shape (n, row_bytes). None if
             the chunk is damaged or was removed.
         """
         source = self._sources[chunk]
@@ -195,7 +192,7 @@ class Found:
         with self._guard:
             places = np.flatnonzero(self._source[: len(self._index)] == chunk)
             slots, keys = self._slot[places], self._index.keys(places)
-        # Of rows that lie in two segments, one of the two is served.
+        # A row in two segments is read from one of them only.
         all_of_them = np.array_equal(slots, np.arange(len(rows)))
         return keys, rows if all_of_them else rows[slots]
 
@@ -208,7 +205,7 @@ class Found:
             self._forget([self._sources.index(source)])
 
     def refresh(self) -> None:
-        """Takes in the chunks that were completed since the last time."""
+        """Adds the rows of the chunks that were completed since the last call, by any run."""
         with self._guard:
             for name in self._new_names():
                 self._open(name)
@@ -231,12 +228,14 @@ class Found:
     def _new_names(self) -> list[str]:
         if not is_folder(self._folder):
             if os.path.lexists(self._folder):
-                self._tell(f"{self._folder} is no folder: no rows are read from it")
+                self._tell(f"{self._folder} is not a folder: no rows are read from it")
             return []
         try:
             names = os.listdir(self._folder)
         except OSError as error:
-            self._tell(f"{self._folder} cannot be read ({error.strerror})")
+            self._tell(
+                f"{self._folder} cannot be read ({error.strerror}): its new rows are not used"
+            )
             return []
         return [name for name in names if name not in self._seen and NAME.fullmatch(name)]
 
@@ -246,18 +245,18 @@ class Found:
         try:
             head = read_head(folder, self._folder.name)
         except SegmentError as error:
-            if is_folder(folder):  # and was not removed just now
+            if is_folder(folder):  # else another process has just removed it
                 self._tell(str(error))
             return
-        if head.layout.row != self._row:
-            self._tell(f"{folder} holds rows of another shape: not read")
+        if head.layout.row != self.row:
+            self._tell(f"{folder} holds rows of another shape or type: not read")
             return
         self._segments[name] = _Segment(folder, head.layout)
 
     def _follow(self, segment: _Segment) -> Sequence[Chunk]:
         path = segment.folder / JOURNAL
         if is_refused(segment.folder):
-            self._tell(f"{segment.folder} was found to hold wrong rows: not read")
+            self._tell(f"{segment.folder} holds rows that were found to be wrong: not read")
             self.drop(segment.folder)
             return []
         try:
@@ -271,7 +270,7 @@ class Found:
             segment.ended = True
         except OSError as error:
             if is_folder(segment.folder):
-                self._tell(f"{path} cannot be read ({error.strerror})")
+                self._tell(f"{path} cannot be read ({error.strerror}): its later rows are not read")
                 segment.ended = True
             else:
                 self.drop(segment.folder)
@@ -296,7 +295,7 @@ class Found:
         sources = np.repeat(np.array(list(waiting), dtype=np.int32), counts)
         slots = np.concatenate([np.arange(count, dtype=np.uint16) for count in counts])
         first = np.sort(keys[:, 0])
-        if (first[1:] == first[:-1]).any():  # else no key is there twice
+        if (first[1:] == first[:-1]).any():  # a key may be there twice
             _, once = np.unique(keys, axis=0, return_index=True)
             keys, sources, slots = keys[once], sources[once], slots[once]
         places = self._index.find(keys)
@@ -306,18 +305,14 @@ class Found:
             size = max(len(self._index), len(self._source) * 3 // 2)
             self._source = _grown(self._source, size, _NOWHERE)
             self._slot = _grown(self._slot, size, 0)
-        # Those that were lost before lie here now.
+        # New rows, and rows that were dropped before, are read from here on.
         here = self._source[places] == _NOWHERE
         self._source[places[here]] = sources[here]
         self._slot[places[here]] = slots[here]
         self._live += int(here.sum())
 
     def drop(self, folder: Path) -> None:
-        """Serves no row of a segment any more.
-
-        Args:
-            folder: Folder of the segment.
-        """
+        """Stops reading the rows of a segment."""
         with self._guard:
             self._held.release(folder)
             segment = self._segments.pop(folder.name, None)
@@ -325,7 +320,7 @@ class Found:
                 self._forget(segment.sources)
 
     def drop_all(self) -> None:
-        """Serves no row any more."""
+        """Stops reading all rows."""
         for folder in self.segments:
             self.drop(folder)
 
@@ -336,8 +331,8 @@ class Found:
         for source in sources:
             self._files.drop(self._sources[source])
 
-    def leave_to_the_parent(self) -> None:
-        """Takes a new lock, in a forked process: the old one may be held by another thread."""
+    def after_fork(self) -> None:
+        """Makes a new lock in a forked process, since another thread may have held the old one."""
         self._guard = threading.RLock()
 
 

@@ -1,20 +1,24 @@
-"""Finds the place of a key: arrays in the place of a dict, which costs 150 bytes a key."""
+"""An index from 128-bit keys to numbers, in numpy arrays.
+
+A dict of bytes would take 150 bytes a key.
+"""
 
 import numpy as np
 
-# A bucket holds the place of a key in its lower half, and half of the key's second half as a mark:
-# then a row of buckets can be looked through at once, without a look at keys that lie elsewhere.
+# A bucket has 64 bits: the place of a key in the lower half, and 32 bits of the key in the upper
+# half. So one comparison searches many buckets, without a look at the keys themselves.
 _HALF = np.uint64(32)
 _PLACE = np.uint64(2**32 - 1)
 _EMPTY = np.uint64(2**64 - 1)
-# Buckets that are looked at together: a call of numpy costs more than the comparisons.
+# Number of buckets that are compared at once. One call of numpy costs more than 16 comparisons.
 _WINDOW = np.arange(16)
 
 
 class Index:
-    """Places of 128-bit keys, as a hash table with open addressing in numpy's arrays.
+    """Numbers keys in the order in which they are added. The number of a key is its place.
 
-    It costs 16 bytes a key, and 16 to 32 bytes for the table.
+    This is a hash table with open addressing. It takes 16 bytes a key for the keys, and 16 to 32
+    bytes a key for the buckets.
     """
 
     def __init__(self) -> None:
@@ -23,7 +27,7 @@ class Index:
         self._count = 0
 
     def __len__(self) -> int:
-        """Returns the number of places that are numbered, free ones included."""
+        """Returns the number of keys."""
         return self._count
 
     @property
@@ -32,7 +36,7 @@ class Index:
         return self._keys.nbytes + self._buckets.nbytes
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Returns the place of each key, or -1.
+        """Returns the place of each key, or -1 for a key that is not in the index.
 
         Args:
             keys: Keys, of shape (n, 2).
@@ -41,13 +45,14 @@ class Index:
             return np.full(len(keys), -1)
         first = self._bucket_of(keys)
         window = self._buckets.take(first[:, None] + _WINDOW, mode="wrap")
-        # Where the marks are equal, what is left is the place, and smaller than all others.
+        # If the upper halves are equal, XOR leaves the place, which is smaller than any other
+        # result.
         near = (window ^ (keys[:, 1] << _HALF)[:, None]).min(axis=1)
         places = np.minimum(near, np.uint64(self._count - 1)).astype(np.int64)
         good = (self._keys.take(places, axis=0) == keys).all(axis=1)
         if not good.all():
             places[~good] = -1
-            # Others may lie further on, or behind one with the same mark.
+            # The key may be behind this window, or behind another key with the same upper half.
             on = ~good & ((near <= _PLACE) | (window != _EMPTY).all(axis=1))
             if on.any():
                 places[on] = self._find_one_by_one(keys[on], first[on])
@@ -70,18 +75,14 @@ class Index:
         return found
 
     def keys(self, places: np.ndarray) -> np.ndarray:
-        """Returns the keys at some places, of shape (n, 2).
-
-        Args:
-            places: Places of the keys.
-        """
+        """Returns the keys at some places, of shape (n, 2)."""
         return self._keys[places]
 
     def add(self, keys: np.ndarray) -> np.ndarray:
-        """Numbers new keys one after another, and returns their places.
+        """Adds keys, and returns their places.
 
         Args:
-            keys: Keys that are not there, each once, of shape (n, 2).
+            keys: Keys that are not in the index and differ from one another, of shape (n, 2).
         """
         places = np.arange(self._count, self._count + len(keys))
         self._count += len(keys)
@@ -97,11 +98,7 @@ class Index:
         return places
 
     def keep(self, places: np.ndarray) -> None:
-        """Forgets all keys but some, which are numbered anew in the given order.
-
-        Args:
-            places: Places of the keys that stay.
-        """
+        """Removes all keys but some. These get new places, in the given order."""
         self._keys = np.concatenate([self._keys[places], np.empty((64, 2), dtype=np.uint64)])
         self._count = len(places)
         self._build()
@@ -120,15 +117,17 @@ class Index:
         while bucket.size:
             free = self._buckets[bucket] == _EMPTY
             self._buckets[bucket[free]] = entries[free]
-            # Of several keys that want one bucket the last has it, and the others go on.
+            # If several keys want the same bucket, the last one gets it. The others try the next
+            # bucket.
             left = self._buckets[bucket] != entries
             bucket, entries = (bucket[left] + 1) & (len(self._buckets) - 1), entries[left]
 
 
 def first_ones(keys: np.ndarray) -> list[int]:
-    """Returns the place of each key that does not come earlier among them.
+    """Returns the position of the first occurrence of each key.
 
-    For a batch, a dict takes a fifth of the time of `np.unique`, which sorts rows as structures.
+    For the keys of a batch, a dict takes a fifth of the time of `np.unique`, which sorts rows as
+    structures.
 
     Args:
         keys: Keys, of shape (n, 2).
@@ -141,5 +140,9 @@ def first_ones(keys: np.ndarray) -> list[int]:
 
 
 def distinct(keys: np.ndarray) -> np.ndarray:
-    """Returns keys, each of them once, of shape (n, 2)."""
+    """Returns the keys without repetitions, of shape (n, 2).
+
+    Args:
+        keys: Keys, of shape (n, 2).
+    """
     return keys[first_ones(keys)]

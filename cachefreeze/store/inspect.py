@@ -1,4 +1,4 @@
-"""What lies in a directory: for people, and for those who tidy up."""
+"""Lists, checks and prunes the contents of a cache directory."""
 
 import contextlib
 import os
@@ -26,25 +26,25 @@ from cachefreeze.store.journal import Chunk, read_lines
 from cachefreeze.store.locks import in_use, is_refused, last_use, remove
 from cachefreeze.store.reading import Damaged, check_values, read_keys
 
-# What is being made is younger, unless its process was killed.
+# A segment takes less time than this to create. An older unfinished one is of a killed process.
 _OLD_SECONDS = 3600.0
 
 
 @dataclass
 class SetReport:
-    """What one set holds.
+    """Contents of one set.
 
     Attributes:
-        name: Hash of how the value is made, as hexadecimal digits.
-        row: How a row lies in memory. None if nothing readable is there.
-        about: What the last writer said about the value.
-        rows: Number of rows, those in several segments counted several times.
-        nbytes: Bytes on the disk.
-        segments: Number of segments. Each had a writer of its own.
-        in_use: Whether a process reads or writes there now.
-        first_use: When the oldest segment was made, in seconds since 1970.
-        last_use: When a row was last read or written, in seconds since 1970.
-        problems: Sentences about segments that are not read.
+        name: Name of the set, 32 hexadecimal digits.
+        row: Sizes and type of one row. None if no segment is readable.
+        about: Description of the value by its last writer.
+        rows: Number of rows. A row in two segments counts twice.
+        nbytes: Bytes on disk.
+        segments: Number of segments. Each run that adds rows writes one segment.
+        in_use: Whether a process reads or writes the set now.
+        first_use: Time at which the oldest segment was created, in seconds since 1970.
+        last_use: Time at which a row was last read or written, in seconds since 1970.
+        problems: Messages about segments that are not read.
     """
 
     name: str
@@ -60,13 +60,10 @@ class SetReport:
 
 
 def inspect(directory: Path) -> list[SetReport]:
-    """Returns what each set in a directory holds. Writes nothing.
-
-    Args:
-        directory: Folder that holds the sets.
+    """Returns the contents of each set in a directory. Writes nothing.
 
     Raises:
-        UserError: it is no such folder.
+        UserError: The folder is not a cache directory.
     """
     _check(directory)
     return [_inspect_set(folder) for folder in named_folders(directory)]
@@ -80,7 +77,7 @@ def _inspect_set(set_folder: Path) -> SetReport:
             head, chunks, problem = _read(folder)
         except SegmentError as error:
             head, chunks, problem = None, [], str(error)
-        if not is_folder(folder):  # it was removed meanwhile
+        if not is_folder(folder):  # another process removed it
             continue
         report.nbytes += nbytes
         report.segments += 1
@@ -105,13 +102,10 @@ def _made(folder: Path) -> float:
 
 
 def verify(directory: Path) -> Iterator[str]:
-    """Reads everything, and yields a sentence for each segment or chunk that is not as written.
-
-    Args:
-        directory: Folder that holds the sets.
+    """Reads everything. Yields a message for each segment or chunk that is damaged.
 
     Raises:
-        UserError: it is no such folder.
+        UserError: The folder is not a cache directory.
     """
     _check(directory)
     for folder in segment_folders(directory):
@@ -149,14 +143,14 @@ def _check_keys(folder: Path, layout: Layout, chunk: Chunk) -> None:
 
 
 def _read(folder: Path) -> tuple[Head, list[Chunk], str | None]:
-    """Returns what a segment says, and a sentence if it is not read as a whole.
+    """Returns the metadata and the chunks of a segment, and a message if not all of it is read.
 
     Raises:
-        SegmentError: nothing of it can be read.
+        SegmentError: No part of the segment can be read.
     """
     head = read_head(folder, folder.parent.name)
     if is_refused(folder):
-        return head, [], f"{folder} was found to hold wrong rows: it is not read"
+        return head, [], f"{folder} holds rows that were found to be wrong: not read"
     try:
         return head, read_lines(folder / JOURNAL, folder.name, 0, head.layout.chunk_rows), None
     except SegmentError as error:
@@ -168,12 +162,12 @@ def _read(folder: Path) -> tuple[Head, list[Chunk], str | None]:
 
 @dataclass
 class Pruned:
-    """What was removed.
+    """Result of `prune`.
 
     Attributes:
-        segments: Number of segments.
-        nbytes: Bytes on the disk, with what killed runs had left.
-        rows: Number of readable rows in the segments, by the name of their set.
+        segments: Number of removed segments.
+        nbytes: Removed bytes, including those that killed runs had left.
+        rows: Number of removed readable rows, by name of the set.
     """
 
     segments: int = 0
@@ -182,20 +176,17 @@ class Pruned:
 
 
 def prune(directory: Path, older_than: float) -> Pruned:
-    """Removes segments that were not used for some time, and what killed runs left.
+    """Removes segments that were not used for some time, and the unfinished files of killed runs.
 
-    What a process reads or writes now stays.
+    Segments that a process reads or writes now are not removed.
 
     Args:
         directory: Folder that holds the sets.
-        older_than: Seconds since the last use. With 0, all segments go, and with infinity only
-            those that were found to hold wrong rows.
-
-    Returns:
-        What was removed.
+        older_than: Seconds since the last use. 0 removes all segments, and infinity only those
+            whose rows were found to be wrong.
 
     Raises:
-        UserError: it is no such folder.
+        UserError: The folder is not a cache directory.
     """
     _check(directory)
     pruned = Pruned()
@@ -211,14 +202,14 @@ def prune(directory: Path, older_than: float) -> Pruned:
             pruned.rows[name] = pruned.rows.get(name, 0) + rows
     remove_trash(directory)
     for set_folder in named_folders(directory):
-        with contextlib.suppress(OSError):  # others may tidy up at the same time
+        with contextlib.suppress(OSError):  # another process may remove the same files
             for path in _left(set_folder, now):
                 if path.name.startswith(NEW):
                     remove(path)
                 else:
                     path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            set_folder.rmdir()  # if nothing is in it
+            set_folder.rmdir()  # only if it is empty
     left = sum(disk_bytes(folder) for folder in named_folders(directory))
     pruned.nbytes = max(before - left, 0)
     return pruned
@@ -232,8 +223,7 @@ def _rows(folder: Path) -> int:
 
 
 def _left(set_folder: Path, now: float) -> Iterator[Path]:
-    """Yields what killed runs left in a set: segments that were not made to their end, and chunks
-    that were not written to theirs."""
+    """Yields the unfinished segments and chunk files that killed runs left in a set."""
     for path in set_folder.glob(f"{NEW}*"):
         if now - path.lstat().st_mtime > _OLD_SECONDS:
             yield path
@@ -246,4 +236,6 @@ def _left(set_folder: Path, now: float) -> Iterator[Path]:
 
 def _check(directory: Path) -> None:
     if not is_directory(directory):
-        raise UserError(f"{directory} holds no activations of cachefreeze: give another folder")
+        raise UserError(
+            f"{directory} holds no activations of cachefreeze: give the folder of a cache"
+        )

@@ -1,4 +1,4 @@
-"""The journal of a segment: one line for each chunk that is complete."""
+"""The journal of a segment: one line for each complete chunk."""
 
 import os
 import re
@@ -10,9 +10,9 @@ import google_crc32c
 from cachefreeze.store.files import open_regular
 from cachefreeze.store.format import SegmentError
 
-# Number of the chunk, rows in it, CRC32C of the rows and of the keys, CRC32C of the line.
+# Fields: number of the chunk, number of rows, CRC32C of the rows, of the keys, and of the line.
 _LINE = re.compile(rb"(\d{8} (\d{4}) ([0-9a-f]{8}) ([0-9a-f]{8})) ([0-9a-f]{8})\n")
-# All lines are equally long: the size of the file says how many there are.
+# All lines have the same length, so the size of the file gives their number.
 LINE_BYTES = 41
 MOST_CHUNKS = 10**8
 _PIECE = 1024 * LINE_BYTES
@@ -20,11 +20,11 @@ _PIECE = 1024 * LINE_BYTES
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk that is complete.
+    """A complete chunk.
 
     Args:
         number: Number of the chunk in its segment.
-        rows: Number of rows in it.
+        rows: Number of rows in the chunk.
         values: CRC32C of the rows.
         keys: CRC32C of the keys.
     """
@@ -35,30 +35,30 @@ class Chunk:
     keys: int
 
     def line(self, segment: str) -> bytes:
-        """Returns the line of this chunk in the journal of a segment."""
+        """Returns the line for this chunk in the journal of a segment."""
         text = f"{self.number:08} {self.rows:04} {self.values:08x} {self.keys:08x}"
         return f"{text} {_checksum(text.encode(), segment):08x}\n".encode()
 
 
 def _checksum(text: bytes, segment: str) -> int:
-    # With the name: the journal of another segment is none.
+    # The name is included, so that the journal of another segment is not accepted.
     return google_crc32c.value(text + segment.encode())
 
 
 def read_lines(path: Path, segment: str, start: int, most_rows: int) -> list[Chunk]:
-    """Returns the complete chunks that a journal names from some line on.
+    """Reads complete lines from a journal, and returns their chunks.
 
-    A line that is half written is left for the next time.
+    The last line may be half written. It is left for the next call.
 
     Args:
         path: Path of the journal.
         segment: Name of the segment.
-        start: Number of lines that were read before.
+        start: Number of lines that earlier calls have read.
         most_rows: Number of rows in a full chunk.
 
     Raises:
-        SegmentError: a line is not what is written there. It holds the chunks before it.
-        OSError: the journal cannot be read.
+        SegmentError: A line is damaged. The second argument of the error has the chunks before it.
+        OSError: The journal cannot be read.
     """
     chunks: list[Chunk] = []
     file = open_regular(path, os.O_RDONLY)
@@ -72,7 +72,7 @@ def read_lines(path: Path, segment: str, start: int, most_rows: int) -> list[Chu
                 chunk = _parse(line, segment, start + len(chunks), most_rows)
                 if chunk is None:
                     where = start + len(chunks)
-                    sentence = f"{path} is damaged in line {where + 1}: its rows end there"
+                    sentence = f"{path} is damaged in line {where + 1}: later rows are not read"
                     raise SegmentError(sentence, chunks)
                 chunks.append(chunk)
             if whole < _PIECE // LINE_BYTES:

@@ -1,4 +1,4 @@
-"""Who uses a segment, since when, and how it is removed when nobody does."""
+"""Locks on segments, and the removal of segments that no process uses."""
 
 import contextlib
 import errno
@@ -20,7 +20,8 @@ from cachefreeze.store.files import (
 )
 from cachefreeze.store.format import LOCK, REFUSED, TRASH, USED, is_folder
 
-# Each is an open file. What was read longest ago loses its lock, and may be removed by others.
+# Each lock is an open file. Above this number, the segment that was read longest ago loses its
+# lock, and other processes may remove it.
 MOST_HELD = 128
 TOUCH_SECONDS = 60.0
 
@@ -30,23 +31,20 @@ class Gone(Exception):  # noqa: N818
 
 
 class Held:
-    """Shared locks on the segments that this process reads: nobody removes them."""
+    """Shared locks on the segments that this process reads. They prevent a removal."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[Path, tuple[int | None, float]] = OrderedDict()
         self._guard = threading.Lock()
 
     def hold(self, folder: Path) -> None:
-        """Locks a segment if it is not locked yet, and notes once a minute that it is used.
+        """Locks a segment, if it is not locked yet.
 
-        A segment that cannot be locked (a file system without locks, no permission) is read all
-        the same.
-
-        Args:
-            folder: Folder of the segment.
+        Records once a minute that the segment is used. A segment that cannot be locked, for lack of
+        permission or on a file system without locks, is read without a lock.
 
         Raises:
-            Gone: it was removed.
+            Gone: The segment was removed.
         """
         now = time.monotonic()
         with self._guard:
@@ -60,12 +58,12 @@ class Held:
                 self._unlock(next(iter(self._files)))
 
     def release(self, folder: Path) -> None:
-        """Gives back the lock on a segment, if there is one."""
+        """Releases the lock on a segment, if there is one."""
         with self._guard:
             self._unlock(folder)
 
-    def leave_to_the_parent(self) -> None:
-        """Forgets all locks, in a forked process that does not have them."""
+    def after_fork(self) -> None:
+        """Forgets all locks in a forked process, which does not have them."""
         self._files.clear()
         self._guard = threading.Lock()
 
@@ -76,15 +74,15 @@ class Held:
 
 
 def share(folder: Path) -> int | None:
-    """Returns an open file that holds a shared lock on a segment, or None if it has no locks.
+    """Takes a shared lock on a segment.
 
-    A forked process does not have the lock: see `cachefreeze.store.files`.
+    A forked process does not have the lock. `cachefreeze.store.files` explains why.
 
-    Args:
-        folder: Folder of the segment.
+    Returns:
+        Descriptor of the lock file, or None if the segment cannot be locked.
 
     Raises:
-        Gone: it was removed.
+        Gone: The segment was removed.
     """
     try:
         file = open_regular(folder / LOCK, os.O_RDONLY)
@@ -94,13 +92,13 @@ def share(folder: Path) -> int | None:
         return None
     try:
         lock_file(file, exclusive=False)
-    except BlockingIOError as error:  # it is being removed
+    except BlockingIOError as error:  # another process is removing it
         os.close(file)
         raise Gone from error
     except OSError:
         os.close(file)
         return None
-    # Whoever removed it in between left a lock on a file without a name.
+    # If the segment was removed before the lock was taken, this is a lock on a file without a name.
     if not os.path.lexists(folder / LOCK):
         unlock_file(file)
         raise Gone
@@ -108,13 +106,13 @@ def share(folder: Path) -> int | None:
 
 
 def touch(folder: Path) -> None:
-    """Notes that a segment is used now, where that is allowed."""
+    """Records that a segment is used now, if this is permitted."""
     with contextlib.suppress(OSError):
         os.utime(folder / USED, follow_symlinks=False)
 
 
 def last_use(folder: Path) -> float:
-    """Returns when a segment was last used, in seconds since 1970, or 0 if nothing says so."""
+    """Returns the time of the last use of a segment, in seconds since 1970, or 0 if unknown."""
     try:
         return os.lstat(folder / USED).st_mtime
     except OSError:
@@ -122,11 +120,7 @@ def last_use(folder: Path) -> float:
 
 
 def in_use(folder: Path) -> bool:
-    """Returns whether a process reads or writes a segment.
-
-    Args:
-        folder: Folder of the segment.
-    """
+    """Returns whether a process reads or writes a segment."""
     if not is_folder(folder / "keys"):
         return False
     try:
@@ -140,16 +134,13 @@ def in_use(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> bool:
-    """Removes a segment unless a process reads or writes it. Returns whether it went.
-
-    Args:
-        folder: Folder of the segment.
-    """
+    """Removes a segment, unless a process reads or writes it. Returns whether it was removed."""
     lockable = _can_be_locked(folder)
     file = _exclusive(folder) if lockable else None
     if lockable and file is None:
         return False
-    # Renamed first: a removal that is cut short leaves rubbish, never half a segment.
+    # After the rename, an interrupted removal leaves a folder that nobody reads, not half a
+    # segment.
     trash = folder.with_name(f"{TRASH}{uuid.uuid4().hex}")
     try:
         folder.rename(trash)
@@ -163,7 +154,7 @@ def remove(folder: Path) -> bool:
 
 
 def _can_be_locked(folder: Path) -> bool:
-    # Else it was forged.
+    # A segment with anything else in the place of the lock file was not written by this store.
     try:
         return is_folder(folder / "keys") and stat.S_ISREG(os.lstat(folder / LOCK).st_mode)
     except FileNotFoundError:
@@ -182,7 +173,7 @@ def _exclusive(folder: Path) -> int | None:
 
 def _lock_now(file: int) -> bool:
     try:
-        # Not `lock_file`, which waits: this is asked of one segment after another.
+        # `lock_file` waits, which is too slow for a check of many segments.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(file)
@@ -191,12 +182,7 @@ def _lock_now(file: int) -> bool:
 
 
 def refuse(folder: Path, sentence: str) -> bool:
-    """Marks a segment so that nobody serves it. Returns whether that could be written.
-
-    Args:
-        folder: Folder of the segment.
-        sentence: Reason, for people.
-    """
+    """Marks a segment, so that no process reads it. Returns whether the mark was written."""
     try:
         write_atomically(folder / REFUSED, sentence.encode())
     except OSError:
@@ -205,5 +191,5 @@ def refuse(folder: Path, sentence: str) -> bool:
 
 
 def is_refused(folder: Path) -> bool:
-    """Returns whether somebody found the rows of a segment to be wrong."""
+    """Returns whether a segment is marked as wrong."""
     return os.path.lexists(folder / REFUSED)

@@ -1,4 +1,4 @@
-"""Reading the chunk files of segments."""
+"""Reads and checks the chunk files of segments."""
 
 import contextlib
 import os
@@ -18,16 +18,16 @@ from cachefreeze.store.files import open_regular
 from cachefreeze.store.format import CHECKSUM_BYTES, KEY_BYTES, Layout, SegmentError
 from cachefreeze.store.journal import Chunk
 
-# Opening a file for a single row costs as much as the row.
+# Number of chunk files that stay open. To open a file takes as long as to read a row.
 OPEN_FILES = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8, 256), 16)
-# Of one read while a chunk is checked: it stays in the processor's cache.
+# Size of one read while a chunk is checked. It fits into the cache of the processor.
 _PIECE_BYTES = 2**18
-# Most buffers that one call may fill.
+# Largest number of buffers in one `preadv` call.
 _MOST_BUFFERS = 1024
 
 
 class Damaged(Exception):  # noqa: N818
-    """A chunk file that is not what was written. One sentence, with the path."""
+    """A chunk file is damaged or cannot be read. The message is one sentence with the path."""
 
 
 @dataclass(eq=False, slots=True)
@@ -36,11 +36,11 @@ class Source:
 
     Args:
         folder: Folder of the segment.
-        layout: How the rows lie.
-        chunk: What the journal says about it.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
 
     Attributes:
-        checked: Identity of the file whose bytes were found to be right, or None.
+        checked: Inode, size and time of the file whose checksum was right. None before the check.
     """
 
     folder: Path
@@ -56,14 +56,15 @@ class Source:
 
 class _Open(NamedTuple):
     number: int
-    # Where each row begins and its length, if rows are compressed.
+    # Offset and length of each row, if rows are compressed.
     places: list[tuple[int, int]] | None
 
 
 class Files:
-    """Chunk files that are open. Several threads may read with one, one after another.
+    """Open chunk files. Several threads may use one object. They read one after another.
 
-    `pread` in the place of maps: a disk that fails is then an OSError, and no end of the process.
+    Files are read by `pread` and not mapped: if the disk fails, `pread` raises an OSError, but a
+    map ends the process.
     """
 
     def __init__(self) -> None:
@@ -76,11 +77,11 @@ class Files:
         Args:
             source: Chunk that holds the rows.
             slots: Numbers of the rows in the chunk, ascending.
-            positions: Number of the row in `out` that each is copied to.
-            out: Memory of all rows, one after another.
+            positions: Numbers of the rows in `out`, in the same order.
+            out: Memory for all rows, one after another.
 
         Raises:
-            Damaged: the file is not what was written, or the disk fails.
+            Damaged: The file is damaged, or the disk fails.
         """
         with self._guard:
             try:
@@ -101,16 +102,13 @@ class Files:
                 raise Damaged(f"{source.path} {error}") from error
 
     def load(self, source: Source) -> np.ndarray:
-        """Reads and checks all rows of one chunk, which costs no more than to check it.
-
-        Args:
-            source: Chunk that holds the rows.
+        """Reads and checks all rows of one chunk. This takes no longer than the check alone.
 
         Returns:
             Rows, uint8 of shape (rows, row_bytes).
 
         Raises:
-            Damaged: the file is not what was written, or the disk fails.
+            Damaged: The file is damaged, or the disk fails.
         """
         layout, chunk = source.layout, source.chunk
         try:
@@ -138,10 +136,11 @@ class Files:
             raise Damaged(f"{source.path} {error}") from error
 
     def expect(self, source: Source, slots: Sequence[int]) -> None:
-        """Has the system read rows of one chunk ahead, where it can.
+        """Tells the system to read rows of one chunk ahead, if the system supports this.
 
         Args:
-            source: Chunk that holds the rows. All of it is read, if it was not read yet.
+            source: Chunk that holds the rows. The whole file is read ahead if it was not checked
+                yet.
             slots: Numbers of the rows in the chunk.
         """
         with self._guard, contextlib.suppress(OSError, AttributeError, Damaged, SegmentError):
@@ -165,12 +164,12 @@ class Files:
                 os.close(file.number)
             self._open.clear()
 
-    def leave_to_the_parent(self) -> None:
-        """Takes a new lock, in a forked process: the old one may be held by another thread."""
+    def after_fork(self) -> None:
+        """Makes a new lock in a forked process, since another thread may have held the old one."""
         self._guard = threading.Lock()
 
     def drop(self, source: Source) -> None:
-        """Closes the file of a chunk that is not read any more."""
+        """Closes the file of a chunk that is no longer read."""
         with self._guard:
             file = self._open.pop(source, None)
             if file is not None:
@@ -187,7 +186,7 @@ class Files:
         file = open_regular(source.path, os.O_RDONLY)
         try:
             identity = _identity(file)
-            # Checked again if it was exchanged since.
+            # Checked again if the file was replaced since the last check.
             if source.checked != identity:
                 check_values(file, source.path, source.layout, source.chunk)
                 source.checked = identity
@@ -211,13 +210,13 @@ def _identity(file: int) -> tuple[int, int, int]:
 def _read_rows(
     file: int, row_bytes: int, slots: list[int], positions: list[int], out: memoryview
 ) -> None:
-    # Most batches have no neighbours: to look for them costs as much as a call.
+    # Most batches have no neighbouring rows, and a search for them takes as long as a read.
     if slots[-1] - slots[0] >= 2 * len(slots):
         for slot, position in zip(slots, positions, strict=True):
             start = position * row_bytes
             part = out[start : start + row_bytes]
             if os.preadv(file, (part,), slot * row_bytes) != row_bytes:
-                raise OSError("it is cut short")
+                raise OSError("the file is too short")
         return
     start = 0
     while start < len(slots):
@@ -226,35 +225,36 @@ def _read_rows(
             end += 1
         parts = [out[one * row_bytes : (one + 1) * row_bytes] for one in positions[start:end]]
         if os.preadv(file, parts, slots[start] * row_bytes) != (end - start) * row_bytes:
-            raise OSError("it is cut short")
+            raise OSError("the file is too short")
         start = end
 
 
 def check_values(
     file: int, path: str | Path, layout: Layout, chunk: Chunk, out: np.ndarray | None = None
 ) -> None:
-    """Compares an open chunk file of values with what the journal says about it.
+    """Compares an open chunk file of values with its line in the journal.
 
     Args:
         file: Descriptor of the file.
-        path: Path of the file, for the message.
-        layout: How the rows lie.
-        chunk: What the journal says.
-        out: Memory that the file is copied to, all but the checksum at its end, if it is wanted.
+        path: Path of the file, for messages.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
+        out: Memory for a copy of the file without its last checksum. If None, nothing is copied.
 
     Raises:
-        Damaged: it is something else.
-        OSError: the disk fails.
+        Damaged: The size or the checksum of the file is wrong.
+        OSError: The disk fails.
     """
     found, most = os.fstat(file).st_size, layout.values_bytes
     if layout.codec == "raw":
         if found != most:
             raise Damaged(f"{path} has {found} bytes instead of {most}")
     elif not layout.index_bytes < found <= most:
-        raise Damaged(f"{path} has {found} bytes, which no chunk has")
+        raise Damaged(f"{path} has {found} bytes, which is no valid size")
     crc, tail = _checksums(file, path, found, out)
     if layout.codec != "raw":
-        # Of the whole file: what stands at its end is the checksum of the index.
+        # The journal has the checksum of the whole file. The file itself ends with that of its
+        # index.
         crc = tail = google_crc32c.extend(crc, tail.to_bytes(CHECKSUM_BYTES, "little"))
     if not crc == chunk.values == tail:
         raise Damaged(f"{path} has a wrong checksum")
@@ -263,7 +263,7 @@ def check_values(
 def _checksums(
     file: int, path: str | Path, size: int, out: np.ndarray | None = None
 ) -> tuple[int, int]:
-    """Returns the CRC32C of all but the last bytes of a file, and the one that stands there."""
+    """Returns the CRC32C of a file without its last bytes, and the CRC32C in these bytes."""
     content, offset, crc = size - CHECKSUM_BYTES, 0, 0
     buffer = np.empty(min(content, _PIECE_BYTES), dtype=np.uint8)
     while offset < content:
@@ -271,7 +271,7 @@ def _checksums(
         piece = buffer[:length] if out is None else out[offset : offset + length]
         count = os.preadv(file, [piece.data], offset)
         if not count:
-            raise Damaged(f"{path} is cut short")
+            raise Damaged(f"{path} is too short")
         crc = google_crc32c.extend(crc, piece[:count])
         offset += count
     return crc, int.from_bytes(os.pread(file, CHECKSUM_BYTES, content), "little")
@@ -282,17 +282,17 @@ def read_keys(path: Path, layout: Layout, chunk: Chunk) -> np.ndarray:
 
     Args:
         path: Path of the chunk file of keys.
-        layout: How the rows lie.
-        chunk: What the journal says about it.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
 
     Raises:
-        Damaged: the file is not what was written, or the disk fails.
+        Damaged: The file is damaged, or the disk fails.
     """
     try:
         file = open_regular(path, os.O_RDONLY)
         try:
             found = os.fstat(file).st_size
-            # Compared before it is read: at most 4096 keys.
+            # The size is compared before the file is read. There are at most 4096 keys.
             content = os.pread(file, layout.keys_bytes, 0) if found == layout.keys_bytes else b""
         finally:
             os.close(file)

@@ -1,4 +1,4 @@
-"""Writing one segment."""
+"""Writes a segment, chunk by chunk."""
 
 import errno
 import os
@@ -28,16 +28,16 @@ from cachefreeze.store.format import (
 from cachefreeze.store.journal import MOST_CHUNKS, Chunk
 from cachefreeze.store.locks import Gone, share
 
-# Of one write call: larger pieces are slower in a virtual machine, for each takes fresh pages.
+# Largest size of one write call. In a virtual machine, larger calls take new pages and are slower.
 _WRITE_BYTES = 2**20
 _ATTEMPTS = 5
 
 
 class Buffer:
-    """Rows and keys that become a chunk.
+    """Memory for the rows and keys of one chunk.
 
     Args:
-        layout: How the rows lie.
+        layout: Division of the rows into chunks.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -46,7 +46,12 @@ class Buffer:
         self.count = 0
 
     def take(self, keys: np.ndarray, rows: np.ndarray) -> int:
-        """Copies rows, as many as there is room for. Returns their number."""
+        """Copies as many rows as fit. Returns their number.
+
+        Args:
+            keys: Keys of the rows, of shape (n, 2).
+            rows: Rows, uint8 of shape (n, row_bytes).
+        """
         count = min(len(rows), len(self.values) - self.count)
         part = slice(self.count, self.count + count)
         self.values[part] = rows[:count]
@@ -56,28 +61,28 @@ class Buffer:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is room for no further row."""
+        """Whether the chunk is full."""
         return self.count == len(self.values)
 
     def clear_rest(self) -> None:
-        """Sets the rows that are not filled to zero."""
+        """Sets the unused rows to zero."""
         self.values[self.count :] = 0
         self.keys[self.count :] = 0
 
 
 class SegmentWriter:
-    """Makes a segment and writes its chunks, one after another. Nobody else ever writes there.
+    """Creates a segment and writes its chunks. It is the only writer of this segment.
 
     Args:
         folder: Folder of the set.
-        layout: How the rows lie.
-        about: What to say about the value, as plain JSON.
+        layout: Division of the rows into chunks.
+        about: Description of the value for people, as plain JSON.
 
     Attributes:
         folder: Folder of the segment.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: The segment cannot be created.
     """
 
     def __init__(self, folder: Path, layout: Layout, about: Mapping[str, Any]) -> None:
@@ -94,7 +99,7 @@ class SegmentWriter:
                     raise OSError(errno.ENOTDIR, f"{folder} is a link")
                 self.folder = self._make(new, about)
                 return
-            except FileNotFoundError:  # somebody tidied the empty folder away
+            except FileNotFoundError:  # another process removed the empty folder of the set
                 self._close_files()
                 if attempt == _ATTEMPTS - 1:
                     raise
@@ -122,24 +127,24 @@ class SegmentWriter:
             file = os.open(new / part, os.O_WRONLY | os.O_NOFOLLOW)
             self._files.append(file)
             self._metadata.append((file, slots_offset(contents[part])))
-        # A rename takes no place that is taken, but that of an empty folder.
+        # A rename replaces nothing but an empty folder.
         folder = new.with_name(uuid.uuid4().hex)
         new.rename(folder)
         sync_folder(folder.parent)
         return folder
 
     def write(self, buffer: Buffer) -> None:
-        """Writes a chunk. It counts from the moment on at which its line is in the journal.
+        """Writes a chunk. Readers see it once its line is in the journal.
 
         Args:
-            buffer: Rows of the chunk. Only the last one of a segment may not be full.
+            buffer: Rows of the chunk. Only the last chunk of a segment may be partly filled.
 
         Raises:
-            OSError: the disk is full, or fails.
+            OSError: The disk is full or fails, or the journal cannot number more chunks.
         """
         layout, number = self._layout, self._chunks
         if number == MOST_CHUNKS:
-            raise OSError(errno.EFBIG, "the segment has all the chunks that its journal can name")
+            raise OSError(errno.EFBIG, "the segment is full: its journal cannot number more chunks")
         if not buffer.is_full:
             buffer.clear_rest()
         values, keys = (
@@ -156,7 +161,8 @@ class SegmentWriter:
         _write_all(self._journal, memoryview(line))
         self._chunks += 1
         self._slots += buffer.count
-        # In place, in one call, in one sector: no crash leaves half of the number.
+        # Written in place with one call and within one sector, so a crash cannot leave half a
+        # number.
         for file, offset in self._metadata:
             os.pwrite(file, f"{self._slots:>{SLOT_DIGITS}}".encode(), offset)
 
@@ -164,15 +170,15 @@ class SegmentWriter:
         flat = content.reshape(-1).view(np.uint8)
         checksum = google_crc32c.value(flat)
         tail = memoryview(checksum.to_bytes(CHECKSUM_BYTES, "little"))
-        # A chunk that is not full has a hole between its rows and its checksum.
+        # A partly filled chunk has a hole in the file between its rows and its checksum.
         self._write_chunk(path, [(0, flat[:used].data), (len(flat), tail)])
         return checksum
 
     def _write_chunk(self, path: Path, parts: Sequence[tuple[int, memoryview]]) -> None:
         partial = path.with_name(f"{path.name}{PARTIAL}")
         try:
-            # Not synced, which takes four times as long: only a machine that loses its power can
-            # lose what was written, and the journal knows the checksum of what must be there.
+            # Not synced, since that takes four times as long. Only a power failure can lose the
+            # content, and the checksum in the journal shows it then.
             _write_file(partial, parts, sync=False)
             partial.rename(path)
         except BaseException:
@@ -180,7 +186,7 @@ class SegmentWriter:
             raise
 
     def close(self) -> None:
-        """Ends the segment: what is written stays, and others may remove it."""
+        """Ends the segment. From now on, other processes may remove it."""
         self._close_files()
 
     def _close_files(self) -> None:
@@ -205,6 +211,6 @@ def _write_file(path: Path, parts: Sequence[tuple[int, memoryview]], sync: bool 
 
 
 def _write_all(file: int, content: memoryview) -> None:
-    # A nearly full disk takes a part first, and says why at the next attempt.
+    # A nearly full disk writes a part first, and fails with a reason at the next call.
     while content:
         content = content[os.write(file, content[:_WRITE_BYTES]) :]

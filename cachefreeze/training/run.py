@@ -91,7 +91,7 @@ def _run_in(folder: RunFolder, start: Start) -> dict[str, Any]:
         make_cache_folder(settings.cache_dir)
     command = start.command
     trainer = Trainer(settings, images, model, device, dtype, folder, command)
-    trainer.started = began
+    trainer.state.started = began
     facts = {**settings.as_json(), "network": settings.network, "command": command}
     folder.create(facts)
     about: dict[str, Any] = {
@@ -113,10 +113,11 @@ def _run_in(folder: RunFolder, start: Start) -> dict[str, Any]:
     summary = {**trainer.fit(), "about": about}
     folder.write_json("summary.json", summary)
     for line in closing_words(summary, facts, folder.path, this_python(), device.type == "cpu"):
-        say(line, always=line.startswith(RESULT))
+        result = line.startswith(RESULT)
+        say(line, always=result, whole=not result)
     # The last thing done: all that the run gave is on disk, and told.
     if settings.report:
-        say(f"report    {draw_report(folder.path)}", always=True)
+        say(f"report    {draw_report(folder.path)}", always=True, whole=True)
     return summary
 
 

@@ -1,7 +1,9 @@
 """Lines and bars on the terminal, and the verbosity that decides which of them show."""
 
 import logging
+import re
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ class Verbosity:
 
 
 EVERYTHING = Verbosity()
+# Widths of "accuracy  " and the like, and of the space before a warning.
+_COLUMNS, _INDENTS = 80, (10, 2)
 # A process has one terminal, and those who write to it know nothing of each other.
 _verbosity = EVERYTHING
 
@@ -58,15 +62,26 @@ def speaking(verbosity: Verbosity) -> Iterator[None]:
         _verbosity = before
 
 
-def say(line: str, *, always: bool = False) -> None:
+def say(line: str, *, always: bool = False, whole: bool = False) -> None:
     """Prints a line without tearing the bars.
 
     Args:
         line: Line to print.
         always: Whether it is printed even if only warnings and results are wanted.
+        whole: Whether it is printed as one line however long it is, as commands are.
     """
     if always or _verbosity.lines:
-        tqdm.write(printable(line))
+        text = printable(line)
+        tqdm.write(text if whole else folded(text))
+
+
+def folded(line: str) -> str:
+    """Breaks a line at 80 columns. The next lines begin below its text, not below its label."""
+    label = re.match(r"\S* +", line)
+    indent = label.end() if label is not None and label.end() in _INDENTS else 0
+    width = _COLUMNS - indent
+    rest = textwrap.wrap(line[indent:], width, break_long_words=False, break_on_hyphens=False)
+    return line[:indent] + f"\n{' ' * indent}".join(rest)
 
 
 def printable(text: str) -> str:

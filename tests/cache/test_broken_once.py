@@ -356,5 +356,5 @@ def test_what_changes_from_call_to_call_is_told_and_costs_few_traces(body: Body,
         told = "".join(cache.messages)
         assert "changes from call to call" in told
         assert what in told
-        traced = [site._traced for site in cache._sites.values()]
+        traced = [site._traced for site in cache._cached.values()]
         assert max(traced) <= 5

@@ -162,7 +162,7 @@ def test_rounded_rows_are_served_if_that_is_allowed_and_it_is_told(tmp_path: Pat
     ("options", "sentence"),
     [
         ({"codec": "int8"}, "give exact=False"),
-        ({"codec": "zstd"}, "give one as directory"),
+        ({"codec": "zstd"}, "give a directory too"),
         ({"codec": "lz4"}, "must be one of raw, zstd, int8"),
     ],
 )

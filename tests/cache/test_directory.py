@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from cachefreeze import ActivationCache
-from cachefreeze.cache import activation_cache, table
+from cachefreeze.cache import activation_cache, row_table
 from cachefreeze.errors import UserError
 from cachefreeze.store.inspect import inspect
+from tests.support.programs import Programs
 
 from .harness import BATCH, Net, assert_same, batches, images, net, plainly, served
 
@@ -25,19 +26,35 @@ PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parents[2]
 
 
-def run(program: Path, *arguments: str, seed: int = 0) -> dict[str, list[str]]:
-    """Runs a program in a process of its own, and returns what it has printed, by first words."""
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)
-    }  # fmt: skip
-    command = [sys.executable, str(program), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, list[str]] = {}
-    for line in done.stdout.splitlines():
-        word, _, rest = line.partition(" ")
-        found.setdefault(word, []).append(rest)
-    return found
+class Program:
+    """A program, and a function that it uses, in a folder of their own."""
+
+    def __init__(self, folder: Path, programs: Programs) -> None:
+        for name in ("again.py", "doubled.py"):
+            shutil.copy(PROGRAMS / name, folder / name)
+        self.folder = folder
+        self._programs = programs
+
+    def __call__(self, *arguments: str) -> dict[str, list[str]]:
+        """Runs it in a process of its own; returns what it has printed, by first words."""
+        done = self._programs.run(self.folder / "again.py", *arguments)
+        assert done.code == 0, done.stderr[-2000:]
+        return self._by_words(done.stdout)
+
+    def with_other_hashes(self, *arguments: str) -> dict[str, list[str]]:
+        """Runs it where Python's hashes of strings, and so the order of sets, are others."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
+        command = [sys.executable, str(self.folder / "again.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return self._by_words(done.stdout)
+
+    @staticmethod
+    def _by_words(printed: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for line in printed.splitlines():
+            word, _, rest = line.partition(" ")
+            found.setdefault(word, []).append(rest)
+        return found
 
 
 def rows_in(folder: Path) -> int:
@@ -50,18 +67,15 @@ def epoch(model: nn.Module, x: torch.Tensor, number: int) -> None:
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Path:
-    """A copy of the program and of the function that it uses."""
-    for name in ("again.py", "doubled.py"):
-        shutil.copy(PROGRAMS / name, tmp_path / name)
-    return tmp_path / "again.py"
+def program(tmp_path: Path, programs: Programs) -> Program:
+    return Program(tmp_path, programs)
 
 
-def test_a_later_run_is_served_from_its_first_epoch_on(program: Path) -> None:
-    folder = str(program.parent / "cache")
-    plain = run(program, "none")
-    first = run(program, folder, seed=1)
-    again = run(program, folder, seed=2)
+def test_a_later_run_is_served_from_its_first_epoch_on(program: Program) -> None:
+    folder = str(program.folder / "cache")
+    plain = program("none")
+    first = program(folder)
+    again = program.with_other_hashes(folder)
     assert first["weights"] == again["weights"] == plain["weights"]
     assert int(first["served"][0]) == 0
     # The first batch is traced, and two are compared.
@@ -69,24 +83,24 @@ def test_a_later_run_is_served_from_its_first_epoch_on(program: Path) -> None:
     assert rows_in(Path(folder)) == 80
 
 
-def test_a_changed_image_is_one_more_row(program: Path) -> None:
-    folder = str(program.parent / "cache")
-    run(program, folder)
-    changed = run(program, folder, "5")
-    assert changed["weights"] == run(program, "none", "5")["weights"]
+def test_a_changed_image_is_one_more_row(program: Program) -> None:
+    folder = str(program.folder / "cache")
+    program(folder)
+    changed = program(folder, "5")
+    assert changed["weights"] == program("none", "5")["weights"]
     assert int(changed["served"][0]) >= 80 - 5 * 8
     assert rows_in(Path(folder)) == 81
 
 
 @pytest.mark.parametrize("edit", [("x * FACTOR", "x * FACTOR + 1"), ("FACTOR = 2", "FACTOR = 3")])
 def test_rows_of_before_a_function_was_edited_are_not_served(
-    program: Path, edit: tuple[str, str]
+    program: Program, edit: tuple[str, str]
 ) -> None:
-    folder = str(program.parent / "cache")
-    run(program, folder)
-    path = program.parent / "doubled.py"
+    folder = str(program.folder / "cache")
+    program(folder)
+    path = program.folder / "doubled.py"
     path.write_text(path.read_text().replace(*edit))
-    plain, cached = run(program, "none"), run(program, folder)
+    plain, cached = program("none"), program(folder)
     assert cached["weights"] == plain["weights"]
     assert int(cached["served"][0]) == 0
     assert rows_in(Path(folder)) == 160
@@ -121,7 +135,7 @@ def test_rows_are_served_from_the_disk_where_memory_has_no_room(
 def test_two_caches_at_once_share_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "_LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(row_table, "_LOOK_AGAIN", 0.0)
     x, other = images(48), images(48, seed=7)
     one, two = net(), net()
     with ActivationCache(two, directory=tmp_path) as cache:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachefreeze.cache.entries import Entries
-from cachefreeze.cache.layout import Layout
+from cachefreeze.cache.row_layout import RowLayout
 from cachefreeze.keys import batch_key, row_keys
 from cachefreeze.lineage import Axis
 from cachefreeze.store import Index
@@ -55,7 +55,7 @@ def test_a_value_is_the_same_after_it_was_taken_apart_and_put_together(data: st.
     order = data.draw(st.permutations(range(len(shape))))
     value = torch.randn([shape[one] for one in order]).permute(list(np.argsort(order)))
     axis = Axis(dim, inner, outer)
-    layout = Layout(tuple(value.shape), value.stride(), axis, rows)
+    layout = RowLayout(tuple(value.shape), value.stride(), axis, rows)
     parts = layout.split(value)
     assert parts.shape[0] == rows
     joined = layout.join(parts.clone())
@@ -70,7 +70,7 @@ def test_a_value_is_the_same_after_it_was_taken_apart_and_put_together(data: st.
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 def test_a_value_that_is_kept_with_its_batch_is_one_row(shape: tuple[int, ...]) -> None:
     value = torch.randn(shape)
-    layout = Layout(shape, value.stride(), None, 1)
+    layout = RowLayout(shape, value.stride(), None, 1)
     assert layout.split(value).shape == (1, value.numel())
     assert torch.equal(layout.join(layout.split(value).clone()), value)
 

@@ -2,8 +2,6 @@
 
 import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +23,8 @@ from torch.utils.data import (
 )
 
 from cachefreeze import ActivationCache
-from cachefreeze.cache import known_rows as loaders
+from cachefreeze.cache import lazy_loading
+from tests.support.programs import Programs
 
 ROWS, BATCH, SIDE = 24, 8, 24
 Tensor = torch.Tensor
@@ -34,7 +33,7 @@ Tensor = torch.Tensor
 @pytest.fixture(autouse=True)
 def no_item_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Items of tests are small, and how fast they load must decide nothing."""
-    monkeypatch.setattr(loaders, "_CHEAP", 0.0)
+    monkeypatch.setattr(lazy_loading, "_CHEAP", 0.0)
 
 
 class Net(nn.Module):
@@ -606,19 +605,22 @@ import sys
 import torch
 from pathlib import Path
 from tests.cache import test_loader
-test_loader.loaders._CHEAP = 0.0
+test_loader.lazy_loading._CHEAP = 0.0
 dataset, directory = test_loader.Files(Path(sys.argv[1])), Path(sys.argv[2])
 run = test_loader.Run(True, dataset, 3, directory=directory, arguments=test_loader.fours)
 print(run.loads, run.losses)
 """
 
 
-def test_another_process_finds_items_and_does_not_load_them(folder: Path, tmp_path: Path) -> None:
-    told = []
+def test_another_process_finds_items_and_does_not_load_them(
+    folder: Path, tmp_path: Path, programs: Programs
+) -> None:
+    told, program = [], tmp_path / "program.py"
+    program.write_text(PROGRAM)
     for _ in range(2):
-        command = [sys.executable, "-c", PROGRAM, str(folder), str(tmp_path / "cache")]
-        found = subprocess.run(command, check=True, capture_output=True, text=True)
-        told.append(found.stdout.split("] ["))
+        done = programs.run(program, str(folder), str(tmp_path / "cache"))
+        assert done.code == 0, done.stderr[-2000:]
+        told.append(done.stdout.split("] ["))
     assert told[0][1] == told[1][1]
     assert told[0][0].startswith(f"[{ROWS}, ")
     first, second, third = map(int, told[1][0].strip("[").split(","))

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cachefreeze import ActivationCache, UserError
-from cachefreeze.cache import route
+from cachefreeze.cache import selection
 
 from .harness import BATCH, Net, assert_same, batches, images, net, plainly, served, warm
 
@@ -102,7 +102,7 @@ def test_the_limit_holds_and_rows_that_were_not_used_for_longest_go() -> None:
                 assert_same(model(batch), plainly(model, batch))
                 assert cache.stats.bytes <= 100 * row + 8192
         assert cache.stats.rows_kept < 100
-        assert "dropped for want of room" in str(cache)
+        assert "dropped to make room" in str(cache)
 
 
 def test_rows_that_never_come_again_fill_no_more_than_the_limit_and_it_is_said() -> None:
@@ -189,8 +189,8 @@ def test_exact_false_serves_what_differs_by_rounding_and_says_by_how_much() -> N
         for cache, one in ((exact_not, model), (exact, twin)):
             for batch in batches(x, 0):
                 one(batch)
-            route = next(iter(cache._sites.values())).routes()[0]
-            for kept in route._pending:
+            cached = next(iter(cache._cached.values())).traces()[0]
+            for kept in cached._collector._batches:
                 for tensor in kept.kept.values():
                     tensor.mul_(1 + 1e-6)
             for number in range(1, 5):
@@ -271,7 +271,7 @@ def test_texts_padded_to_the_longest_are_served_by_exact_false() -> None:
 
 
 def test_a_model_with_little_frozen_work_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route, "LEAST_SHARE", 0.5)
+    monkeypatch.setattr(selection, "LEAST_SHARE", 0.5)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), *[nn.Linear(512, 512)] * 0)
     model = nn.Sequential(
@@ -401,8 +401,8 @@ def test_a_compiled_function_in_a_model_is_told_and_the_model_left_alone() -> No
     ("given", "words"),
     [
         ((), "needs a model"),
-        ((Net,), "not its class"),
-        ((lambda x: x,), "needs torch.nn.Module"),
+        ((Net,), "was given its class"),
+        ((lambda x: x,), "needs a torch.nn.Module"),
         ((nn.ReLU(),), "has no parameters"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cachefreeze.cache.entries import Entries
-from cachefreeze.cache.table import Table
+from cachefreeze.cache.row_table import RowTable
 from cachefreeze.store import Directory
 from cachefreeze.store import format as store_format
 
@@ -26,7 +26,7 @@ def keys_of(numbers: np.ndarray) -> np.ndarray:
     return np.stack([numbers * 977, numbers], axis=1).astype(np.uint64)
 
 
-def opened(path: Path, max_bytes: int, values: torch.Tensor = VALUES) -> tuple[Entries, Table]:
+def opened(path: Path, max_bytes: int, values: torch.Tensor = VALUES) -> tuple[Entries, RowTable]:
     entries = Entries(max_bytes, Directory(path, None))
     table = entries.open(NAME, (values.shape[1],), values.dtype, torch.device("cpu"), {})
     assert table is not None
@@ -42,7 +42,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def read(entries: Entries, table: Table, numbers: np.ndarray) -> torch.Tensor | None:
+def read(entries: Entries, table: RowTable, numbers: np.ndarray) -> torch.Tensor | None:
     keys = keys_of(numbers)
     return entries.read(NAME, keys, table.find(keys))
 
@@ -172,7 +172,7 @@ def test_rows_of_a_gpu_take_a_quarter_of_its_free_memory_and_the_rest_lies_on_th
 ) -> None:
     # There is none here: rows of the CPU are said to lie on one.
     gpu, free = torch.device("cuda", 0), 4 * 10 * VALUES[0].nbytes
-    monkeypatch.setattr(Table, "device", property(lambda table: gpu))
+    monkeypatch.setattr(RowTable, "device", property(lambda table: gpu))
     monkeypatch.setattr("cachefreeze.cache.entries.free_device_memory", lambda device: free)
     entries, table = opened(tmp_path / "cache", 1 << 20)
     for some in np.array_split(np.arange(COUNT), 5):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
 from cachefreeze import ActivationCache, UserError
-from cachefreeze.cache import known_rows
+from cachefreeze.cache import lazy_loading
 from tests.cache.test_loader import Net
 
 ROWS, BATCH, SIDE = 12, 4, 24
@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 @pytest.fixture(autouse=True)
 def no_item_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_rows, "_CHEAP", 0.0)
+    monkeypatch.setattr(lazy_loading, "_CHEAP", 0.0)
 
 
 class Pictures(Dataset[Any]):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cachefreeze.plan import forecast, pace
+from cachefreeze.plan import forecast, overhead
 from cachefreeze.store import format as store_format
 from cachefreeze.store.format import NEW
 from cachefreeze.train import main
@@ -143,7 +143,7 @@ def nursery() -> None:
     # So that few rows make several chunks.
     store_format.CHUNK_BYTES = 2**18
     # What is kept and saved must not depend on how fast the machine is just now.
-    pace._FREE_SECONDS = checkpoint.TIME_SHARE = float("inf")
+    overhead._FREE_SECONDS = checkpoint.TIME_SHARE = float("inf")
     forecast.COMPARED = forecast.TRACED = 0
     # It may be off, where a shell runs this in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,7 +4,9 @@ Each case is a source, run anew for every loop, in which `work(part, x)` is what
 with its values, and a source that changes something. All end in the plain loop's weights.
 """
 
+import builtins
 import functools
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .harness import Loop, differs
+from .harness import Loop, Result, differs
 
 # What code reads, and how it is changed.
 READS: dict[str, tuple[str, str]] = {
@@ -259,7 +261,116 @@ READS: dict[str, tuple[str, str]] = {
         " def forward(self, x): return self.last(self.first(x.flatten(1))) * 3",
         "part.__class__ = Other",
     ),
+    "the environment": (
+        "import os\ndef work(part, x): return x * float(os.environ.get('FACTOR', '2'))",
+        "os.environ['FACTOR'] = '3'",
+    ),
+    "a context variable": (
+        "import contextvars\nheld = contextvars.ContextVar('held', default=2.0)\n"
+        "def work(part, x): return x * held.get()",
+        "held.set(3.0)",
+    ),
+    "what a thread holds": (
+        "import threading\nheld = threading.local()\nheld.factor = 2.0\n"
+        "def work(part, x): return x * held.factor",
+        "held.factor = 3.0",
+    ),
+    "a dictionary behind others": (
+        "import collections\nfirst = {'factor': 2.0}\n"
+        "held = collections.ChainMap({}, types.MappingProxyType(first))\n"
+        "def work(part, x): return x * held['factor']",
+        "first['factor'] = 3.0",
+    ),
+    "an array behind a view": (
+        "import array\nfirst = array.array('d', [2.0])\nheld = memoryview(first)\n"
+        "def work(part, x): return x * held[0]",
+        "first[0] = 3.0",
+    ),
+    "a number of C": (
+        "import ctypes\nheld = ctypes.c_double(2.0)\ndef work(part, x): return x * held.value",
+        "held.value = 3.0",
+    ),
+    "an object by a weak reference": (
+        "import weakref\nclass Held: factor = 2.0\nheld = Held()\nshown = weakref.ref(held)\n"
+        "def work(part, x): return x * shown().factor",
+        "held.factor = 3.0",
+    ),
+    "the middle of a long list": (
+        "held = [2.0] * 5000\ndef work(part, x): return x * held[2500]", "held[2500] = 3.0"
+    ),
+    "an attribute of a function": (
+        "def scale(x): return x * scale.factor\nscale.factor = 2.0\n"
+        "def work(part, x): return scale(x)",
+        "scale.factor = 3.0",
+    ),
+    "a function of functools.singledispatch": (
+        "@functools.singledispatch\ndef scale(x): return x * 2\n"
+        "def work(part, x): return scale(x)",
+        "scale.register(torch.Tensor, lambda x: x * 3)",
+    ),
+    "a function of python": (
+        "import math\nreal = math.sqrt\ndef work(part, x): return x * math.sqrt(4.0)",
+        "math.sqrt = lambda x: real(x) + 1",
+    ),
+    "a builtin": (
+        "import builtins\nreal = builtins.pow\ndef work(part, x): return x * pow(2, 1)",
+        "builtins.pow = lambda *given: real(*given) + 1",
+    ),
+    "a method of tensors": (
+        "def work(part, x): return x.relu()",
+        "torch.Tensor.relu = lambda self: self.clamp(min=0.1)",
+    ),
+    "a method of a class of torch's": (
+        "part_of = nn.Identity()\ndef work(part, x): return part_of(x)",
+        "nn.Identity.forward = lambda self, x: x * 3",
+    ),
+    "an attribute of a module in a list": (
+        "class Scale(nn.Module):\n factor = None\n"
+        " def forward(self, x): return x * self.factor\n"
+        "held = [Scale()]\nheld[0].factor = 2.0\ndef work(part, x): return held[0](x)",
+        "held[0].factor = 3.0",
+    ),
+    "an attribute of a compiled module": (
+        "class Scale(nn.Module):\n factor = None\n"
+        " def forward(self, x): return x * self.factor\n"
+        "plain = Scale()\nplain.factor = 2.0\nheld = torch.compile(plain, backend='eager')\n"
+        "def work(part, x): return held(x)",
+        "plain.factor = 3.0",
+    ),
+    "a hook put in by hand": (
+        "def work(part, x): return x",
+        "part.last._forward_hooks[-1] = lambda module, args, output: output * 3",
+    ),
+    "what runs around all modules": (
+        "real = nn.Module._call_impl\n"
+        "def twice(self, *args):\n"
+        " out = real(self, *args)\n return out * 3 if isinstance(self, nn.Tanh) else out\n"
+        "def work(part, x): return x",
+        "nn.Module._call_impl = twice",
+    ),
 }  # fmt: skip
+
+# What the pass itself changes: it depends on the passes before.
+COUNTS = {
+    "a number": (
+        "count = 0\n"
+        "def work(part, x):\n"
+        " global count\n count += 1\n return x * (2.0 if count < 14 else 3.0)"
+    ),
+    "a number in a list": (
+        "count = [0]\n"
+        "def work(part, x):\n count[0] += 1\n return x * (2.0 if count[0] < 14 else 3.0)"
+    ),
+    "an iterator": (
+        "import itertools\nfactors = itertools.chain([2.0] * 14, itertools.repeat(3.0))\n"
+        "def work(part, x): return x * next(factors)"
+    ),
+    "a generator": (
+        "def count():\n"
+        " for n in range(1000): yield 2.0 if n < 14 else 3.0\n"
+        "factors = count()\ndef work(part, x): return x * next(factors)"
+    ),
+}
 
 
 class Model(nn.Module):
@@ -292,10 +403,8 @@ def body_of(space: dict[str, Any]) -> type[nn.Module]:
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    hardswish = F.hardswish
     sys.modules["users_config"] = types.ModuleType("users_config")
     yield
-    F.hardswish = hardswish
     del sys.modules["users_config"]
 
 
@@ -318,14 +427,54 @@ def loop_of(source: str, change: str) -> Loop:
     return Loop(make, {3: then}, epochs=5)
 
 
+def _run(patch: pytest.MonkeyPatch, source: str, change: str, cached: bool) -> Result:
+    """Runs a loop, after which everything that it may have exchanged is put back."""
+    for holder, name in EXCHANGED:
+        patch.setattr(holder, name, getattr(holder, name))
+    patch.setattr(torch.Tensor, "relu", torch.Tensor.relu, raising=False)
+    patch.setenv("FACTOR", "2")
+    return loop_of(source, change).run(cached)
+
+
+# What changes put something else in the place of.
+EXCHANGED: list[tuple[Any, str]] = [
+    (F, "hardswish"), (math, "sqrt"), (builtins, "pow"), (nn.Identity, "forward"),
+    (nn.Module, "_call_impl"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("case", READS)
 def test_what_code_reads_changes_and_the_weights_are_the_plain_ones(case: str) -> None:
     source, change = READS[case]
-    hardswish = F.hardswish
-    plain = loop_of(source, change).run(cached=False)
-    F.hardswish = hardswish
-    cached = loop_of(source, change).run(cached=True)
-    F.hardswish = hardswish
+    with pytest.MonkeyPatch.context() as patch:
+        plain = _run(patch, source, change, cached=False)
+    with pytest.MonkeyPatch.context() as patch:
+        cached = _run(patch, source, change, cached=True)
     assert sum(cached.served[:3]) > 0, "nothing was at stake"
     assert not differs(plain, cached)
     assert differs(loop_of(source, "pass").run(cached=False), plain), "nothing has changed"
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_a_pass_that_depends_on_those_before_ends_in_the_plain_weights(case: str) -> None:
+    plain = loop_of(COUNTS[case], "pass").run(cached=False)
+    assert not differs(plain, loop_of(COUNTS[case], "pass").run(cached=True))
+
+
+def test_a_debugger_goes_on_and_changes_are_seen() -> None:
+    called: list[str] = []
+
+    def debugger(frame: types.FrameType, event: str, argument: Any) -> None:
+        called.append(frame.f_code.co_name)
+
+    source, change = READS["a global"]
+    before = sys.gettrace()
+    sys.settrace(debugger)
+    try:
+        cached = loop_of(source, change).run(cached=True)
+        after = sys.gettrace()
+    finally:
+        sys.settrace(before)
+    assert after is debugger
+    assert called.count("work") > 1
+    assert not differs(loop_of(source, change).run(cached=False), cached)

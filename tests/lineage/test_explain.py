@@ -52,7 +52,7 @@ def test_dropout_and_batch_norms_in_training_mode_are_named_with_what_they_cost(
     assert told.row_bytes == 16 * 16 * 16 * 4
     assert statistics.median(shares_saved(Model().train())) < 0.6
     text = str(told)
-    assert "moves its running statistics" in text
+    assert "updates its running statistics" in text
     assert "`encoder.1`" in text
     assert "draws random numbers (dropout)" in text
     assert "eval mode" in text
@@ -81,9 +81,9 @@ def test_rows_that_depend_on_others_are_named():
     ("model", "batch", "sentence"),
     [
         (lambda x: x * 2, X, "uses no torch.nn.Module"),
-        (Model().eval(), torch.randn(4, 5, 16, 16), "does not take the example batch"),
+        (Model().eval(), torch.randn(4, 5, 16, 16), "does not accept the example batch"),
         (Model().requires_grad_(True), X, "No parameter of Model is frozen"),
-        (Model().requires_grad_(False), X, "Nothing of Model is trained"),
+        (Model().requires_grad_(False), X, "No parameter of Model is trained"),
     ],
     ids=["no module", "another shape", "nothing frozen", "nothing trained"],
 )

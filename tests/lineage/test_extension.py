@@ -19,6 +19,13 @@ def planned(model, frozen, x, **options):
     return lineage.Plan(trace, cut)
 
 
+def extended(old, kept, new, x):
+    extension = lineage.Extension(old, new)
+    assert extension.is_complete
+    given = {**extension.values(kept), new.trace.inputs[0]: x}
+    return new.program.run(new.cut.kept, given)
+
+
 def test_values_of_a_later_cut_are_computed_from_those_of_an_earlier_one():
     model, x = blocks().eval(), torch.randn(5, 6)
     old = planned(model, 1, x)
@@ -26,7 +33,7 @@ def test_values_of_a_later_cut_are_computed_from_those_of_an_earlier_one():
     new = planned(model, 3, x)
     calls = []
     hook = model[2].register_forward_hook(lambda *_: calls.append(1))
-    made = lineage.extend(old, kept, new, x)
+    made = extended(old, kept, new, x)
     hook.remove()
     assert calls == []
     _, expected, _ = lineage.capture(new, model, x)
@@ -44,7 +51,7 @@ def test_only_what_is_new_is_computed():
     new = planned(model, 3, x)
     with torch.no_grad():
         model[0][0].weight.fill_(float("nan"))  # would show if the first block ran
-    made = lineage.extend(old, kept, new, x)
+    made = extended(old, kept, new, x)
     assert not any(tensor.isnan().any() for tensor in made.values())
 
 
@@ -62,7 +69,7 @@ def test_kept_values_are_not_written_to():
     _, kept, _ = lineage.capture(old, model, x)
     before = {number: tensor.clone() for number, tensor in kept.items()}
     new = planned(model, 2, x)
-    made = lineage.extend(old, kept, new, x)
+    made = extended(old, kept, new, x)
     assert all(torch.equal(before[number], kept[number]) for number in kept)
     _, expected, _ = lineage.capture(new, model, x)
     assert all(torch.equal(made[number], expected[number]) for number in made)
@@ -70,7 +77,5 @@ def test_kept_values_are_not_written_to():
 
 def test_a_cut_inside_what_was_never_kept_is_not_made_of_nothing():
     model, x = blocks().eval(), torch.randn(5, 6)
-    old = planned(model, 3, x)
-    _, kept, _ = lineage.capture(old, model, x)
-    earlier = planned(model, 1, x)
-    assert lineage.extend(old, kept, earlier, x) is None
+    old, earlier = planned(model, 3, x), planned(model, 1, x)
+    assert not lineage.Extension(old, earlier).is_complete

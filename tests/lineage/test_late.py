@@ -296,5 +296,5 @@ def test_a_late_value_whose_model_is_gone_says_so():
     late = pair.late()
     pair.model = None
     gc.collect()
-    with pytest.raises(RuntimeError, match="is gone"):
+    with pytest.raises(RuntimeError, match="was deleted"):
         late.sum()

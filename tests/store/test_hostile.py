@@ -189,7 +189,7 @@ def test_a_set_that_is_a_link_is_neither_read_nor_written(path: Path, tmp_path: 
     rows.append(keys_of(numbers), np.zeros((COUNT, ROW.nbytes), np.uint8))
     directory.close()
     prune(path, 0)
-    assert any("is no folder" in sentence for sentence in directory.messages)
+    assert any("is not a folder" in sentence for sentence in directory.messages)
     assert snapshot(outside) == before
 
 

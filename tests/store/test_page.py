@@ -7,16 +7,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from cachefreeze.cache.codec import decode, encode
 from cachefreeze.store import Row
 from cachefreeze.store.journal import LINE_BYTES
 
 from .harness import ABOUT, keys_of, rows_of, segments, write
 
 PAGE = (Path(__file__).parents[2] / "docs" / "store-format.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_example_of_the_page_reads_rounded_rows() -> None:
+    rows = torch.randn(5, 300)
+    names: dict[str, Any] = {"rows": encode(rows).numpy(), "numel": 300}
+    exec(EXAMPLES[0], names)
+    decoded = decode(encode(rows), 300, torch.float32)
+    assert np.array_equal(names["values"], decoded)
 
 
 def test_the_example_of_the_page_reads_a_segment(path: Path) -> None:
-    _, example = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    _, example = EXAMPLES
     row = Row((2, 3), "bfloat16")
     numbers = np.arange(19)
     write(path, numbers, row=row)

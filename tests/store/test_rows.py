@@ -305,7 +305,7 @@ def test_rows_that_zarr_has_no_type_for_are_refused(path: Path) -> None:
         with pytest.raises(ValueError, match="cannot be stored"):
             Row(dims, dtype)
     directory = Directory(path, None)
-    with pytest.raises(ValueError, match="no plain JSON"):
+    with pytest.raises(ValueError, match="not plain JSON"):
         directory.rows(NAME, ROW, {"a set": {1, 2}})
     directory.rows(NAME, ROW, ABOUT)
     with pytest.raises(ValueError, match="and not"):

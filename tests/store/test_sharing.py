@@ -140,7 +140,7 @@ def test_rows_that_turned_out_to_be_wrong_are_served_to_nobody(path: Path) -> No
     other_run.close()
     found, messages = read_again(path, 45)
     assert found == 0
-    assert "wrong rows" in messages[0]
+    assert "found to be wrong" in messages[0]
     assert inspect(path)[0].problems
     assert prune(path, 10**6).segments == 1
 
@@ -348,7 +348,7 @@ def test_a_writer_that_is_stopped_in_the_middle_does_not_hold_up_others(path: Pa
             mine = np.arange(5000, 5000 + CHUNK_ROWS)
             new.rows(NAME, ROW, ABOUT).append(keys_of(mine), rows_of(mine))
             new.close()
-            assert prune(path, 1).segments == 0
+            assert prune(path, 3600).segments == 0
             assert time.monotonic() - started < 30
             assert found >= 20
             assert (messages, new.messages) == ([], [])
@@ -375,6 +375,6 @@ def test_a_clock_that_was_put_forward_or_back_loses_no_row(path: Path, shift: fl
     directory.close()
     assert directory.messages == []
     # It was used just now: neither is it old.
-    assert prune(path, 1).segments == 0
+    assert prune(path, 3600).segments == 0
     assert list(verify(path)) == []
     assert read_again(path, len(numbers)) == (len(numbers), [])

@@ -1,0 +1,107 @@
+"""Compares kept values with computed ones, and decides what follows from a difference."""
+
+from collections.abc import Mapping
+
+import torch
+
+from cachefreeze.cache import messages
+from cachefreeze.cache.cache_state import CacheState
+from cachefreeze.cache.row_history import RowHistory
+from cachefreeze.cache.selection import Selection
+from cachefreeze.keys import same_bits
+
+Tensor = torch.Tensor
+
+# Number of served batches after which one is compared.
+_FIRST_SAMPLE = 16
+
+
+class Comparison:
+    """Comparisons of one trace.
+
+    Args:
+        shared: State that all parts of the cache share.
+        name: Name of the module, for messages.
+        selection: Values that are kept.
+        history: History of the rows.
+
+    Attributes:
+        batches: Number of batches that were compared since frozen bits last changed.
+    """
+
+    def __init__(
+        self, shared: CacheState, name: str, selection: Selection, history: RowHistory
+    ) -> None:
+        self._shared = shared
+        self._name = name
+        self._selection = selection
+        self._history = history
+        self._next_sample = _FIRST_SAMPLE
+        self.batches = 0
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether enough batches were compared, at least one of them by this trace."""
+        return self.batches > 0 and self._history.passed >= self._history.wanted
+
+    def begin_again(self) -> None:
+        """Requires as many comparisons as at the beginning."""
+        self._history.passed = self.batches = 0
+
+    def is_due(self, served: int) -> bool:
+        """Returns whether the next batch is compared although it could be served."""
+        if self._shared.report.verify == "off" or served < self._next_sample:
+            return False
+        # Every 16th batch if there is time for it, or else at distances that double.
+        further = _FIRST_SAMPLE if self._shared.may_compare else served
+        self._next_sample = served + further
+        return True
+
+    def differing(self, computed: Mapping[int, Tensor], stored: Mapping[int, Tensor]) -> list[int]:
+        """Compares a batch bit by bit.
+
+        Returns:
+            Numbers of the values that differ.
+        """
+        report = self._shared.report
+        report.batches_compared += 1
+        report.rows_compared += self._selection.rows
+        numbers = [one.number for one in self._selection.kept]
+        return [n for n in numbers if not same_bits(computed[n], stored[n])]
+
+    def count(self) -> None:
+        """Counts a compared batch whose kept values were good."""
+        self.batches += 1
+        self._history.passed += 1
+
+    def judge(self, number: int, computed: Tensor, stored: Tensor) -> tuple[str, str]:
+        """Decides about a value that differs. If it may not be served, its rows are dropped.
+
+        Returns:
+            Reason to stop caching, to follow a colon, and a further sentence. Both are empty if
+            caching goes on.
+        """
+        shared, history = self._shared, self._history
+        name = self._selection.trace.describe(number)
+        far = (computed.double() - stored.double()).abs().max().item()
+        size = computed.double().abs().max().item()
+        close = far <= shared.closeness(computed) * size
+        if close and not shared.exact:
+            shared.find(
+                f"{self._name}: {name} differs",
+                messages.rounding_served(name, far, size),
+            )
+            return "", ""
+        row = self._selection.kept.rows_that_differ(number, computed, stored)
+        self._selection.kept.forget(wrong=True)
+        if history.traces > 1:
+            history.broken = True
+            shared.find(
+                f"{self._name}: padding",
+                messages.padding_differs(self._name, name, far, size),
+            )
+            return "", ""
+        why = messages.differs_reason(name, far, size, row)
+        more = messages.why_rows_differ(close)
+        shared.report.found.append(f"{self._name}: {why}. {more}")
+        return why, more

@@ -1,0 +1,119 @@
+"""Parameters and buffers that kept values are made from, and changes of their bits."""
+
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import call, is_
+
+import torch
+
+from cachefreeze.cache import messages
+from cachefreeze.cache.cache_state import CacheState
+from cachefreeze.keys import Lineage, Look
+from cachefreeze.lineage import Trace
+
+Tensor = torch.Tensor
+
+
+class FrozenState:
+    """Watches the parameters and buffers that the kept values of a trace are made from.
+
+    Args:
+        shared: State that all parts of the cache share.
+        trace: Trace of a forward pass.
+        lineages: Lineage of each kept value.
+        model: Name of the module, for messages.
+
+    Attributes:
+        digests: Hashes of the tensors' bits, by number.
+        late: Whether a change was found that no quick check and no event had shown.
+    """
+
+    def __init__(
+        self, shared: CacheState, trace: Trace, lineages: Iterable[Lineage], model: str
+    ) -> None:
+        self._shared = shared
+        self._weights = shared.weights
+        self._model = model
+        self._trace = trace
+        states = {state.value: state for state in trace.states}
+        self._states = {number: states[number].tensor for one in lineages for number in one.states}
+        self.digests: dict[int, bytes] = {}
+        self.late = False
+        self._moved: list[Tensor] = []
+        self._hashed_at = -1
+        self._look: Look | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers that the kept values are made from."""
+        found = [reference() for reference in self._states.values()]
+        return [tensor for tensor in found if tensor is not None]
+
+    @property
+    def gone(self) -> bool:
+        """Whether one of the tensors does not exist any more."""
+        return any(map(is_, map(call, self._states.values()), repeat(None)))
+
+    def look(self) -> None:
+        """Checks the tensors quickly, and marks those that have changed for a new hash."""
+        changes = self._weights.changes
+        if self._hashed_at != changes or self._look is None or not self._look.is_same():
+            self._weights.look(self.tensors)
+
+    def doubt_all(self) -> None:
+        """Checks the tensors quickly, and marks all of them for a new hash."""
+        self.look()
+        self._weights.suspect(self.tensors)
+
+    def look_again(self) -> None:
+        """Hashes as many bits as there is time for, others at each call."""
+        if self._look is not None and self._weights.changes == self._hashed_at:
+            self._shared.count_hashing(
+                self._weights.hash_pieces(self._look, self._shared.seconds_to_hash)
+            )
+
+    def update(self) -> bool:
+        """Updates the hashes. Returns whether any of them may have changed."""
+        if self._weights.changes == self._hashed_at:
+            return False
+        for number, reference in self._states.items():
+            tensor = reference()
+            digest = b"" if tensor is None else self._weights.digest(tensor)
+            if tensor is not None and self.digests.get(number, digest) != digest:
+                self._moved.append(tensor)
+                self.late = self.late or self._weights.has_changed_unseen(tensor)
+            self.digests[number] = digest
+        self._hashed_at = self._weights.changes
+        self._look = self._weights.take_look(self.tensors)
+        return True
+
+    def take_moved(self) -> list[Tensor]:
+        """Returns the tensors that have changed since the last call of this method.
+
+        If a change was found late, the user is told.
+        """
+        moved, self._moved = self._moved, []
+        if moved and self.late:
+            self.late = False
+            self._tell_late(moved)
+        return moved
+
+    def _tell_late(self, moved: Sequence[Tensor]) -> None:
+        names = [
+            state.name for state in self._trace.states if any(state.tensor() is t for t in moved)
+        ]
+        self._shared.find(
+            f"{self._model}: late",
+            messages.changed_late(self._model, ", ".join(names[:1])),
+        )
+
+    def has_digests(self, digests: dict[int, bytes]) -> bool:
+        """Hashes all tensors again. Returns whether they have the given hashes."""
+        tensors = self.tensors
+        self._weights.suspect(tensors)
+        return len(tensors) == len(digests) and all(
+            self._weights.digest(tensor) == digests[number]
+            for number, reference in self._states.items()
+            for tensor in [reference()]
+            if tensor is not None
+        )

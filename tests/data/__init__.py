@@ -1,0 +1,1 @@
+"""Tests: Data sets and images."""

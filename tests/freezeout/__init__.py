@@ -1,0 +1,1 @@
+"""Tests: FreezeOut: schedule, units, scheduler."""

@@ -1,0 +1,1 @@
+"""Tests: networks, and models by name."""

@@ -1,0 +1,1 @@
+"""Tests: What pays, predicted from measured costs."""

@@ -1,0 +1,1 @@
+"""Tests: Metrics, figures and pages of a run."""

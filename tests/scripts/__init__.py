@@ -1,0 +1,1 @@
+"""Tests: Scripts that users type."""

@@ -1,0 +1,1 @@
+"""Tests: The program: settings, runs, checkpoints, resuming."""
