@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
-from torch.utils.data import IterableDataset
 
 from cachefreeze.cache.arguments import check_models, check_options
 from cachefreeze.cache.cache_state import CacheState, Filled
@@ -25,8 +24,7 @@ from cachefreeze.cache.final_check import hash_all
 from cachefreeze.cache.loader import Loader
 from cachefreeze.cache.memory import free_memory
 from cachefreeze.cache.statistics import Report, Stats, in_words
-from cachefreeze.cache.views import Views
-from cachefreeze.errors import UserError
+from cachefreeze.cache.views import numbered
 from cachefreeze.lineage import calls, unloaded
 from cachefreeze.lineage.undone import undone
 from cachefreeze.store import Directory
@@ -264,9 +262,8 @@ class ActivationCache:
         the data set is an `IterableDataset`.
 
         With `views`, items may be augmented at random and be kept all the same: epoch e shows view
-        e modulo `views` of every item, and a view is drawn from the seed, the number of the item
-        and that of the view alone, with workers or without. What the program draws itself stays as
-        it was. Of E epochs `views` run frozen work, and the others are served.
+        e modulo `views` of every item. A view is drawn from the seed, the number of the item and
+        that of the view alone. What the program draws itself stays as it was.
 
         Args:
             dataset: Data set whose items have numbers.
@@ -286,16 +283,7 @@ class ActivationCache:
             UserError: The data set is a generator or another iterator, or `views` is no number of
                 views.
         """
-        if isinstance(dataset, Iterator) and not isinstance(dataset, IterableDataset):
-            raise UserError(
-                f"loader needs a data set whose items have numbers and was given "
-                f"{type(dataset).__name__!r}, which gives its items only once: give a list of "
-                "its items."
-            )
-        if views is not None:
-            dataset = Views(dataset, views, transform, seed)
-        elif transform is not None:
-            raise UserError("transform makes views: say how many of each item by views=.")
+        dataset = numbered(dataset, views, transform, seed)
         close, shared = self._close, weakref.ref(self._shared)
         return Loader(lambda: shared() if close.alive else None, dataset, *args, **kwargs)
 

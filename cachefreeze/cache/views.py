@@ -86,6 +86,33 @@ class Views(Dataset[Any]):
             self.transform.set_random_seed(0)
 
 
+def numbered(
+    dataset: Any, views: int | str | None, transform: Callable[[Any], Any] | None, seed: int
+) -> Any:
+    """Returns a data set whose items have numbers: the one given, or views of it.
+
+    Args:
+        dataset: Data set.
+        views: Number of views of each item, "flips", or None for the items themselves.
+        transform: Function that makes a view of an image.
+        seed: Seed of the views.
+
+    Raises:
+        UserError: The data set is an iterator, or `views` is no number of views.
+    """
+    if isinstance(dataset, Iterator) and not isinstance(dataset, IterableDataset):
+        raise UserError(
+            f"loader needs a data set whose items have numbers and was given "
+            f"{type(dataset).__name__!r}, which gives its items only once: give a list of "
+            "its items."
+        )
+    if views is not None:
+        return Views(dataset, views, transform, seed)
+    if transform is not None:
+        raise UserError("transform makes views: say how many of each item by views=.")
+    return dataset
+
+
 class EpochsOfViews(BatchSampler):
     """Batches of numbers of views: in each epoch one view of every row.
 

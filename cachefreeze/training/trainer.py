@@ -82,17 +82,12 @@ class Trainer:
         example = torch.zeros(2, *data.image_shape, device=device)
         self.labels = {"train": data.train.labels.to(device), "val": data.val.labels.to(device)}
         kept_on = place_of_pixels(data, device, cached=settings.cache)
+        views = settings.views
         self.inputs = {
             split: InputRows(
-                images,
-                data.mean,
-                data.std,
-                device,
-                augment_seed,
-                views=settings.views,
-                kept_on=kept_on,
+                images, data.mean, data.std, device, seed, views=views, kept_on=kept_on
             )
-            for split, images, augment_seed in (
+            for split, images, seed in (
                 ("train", data.train, settings.seed if settings.augment else None),
                 ("val", data.val, None),
             )
@@ -336,10 +331,7 @@ class Trainer:
         say(fill_line(self.state.fills[-1]))
 
     def _fill(self, cache: ActivationCache) -> None:
-        """Keeps the rows of the training set, in all views that are still to be shown.
-
-        A validation keeps its own rows as they pass.
-        """
+        """Keeps the training rows in all views to come. A validation keeps its own as they pass."""
         self.model.train()
         inputs, passes = self.inputs["train"], self.run.passes(self.state.step)
         order = full_batches(np.arange(len(self.labels["train"])), self.settings.batch_size)
@@ -353,11 +345,9 @@ class Trainer:
                     yield x
                     bar.update()
 
-        try:
-            with bar:
-                cache.fill(batches(), self._logits)
-        finally:
-            inputs.epoch = self.state.epoch
+        with bar:
+            cache.fill(batches(), self._logits)
+        inputs.epoch = self.state.epoch
 
     def _stats(self) -> dict[str, float]:
         """Returns what the cache has counted in this process."""
