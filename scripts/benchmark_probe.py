@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 NETWORK, SIZE = "vit_small_patch14_dinov2", 98
 
@@ -53,7 +54,7 @@ def by_hand(folder: Path, epochs: int, batch_size: int, results: Path) -> None:
         return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
     torch.manual_seed(0)
-    model = timm.create_model(NETWORK, num_classes=int(y.max()) + 1, img_size=SIZE).eval()
+    model: Any = timm.create_model(NETWORK, num_classes=int(y.max()) + 1, img_size=SIZE).eval()
     model.requires_grad_(False)
     torch.manual_seed(0)
     kinds = [(n, pooling, rate) for n in (1, 4) for pooling in ("class", "both") for rate in RATES]
@@ -92,7 +93,7 @@ def by_hand(folder: Path, epochs: int, batch_size: int, results: Path) -> None:
     accuracies = [0.0] * len(kinds)
     for epoch in range(epochs):
         for rows in torch.from_numpy(epoch_order(len(y), 0, epoch)).split(batch_size):
-            loss = sum(F.cross_entropy(one, y[rows]) for one in outputs(x[rows]))
+            loss: Any = sum(F.cross_entropy(one, y[rows]) for one in outputs(x[rows]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
