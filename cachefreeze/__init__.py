@@ -1,6 +1,7 @@
 """A cache for the frozen work of a model, and FreezeOut training.
 
-`python -m cachefreeze.train` is the program. The names below are for your own training loops.
+`python -m cachefreeze.train` and `python -m cachefreeze.probe` are the programs. The names below
+are for your own training loops.
 """
 
 from importlib import import_module
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         units_of,
     )
     from cachefreeze.lineage import explain
+    from cachefreeze.probing.probe import probe
 
 __all__ = [
     "ActivationCache",
@@ -27,6 +29,7 @@ __all__ = [
     "explain",
     "freeze",
     "param_groups",
+    "probe",
     "unfreeze",
     "units_of",
 ]
@@ -38,6 +41,7 @@ _HOMES = {
     "errors": ("UserError",),
     "freezeout": ("FreezeOutLR", "Schedule", "freeze", "param_groups", "unfreeze", "units_of"),
     "lineage": ("explain",),
+    "probing.probe": ("probe",),
 }
 
 

@@ -21,7 +21,8 @@ FLOORS = [
         "freezeout models keys",
         "cache data report",
         "training integrations",
-        "train",
+        "probing",
+        "train probe",
     )
 ]
 INSIDE = {
@@ -45,7 +46,16 @@ INSIDE = {
         ["operations"],
     ],
     "cache": [
-        ["codec", "row_layout", "padding", "moving_weights", "memory", "fetching", "messages"],
+        [
+            "codec",
+            "row_layout",
+            "padding",
+            "moving_weights",
+            "memory",
+            "fetching",
+            "messages",
+            "views",
+        ],
         ["state", "deferred_writes", "statistics", "row_history", "item_records"],
         ["row_table", "arguments"],
         ["entries"],
@@ -87,11 +97,18 @@ INSIDE = {
         ["run"],
     ],
     "integrations": [["lightning"]],
+    "probing": [
+        ["heads", "rows", "backbone", "fits", "options", "pictures"],
+        ["probe"],
+        ["grid"],
+        ["saved"],
+        ["program"],
+    ],
     "report": [
         ["metrics", "run_results", "time_breakdown"],
         ["figures", "summary_text"],
         ["page"],
-        ["compare", "html_report"],
+        ["compare", "html_report", "probe_page"],
     ],
 }
 

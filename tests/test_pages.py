@@ -1,5 +1,6 @@
 """README and docs: what they show runs, and what they name is there."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -16,8 +17,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze
+from cachefreeze.probing.options import ProbeSettings
 from cachefreeze.train import main
 from cachefreeze.training import command_line
+from cachefreeze.training.options import option_of
 from tests.cache.test_examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +117,7 @@ def test_every_file_and_option_that_is_named_exists(page: Path) -> None:
     if page.name == "stale.md":  # it names options of others
         return
     known = set(command_line.command_line()._option_string_actions)
+    known |= {option_of(one.name) for one in dataclasses.fields(ProbeSettings)}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text)) <= known

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
-from torch.utils.data import DataLoader, IterableDataset
 
 from cachefreeze.cache.arguments import check_models, check_options
 from cachefreeze.cache.cache_state import CacheState, Filled
@@ -25,7 +24,7 @@ from cachefreeze.cache.final_check import hash_all
 from cachefreeze.cache.loader import Loader
 from cachefreeze.cache.memory import free_memory
 from cachefreeze.cache.statistics import Report, Stats, in_words
-from cachefreeze.errors import UserError
+from cachefreeze.cache.views import numbered
 from cachefreeze.lineage import calls, unloaded
 from cachefreeze.lineage.undone import undone
 from cachefreeze.store import Directory
@@ -237,7 +236,15 @@ class ActivationCache:
                 "DataLoader.",
             )
 
-    def loader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+    def loader(
+        self,
+        dataset: Any,
+        *args: Any,
+        views: int | str | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> Loader:
         """Makes a DataLoader that does not load what only frozen work would use.
 
         It takes the arguments of `torch.utils.data.DataLoader`, and returns the same batches in the
@@ -254,23 +261,29 @@ class ActivationCache:
         items are loaded if they draw random numbers, if there is a `collate_fn` of your own, or if
         the data set is an `IterableDataset`.
 
+        With `views`, items may be augmented at random and be kept all the same: epoch e shows view
+        e modulo `views` of every item. A view is drawn from the seed, the number of the item and
+        that of the view alone. What the program draws itself stays as it was.
+
         Args:
             dataset: Data set whose items have numbers.
             *args: Further arguments of `torch.utils.data.DataLoader`.
+            views: Number of views of each item. "flips" stands for two: the item and its mirror
+                image, each shown as often. If None, items are as the data set gives them.
+            transform: Function that makes a view of an image, such as transforms of torchvision or
+                Albumentations: of the first entry of an item that is a tuple, or else of the item.
+                If None, what the data set itself draws at random makes the views.
+            seed: Seed of the views.
             **kwargs: Further keyword arguments of `torch.utils.data.DataLoader`.
 
         Returns:
             DataLoader that belongs to this cache. Once the cache is closed, it loads everything.
 
         Raises:
-            UserError: The data set is a generator or another iterator.
+            UserError: The data set is a generator or another iterator, or `views` is no number of
+                views.
         """
-        if isinstance(dataset, Iterator) and not isinstance(dataset, IterableDataset):
-            raise UserError(
-                f"loader needs a data set whose items have numbers and was given "
-                f"{type(dataset).__name__!r}, which gives its items only once: give a list of "
-                "its items."
-            )
+        dataset = numbered(dataset, views, transform, seed)
         close, shared = self._close, weakref.ref(self._shared)
         return Loader(lambda: shared() if close.alive else None, dataset, *args, **kwargs)
 

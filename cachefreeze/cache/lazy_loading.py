@@ -14,6 +14,7 @@ from torch.utils.data import default_collate as torchs_collate
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.fetching import FetchReport, FetchRequest, Items, innermost
 from cachefreeze.cache.item_records import ItemRecords, NotByRowsError, put_together, take_apart
+from cachefreeze.cache.views import Views
 from cachefreeze.errors import UserError
 from cachefreeze.keys import Fingerprint
 from cachefreeze.lineage.unloaded import Unloaded
@@ -58,7 +59,8 @@ class LazyLoading:
     @property
     def name(self) -> str:
         """Name of the data set, for messages."""
-        return type(self._dataset).__name__
+        views = isinstance(self._dataset, Views)
+        return type(self._dataset.dataset if views else self._dataset).__name__
 
     def may_know(self, loader: DataLoader[Any]) -> bool:
         """Returns whether items can be known by number, as far as the loader's arguments tell."""
@@ -116,7 +118,9 @@ class LazyLoading:
         digest = self._fingerprint.digest
         records = cache.item_records.get(digest)
         if records is None:
-            records = ItemRecords(self._fingerprint, len(self._dataset), self.name)
+            views = isinstance(self._dataset, Views)
+            count = self._dataset.items if views else len(self._dataset)
+            records = ItemRecords(self._fingerprint, count, self.name)
             if cache.folder is not None:
                 records.load(cache.folder)
             cache.item_records[digest] = records

@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.fetching import Collate, FetchRequest
 from cachefreeze.cache.lazy_loading import LazyLoading
+from cachefreeze.cache.views import EpochsOfViews, Views
+from cachefreeze.errors import UserError
 
 
 class Loader(DataLoader[Any]):
@@ -17,7 +19,7 @@ class Loader(DataLoader[Any]):
 
     Args:
         cache: Function that returns the cache, or None if the cache is closed.
-        dataset: Data set whose items have numbers.
+        dataset: Data set whose items have numbers, or views of one.
         *args: Further arguments of `torch.utils.data.DataLoader`.
         **kwargs: Further keyword arguments of `torch.utils.data.DataLoader`.
     """
@@ -27,6 +29,20 @@ class Loader(DataLoader[Any]):
     ) -> None:
         super().__init__(dataset, *args, **kwargs)
         self._rows = LazyLoading(cache)
+        if isinstance(dataset, Views):
+            if self.batch_sampler is None:
+                raise UserError("views needs batches: give a batch_size, or a batch_sampler.")
+            # torch does not let it be set any more.
+            self.__dict__["batch_sampler"] = EpochsOfViews(self.batch_sampler, dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch comes next, such as when a run is resumed.
+
+        Args:
+            epoch: Number of the epoch, from 0, which decides which view of each row is shown.
+        """
+        if isinstance(self.batch_sampler, EpochsOfViews):
+            self.batch_sampler.epoch = epoch
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles a loader as one that loads everything."""

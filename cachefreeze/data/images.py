@@ -273,11 +273,22 @@ def decode_image(path: Path, size: int) -> NDArray[np.uint8]:
 
     with Image.open(path) as file:
         image = file.convert("RGB")
+    return np.asarray(resized(image, size, Image.Resampling.BILINEAR))
+
+
+def resized(image: Any, size: int, how: Any) -> Any:
+    """Returns a picture of PIL whose shorter side is resized, and whose centre is cut out.
+
+    Args:
+        image: Picture.
+        size: Height and width of the result.
+        how: Way of PIL to resample.
+    """
     width, height = image.size
     if (width, height) != (size, size):
         scale = size / min(width, height)
         width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((width, height), how)
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image)
+    return image

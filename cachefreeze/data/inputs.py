@@ -13,6 +13,7 @@ from cachefreeze.data.images import Images
 from cachefreeze.data.order import Indices, all_rows
 
 PADDING = 4
+FLIPS = "flips"
 
 
 class InputRows:
@@ -23,8 +24,9 @@ class InputRows:
         mean: Mean of each channel, of pixels scaled to 0 .. 1.
         std: Standard deviation of each channel, of pixels scaled to 0 .. 1.
         device: Device that the network is trained on.
-        augment_seed: Seed of the random views. Every image has another view in each epoch. If None,
-            images are not augmented.
+        augment_seed: Seed of the random views. If None, images are not augmented.
+        views: Number of views of each image: epoch e shows view e modulo this number. "flips" for
+            an image and its mirror image, each as often. If None, every epoch has another view.
         kept_on: Device whose memory holds the pixels once they have been decoded, one byte an
             element. If None, they are decoded whenever they are asked for.
 
@@ -40,9 +42,11 @@ class InputRows:
         device: torch.device,
         augment_seed: int | None = None,
         *,
+        views: int | str | None = None,
         kept_on: torch.device | None = None,
     ) -> None:
         self.images = images
+        self.views = views
         self._pixels = images if kept_on is None else KeptPixels(images, kept_on)
         self.device = device
         self.augment_seed = augment_seed
@@ -60,7 +64,11 @@ class InputRows:
         if self.augment_seed is None:
             yield from map(self.from_pixels, pixels)
             return
-        views = random_views(len(self), self.augment_seed, self.epoch)
+        if self.views == FLIPS:
+            views = mirrorings(len(self), self.augment_seed, self.epoch % 2)
+        else:
+            view = self.epoch if self.views is None else self.epoch % int(self.views)
+            views = random_views(len(self), self.augment_seed, view)
         # To the device as a whole: each copy would wait for it.
         drawn = torch.from_numpy(views[all_rows(order)]).to(self.device)
         for one, view in zip(pixels, drawn.split([len(rows) for rows in order]), strict=True):
@@ -116,14 +124,35 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
-def random_views(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Draws random views of all rows, (rows, 3): top, left, and whether mirrored (1) or not (0).
+def random_views(rows: int, seed: int, view: int) -> NDArray[np.int64]:
+    """Draws a view of each row, (rows, 3): top, left, and whether mirrored (1) or not (0).
 
-    They are drawn for the whole epoch, so that a row's view does not depend on its batch.
+    A row's view depends on the seed and on the numbers of the row and the view alone.
     """
-    random = np.random.default_rng([seed, epoch, 1])
-    corners = random.integers(0, 2 * PADDING + 1, (rows, 2))
-    return np.column_stack([corners, random.integers(0, 2, rows)])
+    bits = _bits(rows, seed, view)
+    sides = np.uint64(2 * PADDING + 1)
+    top, left = ((bits >> np.uint64(shift) & np.uint64(0xFFFF)) % sides for shift in (0, 16))
+    return np.column_stack([top, left, bits >> np.uint64(32) & np.uint64(1)]).astype(np.int64)
+
+
+def mirrorings(rows: int, seed: int, view: int) -> NDArray[np.int64]:
+    """Returns views as `random_views` does, of which one half of the rows is mirrored.
+
+    A row that is mirrored in view 0 is not in view 1.
+    """
+    mirrored = ((_bits(rows, seed, 0) >> np.uint64(32)).astype(np.int64) + view) % 2
+    return np.column_stack([np.full((rows, 2), PADDING), mirrored])
+
+
+def _bits(rows: int, seed: int, view: int) -> NDArray[np.uint64]:
+    """Returns 64 random bits for each row, by the mixing function of splitmix64."""
+    bits = np.zeros(rows, np.uint64)
+    for number in (np.uint64(seed), np.uint64(view), np.arange(rows, dtype=np.uint64)):
+        bits = (bits ^ number) + np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ bits >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ bits >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        bits ^= bits >> np.uint64(31)
+    return bits
 
 
 def augment(pixels: Tensor, views: Tensor) -> Tensor:

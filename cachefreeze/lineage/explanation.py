@@ -41,6 +41,37 @@ class Explanation:
         """Returns the text."""
         return self.text
 
+    def over(self, epochs: int, rows: int, views: int = 1) -> str:
+        """Says what is left out over a whole run, and how much room the kept rows take.
+
+        Args:
+            epochs: Number of epochs.
+            rows: Number of rows of the data set.
+            views: Number of views of each row, each of which is computed once.
+        """
+        share, size = left_out(epochs, views), _bytes(rows * views * self.row_bytes)
+        return (
+            f"With {epochs} epochs and {_views(views)} of each row, 1 - {min(views, epochs)}/"
+            f"{epochs} = {share:.0%} of this work is left out at most, and {rows:,} rows take "
+            f"{size}."
+        )
+
+
+def left_out(epochs: int, views: int = 1) -> float:
+    """Returns the largest share of frozen work that a cache can leave out, from 0 to 1.
+
+    Each view of a row has to be computed once.
+
+    Args:
+        epochs: Number of epochs.
+        views: Number of views of each row.
+    """
+    return 1 - min(views, epochs) / epochs
+
+
+def _views(views: int) -> str:
+    return "1 view" if views == 1 else f"{views} views"
+
 
 def explain(model: Callable[..., Any], /, *example: Any, **kwargs: Any) -> Explanation:
     """Explains what a cache would save of a model's forward pass, and which work limits it.

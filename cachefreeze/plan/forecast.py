@@ -43,6 +43,7 @@ class Run:
         train_rows: Number of training rows.
         val_rows: Number of validation rows.
         batch_size: Number of rows in a batch.
+        views: Number of views of each row. Each of them is computed once.
         keeps_pixels: Whether decoded pixels stay in memory.
     """
 
@@ -52,6 +53,7 @@ class Run:
     train_rows: int
     val_rows: int
     batch_size: int
+    views: int = 1
     keeps_pixels: bool = False
 
     @property
@@ -88,8 +90,13 @@ class Run:
             found.append(Span(steps, steps * (step + share * validate), before))
         return found
 
+    def passes(self, step: int) -> int:
+        """Returns the number of views that are still to be shown from a step on."""
+        left = self.total_steps - step + step % self.steps_per_epoch
+        return min(self.views, -(-left // self.steps_per_epoch))
+
     def fill(self, step: int, kept: int, costs: Costs) -> Fill:
-        """Predicts a pass over the training set that keeps its rows.
+        """Predicts a pass over the training set that keeps its rows, once for each view.
 
         Args:
             step: Number of the step before which the pass is made, from 0. Before step 0 there is
@@ -101,9 +108,10 @@ class Run:
         work = costs.read[kept] + sum(costs.forward[kept:frozen])
         spared = work - costs.read[frozen]
         compared = TRACED * sum(costs.forward) + COMPARED * sum(costs.forward[:frozen])
-        written = self.steps_per_epoch * costs.write[frozen]
-        computed = self.steps_per_epoch * work
-        read = self.steps_per_epoch * costs.read[frozen]
+        batches = self.steps_per_epoch * self.passes(step)
+        written = batches * costs.write[frozen]
+        computed = batches * work
+        read = batches * costs.read[frozen]
         return Fill(
             cost=computed + written + compared,
             again=written + read + compared,

@@ -262,6 +262,28 @@ def accuracy_against_time(runs: Sequence[tuple[str, Sequence[float], Sequence[fl
         return _svg(figure, "accuracy")
 
 
+def score_by_rate(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], score: str) -> str:
+    """Draws a score over learning rates, with a line for each kind of head.
+
+    Args:
+        curves: Name of each kind, and its learning rates with the scores.
+        score: Name of the score.
+    """
+    with _drawing(240 + 14 * len(curves)) as figure:
+        axes, lines = figure.subplots(), []
+        for number, (_, points) in enumerate(curves):
+            look = _look(SERIES[number % len(SERIES)], f"heads-{number}")
+            how = DASHES[number // 2 % len(DASHES)] + MARKERS[number % len(MARKERS)]
+            lines += axes.plot(*zip(*sorted(points), strict=True), how, **look)
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylabel(score)
+        axes.set_xlabel("learning rate for a batch of 256")
+        figure.legend(lines, [name for name, _ in curves], loc="outside upper left")
+        return _svg(figure, "heads")
+
+
 def _bars(
     axes: Axes, tops: Sequence[float], colour: str, name: str, below: Sequence[float] | None = None
 ) -> None:

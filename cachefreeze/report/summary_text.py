@@ -45,6 +45,10 @@ def opening_words(
         plan = f"frozen from the start: {start}; {plan}"
     if settings["cache"]:
         cache = f"activations of frozen units are kept in {settings['cache_dir']}"
+        views = settings.get("views")
+        if views is not None:
+            what = "both mirrorings" if views == "flips" else f"{views} views"
+            cache += f", of {what} of each image"
     elif settings["augment"]:
         cache = "off: augmented pixels are new in every epoch, so there is nothing to keep"
     else:
@@ -125,6 +129,23 @@ def plan_words(
         share += ": the share of the saving at the limit"
     measured = "" if measured_steps is None else f"predicted from {measured_steps} steps"
     return [*lines, "", *filter(None, (share, measured))]
+
+
+def views_line(rows: int, row_bytes: float, epochs: int, views: int) -> str:
+    """Returns a line about the law that bounds what the cache saves, and the room that it takes.
+
+    Args:
+        rows: Number of training images.
+        row_bytes: Most bytes that a kept row takes.
+        epochs: Number of epochs.
+        views: Number of views of each image. Each is computed once.
+    """
+    count = "1 view" if views == 1 else f"{views} views"
+    share = max(1 - views / epochs, 0.0)
+    return (
+        f"of what is frozen from the start, 1 - {views}/{epochs} = {share:.0%} can be left out "
+        f"({count} of each image); the kept rows take up to {human_bytes(rows * views * row_bytes)}"
+    )
 
 
 def epoch_line(metrics: Mapping[str, Any], epochs: int, units: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The preview of `--plan`: the steps at which units freeze, and predicted times of the run."""
 
 import time
+from bisect import bisect_left
 
 import torch
 
@@ -9,7 +10,7 @@ from cachefreeze.data import ArrayImages, InputRows, Outline
 from cachefreeze.freezeout import units_of
 from cachefreeze.plan.costs import Costs
 from cachefreeze.plan.forecast import Run
-from cachefreeze.report.summary_text import opening_words, plan_words
+from cachefreeze.report.summary_text import opening_words, plan_words, views_line
 from cachefreeze.training.device import resolve_device, resolve_precision, set_numerics, synchronize
 from cachefreeze.training.measuring import TIMED, WARM_UP, forward_seconds
 from cachefreeze.training.network import check_network, find_weights, make_network
@@ -70,12 +71,16 @@ def preview(settings: Settings) -> dict[str, float]:
     costs = Costs.measured(seconds + load, load, *measured, frozen)
     steps = scheduler.schedule.freeze_steps
     run = Run(
-        steps, total_steps, steps_per_epoch, about.train_rows, about.val_rows, batch_size, True
-    )
+        steps, total_steps, steps_per_epoch, about.train_rows, about.val_rows, batch_size,
+        settings.views_of_a_row, True,
+    )  # fmt: skip
     forecast = run.forecast(costs)
     say("")
     for line in plan_words(names, steps, total_steps, steps_per_epoch, forecast, TIMED):
         say(line, always=True)
+    kept = max(measured[1][1 : bisect_left(steps, total_steps) + 1], default=0) / batch_size
+    views = settings.views_of_a_row
+    say(views_line(about.train_rows, kept, settings.epochs, views), always=True)
     return forecast
 
 

@@ -48,6 +48,10 @@ def _unit_or_number(text: str) -> str | int:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
+def _views(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def _workers(_: dict[str, Any]) -> int:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     return min(processors, _MOST_WORKERS)
@@ -113,7 +117,11 @@ class Settings:
     skip_broken: bool = option(default=False, only=("imagefolder",))
     """leave out images of an imagefolder that cannot be decoded, and name them"""
     augment: bool = option(default=False)
-    """crop images (padded by 4 pixels) and flip them at random; this switches the cache off"""
+    """crop images (padded by 4 pixels) and flip them at random; this switches the cache off, unless
+    --views is given"""
+    views: int | str | None = option(metavar="K|flips", type=_views)
+    """with --augment: show K random views of each image, view e modulo K in epoch e, so that they
+    come again and are kept; flips shows an image and its mirror image, each as often"""
 
     t0: float = option(
         "--t_0",
@@ -133,8 +141,8 @@ class Settings:
 
     cache: bool = option(
         group="cache",
-        default=lambda run: not run["augment"],
-        told="on; off with --augment",
+        default=lambda run: not run["augment"] or run["views"] is not None,
+        told="on; off with --augment without --views",
         free=True,
     )
     """cache the outputs of frozen units; with --no-cache frozen units run in every step, as in
@@ -251,6 +259,11 @@ class Settings:
         """Most bytes that the cache folder may take, or None if no limit was given."""
         return None if self.cache_max_gb is None else int(self.cache_max_gb * 1e9)
 
+    @property
+    def views_of_a_row(self) -> int:
+        """Number of views of each image that come again."""
+        return 2 if self.views == "flips" else int(self.views or 1)
+
     def network_sizes(self) -> dict[str, Any]:
         """Returns arguments of `models.build`: all but the architecture, classes and weights."""
         names = ("depth", "width", "growth_rate", "bottleneck", "dropout", "image_size")
@@ -327,10 +340,15 @@ def _refuse_what_does_not_apply(run: dict[str, Any], given: dict[str, Any]) -> N
             raise UserError(
                 f"{option_of(one.name)} is for {names} only: leave it out, or choose {names}"
             )
-    if run["augment"] and given.get("cache"):
+    views = run["views"]
+    if views is not None and views != "flips" and (isinstance(views, str) or views < 1):
+        raise UserError(f"--views {views} does not make sense: it must be 1 or more, or flips")
+    if views is not None and not run["augment"]:
+        raise UserError("--views are of augmented images: give --augment too, or leave it out")
+    if run["augment"] and views is None and given.get("cache"):
         raise UserError(
             "--augment and --cache exclude each other: augmented pixels are new in every epoch, "
-            "so there is nothing to keep"
+            "so there is nothing to keep; give --views K, which come again"
         )
     if "t0" in given and "freeze_first" in given and "schedule" not in given:
         raise UserError(
@@ -354,5 +372,8 @@ def _refuse_what_does_not_apply(run: dict[str, Any], given: dict[str, Any]) -> N
         )
     if run["tf32"] and run["precision"] == "bf16":
         raise UserError("--tf32 has no effect on bf16: leave it out, or give --precision fp32")
-    if run["plan"] and (given.get("cache") is False or run["augment"]):
-        raise UserError("--plan shows what the cache would do: leave out --no-cache and --augment")
+    if run["plan"] and not run["cache"]:
+        raise UserError(
+            "--plan shows what the cache would do: leave out --no-cache, and give --views with "
+            "--augment"
+        )

@@ -82,9 +82,12 @@ class Trainer:
         example = torch.zeros(2, *data.image_shape, device=device)
         self.labels = {"train": data.train.labels.to(device), "val": data.val.labels.to(device)}
         kept_on = place_of_pixels(data, device, cached=settings.cache)
+        views = settings.views
         self.inputs = {
-            split: InputRows(images, data.mean, data.std, device, augment_seed, kept_on=kept_on)
-            for split, images, augment_seed in (
+            split: InputRows(
+                images, data.mean, data.std, device, seed, views=views, kept_on=kept_on
+            )
+            for split, images, seed in (
                 ("train", data.train, settings.seed if settings.augment else None),
                 ("val", data.val, None),
             )
@@ -103,6 +106,7 @@ class Trainer:
             len(data.train),
             len(data.val),
             settings.batch_size,
+            views=settings.views_of_a_row,
             keeps_pixels=kept_on is not None or isinstance(data.train, ArrayImages),
         )
         self.cache: ActivationCache | None = None
@@ -307,7 +311,7 @@ class Trainer:
                 codec=self.settings.cache_codec,
             )
             self.cache = self._open.enter_context(cache)
-        if not self.state.step:  # rows are kept as the first epoch passes
+        if not self.state.step:  # rows are kept as the first epochs pass
             return
         with self.state.timing("train"):
             synchronize(self.device)
@@ -327,19 +331,23 @@ class Trainer:
         say(fill_line(self.state.fills[-1]))
 
     def _fill(self, cache: ActivationCache) -> None:
-        """Keeps the rows of the training set. A validation keeps its own rows as they pass."""
+        """Keeps the training rows in all views to come. A validation keeps its own as they pass."""
         self.model.train()
+        inputs, passes = self.inputs["train"], self.run.passes(self.state.step)
         order = full_batches(np.arange(len(self.labels["train"])), self.settings.batch_size)
-        bar = progress_bar("keeping rows", len(order), "batch", delay=SHOW_AFTER)
+        bar = progress_bar("keeping rows", passes * len(order), "batch", delay=SHOW_AFTER)
 
         def batches() -> Iterator[Tensor]:
-            for x in self.inputs["train"].batches(order):
-                self._stop_if_asked()
-                yield x
-                bar.update()
+            for further in range(passes):
+                inputs.epoch = self.state.step // self.steps_per_epoch + further
+                for x in inputs.batches(order):
+                    self._stop_if_asked()
+                    yield x
+                    bar.update()
 
         with bar:
             cache.fill(batches(), self._logits)
+        inputs.epoch = self.state.epoch
 
     def _stats(self) -> dict[str, float]:
         """Returns what the cache has counted in this process."""

@@ -1,5 +1,6 @@
 """The examples, as a newcomer runs them, and with their one line taken out."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from tests.support.programs import Programs, warm
 
-from .programs import assert_the_line_changes_nothing
+from .programs import ROOT, assert_the_line_changes_nothing
 
 # Each with the packages that it needs, and the share of the rows that must be served.
 EXAMPLES: dict[str, tuple[list[str], float]] = {
@@ -18,6 +19,7 @@ EXAMPLES: dict[str, tuple[list[str], float]] = {
     "lightning_probe": (["lightning"], 0.5),
     "lora": (["transformers", "peft", "accelerate"], 0.5),
     "diffusion": (["diffusers"], 0.6),
+    "preference": (["transformers"], 0.5),
 }
 LIBRARIES = (
     "transformers.trainer", "transformers.models.bert", "transformers.models.llama", "accelerate",
@@ -37,3 +39,19 @@ def test_an_example_ends_with_the_weights_that_it_has_without_its_one_line(
 ) -> None:
     packages, share = EXAMPLES[name]
     assert_the_line_changes_nothing(programs, f"examples/{name}.py", packages, share, tmp_path)
+
+
+def test_the_teacher_of_the_example_runs_once_for_each_view(programs: Programs) -> None:
+    printed = programs.run(ROOT / "examples/views.py", timeout=600).stdout
+    served = re.findall(r"(\d+) of 256 rows served", printed)
+    assert list(map(int, served[:3])) == [0, 0, 0]
+    assert list(map(int, served[-3:])) == [256, 256, 256]
+
+
+def test_the_backbone_of_a_sweep_runs_in_the_first_trial_only(programs: Programs) -> None:
+    pytest.importorskip("optuna")
+    printed = programs.run(ROOT / "examples/sweep.py", timeout=600).stdout
+    served = list(map(int, printed.rpartition(":")[2].split()))
+    assert len(served) == 10
+    # In the others, a few batches are compared.
+    assert all(one >= 512 for one in served[1:])

@@ -189,6 +189,39 @@ def test_an_augmented_row_depends_on_seed_epoch_and_row_alone(images: Path) -> N
     assert not torch.equal(views(rows, seed=2), whole)
 
 
+def test_a_view_depends_on_the_row_and_not_on_how_many_there_are() -> None:
+    assert (random_views(500, 3, 7)[:20] == random_views(20, 3, 7)).all()
+    many = random_views(20_000, 3, 7)
+    for shifts in (many[:, 0], many[:, 1]):
+        counts = np.bincount(shifts, minlength=9)
+        assert len(counts) == 9
+        assert abs(counts / len(many) - 1 / 9).max() < 0.01
+    assert abs(many[:, 2].mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(many.T)[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize(("views", "again"), [(None, False), (3, True), ("flips", False)])
+def test_views_of_an_epoch_come_again_after_as_many_epochs(
+    images: Path, views: Any, again: bool
+) -> None:
+    data = load_images(images)
+    inputs = InputRows(data.train, data.mean, data.std, torch.device("cpu"), 1, views=views)
+    seen = []
+    for inputs.epoch in range(6):
+        seen.append(next(inputs.batches([np.arange(40)])))
+    assert torch.equal(seen[0], seen[3]) == again
+    assert not torch.equal(seen[0], seen[1])
+    if views == "flips":
+        plain = InputRows(data.train, data.mean, data.std, torch.device("cpu"))
+        x = next(plain.batches([np.arange(40)]))
+        mirrored = torch.tensor(
+            [[torch.equal(one.flip(-1), row) for one, row in zip(x, epoch, strict=True)]
+             for epoch in seen]
+        ).double()  # fmt: skip
+        assert (mirrored.mean(0) == 0.5).all(), "each row as often as its mirror image"
+        assert 0.2 < mirrored[0].mean() < 0.8, "both in one epoch"
+
+
 @pytest.mark.parametrize("augment_seed", [None, 3])
 def test_pixels_that_stay_in_memory_are_decoded_once_and_give_the_same_rows(
     images: Path, augment_seed: int | None

@@ -34,6 +34,9 @@ def shares_saved(model):
 
 def test_a_frozen_encoder_is_nearly_all_of_the_pass():
     told = cachefreeze.explain(Model().eval(), X)
+    law = told.over(epochs=20, rows=1000, views=4)
+    assert "1 - 4/20 = 80%" in law
+    assert "1,000 rows take 256.0 kB" in law
     assert statistics.median(shares_saved(Model().eval())) > 0.8
     assert told.kept == ("the model itself: mean (4x16)",)
     assert told.row_bytes == 16 * 4

@@ -93,6 +93,16 @@ COSTS = Costs((1.0, 2.0, 3.0), 2.0, (0.0, 0.1, 0.2, 0.3), 0.0, (0.0, 0.2, 0.4, 0
 RUN = Run((20, 32, 40), 40, 4, 64, 16, 16)
 
 
+@pytest.mark.parametrize(("step", "passes"), [(0, 3), (28, 3), (31, 3), (32, 2), (39, 1)])
+def test_only_views_that_are_still_shown_are_computed(step: int, passes: int) -> None:
+    run = dataclasses.replace(RUN, views=3)
+    assert run.passes(step) == passes
+    costs = Costs.unknown(3)
+    once, often = (one.fill(20, 0, costs) for one in (RUN, run))
+    assert (often.cost - once.cost) == pytest.approx(2 * 4 * 1.0)  # two more epochs of one unit
+    assert often.spared == once.spared
+
+
 def test_every_way_to_train_has_its_price(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "TRACED", 0.1)
     monkeypatch.setattr(forecast, "COMPARED", 1)
@@ -193,9 +203,11 @@ def test_a_plan_needs_neither_data_nor_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--plan", "--dataset", "imagefolder", "--rows", "5000", "500", "--classes", "7"]
-    assert main([*options, "--arch", "wrn10_1", "--image-size", "32", "-b", "32"]) == 0
+    views = ["--augment", "--views", "2"]
+    assert main([*options, "--arch", "wrn10_1", "--image-size", "32", "-b", "32", *views]) == 0
     told = capsys.readouterr().out
     assert "5,000 training and 500 validation images, 3x32x32, 7 classes" in told
     for words in ("stem", "freezing only", "with the cache", "limit", "predicted from 5 steps"):
         assert words in told
+    assert "1 - 2/30 = 93% can be left out (2 views of each image)" in told
     assert list(tmp_path.iterdir()) == []

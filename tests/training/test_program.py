@@ -111,6 +111,18 @@ def test_augmentation_switches_the_cache_off_and_says_so(
     assert run.summary["weights_sha256"] != plain.summary["weights_sha256"]
 
 
+@pytest.mark.parametrize("views", [2, "flips"])
+def test_views_of_augmented_images_are_kept_and_change_no_bit(
+    train: Train, views: int | str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--augment", "--views", views, *SHORT)
+    run, plain = train(*words), train("--no-cache", *words)
+    assert run.summary["cache"]["enabled"]
+    assert run.summary["weights_sha256"] == plain.summary["weights_sha256"]
+    assert sum(line["rows_served"] for line in run.metrics) > 0
+    assert "of each image" in capsys.readouterr().out
+
+
 def test_its_words_say_what_happened_and_what_to_type_next(
     train: Train,
     capsys: pytest.CaptureFixture[str],

@@ -1,0 +1,1 @@
+"""Probing: many heads, trained together on one pass of a frozen network."""
