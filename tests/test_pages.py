@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze
-from cachefreeze.probing.options import ProbeSettings
+from cachefreeze.probing import options as probing_options
 from cachefreeze.train import main
 from cachefreeze.training import command_line
 from cachefreeze.training.options import option_of
@@ -103,6 +103,8 @@ def test_every_command_is_one_that_there_is(page: Path) -> None:
             assert re.search(rf"^{words[0]}:", makefile, re.M)
         elif Path(program).name == "python" and words[:2] == ["-m", "cachefreeze.train"]:
             command_line.parse(words[2:])
+        elif Path(program).name == "python" and words[:2] == ["-m", "cachefreeze.probe"]:
+            probing_options.parse(words[2:])
         elif Path(program).name == "python" and words[0] != "-m":
             assert (ROOT / words[0]).exists() or words[0] == "make_photos.py"
         else:
@@ -117,7 +119,7 @@ def test_every_file_and_option_that_is_named_exists(page: Path) -> None:
     if page.name == "stale.md":  # it names options of others
         return
     known = set(command_line.command_line()._option_string_actions)
-    known |= {option_of(one.name) for one in dataclasses.fields(ProbeSettings)}
+    known |= {option_of(one.name) for one in dataclasses.fields(probing_options.ProbeSettings)}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text)) <= known

@@ -348,7 +348,7 @@ def test_the_best_head_predicts_what_it_was_chosen_for(
 
 
 def test_the_best_head_loads_without_this_project(probed: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "probing.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "tutorials" / "probing.md").read_text()
     (code,) = (one for one in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "timm" in one)
     assert "cachefreeze" not in code
     names: dict[str, Any] = {}
