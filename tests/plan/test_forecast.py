@@ -205,7 +205,7 @@ def test_a_plan_needs_neither_data_nor_training(
     options = ["--plan", "--dataset", "imagefolder", "--rows", "5000", "500", "--classes", "7"]
     views = ["--augment", "--views", "2"]
     assert main([*options, "--arch", "wrn10_1", "--image-size", "32", "-b", "32", *views]) == 0
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())  # lines are broken at 80 columns
     assert "5,000 training and 500 validation images, 3x32x32, 7 classes" in told
     for words in ("stem", "freezing only", "with the cache", "limit", "predicted from 5 steps"):
         assert words in told
