@@ -204,7 +204,7 @@ def test_a_folder_of_images_becomes_a_run_and_a_report(
     assert len(told) == 7
     _, plan, cached, plain, compared, _, stats = told.values()
     assert "with the cache" in plan
-    assert "of rows from the cache" in cached
+    assert "% cached" in cached
     assert "report    runs/photos/report.html" in cached
     assert "off: frozen units are computed in every step" in plain
     letters = re.findall(r"  ([AB]) [0-9a-f]{12}$", compared, re.M)

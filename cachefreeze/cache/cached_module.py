@@ -67,6 +67,8 @@ class CachedModule:
         self._fitting = self._again = 0
         self._by_parts = self._gives_up = False
         self._tried: dict[_Key, int] = {}
+        # Names of numbers that a traced pass has read and changed.
+        self._counters: set[str] = set()
         # Flags at the time when all traces rested, number of calls in a row that found them at
         # rest, and number of calls since then.
         self._asleep: _Flags | None = None
@@ -249,6 +251,10 @@ class CachedModule:
             call.module, *call.args, moving=moving, code_frames=around.frames(), **call.kwargs
         )
         self._shared.stats.rows_computed += _rows(copies)
+        if around.counter and around.counter not in self._counters:
+            # It may have been set for good, at the first use of something: the next pass tells.
+            self._counters.add(around.counter)
+            return output
         name = self._words(call.module, copies)
         self._tried[key] = self._tried.get(key, 0) + 1
         last = self._tried[key] >= _TRIES

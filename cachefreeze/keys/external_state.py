@@ -190,6 +190,9 @@ class ExternalState:
     Args:
         modules: Modules whose code and attributes are looked into.
         given: Arguments of the call. Functions among them are looked into as well.
+
+    Attributes:
+        counter: Name of a number that the traced pass has read and changed, or an empty string.
     """
 
     def __init__(self, modules: Iterable[nn.Module], given: Any) -> None:
@@ -208,6 +211,7 @@ class ExternalState:
         self._take()
         self._look: _Look | None = None
         self._slow: list[_Watched] = []
+        self.counter = ""
 
     def frames(self) -> Frames:
         """Makes the hook that looks into each function that runs in the traced pass."""
@@ -220,12 +224,13 @@ class ExternalState:
         found, self._taken = self._code.places[self._taken :], len(self._code.places)
         self._watched += [_Watched(place, True) for place in found]
 
-    def settle(self) -> bool:
+    def settle(self) -> str:
         """Ends the traced pass. State that the pass itself changed is not compared.
 
         Returns:
-            Whether the pass has changed a number that it reads, such as a counter. Then it depends
-            on the calls before. A cache that has grown, or a flag, may be as it is from now on.
+            Name of a number that the pass reads and has changed, such as a counter, or an empty
+            string. Then the pass depends on the calls before. A cache that has grown, or a flag,
+            may be as it is from now on.
         """
         self._code.resolve()
         self._take()
@@ -233,7 +238,8 @@ class ExternalState:
         self._watched = [one for one in self._watched if one not in changed]
         self._code.forget()
         self._look = None
-        return any(one.counts for one in changed)
+        self.counter = next((one.name for one in changed if one.counts), "")
+        return self.counter
 
     def difference(self) -> str:
         """Returns the name of something that has changed, or an empty string."""

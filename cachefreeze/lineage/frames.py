@@ -15,14 +15,14 @@ class Frames:
         first: Function called with the frame, before any line of it has run.
 
     Attributes:
-        ended: Function called when the pass is over. It returns whether the pass has changed a
-            number that it reads.
+        ended: Function called when the pass is over. It returns the name of a number that the pass
+            reads and has changed, or an empty string.
         codes: Code objects that ran or need no report, by `id`: two functions may have equal code.
     """
 
     def __init__(self, first: Callable[[types.FrameType], None]) -> None:
         self.codes: dict[int, types.CodeType] = {}
-        self.ended: Callable[[], bool] = bool
+        self.ended: Callable[[], str] = str
         self._first = first
         self._switch: Callable[[Any], None] | None = None
         self._is_on = False

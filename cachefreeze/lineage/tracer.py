@@ -380,8 +380,8 @@ class _Tracer(ModuleCalls):
         self._generators_now()
         if self._hidden_draws or self._python != soundness.python_generators():
             self._forbid_whole_calls(DRAWS)
-        if self.frames is not None and self.frames.ended():
-            self._forbid_whole_calls("reads a number that the pass itself changes")
+        if self.frames is not None and (number := self.frames.ended()):
+            self._forbid_whole_calls(f"reads {number}, which the pass itself changes")
         for name, reference in self._met:
             module = reference()
             if module is not None:

@@ -317,7 +317,7 @@ def test_an_optimizer_of_other_groups_is_refused() -> None:
 
 def test_the_loop_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = Path(__file__).parents[2] / "docs" / "freezeout.md"
+    page = Path(__file__).parents[2] / "docs" / "tutorials" / "freezeout.md"
     code = page.read_text().split("```python\n")[1].split("```")[0]
     dataset = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 3)
     names: dict[str, Any] = {
