@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -93,17 +94,13 @@ def linear_heads(
         )
     for blocks in settings.blocks:
         for pooling in poolings:
-            for decay in settings.weight_decay:
-                for rate in settings.lr:
-                    columns = (
-                        list(range(sum(layout.widths[:blocks])))
-                        if patches
-                        else layout.columns(blocks, pooling)
-                    )
-                    head = Linear(columns, classes)
-                    torch.nn.init.normal_(head.linear.weight, std=_SPREAD)
-                    torch.nn.init.zeros_(head.linear.bias)
-                    found.append((head, blocks, pooling, rate, decay))
+            every = range(sum(layout.widths[:blocks]))
+            columns = every if patches else layout.columns(blocks, pooling)
+            for decay, rate in product(settings.weight_decay, settings.lr):
+                head = Linear(columns, classes)
+                torch.nn.init.normal_(head.linear.weight, std=_SPREAD)
+                torch.nn.init.zeros_(head.linear.bias)
+                found.append((head, blocks, pooling, rate, decay))
     return found
 
 

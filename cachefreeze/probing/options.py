@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.training.options import Help, Parser, add_options, filled, option, refuse_senseless
-from cachefreeze.training.settings import Settings, settings_of
+from cachefreeze.training.settings import Settings, new_folder, settings_of
 from cachefreeze.training.terminal import Verbosity
 
 # Those of DINOv2's linear evaluation, for a batch of 256.
@@ -26,9 +25,7 @@ def _views(text: str) -> int | str:
 
 
 def _new_output_dir(given: dict[str, Any]) -> Path:
-    base = Path("probes") / f"{datetime.now():%Y%m%d-%H%M%S}"
-    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 1000))
-    return next(path for path in candidates if not path.exists())
+    return new_folder("probes")
 
 
 @dataclass(frozen=True, kw_only=True)

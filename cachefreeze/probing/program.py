@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.probing.options import ProbeSettings, network_settings, parse
+from cachefreeze.training.settings import network_name
 from cachefreeze.training.terminal import printable, progress_bar, say, speaking, this_python, track
 
 if TYPE_CHECKING:
@@ -185,11 +186,7 @@ def _of_checkpoint(
             f"--model {path} does not say which network it is of: give the network as --model, and "
             "the file as --weights"
         )
-    second = {"wrn": said.get("width"), "densenet": said.get("growth_rate")}.get(said["arch"])
-    name = str(said["arch"])
-    if ":" not in name:
-        name += f"{said.get('depth')}" + ("" if second is None else f"_{second}")
-    changed = dataclasses.replace(settings, model=name)
+    changed = dataclasses.replace(settings, model=network_name(str(said["arch"]), said))
     return changed, {**shared, "weights": str(path)}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -60,9 +61,28 @@ def _workers(_: dict[str, Any]) -> int:
 def _new_output_dir(run: dict[str, Any]) -> Path:
     """Returns the path runs/DATE-TIME-ARCH-DATASET, with a number if that is taken."""
     name = f"{Path(run['arch'].rpartition(':')[2]).name}-{run['dataset']}"
-    base = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    return new_folder("runs", f"-{name}")
+
+
+def new_folder(parent: str, ending: str = "") -> Path:
+    """Returns the path PARENT/DATE-TIME with an ending, and with a number if that is taken."""
+    base = Path(parent) / f"{datetime.now():%Y%m%d-%H%M%S}{ending}"
     candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 1000))
     return next(path for path in candidates if not path.exists())
+
+
+def network_name(arch: str, sizes: Mapping[str, Any]) -> str:
+    """Returns the name of a network with its sizes, such as wrn16_2 or torchvision:resnet18.
+
+    Args:
+        arch: Name of the network without its sizes.
+        sizes: Settings of a run, or those among them that are sizes.
+    """
+    if ":" in arch:
+        return arch
+    second = {"wrn": "width", "densenet": "growth_rate"}.get(arch)
+    size = None if second is None else sizes.get(second)
+    return f"{arch}{sizes.get('depth')}" + (f"_{size}" if size is not None else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,10 +259,7 @@ class Settings:
     @property
     def network(self) -> str:
         """Name of the network with its sizes, such as wrn16_2 or torchvision:resnet18."""
-        if self.library is not None:
-            return self.arch
-        second = {"wrn": self.width, "densenet": self.growth_rate}.get(self.arch)
-        return f"{self.arch}{self.depth}" + (f"_{second}" if second is not None else "")
+        return network_name(self.arch, vars(self))
 
     @property
     def library(self) -> str | None:
