@@ -82,7 +82,7 @@ INSIDE = {
         ["directory"],
         ["inspect"],
     ],
-    "plan": [["costs", "fill", "overhead"], ["forecast"]],
+    "plan": [["costs", "fill", "overhead", "views"], ["forecast"]],
     "freezeout": [["schedule", "freezing"], ["units"], ["scheduler"]],
     "models": [["layers", "hugging_face"], ["wrn", "densenet", "vgg", "ready_made"]],
     "data": [["order"], ["images"], ["inputs", "folders"], ["sets"]],

@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, Dataset, IterableDataset
 
 from cachefreeze.errors import UserError
-
-FLIPS = "flips"
+from cachefreeze.plan.views import FLIPS
 
 
 class Views(Dataset[Any]):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cachefreeze.data.images import Images
 from cachefreeze.data.order import Indices, all_rows
+from cachefreeze.plan.views import FLIPS
 
 PADDING = 4
-FLIPS = "flips"
 
 
 class InputRows:

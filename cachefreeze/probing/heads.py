@@ -16,8 +16,6 @@ from torch.func import functional_call
 # Differences between heads that run together and the same heads alone that are rounding.
 _ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-# Rows that heads are evaluated on at once.
-_MANY = 1024
 
 
 class Heads:

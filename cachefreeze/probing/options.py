@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.training.options import Help, Parser, add_options, filled, option, refuse_senseless
+from cachefreeze.training.options import (
+    Help,
+    Parser,
+    add_options,
+    filled,
+    option,
+    refuse_senseless,
+    refuse_views,
+    views_from,
+)
 from cachefreeze.training.settings import Settings, new_folder, settings_of
 from cachefreeze.training.terminal import Verbosity
 
@@ -18,10 +27,6 @@ _COUNT = (lambda count: count >= 1, "1 or more")
 _POSITIVE = (lambda numbers: all(one > 0 for one in numbers), "above 0")
 # Settings of the network and the data, which are those of `cachefreeze.train`.
 SHARED = ("weights", "skip_broken", "cache_dir", "cache_max_gb", "device", "precision", "workers")
-
-
-def _views(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _new_output_dir(given: dict[str, Any]) -> Path:
@@ -83,7 +88,7 @@ class ProbeSettings:
     """number of passes of linear heads over the rows"""
     batch_size: int = option("-b", default=128, limits=_COUNT)
     """number of rows in a step of linear heads"""
-    views: int | str | None = option(metavar="K|flips", type=_views)
+    views: int | str | None = option(metavar="K|flips", type=views_from)
     """train linear heads on K views of each image, cropped and mirrored at random, or on both
     mirrorings; the network runs K times over each image, whatever the number of epochs"""
     seed: int = option(
@@ -154,9 +159,7 @@ def _refuse(settings: ProbeSettings, given: dict[str, Any]) -> None:
             "probing needs --model and --data-dir: a network, such as "
             "timm:vit_small_patch14_dinov2, and a folder of images"
         )
-    views = settings.views
-    if views is not None and views != "flips" and (isinstance(views, str) or views < 1):
-        raise UserError(f"--views {views} does not make sense: it must be 1 or more, or flips")
+    refuse_views(settings.views)
     if settings.task == "segmentation":
         for name in ("views", "pooling", "methods", "C", "k"):
             if name in given:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from cachefreeze.cache import ActivationCache
 from cachefreeze.data import epoch_order, full_batches
 from cachefreeze.errors import UserError
+from cachefreeze.plan.views import count_views
 from cachefreeze.probing.heads import Heads
 from cachefreeze.probing.rows import Rows, collect, frozen
 
@@ -162,8 +163,7 @@ def rows_of(
         loader: Any = DataLoader(dataset, **options)
     else:
         loader = cache.loader(dataset, views=views, transform=transform, seed=seed, **options)
-    count = 2 if views == "flips" else views or 1
-    return collect(call, loader, len(dataset), int(count), device, tick)
+    return collect(call, loader, len(dataset), count_views(views), device, tick)
 
 
 def train_heads(

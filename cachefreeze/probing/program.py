@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cachefreeze.errors import UserError
+from cachefreeze.plan.views import FLIPS, count_views
 from cachefreeze.probing.options import ProbeSettings, network_settings, parse
 from cachefreeze.training.settings import network_name
 from cachefreeze.training.terminal import printable, progress_bar, say, speaking, this_python, track
@@ -116,8 +117,7 @@ def _probe(
             return join(backbone(x))
 
     views, transform = _augmented(settings)
-    count = 2 if views == "flips" else int(views or 1)
-    total = count * len(train) + len(val)
+    total = count_views(views) * len(train) + len(val)
     cache = ActivationCache(backbone, directory=run.cache_dir, max_bytes=run.cache_bytes)
     options: dict[str, Any] = {"workers": run.workers, "seed": settings.seed}
     with frozen(backbone), cache, progress_bar("network", total, "image") as bar:
@@ -230,7 +230,7 @@ def _data(
 
 def _augmented(settings: ProbeSettings) -> tuple[Any, Any]:
     """Returns the number of views, and the transform that makes them."""
-    if settings.views is None or settings.views == "flips":
+    if settings.views in (None, FLIPS):
         return settings.views, None
     from torchvision.transforms import v2  # takes seconds
 

@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any, NoReturn, get_args
 
 from cachefreeze.errors import UserError
+from cachefreeze.plan.views import FLIPS
 
 _METAVARS = {int: "N", Path: "FOLDER"}
 
@@ -203,3 +204,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError with the message of argparse."""
         raise UserError(f"{message} (see --help)")
+
+
+def views_from(text: str) -> int | str:
+    """Reads the value of `--views`: a number, or a word."""
+    return int(text) if text.isdecimal() else text
+
+
+def refuse_views(views: int | str | None) -> None:
+    """Checks the value of `--views`.
+
+    Args:
+        views: Number of views, a word, or None if the option was not given.
+
+    Raises:
+        UserError: It is no number of views.
+    """
+    if views is not None and views != FLIPS and (isinstance(views, str) or views < 1):
+        raise UserError(f"--views {views} does not make sense: it must be 1 or more, or flips")

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
-from cachefreeze.training.options import filled, option, option_of, refuse_senseless
+from cachefreeze.plan.views import count_views
+from cachefreeze.training.options import (
+    filled,
+    option,
+    option_of,
+    refuse_senseless,
+    refuse_views,
+    views_from,
+)
 
 ARCHITECTURES = ("wrn", "densenet", "vgg")
 # What `--arch` means without sizes, and how long to train, by data set. CIFAR: the networks,
@@ -47,10 +55,6 @@ def _size(place: int, *architectures: str) -> dict[str, Any]:
 
 def _unit_or_number(text: str) -> str | int:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def _views(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _workers(_: dict[str, Any]) -> int:
@@ -139,7 +143,7 @@ class Settings:
     augment: bool = option(default=False)
     """crop images (padded by 4 pixels) and flip them at random; this switches the cache off, unless
     --views is given"""
-    views: int | str | None = option(metavar="K|flips", type=_views)
+    views: int | str | None = option(metavar="K|flips", type=views_from)
     """with --augment: show K random views of each image, view e modulo K in epoch e, so that they
     come again and are kept; flips shows an image and its mirror image, each as often"""
 
@@ -279,7 +283,7 @@ class Settings:
     @property
     def views_of_a_row(self) -> int:
         """Number of views of each image that come again."""
-        return 2 if self.views == "flips" else int(self.views or 1)
+        return count_views(self.views)
 
     def network_sizes(self) -> dict[str, Any]:
         """Returns arguments of `models.build`: all but the architecture, classes and weights."""
@@ -358,8 +362,7 @@ def _refuse_what_does_not_apply(run: dict[str, Any], given: dict[str, Any]) -> N
                 f"{option_of(one.name)} is for {names} only: leave it out, or choose {names}"
             )
     views = run["views"]
-    if views is not None and views != "flips" and (isinstance(views, str) or views < 1):
-        raise UserError(f"--views {views} does not make sense: it must be 1 or more, or flips")
+    refuse_views(views)
     if views is not None and not run["augment"]:
         raise UserError("--views are of augmented images: give --augment too, or leave it out")
     if run["augment"] and views is None and given.get("cache"):
