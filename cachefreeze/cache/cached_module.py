@@ -248,7 +248,12 @@ class CachedModule:
         around = ExternalState(self._modules, call.given)
         moving = self._shared.moving.tensors
         output, trace = lineage.trace(
-            call.module, *call.args, moving=moving, code_frames=around.frames(), **call.kwargs
+            call.module,
+            *call.args,
+            moving=moving,
+            code_frames=around.frames(),
+            exact=self._shared.exact,
+            **call.kwargs,
         )
         self._shared.stats.rows_computed += _rows(copies)
         if around.counter and around.counter not in self._counters:

@@ -11,7 +11,16 @@ from cachefreeze.errors import UserError
 from cachefreeze.lineage.axes import Axes, batch_axes, leave_mixing
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
 from cachefreeze.lineage.modules import compiled_functions
-from cachefreeze.lineage.operations import LIVE, MIXES, SHAPELESS, TRAINED, Operation, Trace, mark
+from cachefreeze.lineage.operations import (
+    LIVE,
+    MIXES,
+    MOVES,
+    SHAPELESS,
+    TRAINED,
+    Operation,
+    Trace,
+    mark,
+)
 from cachefreeze.lineage.tracer import trace
 
 # Bytes a second at which memory or a fast disk returns kept values.
@@ -249,7 +258,7 @@ def limits_of(traced: Trace, saved: float) -> list[str]:
     return sentences
 
 
-_MIXED = (MIXES, SHAPELESS)
+_MIXED = (MIXES, MOVES, SHAPELESS)
 
 
 def _first(traced: Trace, operation: Operation) -> bool:

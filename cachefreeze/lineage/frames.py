@@ -1,5 +1,6 @@
 """Reports the Python functions that run in a pass."""
 
+import gc
 import sys
 import types
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from typing import Any
 class Frames:
     """Context manager that calls a function when a code object runs for the first time.
 
-    If a debugger and a profiler are active already, it reports nothing.
+    If a debugger and a profiler are active already, it reports nothing. Garbage is not collected
+    meanwhile: the collector would run finalizers and `gc.callbacks` in the middle of the pass.
 
     Args:
         first: Function called with the frame, before any line of it has run.
@@ -25,10 +27,12 @@ class Frames:
         self.ended: Callable[[], str] = str
         self._first = first
         self._switch: Callable[[Any], None] | None = None
-        self._is_on = False
+        self._is_on = self._collects = False
 
     def __enter__(self) -> "Frames":
         """Starts reporting."""
+        self._collects = gc.isenabled()
+        gc.disable()
         if sys.gettrace() is None:
             self._switch = sys.settrace
         elif sys.getprofile() is None:
@@ -40,6 +44,8 @@ class Frames:
         """Stops reporting."""
         self.pause()
         self._switch = None
+        if self._collects:
+            gc.enable()
 
     def pause(self) -> bool:
         """Pauses reporting, which slows Python down. Returns whether it was active."""

@@ -256,6 +256,7 @@ class ModuleCalls(Recording):
         running = Running()
         running.seconds = sum(one.seconds for one in inner)
         running.mixes = any(one.mixes for one in inner)
+        running.moves = any(one.moves for one in inner)
         self._commit(operation, running)
 
 

@@ -19,7 +19,9 @@ CONSTANT = "constant"
 # Reasons of operations that cannot be left out.
 SWITCH = "switches gradients"
 MIXES = "makes a row's result depend on other rows"
+MOVES = "gives a row other last bits at another place of the batch"
 SHAPELESS = "gives a result whose shape depends on the data"
+_REASONS = MIXES, MOVES, SHAPELESS
 
 
 class Modes(NamedTuple):
@@ -109,6 +111,7 @@ class Operation:
         taints: Whether work that depends on the results cannot be left out either.
         escapes: Whether the call returns Python values that may come from elements, as `item` does.
         mixes: Whether the result for a row depends on other rows.
+        moves: Whether the last bits of a row depend on its place in the batch.
         shapeless: Whether the shape of a result depends on the elements of the arguments.
         segment: Number of the gradient checkpointing segment around it. Negative if there is none.
         opaque: Name of the module, if the operation is a call of a module. Otherwise empty.
@@ -133,6 +136,7 @@ class Operation:
     taints: bool = False
     escapes: bool = False
     mixes: bool = False
+    moves: bool = False
     shapeless: bool = False
     segment: int = -1
     opaque: str = ""
@@ -365,7 +369,8 @@ def mark(trace: Trace, asked: Sequence[int] = ()) -> None:
         if operation.taints and not reason:
             reason = operation.must_run
         if inputs and not reason:
-            reason = MIXES if operation.mixes else SHAPELESS if operation.shapeless else ""
+            flags = operation.mixes, operation.moves, operation.shapeless
+            reason = next((one for one, on in zip(_REASONS, flags, strict=True) if on), "")
         operation.reason = reason or operation.must_run
         operation.kind = _kind(is_trained, bool(reason), inputs, state_bits)
         for number in operation.makes:

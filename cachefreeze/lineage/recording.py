@@ -44,6 +44,7 @@ class Running:
         self.written: set[int] = set()
         self.draws = False
         self.mixes = False
+        self.moves = False
         self.shapeless = False
         self.collective = False
         self.same_bits = True
@@ -103,7 +104,9 @@ class Recording:
         moving: Any,
         given: Any,
         frames: Frames | None = None,
+        exact: bool = True,
     ) -> None:
+        self._exact = exact
         self.trace = Trace()
         self.frames = frames
         self.known = Known(self.trace.values)
@@ -263,7 +266,7 @@ class Recording:
     def _commit(self, operation: Operation, running: Running) -> None:
         operation.number, operation.event = len(self.trace.operations), len(self.trace.events)
         operation.seconds = running.seconds
-        operation.mixes = running.mixes
+        operation.mixes, operation.moves = running.mixes, running.moves
         operation.shapeless = running.shapeless
         self.trace.operations.append(operation)
         if operation.func is not unseen:  # a replay does not see this work either

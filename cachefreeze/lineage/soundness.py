@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachefreeze.lineage import blocks
 from cachefreeze.lineage.structure import kind_is
 
 Tensor = torch.Tensor
@@ -113,6 +114,7 @@ class Kernel:
     Attributes:
         collective: Whether the kernel exchanges tensors with other processes.
         mixes: Whether the result for a row depends on other rows, whichever axis the rows are in.
+        may_move_bits: Whether the last bits of a row may depend on its place in the batch.
         may_draw: Whether the kernel may draw random numbers. Also true for kernels that are not
             torch's.
     """
@@ -122,6 +124,7 @@ class Kernel:
         name = schema.name
         self.collective = name.startswith(_COLLECTIVES)
         self.mixes = name in _MIXING
+        self.may_move_bits = blocks.may_move_bits(overload)
         self.may_draw = torch.Tag.nondeterministic_seeded in overload.tags or not name.startswith(
             ("aten::", "prim::")
         )

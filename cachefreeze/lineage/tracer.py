@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import (
 )
 
 from cachefreeze.errors import UserError
-from cachefreeze.lineage import calls, soundness
+from cachefreeze.lineage import blocks, calls, soundness
 from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.known import buffer_of
 from cachefreeze.lineage.modes import modes_now
@@ -35,6 +35,7 @@ def trace(
     *args: Any,
     moving: Collection[torch.Tensor] = (),
     code_frames: Frames | None = None,
+    exact: bool = True,
     **kwargs: Any,
 ) -> tuple[Any, Trace]:
     """Runs one ordinary forward pass and traces it.
@@ -46,6 +47,8 @@ def trace(
         *args: Positional arguments of the call, including the example batch.
         moving: Parameters and buffers that count as trained although they require no gradient.
         code_frames: Reporter of the Python functions that run. None for no reports.
+        exact: Whether rows of other last bits are other rows. Operations whose last bits depend on
+            the place in the batch are live then.
         **kwargs: Keyword arguments of the call.
 
     Returns:
@@ -66,7 +69,7 @@ def trace(
         raise UserError(
             f"{name!r} uses no torch.nn.Module: give a model, or a function that calls one."
         )
-    tracer = _Tracer(modules, moving, (args, kwargs), code_frames)
+    tracer = _Tracer(modules, moving, (args, kwargs), code_frames, exact)
     began = time.perf_counter()
     with tracer.following():
         output = model(*args, **kwargs)
@@ -282,6 +285,8 @@ class _Tracer(ModuleCalls):
         running.seconds += seconds
         running.draws = running.draws or drew
         running.mixes = running.mixes or known.mixes
+        if self._exact and known.may_move_bits and not running.moves:
+            running.moves = blocks.moves_bits(func, args, kwargs, output)
         if known.shape_follows_data(args):
             running.shapeless = True
             for around in self._stack[-1:]:

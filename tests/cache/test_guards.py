@@ -1,5 +1,6 @@
 """What code reads beside tensors, changed while rows are served: results are those of now."""
 
+import gc
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -118,6 +119,30 @@ def test_what_code_reads_may_change_while_rows_are_served(
             assert not torch.equal(before, plainly(model, x[:BATCH]))
         for batch in batches(x, 5):
             assert_same(model(batch), plainly(model, batch))
+
+
+COLLECTIONS = [0]
+
+
+def test_what_a_garbage_collection_runs_is_no_part_of_the_pass() -> None:
+    def count(phase: str, info: dict[str, int]) -> None:
+        COLLECTIONS[0] += 1
+
+    model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 2))
+    x, often = torch.randn(48, 8), gc.get_threshold()
+    gc.callbacks.append(count)
+    gc.set_threshold(1, 1, 1)
+    try:
+        with ActivationCache(model) as cache:
+            for number in range(2):
+                for batch in batches(x, number):
+                    model(batch)
+            assert served(cache, lambda: model(x[:BATCH])) == BATCH
+            assert gc.isenabled()
+    finally:
+        gc.set_threshold(*often)
+        gc.callbacks.remove(count)
+    assert COLLECTIONS[0] > 10
 
 
 class Rate(float):

@@ -1,0 +1,104 @@
+"""Kernels that may give a row other last bits at another place of the batch.
+
+On a CPU, a kernel that treats each element alone works on blocks of elements by vector
+instructions, and on the elements that are left at the end by other code. Exponentials and the like
+have other last bits there: of `F.silu` about one in a thousand. The end of a batch is the end of
+its last row, so the same row has other bits in another place. Too few elements differ for
+comparisons of some batches to show it, so the sizes decide.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+
+# Bytes of a block: two vectors of the widest instructions.
+_BLOCK = 128
+# Number of elements beyond which threads share a kernel. Each of them has an end of its own.
+_GRAIN = 32768
+# Functions of one element whose results are rounded correctly, or are no results of arithmetic.
+_EXACT = frozenset((
+    "abs", "neg", "sign", "sgn", "positive", "relu", "threshold", "hardtanh", "leaky_relu",
+    "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin", "add", "sub",
+    "mul", "div", "true_divide", "divide", "multiply", "subtract", "sqrt", "square",
+    "reciprocal", "floor", "ceil", "round", "trunc", "where", "masked_fill", "fill", "zero",
+    "copy", "clone", "_to_copy", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf",
+    "isfinite", "logical_and", "logical_or", "logical_xor", "logical_not", "nan_to_num",
+    "signbit",
+))  # fmt: skip
+# Functions of one element that torch does not list as such.
+_UNLISTED = frozenset(("glu", "log_sigmoid_forward", "hardswish"))
+# Exponents for which a power is a product or a square root.
+_PLAIN_POWERS = (0.5, 1, 2, 3)
+_ROUNDED_ONCE = (torch.float32, torch.float64)
+
+
+def may_move_bits(overload: Any) -> bool:
+    """Returns whether a kernel treats each element alone, and rounds it in more than one way.
+
+    Args:
+        overload: Operator overload, as a dispatch mode gets it.
+    """
+    name = overload._schema.name.removeprefix("aten::").rstrip("_")
+    if name in ("add", "sub"):  # with a factor
+        return True
+    return name not in _EXACT and (torch.Tag.pointwise in overload.tags or name in _UNLISTED)
+
+
+def moves_bits(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> bool:
+    """Returns whether the last bits of a row may depend on its place in the batch.
+
+    Args:
+        overload: Operator overload, for which `may_move_bits` is true.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        output: Result of the call.
+    """
+    name = overload._schema.name.removeprefix("aten::").rstrip("_")
+    made = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(made, Tensor) or made.device.type != "cpu" or made.dim() == 0:
+        return False
+    if made.layout != torch.strided or not made.numel():
+        return False
+    given = [one for one in args if isinstance(one, Tensor)]
+    if not any(one.is_floating_point() or one.is_complex() for one in (made, *given)):
+        return False
+    if name in ("add", "sub") and kwargs.get("alpha", 1) == 1:
+        return False
+    if name == "pow" and len(args) > 1 and args[1] in _PLAIN_POWERS:
+        return False
+    if name == "rsqrt" and made.dtype in _ROUNDED_ONCE:
+        return False
+    return _has_an_end(made, given)
+
+
+def _has_an_end(made: Tensor, given: Sequence[Tensor]) -> bool:
+    """Returns whether the innermost loop of a kernel passes over rows, and ends within a block."""
+    operands = [made]
+    for one in given:
+        if one.numel() > 1:
+            try:
+                operands.append(one.expand(made.shape))
+            except RuntimeError:  # an argument of another shape, such as halves that are multiplied
+                continue
+    dims = [dim for dim in range(made.dim()) if made.shape[dim] > 1]
+    dims.sort(key=lambda dim: made.stride(dim))
+    inner = dims[:1]
+    for dim in dims[1:]:
+        size = math.prod(made.shape[one] for one in inner)
+        first = inner[0]
+        if any(one.stride(dim) != size * one.stride(first) for one in operands):
+            break
+        inner.append(dim)
+    # Rows are in the first dimension, or in the second one behind the time.
+    if not inner or not (0 in inner or (1 in inner and made.dim() > 2)):
+        return False
+    size = math.prod(made.shape[one] for one in inner)
+    block = _BLOCK // min(one.element_size() for one in operands)
+    threads = min(torch.get_num_threads(), -(-made.numel() // _GRAIN))
+    if threads > 1 and -(-made.numel() // threads) % block:
+        return True
+    return size % block > 0
