@@ -4,7 +4,8 @@ On a CPU, a kernel that treats each element alone works on blocks of elements by
 instructions, and on the elements that are left at the end by other code. Exponentials and the like
 have other last bits there: of `F.silu` about one in a thousand. The end of a batch is the end of
 its last row, so the same row has other bits in another place. Too few elements differ for
-comparisons of some batches to show it, so the sizes decide.
+comparisons of some batches to show it, so the sizes decide. So it is with the last rows of a product
+of a matrix and a vector.
 """
 
 import math
@@ -31,19 +32,23 @@ _EXACT = frozenset((
 ))  # fmt: skip
 # Functions of one element that torch does not list as such.
 _UNLISTED = frozenset(("glu", "log_sigmoid_forward", "hardswish"))
+# Products of matrices. If the other one is a vector, the last rows are computed by other code.
+_PRODUCTS, _ROWS_AT_A_TIME = frozenset(("mm", "addmm", "mv", "addmv", "linear")), 4
 # Exponents for which a power is a product or a square root.
 _PLAIN_POWERS = (0.5, 1, 2, 3)
 _ROUNDED_ONCE = (torch.float32, torch.float64)
 
 
 def may_move_bits(overload: Any) -> bool:
-    """Returns whether a kernel treats each element alone, and rounds it in more than one way.
+    """Returns whether the last bits of a row may depend on its place in the batch.
+
+    Sizes and arguments decide it for each call.
 
     Args:
         overload: Operator overload, as a dispatch mode gets it.
     """
     name = overload._schema.name.removeprefix("aten::").rstrip("_")
-    if name in ("add", "sub"):  # with a factor
+    if name in ("add", "sub") or name in _PRODUCTS:  # with a factor, with a vector
         return True
     return name not in _EXACT and (torch.Tag.pointwise in overload.tags or name in _UNLISTED)
 
@@ -66,6 +71,9 @@ def moves_bits(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     given = [one for one in args if isinstance(one, Tensor)]
     if not any(one.is_floating_point() or one.is_complex() for one in (made, *given)):
         return False
+    if name in _PRODUCTS:
+        by_vector = name in ("mv", "addmv") or made.shape[-1] == 1
+        return by_vector and made.numel() % _ROWS_AT_A_TIME > 0
     if name in ("add", "sub") and kwargs.get("alpha", 1) == 1:
         return False
     if name == "pow" and len(args) > 1 and args[1] in _PLAIN_POWERS:

@@ -71,7 +71,7 @@ class Loop:
         step: What the loop does with a batch. None for a call of the model.
         epochs: Number of epochs.
         options: Options of the cache.
-        learn: Parameters that are trained. None for those of the head.
+        size: Number of rows in a batch.
     """
 
     make: Callable[[], Any] = Net
@@ -80,6 +80,7 @@ class Loop:
     step: Callable[[Any, Tensor], Tensor] | None = None
     epochs: int = EPOCHS
     options: dict[str, Any] = field(default_factory=dict)
+    size: int = BATCH
 
     def run(self, cached: bool, directory: "os.PathLike[str] | None" = None) -> Result:
         torch.manual_seed(0)
@@ -90,7 +91,7 @@ class Loop:
         torch.manual_seed(1)
         for epoch in range(self.epochs):
             before = cache.stats.rows_served if cache is not None else 0
-            for number, batch in enumerate(batches(self.x, epoch)):
+            for number, batch in enumerate(batches(self.x, epoch, self.size)):
                 if number == 2 and epoch in self.changes:
                     self.changes[epoch](model)
                 out = model(batch) if self.step is None else self.step(model, batch)

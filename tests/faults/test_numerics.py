@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .harness import Loop, Net, differs
+from .harness import Loop, Net, differs, images
 
 
 class Attending(nn.Module):
@@ -167,6 +167,30 @@ def test_last_elements_of_a_batch_are_computed_by_other_code(
 
         x = torch.randn(64, 24, generator=torch.Generator().manual_seed(seed))
         return Loop(make, x=x, epochs=5).run(cached)
+
+    cached = run(True)
+    assert sum(cached.served) > 100
+    assert not differs(run(False), cached)
+
+
+class Scored(Net):
+    """A frozen layer that gives one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(32, 1).requires_grad_(False)
+        self.head = nn.Linear(33, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        body = self.body(x)
+        return self.head(torch.cat([body, self.score(body)], 1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_last_rows_of_a_product_with_a_vector_are_computed_by_other_code(seed: int) -> None:
+    def run(cached: bool) -> Any:
+        x = images(45, seed)
+        return Loop(Scored, x=x, size=9, options={"probation": 1}).run(cached)
 
     cached = run(True)
     assert sum(cached.served) > 100
