@@ -4,8 +4,8 @@ On a CPU, a kernel that treats each element alone works on blocks of elements by
 instructions, and on the elements that are left at the end by other code. Exponentials and the like
 have other last bits there: of `F.silu` about one in a thousand. The end of a batch is the end of
 its last row, so the same row has other bits in another place. Too few elements differ for
-comparisons of some batches to show it, so the sizes decide. So it is with the last rows of a product
-of a matrix and a vector.
+comparisons of some batches to show it, so the sizes decide. So it is with the last rows of a
+product of a matrix and a vector.
 """
 
 import math
