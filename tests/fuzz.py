@@ -59,6 +59,10 @@ def _bodies() -> dict[str, Callable[[], nn.Module]]:
             nn.Flatten(), nn.Linear(192, 64), nn.Dropout(0.2), nn.Linear(64, 32), nn.Tanh()
         ),
         "second axis": lambda: nn.Sequential(_Words(False), nn.Linear(128, 32), nn.Tanh()),
+        "odd": lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(192, 65), nn.SiLU(), nn.Linear(65, 1), nn.Mish(),
+            nn.Linear(1, 33), nn.Sigmoid(), nn.Linear(33, 32),
+        ),
         "words": lambda: nn.Sequential(_Words(True), nn.Linear(128, 32), nn.Tanh()),
         "attention": lambda: nn.Sequential(
             nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 64, batch_first=True), nn.Flatten(),
