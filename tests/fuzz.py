@@ -61,7 +61,7 @@ def _bodies() -> dict[str, Callable[[], nn.Module]]:
         "second axis": lambda: nn.Sequential(_Words(False), nn.Linear(128, 32), nn.Tanh()),
         "odd": lambda: nn.Sequential(
             nn.Flatten(), nn.Linear(192, 65), nn.SiLU(), nn.Linear(65, 1), nn.Mish(),
-            nn.Linear(1, 33), nn.Sigmoid(), nn.Linear(33, 32),
+            nn.Linear(1, 33), nn.Sigmoid(), nn.Linear(33, 32), nn.Tanh(),
         ),
         "words": lambda: nn.Sequential(_Words(True), nn.Linear(128, 32), nn.Tanh()),
         "attention": lambda: nn.Sequential(

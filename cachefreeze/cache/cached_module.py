@@ -252,7 +252,7 @@ class CachedModule:
             *call.args,
             moving=moving,
             code_frames=around.frames(),
-            exact=self._shared.exact,
+            last_bits=self._shared.exact,
             **call.kwargs,
         )
         self._shared.stats.rows_computed += _rows(copies)

@@ -107,7 +107,7 @@ def explain(model: Callable[..., Any], /, *example: Any, **kwargs: Any) -> Expla
             "instead."
         )
     try:
-        output, traced = trace(model, *example, **kwargs)
+        output, traced = trace(model, *example, last_bits=True, **kwargs)
     except UserError:
         raise
     except Exception as error:

@@ -104,9 +104,9 @@ class Recording:
         moving: Any,
         given: Any,
         frames: Frames | None = None,
-        exact: bool = True,
+        last_bits: bool = False,
     ) -> None:
-        self._exact = exact
+        self._last_bits = last_bits
         self.trace = Trace()
         self.frames = frames
         self.known = Known(self.trace.values)

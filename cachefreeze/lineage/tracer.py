@@ -35,7 +35,7 @@ def trace(
     *args: Any,
     moving: Collection[torch.Tensor] = (),
     code_frames: Frames | None = None,
-    exact: bool = True,
+    last_bits: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Trace]:
     """Runs one ordinary forward pass and traces it.
@@ -47,7 +47,7 @@ def trace(
         *args: Positional arguments of the call, including the example batch.
         moving: Parameters and buffers that count as trained although they require no gradient.
         code_frames: Reporter of the Python functions that run. None for no reports.
-        exact: Whether rows of other last bits are other rows. Operations whose last bits depend on
+        last_bits: Whether the last bits of a row matter. Operations whose last bits depend on
             the place in the batch are live then.
         **kwargs: Keyword arguments of the call.
 
@@ -69,7 +69,7 @@ def trace(
         raise UserError(
             f"{name!r} uses no torch.nn.Module: give a model, or a function that calls one."
         )
-    tracer = _Tracer(modules, moving, (args, kwargs), code_frames, exact)
+    tracer = _Tracer(modules, moving, (args, kwargs), code_frames, last_bits)
     began = time.perf_counter()
     with tracer.following():
         output = model(*args, **kwargs)
@@ -285,7 +285,7 @@ class _Tracer(ModuleCalls):
         running.seconds += seconds
         running.draws = running.draws or drew
         running.mixes = running.mixes or known.mixes
-        if self._exact and known.may_move_bits and not running.moves:
+        if self._last_bits and known.may_move_bits and not running.moves:
             running.moves = blocks.moves_bits(func, args, kwargs, output)
         if known.shape_follows_data(args):
             running.shapeless = True
