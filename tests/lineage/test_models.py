@@ -13,7 +13,7 @@ import model_table  # noqa: E402
 import zoo  # noqa: E402
 
 NAMES = (
-    "torchvision: resnet18", "torchvision: densenet121", "torchvision: swin_v2_t",
+    "torchvision: resnet18", "torchvision: densenet121",
     "torchvision: mobilenet_v3_small", "torchvision: segmentation.lraspp_mobilenet_v3_large",
     "timm: vit_tiny_r_s16_p8_224",
     "timm: convnext_atto",

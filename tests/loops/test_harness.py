@@ -6,21 +6,19 @@ import pytest
 from torch import nn
 
 from . import freezing, straw
-from .beside import LatentDiffusion, PerceptualGan, Preferences, PromptTuning, SwitchedGradients
+from .beside import PerceptualGan, PromptTuning, SwitchedGradients
 from .classification import (
     AdversarialBatch,
     FixedViews,
-    HeadOnResNet,
     Mixup,
-    MultiCrop,
     NormalisedInTheLoop,
     RandomCrops,
     TwoLabelSets,
 )
 from .dense import Segmentation
 from .harness import Loop, MakeCache, differences, judge, train
-from .sequences import ChannelsLast, HalfPrecision, Methods
-from .several_calls import Accumulation, Episodes, HardTriplets, ManyHeads, ProbesWithHooks, Siamese
+from .sequences import ChannelsLast, HalfPrecision
+from .several_calls import HardTriplets, ManyHeads, ProbesWithHooks, Siamese
 from .test_loops import LOOPS, plain
 
 
@@ -59,26 +57,7 @@ STALE_BY_WEIGHTS = (
     freezing.AveragedWeights,
     SwitchedGradients,
 )
-SERVED = (
-    FixedViews,
-    MultiCrop,
-    TwoLabelSets,
-    HeadOnResNet,
-    freezing.GradualUnfreezing,
-    freezing.LayerAfterLayer,
-    freezing.ReplacedWeights,
-    freezing.AveragedWeights,
-    Siamese,
-    HardTriplets,
-    Episodes,
-    Accumulation,
-    Preferences,
-    PerceptualGan,
-    LatentDiffusion,
-    Segmentation,
-    HalfPrecision,
-    Methods,
-)
+SERVED = (FixedViews, freezing.GradualUnfreezing, HardTriplets, Segmentation, HalfPrecision)
 
 
 @pytest.mark.parametrize("loop", STALE_BY_ROW_NUMBER)

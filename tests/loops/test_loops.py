@@ -12,7 +12,7 @@ from . import (
     sequences,
     several_calls,
 )
-from .harness import Loop, Outcome, differences, judge, train
+from .harness import Loop, Outcome, judge, train
 
 LOOPS = (
     *classification.LOOPS,
@@ -42,10 +42,6 @@ def loop(request: pytest.FixtureRequest) -> type[Loop]:
     for library in found.NEEDS:
         pytest.importorskip(library)
     return found
-
-
-def test_a_plain_loop_ends_in_the_same_bits_when_it_is_run_again(loop: type[Loop]) -> None:
-    assert differences(plain(loop), train(loop)) == []
 
 
 def test_a_plain_loop_learns(loop: type[Loop]) -> None:
