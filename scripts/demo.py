@@ -16,23 +16,26 @@ from pathlib import Path
 from cachefreeze.train import main as train
 from cachefreeze.training.terminal import this_python
 
-HEAD = "--freeze-first -1 --epochs 6 --no-report"
+HEAD = "--freeze-first -1 --no-report"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the demonstration; returns the exit code."""
-    argparse.ArgumentParser(description="Show what the cache is for.").parse_args()
+    parser = argparse.ArgumentParser(description="Show what the cache is for.")
+    parser.add_argument("--epochs", type=int, default=6, help="number of epochs of each run")
+    epochs = parser.parse_args(argv).epochs
     runs = Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     best = f"--weights {runs / 'freezeout' / 'best.pt'}"
     seconds = {}
     for name, what, options in (
-        ("freezeout", "Train from scratch. Layers freeze one by one.", "--t0 0.5 --epochs 6"),
+        ("freezeout", "Train from scratch. Layers freeze one by one.", "--t0 0.5"),
         ("head", "Train the last layer of that network only.", f"{best} {HEAD}"),
         ("again", "Once more, with another learning rate.", f"{best} {HEAD} --lr 0.1"),
     ):
         # The rows of the first run would serve the second.
         cache = runs / ("cache-freezeout" if name == "freezeout" else "cache-head")
-        command = f"--arch wrn16_1 {options} --cache-dir {cache} --output-dir {runs / name}"
+        command = f"--arch wrn16_1 --epochs {epochs} {options}"
+        command += f" --cache-dir {cache} --output-dir {runs / name}"
         print(f"\n{what}\n$ {this_python()} -m cachefreeze.train {command}\n", flush=True)
         code = train(shlex.split(command))
         if code:
