@@ -27,7 +27,7 @@ FLOORS = [
 ]
 INSIDE = {
     "lineage": [
-        ["structure", "calls", "frames", "undone"],
+        ["structure", "blocks", "calls", "frames", "undone"],
         ["soundness", "contents", "changes"],
         ["operations"],
         ["known", "modes", "modules"],

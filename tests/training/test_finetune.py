@@ -261,7 +261,7 @@ def test_what_froze_in_a_run_is_found_by_the_next(train: Train) -> None:
 def test_five_runs_at_once_share_their_rows(images: Path, tmp_path: Path) -> None:
     options = [*map(str, RESNET), "--freeze-first", "layer4.0", "-b", "32", "-j", "0"]
     options += ["--precision", "fp32", "--dataset", "imagefolder", "--data-dir", str(images)]
-    options += ["--image-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    options += ["--image-size", "32", "--cache-dir", str(tmp_path / "cache")]
     codes: dict[int, int] = {}
 
     def run(nursery: Nursery, number: int, *more: str) -> None:
