@@ -54,6 +54,11 @@ class Place:
             read = functools.partial(_part_of, holder, key)
         self.read: Callable[[], Any] = read or functools.partial(holder.get, key, NONE)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the place is in a function that was deleted."""
+        return isinstance(self.holder, weakref.ref) and self.holder() is None
+
 
 class CodeReads:
     """Finds the places that functions read. Each function is looked into once.

@@ -118,7 +118,10 @@ class _Look:
         self._held = watched
         opened = [one.place.read() for one in watched if one.opened]
         self._glance = Glance({id(value): value for value in opened}.values())
-        self._ids = self._ids_now()
+        try:
+            self._ids = self._ids_now()
+        except AttributeError:  # a function was deleted just now: the next comparison names it
+            self._ids = []
 
     def _ids_now(self) -> list[int]:
         functions = chain.from_iterable(map(_parts, map(call, self._functions)))
@@ -222,7 +225,8 @@ class ExternalState:
     def _take(self) -> None:
         """Reads the places that were found since the last call of this method."""
         found, self._taken = self._code.places[self._taken :], len(self._code.places)
-        self._watched += [_Watched(place, True) for place in found]
+        # A function that the pass made and dropped may be gone already.
+        self._watched += [_Watched(place, True) for place in found if not place.is_gone]
 
     def settle(self) -> str:
         """Ends the traced pass. State that the pass itself changed is not compared.

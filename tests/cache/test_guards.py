@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cachefreeze import ActivationCache
+from cachefreeze.keys import ExternalState
 
 from .harness import BATCH, assert_same, batches, plainly, served
 
@@ -143,6 +144,31 @@ def test_what_a_garbage_collection_runs_is_no_part_of_the_pass() -> None:
         gc.set_threshold(*often)
         gc.callbacks.remove(count)
     assert COLLECTIONS[0] > 10
+
+
+def test_functions_may_be_deleted_at_any_moment() -> None:
+    def make() -> Any:
+        def function(x: float, factor: float = 2.0) -> float:
+            return x * factor
+
+        function.itself = function  # type: ignore[attr-defined]
+        return function
+
+    state = ExternalState([], ())
+    function = make()
+    state._code.take(function)
+    del function
+    gc.collect()
+    state.settle()
+    assert state.difference() == ""
+
+    function = make()
+    state._code.take(function)
+    state.settle()
+    assert state.difference() == ""
+    del function
+    gc.collect()
+    assert "function" in state.difference()
 
 
 class Rate(float):
