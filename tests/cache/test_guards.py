@@ -148,10 +148,9 @@ def test_what_a_garbage_collection_runs_is_no_part_of_the_pass() -> None:
 
 def test_functions_may_be_deleted_at_any_moment() -> None:
     def make() -> Any:
-        def function(x: float, factor: float = 2.0) -> float:
-            return x * factor
+        def function(x: int, factor: int = 2) -> int:
+            return factor * function(x - 1) if x else 1
 
-        function.itself = function  # type: ignore[attr-defined]
         return function
 
     state = ExternalState([], ())
@@ -162,7 +161,7 @@ def test_functions_may_be_deleted_at_any_moment() -> None:
     state.settle()
     assert state.difference() == ""
 
-    function = make()
+    state, function = ExternalState([], ()), make()
     state._code.take(function)
     state.settle()
     assert state.difference() == ""
