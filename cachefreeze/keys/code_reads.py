@@ -150,12 +150,13 @@ class CodeReads:
     def _function(self, function: types.FunctionType, owner: Any, depth: int = 0) -> None:
         code = function.__code__
         self._codes[id(code)] = code
-        if is_foreign(function) or not self._is_new(function, owner):
+        # A function that the pass makes may lie where one lay that it has dropped.
+        if is_foreign(function) or not self._is_new(function, (id(code), owner)):
             return
         reference = weakref.ref(function)
         for name in PARTS_OF_FUNCTIONS:
             part = "the code" if name == "__code__" else "a default"
-            if self._is_new(function, name):
+            if self._is_new(function, (id(code), name)):
                 called = f"{part} of {function.__qualname__}"
                 self.places.append(Place(called, None, reference, name))
         self._attributes(function)
