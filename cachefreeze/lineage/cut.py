@@ -3,11 +3,10 @@
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from cachefreeze.lineage.flow import side_of_source
 from cachefreeze.lineage.operations import FROZEN, INPUT, Operation, Trace
 
-# Largest capacity. The maximum flow counts in 32 bits.
+# Capacity of an edge that is never cut. Costs are whole steps, so that sums of them are exact.
 _CAPACITY = 1 << 30
 
 
@@ -118,9 +117,6 @@ def cheapest(
     Returns:
         Operations that run again, and values that are kept. Their total cost is the minimum.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
-
     wanted = list(wanted)
     if not wanted:
         return set(), set()
@@ -144,18 +140,10 @@ def cheapest(
     for one, taken in enumerate(reads):
         edges += [(numbers[number], one, endless) for number in taken]
     edges += [(numbers[number], sink, endless) for number in wanted]
-    starts, ends, capacities = np.array(edges, dtype=np.int64).T
-    shape = (sink + 1, sink + 1)
-    graph = coo_array((capacities.astype(np.int32), (starts, ends)), shape=shape).tocsr()
-    flow = maximum_flow(graph, source, sink).flow
-    left = graph - flow
-    left.data[left.data < 0] = 0
-    left.eliminate_zeros()
-    reached = np.zeros(sink + 1, dtype=bool)
-    reached[breadth_first_order(left, source, return_predecessors=False)] = True
-    again = {one for one in range(len(seconds)) if not reached[one]}
+    reached = side_of_source(edges, source, sink)
+    again = {one for one in range(len(seconds)) if one not in reached}
     needed = {*wanted, *(number for one in again for number in reads[one])}
-    kept_values = {number for number in needed if reached[maker[number]]}
+    kept_values = {number for number in needed if maker[number] in reached}
     return _needed(again, kept_values, reads, maker, wanted), kept_values
 
 
