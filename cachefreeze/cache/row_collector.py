@@ -261,7 +261,8 @@ class RowCollector:
         """
         selection, kept, began = self._selection, self._selection.kept, perf_counter()
         inputs = self._example if inputs is None else inputs
-        if self._shared.entries.directory is not None:
+        writes = self._batches or not self._has_traced
+        if writes and self._shared.entries.directory is not None:
             # Rows on disk outlive this run, so all bits are hashed before.
             self._shared.weights.suspect(selection.frozen.tensors)
             if kept.update_names():
