@@ -184,10 +184,7 @@ class Entries:
         room = (self.max_bytes - self.nbytes) // table.below.chunk_bytes
         if room <= 0:
             return places
-        lower = places[places >= BELOW]
-        table.below.expect(lower - BELOW)
-        for chunk in chunks[:room]:
-            table.load_chunk(chunk, self.now)
+        table.load_chunks(chunks[:room], self.now)
         return table.find(keys)
 
     def write(self, name: bytes, keys: np.ndarray, rows: Tensor) -> int:

@@ -303,8 +303,7 @@ def test_a_process_that_may_open_no_more_files_condemns_no_row(path: Path, momen
             read(rows, numbers)
         else:
             assert places is not None
-            for chunk in rows.chunks(places):
-                rows.load(chunk)
+            list(rows.load(rows.chunks(places)))
     new = np.arange(1000, 1000 + CHUNK_ROWS)
     rows.append(keys_of(new), rows_of(new))
     directory.close()
