@@ -1,6 +1,6 @@
 """Chooses the values to keep: those between frozen and trained work, or the cheapest."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cachefreeze.lineage.flow import side_of_source
@@ -29,19 +29,18 @@ class Cut:
     seconds_saved: float
 
 
-def crossing_cut(trace: Trace, unread: Collection[int] = ()) -> Cut:
+def crossing_cut(trace: Trace) -> Cut:
     """Keeps every frozen value that trained work, live work or the output takes.
 
     Operations that depend on the batch alone, or on nothing, run again if their result is taken.
 
     Args:
         trace: Trace of a pass.
-        unread: Numbers of outputs that the caller never reads. They are not kept.
     """
-    kept, runs = _settle(trace, set(), set(), _wanted(trace, unread))
+    kept, runs = _settle(trace, set(), set(), _wanted(trace))
     roots = _cheaper_roots(trace, kept)
     if roots:
-        kept, runs = _settle(trace, set(), roots, _wanted(trace, unread))
+        kept, runs = _settle(trace, set(), roots, _wanted(trace))
     return _cut(trace, kept, runs)
 
 
@@ -49,10 +48,8 @@ def minimum_cut(
     trace: Trace,
     *,
     reading_rate: float,
-    price: float = 0.0,
     each: float = 0.0,
     each_of_inputs: float = 0.0,
-    unread: Collection[int] = (),
 ) -> Cut:
     """Chooses the values to keep so that the replayed pass is as fast as possible.
 
@@ -63,17 +60,15 @@ def minimum_cut(
     Args:
         trace: Trace of a pass.
         reading_rate: Bytes a second at which kept values are read.
-        price: Further cost of each kept byte, in seconds, for example to fit a memory limit.
         each: Further cost of each kept value, in seconds, for example to look up its rows.
         each_of_inputs: Further cost of each kept value that depends on the batch alone, in seconds.
-        unread: Numbers of outputs that the caller never reads. They are not kept.
 
     Raises:
-        ValueError: The reading rate is not positive, or the price is negative.
+        ValueError: The reading rate is not positive.
     """
-    if not reading_rate > 0 or not price >= 0:
-        raise ValueError("minimum_cut takes a reading_rate above 0 and a price of at least 0.")
-    wanted = _wanted(trace, unread)
+    if not reading_rate > 0:
+        raise ValueError("minimum_cut takes a reading_rate above 0.")
+    wanted = _wanted(trace)
     _, runs = _settle(trace, set(), set(), wanted)
     # Operations that run whichever values are kept. The values that they read are needed.
     fixed = {one for one in runs if not trace.operations[one].skippable}
@@ -83,7 +78,7 @@ def minimum_cut(
     place = {operation.number: rank for rank, operation in enumerate(free)}
     maker = {number: place[one.number] for one in free for number in one.makes}
     costs = {
-        number: trace.values[number].nbytes * (1 / reading_rate + price)
+        number: trace.values[number].nbytes / reading_rate
         + (each if trace.values[number].kind == FROZEN else each_of_inputs)
         for number in maker
         if trace.values[number].plain and trace.values[number].kind in (FROZEN, INPUT)
@@ -177,8 +172,8 @@ def _needed(
     return found
 
 
-def _wanted(trace: Trace, unread: Collection[int]) -> set[int]:
-    return {number for number, read in trace.outputs if read and number not in unread}
+def _wanted(trace: Trace) -> set[int]:
+    return {number for number, read in trace.outputs if read}
 
 
 def _bound_to_run(trace: Trace, runs: set[int]) -> set[int]:
