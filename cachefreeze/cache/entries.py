@@ -184,7 +184,10 @@ class Entries:
         room = (self.max_bytes - self.nbytes) // table.below.chunk_bytes
         if room <= 0:
             return places
-        table.load_chunks(chunks[:room], self.now)
+        lower = places[places >= BELOW]
+        table.below.expect(lower - BELOW)
+        for chunk in chunks[:room]:
+            table.load_chunk(chunk, self.now)
         return table.find(keys)
 
     def write(self, name: bytes, keys: np.ndarray, rows: Tensor) -> int:

@@ -1,6 +1,5 @@
 """Rows of one kind of value, in memory and on disk."""
 
-from collections.abc import Sequence
 from time import monotonic
 
 import numpy as np
@@ -138,10 +137,12 @@ class RowTable:
             return []
         return self.below.chunks(places[places >= BELOW] - BELOW)
 
-    def load_chunks(self, chunks: Sequence[int], now: int) -> None:
-        """Copies the rows of some chunks from disk into memory."""
+    def load_chunk(self, chunk: int, now: int) -> None:
+        """Copies the rows of a chunk from disk into memory."""
         assert self.below is not None
-        for keys, memory in self.below.load(chunks):
+        loaded = self.below.load(chunk)
+        if loaded is not None:
+            keys, memory = loaded
             rows = torch.from_numpy(memory).view(self._rows.dtype)
             self._put(keys, rows, np.flatnonzero(self._index.find(keys) < 0), now)
 

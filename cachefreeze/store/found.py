@@ -3,7 +3,7 @@
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,11 +127,12 @@ class Found:
         good[positions] = True
         memory = out.reshape(-1).data
         bounds = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(order)]
-        each = [self._sources[chunks[one]] for one in bounds[:-1]]
+        unread = [one for one in bounds[:-1] if self._sources[chunks[one]].checked is None]
+        for one in unread[:_MOST_EXPECTED]:
+            self._files.expect(self._sources[chunks[one]], ())
         held: Path | None = None
-        for source, (start, end) in zip(
-            self._read_ahead(each), itertools.pairwise(bounds), strict=True
-        ):
+        for start, end in itertools.pairwise(bounds):
+            source = self._sources[chunks[start]]
             try:
                 if source.folder is not held:
                     self._held.hold(source.folder)
@@ -171,42 +172,29 @@ class Found:
             if source.checked is not None or unread <= _MOST_EXPECTED:
                 self._files.expect(source, slots[sources == chunk].tolist())
 
-    def load(self, chunks: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Reads all rows of some chunks. Those that are damaged or were removed are left out.
+    def load(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Reads all rows of a chunk.
 
         Args:
-            chunks: Numbers of the chunks, as `chunks` returns them.
+            chunk: Number of the chunk, as `chunks` returns it.
 
-        Yields:
-            Keys of the rows of a chunk, of shape (n, 2), and the rows, uint8 of shape
-            (n, row_bytes).
+        Returns:
+            Keys of the rows, of shape (n, 2), and the rows, uint8 of shape (n, row_bytes). None if
+            the chunk is damaged or was removed.
         """
-        each = [self._sources[chunk] for chunk in chunks]
-        for chunk, source in zip(chunks, self._read_ahead(each), strict=True):
-            try:
-                self._held.hold(source.folder)
-                rows = self._files.load(source)
-            except (Gone, Damaged) as error:
-                self._lost(source, error)
-                continue
-            with self._guard:
-                places = np.flatnonzero(self._source[: len(self._index)] == chunk)
-                slots, keys = self._slot[places], self._index.keys(places)
-            # A row in two segments is read from one of them only.
-            all_of_them = np.array_equal(slots, np.arange(len(rows)))
-            yield keys, rows if all_of_them else rows[slots]
-
-    def _read_ahead(self, sources: Sequence[Source]) -> Iterator[Source]:
-        """Yields chunks, while the disk reads the next ones that were not checked yet."""
-        unread = [source for source in sources if source.checked is None]
-        for source in unread[:_MOST_EXPECTED]:
-            self._files.expect(source, ())
-        further = iter(unread[_MOST_EXPECTED:])
-        for source in sources:
-            is_new = source.checked is None
-            yield source
-            if is_new and (following := next(further, None)) is not None:
-                self._files.expect(following, ())
+        source = self._sources[chunk]
+        try:
+            self._held.hold(source.folder)
+            rows = self._files.load(source)
+        except (Gone, Damaged) as error:
+            self._lost(source, error)
+            return None
+        with self._guard:
+            places = np.flatnonzero(self._source[: len(self._index)] == chunk)
+            slots, keys = self._slot[places], self._index.keys(places)
+        # A row in two segments is read from one of them only.
+        all_of_them = np.array_equal(slots, np.arange(len(rows)))
+        return keys, rows if all_of_them else rows[slots]
 
     def _lost(self, source: Source, error: Exception) -> None:
         if isinstance(error, Gone) or not is_folder(source.folder):

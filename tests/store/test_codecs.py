@@ -34,8 +34,11 @@ def found(path: Path, numbers: np.ndarray, row: Row = ROW) -> tuple[list[bool], 
     directory = Directory(path, None)
     rows = directory.rows(NAME, row, ABOUT)
     places = rows.find(keys_of(numbers))
-    for keys, values in rows.load(rows.chunks(places[places >= 0])):
-        assert (values == rows_of(keys[:, 1], row)).all(), "a wrong row was given out"
+    for chunk in rows.chunks(places[places >= 0]):
+        loaded = rows.load(chunk)
+        if loaded is not None:
+            keys, values = loaded
+            assert (values == rows_of(keys[:, 1], row)).all(), "a wrong row was given out"
     directory.close()
     directory = Directory(path, None)
     good = read(directory.rows(NAME, row, ABOUT), numbers)

@@ -303,7 +303,8 @@ def test_a_process_that_may_open_no_more_files_condemns_no_row(path: Path, momen
             read(rows, numbers)
         else:
             assert places is not None
-            list(rows.load(rows.chunks(places)))
+            for chunk in rows.chunks(places):
+                rows.load(chunk)
     new = np.arange(1000, 1000 + CHUNK_ROWS)
     rows.append(keys_of(new), rows_of(new))
     directory.close()
