@@ -34,6 +34,7 @@ INSIDE = {
         ["unloaded"],
         ["signature"],
         ["recording", "program", "rowwise"],
+        ["flow"],
         ["module_calls", "cut"],
         ["tracer", "plan", "late"],
         ["replayer", "axes", "extension", "module_outputs"],

@@ -92,8 +92,18 @@ class CachedTrace:
         self._begin(example)
         held = trace.take_held(selection.plan.cut.kept)
         if self.state is State.KEEPING and held is not None:
-            kept = {number: copy_of(tensor) for number, tensor in held.items()}
-            self._rest_if(*self._collector.keep_traced(kept))
+            self._keep_traced({number: copy_of(tensor) for number, tensor in held.items()})
+
+    def _keep_traced(self, kept: dict[int, Tensor]) -> None:
+        """Keeps the batch of the traced pass, or compares it if its rows are on disk already."""
+        keys = self._collector.keys_of_traced()
+        places = self._collector.stored(keys) if self._stored else {}
+        stored = self.selection.kept.read(keys, places) if places else None
+        if stored is None:
+            self._rest_if(*self._collector.keep(keys, kept))
+            return
+        self._settle()
+        self._rest_if(*self._comparison.check(kept, stored, self.look_at_all, followed=True))
 
     def _begin(self, inputs: Mapping[int, Tensor]) -> None:
         """Decides what happens to batches, by the values that can be kept."""
@@ -390,16 +400,8 @@ class CachedTrace:
         if computed is None or self.state is State.RESTING:
             return output
         stored = self.selection.kept.read(keys, places)
-        if stored is None:
-            return output
-        different = self._comparison.differing(computed, stored)
-        if different and self.look_at_all():
-            return output
-        for number in different:
-            self._rest_if(*self._comparison.judge(number, computed[number], stored[number]))
-            if self.at_rest:
-                return output
-        self._comparison.count()
+        if stored is not None:
+            self._rest_if(*self._comparison.check(computed, stored, self.look_at_all))
         return output
 
     def _look_at_late_values(self, call: ModuleCall, inputs: Mapping[int, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Compares kept values with computed ones, and decides what follows from a difference."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -57,30 +57,44 @@ class Comparison:
         self._next_sample = served + further
         return True
 
-    def differing(self, computed: Mapping[int, Tensor], stored: Mapping[int, Tensor]) -> list[int]:
-        """Compares a batch bit by bit.
+    def check(
+        self,
+        computed: Mapping[int, Tensor],
+        stored: Mapping[int, Tensor],
+        look_at_all: Callable[[], bool],
+        followed: bool = False,
+    ) -> tuple[str, str]:
+        """Compares a batch bit by bit, and counts it if the stored values may be served.
 
-        Returns:
-            Numbers of the values that differ.
-        """
-        report = self._shared.report
-        report.batches_compared += 1
-        report.rows_compared += self._selection.rows
-        numbers = [one.number for one in self._selection.kept]
-        return [n for n in numbers if not same_bits(computed[n], stored[n])]
-
-    def count(self) -> None:
-        """Counts a compared batch whose kept values were good."""
-        self.batches += 1
-        self._history.passed += 1
-
-    def judge(self, number: int, computed: Tensor, stored: Tensor) -> tuple[str, str]:
-        """Decides about a value that differs. If it may not be served, its rows are dropped.
+        Args:
+            computed: Computed values, by number.
+            stored: Stored values of the same rows, by number.
+            look_at_all: Function that hashes all frozen bits, and returns whether any have changed.
+                It is called if values differ.
+            followed: Whether the values were computed in the traced pass. Another batch is needed
+                then, since passes must not depend on being followed.
 
         Returns:
             Reason to stop caching, to follow a colon, and a further sentence. Both are empty if
             caching goes on.
         """
+        report = self._shared.report
+        report.batches_compared += 1
+        report.rows_compared += self._selection.rows
+        numbers = [one.number for one in self._selection.kept]
+        different = [n for n in numbers if not same_bits(computed[n], stored[n])]
+        if different and look_at_all():
+            return "", ""
+        for number in different:
+            why, more = self._judge(number, computed[number], stored[number])
+            if why:
+                return why, more
+        self.batches += not followed
+        self._history.passed += 1
+        return "", ""
+
+    def _judge(self, number: int, computed: Tensor, stored: Tensor) -> tuple[str, str]:
+        """Decides about a value that differs. If it may not be served, its rows are dropped."""
         shared, history = self._shared, self._history
         name = self._selection.trace.describe(number)
         far = (computed.double() - stored.double()).abs().max().item()

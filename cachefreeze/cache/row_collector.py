@@ -174,10 +174,17 @@ class RowCollector:
             self.split()
         return all(2 * (place >= 0).sum() >= len(place) for place in kept.find(keys).values())
 
-    def keep_traced(self, kept: dict[int, Tensor]) -> tuple[str, str]:
-        """Keeps the batch of the traced pass, as `keep` does."""
+    def keys_of_traced(self) -> Keys:
+        """Returns the keys of the batch of the traced pass, which is kept next."""
         self._has_traced = True
-        return self.keep(self._selection.batch.keys(self._example), kept)
+        return self._selection.batch.keys(self._example)
+
+    def stored(self, keys: Keys) -> dict[int, np.ndarray]:
+        """Returns the places of a batch's rows if all of them are on disk. Else an empty dict."""
+        if not self._selection.kept.settled:
+            self.split()
+        places = self._selection.kept.find(keys)
+        return {} if unknown(places) else places
 
     def keep(self, keys: Keys, kept: dict[int, Tensor]) -> tuple[str, str]:
         """Keeps a batch, split into rows if their axes are known.
@@ -254,7 +261,8 @@ class RowCollector:
         """
         selection, kept, began = self._selection, self._selection.kept, perf_counter()
         inputs = self._example if inputs is None else inputs
-        if self._shared.entries.directory is not None:
+        writes = self._batches or not self._has_traced
+        if writes and self._shared.entries.directory is not None:
             # Rows on disk outlive this run, so all bits are hashed before.
             self._shared.weights.suspect(selection.frozen.tensors)
             if kept.update_names():

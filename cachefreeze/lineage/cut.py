@@ -1,13 +1,12 @@
 """Chooses the values to keep: those between frozen and trained work, or the cheapest."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from cachefreeze.lineage.flow import side_of_source
 from cachefreeze.lineage.operations import FROZEN, INPUT, Operation, Trace
 
-# Largest capacity. The maximum flow counts in 32 bits.
+# Capacity of an edge that is never cut. Costs are whole steps, so that sums of them are exact.
 _CAPACITY = 1 << 30
 
 
@@ -30,19 +29,18 @@ class Cut:
     seconds_saved: float
 
 
-def crossing_cut(trace: Trace, unread: Collection[int] = ()) -> Cut:
+def crossing_cut(trace: Trace) -> Cut:
     """Keeps every frozen value that trained work, live work or the output takes.
 
     Operations that depend on the batch alone, or on nothing, run again if their result is taken.
 
     Args:
         trace: Trace of a pass.
-        unread: Numbers of outputs that the caller never reads. They are not kept.
     """
-    kept, runs = _settle(trace, set(), set(), _wanted(trace, unread))
+    kept, runs = _settle(trace, set(), set(), _wanted(trace))
     roots = _cheaper_roots(trace, kept)
     if roots:
-        kept, runs = _settle(trace, set(), roots, _wanted(trace, unread))
+        kept, runs = _settle(trace, set(), roots, _wanted(trace))
     return _cut(trace, kept, runs)
 
 
@@ -50,10 +48,8 @@ def minimum_cut(
     trace: Trace,
     *,
     reading_rate: float,
-    price: float = 0.0,
     each: float = 0.0,
     each_of_inputs: float = 0.0,
-    unread: Collection[int] = (),
 ) -> Cut:
     """Chooses the values to keep so that the replayed pass is as fast as possible.
 
@@ -64,17 +60,15 @@ def minimum_cut(
     Args:
         trace: Trace of a pass.
         reading_rate: Bytes a second at which kept values are read.
-        price: Further cost of each kept byte, in seconds, for example to fit a memory limit.
         each: Further cost of each kept value, in seconds, for example to look up its rows.
         each_of_inputs: Further cost of each kept value that depends on the batch alone, in seconds.
-        unread: Numbers of outputs that the caller never reads. They are not kept.
 
     Raises:
-        ValueError: The reading rate is not positive, or the price is negative.
+        ValueError: The reading rate is not positive.
     """
-    if not reading_rate > 0 or not price >= 0:
-        raise ValueError("minimum_cut takes a reading_rate above 0 and a price of at least 0.")
-    wanted = _wanted(trace, unread)
+    if not reading_rate > 0:
+        raise ValueError("minimum_cut takes a reading_rate above 0.")
+    wanted = _wanted(trace)
     _, runs = _settle(trace, set(), set(), wanted)
     # Operations that run whichever values are kept. The values that they read are needed.
     fixed = {one for one in runs if not trace.operations[one].skippable}
@@ -84,7 +78,7 @@ def minimum_cut(
     place = {operation.number: rank for rank, operation in enumerate(free)}
     maker = {number: place[one.number] for one in free for number in one.makes}
     costs = {
-        number: trace.values[number].nbytes * (1 / reading_rate + price)
+        number: trace.values[number].nbytes / reading_rate
         + (each if trace.values[number].kind == FROZEN else each_of_inputs)
         for number in maker
         if trace.values[number].plain and trace.values[number].kind in (FROZEN, INPUT)
@@ -118,9 +112,6 @@ def cheapest(
     Returns:
         Operations that run again, and values that are kept. Their total cost is the minimum.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
-
     wanted = list(wanted)
     if not wanted:
         return set(), set()
@@ -144,18 +135,10 @@ def cheapest(
     for one, taken in enumerate(reads):
         edges += [(numbers[number], one, endless) for number in taken]
     edges += [(numbers[number], sink, endless) for number in wanted]
-    starts, ends, capacities = np.array(edges, dtype=np.int64).T
-    shape = (sink + 1, sink + 1)
-    graph = coo_array((capacities.astype(np.int32), (starts, ends)), shape=shape).tocsr()
-    flow = maximum_flow(graph, source, sink).flow
-    left = graph - flow
-    left.data[left.data < 0] = 0
-    left.eliminate_zeros()
-    reached = np.zeros(sink + 1, dtype=bool)
-    reached[breadth_first_order(left, source, return_predecessors=False)] = True
-    again = {one for one in range(len(seconds)) if not reached[one]}
+    reached = side_of_source(edges, source, sink)
+    again = {one for one in range(len(seconds)) if one not in reached}
     needed = {*wanted, *(number for one in again for number in reads[one])}
-    kept_values = {number for number in needed if reached[maker[number]]}
+    kept_values = {number for number in needed if maker[number] in reached}
     return _needed(again, kept_values, reads, maker, wanted), kept_values
 
 
@@ -189,8 +172,8 @@ def _needed(
     return found
 
 
-def _wanted(trace: Trace, unread: Collection[int]) -> set[int]:
-    return {number for number, read in trace.outputs if read and number not in unread}
+def _wanted(trace: Trace) -> set[int]:
+    return {number for number, read in trace.outputs if read}
 
 
 def _bound_to_run(trace: Trace, runs: set[int]) -> set[int]:

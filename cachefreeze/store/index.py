@@ -11,7 +11,7 @@ _HALF = np.uint64(32)
 _PLACE = np.uint64(2**32 - 1)
 _EMPTY = np.uint64(2**64 - 1)
 # Number of buckets that are compared at once. One call of numpy costs more than 16 comparisons.
-_WINDOW = np.arange(16)
+_WINDOW = np.arange(16)[:, None]
 
 
 class Index:
@@ -44,16 +44,18 @@ class Index:
         if not self._count:
             return np.full(len(keys), -1)
         first = self._bucket_of(keys)
-        window = self._buckets.take(first[:, None] + _WINDOW, mode="wrap")
+        # One column for each key: numpy compares rows of neighbours four times as fast.
+        window = self._buckets.take(first + _WINDOW, mode="wrap")
         # If the upper halves are equal, XOR leaves the place, which is smaller than any other
         # result.
-        near = (window ^ (keys[:, 1] << _HALF)[:, None]).min(axis=1)
+        near = (window ^ (keys[:, 1] << _HALF)).min(axis=0)
         places = np.minimum(near, np.uint64(self._count - 1)).astype(np.int64)
-        good = (self._keys.take(places, axis=0) == keys).all(axis=1)
-        if not good.all():
+        found = self._keys.take(places, axis=0) == keys
+        if not found.all():
+            good = found.all(axis=1)
             places[~good] = -1
             # The key may be behind this window, or behind another key with the same upper half.
-            on = ~good & ((near <= _PLACE) | (window != _EMPTY).all(axis=1))
+            on = ~good & ((near <= _PLACE) | (window != _EMPTY).all(axis=0))
             if on.any():
                 places[on] = self._find_one_by_one(keys[on], first[on])
         return places

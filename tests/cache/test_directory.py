@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,9 @@ from torch import nn
 from cachefreeze import ActivationCache
 from cachefreeze.cache import activation_cache, row_table
 from cachefreeze.errors import UserError
+from cachefreeze.store.format import CHECKSUM_BYTES, JOURNAL
 from cachefreeze.store.inspect import inspect
+from cachefreeze.store.journal import read_lines
 from tests.support.programs import Programs
 
 from .harness import BATCH, Net, assert_same, batches, images, net, plainly, served
@@ -78,8 +82,8 @@ def test_a_later_run_is_served_from_its_first_epoch_on(program: Program) -> None
     again = program.with_other_hashes(folder)
     assert first["weights"] == again["weights"] == plain["weights"]
     assert int(first["served"][0]) == 0
-    # The first batch is traced, and two are compared.
-    assert int(again["served"][0]) == 80 - 3 * 8
+    # Two batches are compared: the traced one, and another.
+    assert int(again["served"][0]) == 80 - 2 * 8
     assert rows_in(Path(folder)) == 80
 
 
@@ -183,6 +187,66 @@ def test_wrong_rows_under_a_right_name_are_never_served(tmp_path: Path) -> None:
     with ActivationCache(model, directory=tmp_path / "cache") as cache:
         epoch(model, x, 0)
         assert cache.stats.rows_served == 0
+
+
+def wrong_row(folder: Path, row: int) -> None:
+    """Changes a number in a row on disk, and makes the checksums fit, as a broken tool may."""
+    (chunk,) = [path for path in folder.glob("*/*/values/c*") if path.is_file()]
+    content = bytearray(chunk.read_bytes()[:-CHECKSUM_BYTES])
+    content[row * 32 * 4] ^= 1
+    checksum = google_crc32c.value(bytes(content))
+    chunk.write_bytes(bytes(content) + checksum.to_bytes(CHECKSUM_BYTES, "little"))
+    segment = chunk.parents[1]
+    (line,) = read_lines(segment / JOURNAL, segment.name, 0, 10**6)
+    journal = segment / JOURNAL
+    journal.write_bytes(replace(line, values=checksum).line(segment.name))
+
+
+def in_order(model: nn.Module, x: torch.Tensor) -> None:
+    for batch in x.split(BATCH):
+        assert_same(model(batch), plainly(model, batch))
+
+
+@pytest.mark.parametrize("row", [0, BATCH - 1])
+def test_a_wrong_row_in_the_traced_batch_is_noticed(tmp_path: Path, row: int) -> None:
+    model, x = net(), images(48)
+    with ActivationCache(model, directory=tmp_path) as cache:
+        in_order(model, x)
+    wrong_row(tmp_path, row)
+    with ActivationCache(model, directory=tmp_path) as cache:
+        model(x[:BATCH])
+        assert any("differ from computed ones" in sentence for sentence in cache.messages)
+        in_order(model, x)
+        assert cache.stats.rows_served == 0
+        assert cache.report().found
+
+
+def test_a_damaged_chunk_under_the_traced_batch_is_noticed(tmp_path: Path) -> None:
+    model, x = net(), images(48)
+    with ActivationCache(model, directory=tmp_path) as cache:
+        in_order(model, x)
+    (chunk,) = [path for path in tmp_path.glob("*/*/values/c*") if path.is_file()]
+    content = bytearray(chunk.read_bytes())
+    content[5] ^= 4
+    chunk.write_bytes(content)
+    with ActivationCache(model, directory=tmp_path) as cache:
+        model(x[:BATCH])
+        assert any("computed again" in sentence for sentence in cache.messages)
+        assert cache.report().batches_compared == 0
+        in_order(model, x)
+        in_order(model, x)
+        assert cache.stats.rows_served > 0
+
+
+def test_the_traced_batch_counts_as_compared_but_is_not_enough(tmp_path: Path) -> None:
+    model, x = net(), images(48)
+    with ActivationCache(model, directory=tmp_path):
+        in_order(model, x)
+    for probation, served_from in ((None, 2), (1, 2), (3, 3)):
+        with ActivationCache(model, directory=tmp_path, probation=probation) as cache:
+            rows = [served(cache, lambda one=one: model(one)) for one in x.split(BATCH)]
+            assert rows == [0] * served_from + [BATCH] * (len(rows) - served_from)
+            assert cache.report().batches_compared == served_from
 
 
 def _spoiled(append: Any) -> Any:

@@ -6,6 +6,8 @@ from torch import nn
 from cachefreeze import lineage
 from cachefreeze.lineage.late import Late
 
+from .harness import with_late_outputs
+
 
 class Source(nn.Module):
     """A frozen model whose output nobody reads.
@@ -34,8 +36,7 @@ class Pair:
         torch.manual_seed(0)
         self.model, self.x = Source(way), torch.randn(4, 4)
         output, trace = lineage.trace(self.model, self.x)
-        unread = {number for number, _ in trace.outputs}
-        self.plan = lineage.Plan(trace, lineage.crossing_cut(trace, unread=unread))
+        self.plan = with_late_outputs(trace)
         del output
         self.kept = lineage.capture(self.plan, self.model, self.x)[1]
         self.report = None
