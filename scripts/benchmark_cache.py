@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torchvision
@@ -23,7 +24,8 @@ from torch.nn import functional as F
 
 import cachefreeze
 from cachefreeze import lineage
-from cachefreeze.cache.selection import cheapest_cut
+from cachefreeze.cache.guards import Guards
+from cachefreeze.cache.selection import Selection, cheapest_cut
 
 Batch = tuple[dict[str, Any], torch.Tensor]
 Step = Callable[[nn.Module, Batch], torch.Tensor]
@@ -220,6 +222,44 @@ def measure_memory(case: Case, turns: int, rows: int) -> None:
     )
 
 
+def measure_checks(case: Case, turns: int, epochs: int) -> None:
+    """Measures the share of a cached run that checks take, by the clock of the process.
+
+    A computed batch that is compared counts as a whole.
+    """
+    shares: dict[str, list[float]] = {}
+    for _ in range(turns):
+        spent = dict.fromkeys(("guards", "looks", "compared batches and hashes"), 0.0)
+
+        def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                began = time.process_time()
+                try:
+                    return function(*args)
+                finally:
+                    spent[name] += time.process_time() - began  # noqa: B023
+
+            return run
+
+        with (
+            patch.object(Guards, "fit", timed("guards", Guards.fit)),
+            patch.object(Selection, "look", timed("looks", Selection.look)),
+        ):
+            cached = Loop(case, cached=True)
+            assert cached.cache is not None
+            began = time.process_time()
+            for number in range(epochs):
+                cached.epoch(number)
+            report = cached.cache.report()
+            whole = time.process_time() - began
+        cached.cache.close()
+        spent["compared batches and hashes"] = report.seconds
+        for name, seconds in (*spent.items(), ("all checks", sum(spent.values()))):
+            shares.setdefault(name, []).append(seconds / whole)
+    parts = "; ".join(f"{name} {told(one)}" for name, one in shares.items())
+    print(f"{case.name}\n  of a run of {epochs} epochs: {parts}")
+
+
 def told(ratios: list[float]) -> str:
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
     return f"{statistics.median(ratios):.3f} ({spread})"
@@ -232,6 +272,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=640, help="Rows of the data. Default: 640.")
     parser.add_argument("--only", default="", help="Part of the name of the cases to run.")
     parser.add_argument("--memory", action="store_true", help="Compare memory in place of time.")
+    parser.add_argument("--checks", action="store_true", help="Measure what checks take.")
     parser.add_argument("--peak", choices=["plain", "cached"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -241,7 +282,9 @@ def main() -> int:
         return 0
     print(f"torch {torch.__version__}, one thread, n = {options.turns}")
     for case in chosen:
-        if options.memory:
+        if options.checks:
+            measure_checks(case, options.turns, options.epochs)
+        elif options.memory:
             measure_memory(case, options.turns, options.rows)
         else:
             measure(case, options.turns, options.epochs)

@@ -3,8 +3,10 @@
 last.pt      the newest checkpoint
 previous.pt  the checkpoint before it
 best.pt      the weights of the epoch with the best validation accuracy, for others to start from
+damaged.pt   a last.pt that could not be used
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -21,6 +23,7 @@ from cachefreeze.keys.hashing import tensors_sha256
 from cachefreeze.store.files import partial_beside, sync_folder, write_partial
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+DAMAGED = "damaged.pt"
 CHECKSUM = "sha256"
 MAX_DEPTH, MAX_EXPANDED_BYTES = 30, 2**26
 TIME_SHARE = 0.01
@@ -161,6 +164,9 @@ def verified(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def load_last_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """Reads `last.pt` of a folder, or `previous.pt` if that cannot be used.
 
+    `last.pt` becomes `damaged.pt` then: the next checkpoint would put it in the place of
+    `previous.pt`.
+
     Args:
         folder: Folder of the run.
         warn: Function called with a sentence if `last.pt` cannot be used.
@@ -182,6 +188,8 @@ def load_last_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[str,
             continue
         if failures:
             warn(f"{failures[0]}: going on from {path.name}")
+            with contextlib.suppress(OSError):
+                (folder / LAST).replace(folder / DAMAGED)
         return state
     if failures:
         raise UserError(f"{failures[0]}: there is nothing to go on from; start a new run")

@@ -119,8 +119,14 @@ def test_a_damaged_one_is_passed_over_for_the_one_before_and_that_is_said(tmp_pa
     assert len(told) == 1
     assert "last.pt" in told[0]
     assert "going on from previous.pt" in told[0]
+    # Nor does it take the place of the one before when the run goes on, and is damaged again.
+    save_checkpoint(tmp_path, state(3))
+    (tmp_path / "last.pt").write_bytes(b"")
+    last = load_last_checkpoint(tmp_path, told.append)
+    assert last is not None
+    assert last["step"] == 1
     (tmp_path / "previous.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="nothing to go on from"):
+    with pytest.raises(UserError, match="cannot be read|no checkpoint"):
         load_last_checkpoint(tmp_path, no_warning)
 
 
