@@ -64,7 +64,7 @@ INSIDE = {
         ["loader", "kept_values"],
         ["row_axes"],
         ["selection"],
-        ["comparison", "guards", "runner"],
+        ["comparison", "guards", "runner", "shallower_cut"],
         ["row_collector"],
         ["cached_trace"],
         ["final_check"],
