@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cachefreeze.errors import UserError
 from cachefreeze.probing.backbone import Layout
 from cachefreeze.probing.fits import logistic, neighbours
 from cachefreeze.probing.heads import Heads
@@ -88,10 +87,6 @@ def linear_heads(
     found = []
     patches = settings.task == "segmentation"
     poolings = ["patches"] if patches else layout.poolings(settings.pooling)
-    if not poolings:
-        raise UserError(
-            "the network has no class token: give --pooling mean, or leave it out for all there are"
-        )
     for blocks in settings.blocks:
         for pooling in poolings:
             every = range(sum(layout.widths[:blocks]))

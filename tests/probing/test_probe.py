@@ -285,6 +285,7 @@ def test_fewer_blocks_are_found_among_those_that_were_kept(tmp_path: Path) -> No
 
 # The program.
 
+RESNET = ("--model", "torchvision:resnet18")
 NETWORK = ("--model", "timm:test_vit", "--image-size", "32", "--workers", "0")
 
 
@@ -410,6 +411,11 @@ def bad(folder: Path, images: dict[str, int]) -> Path:
         ({"cat": 4, "dog": 4}, ("--model", "timm:vit_nothing"), "no network 'vit_nothing'"),
         ({"cat": 4, "dog": 4}, ("--views", "twirls"), "--views twirls"),
         ({"cat": 4, "dog": 4}, ("--lr", "0"), "--lr"),
+        ({"cat": 4, "dog": 4}, ("--methods", "neighbours"), "leaves no head"),
+        ({"cat": 4, "dog": 4}, ("--views", "2", "--methods", "logistic"), "for linear heads only"),
+        ({"cat": 4, "dog": 4}, ("--predict", "nowhere"), "nowhere is not a folder"),
+        ({"cat": 4, "dog": 4}, ("--output-dir", __file__), "cannot be written to"),
+        ({"cat": 4, "dog": 4}, (*RESNET, "--pooling", "class"), "no class token"),
         ({"images": 4}, ("--task", "segmentation"), "no folder masks"),
         ({"images": 4, "masks": 3}, ("--task", "segmentation"), "labels are missing"),
         ({"images": 4, "masks": 4}, ("--task", "segmentation"), "picture in colours"),
@@ -427,6 +433,8 @@ def test_what_is_wrong_is_told_in_a_sentence(
     assert error.startswith("error: ")
     assert says in error
     assert error.count("\n") == 1
+    # Nothing has been computed in vain.
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_file_that_is_no_head_is_refused(
