@@ -98,7 +98,7 @@ INSIDE = {
     ],
     "integrations": [["lightning"]],
     "probing": [
-        ["heads", "rows", "backbone", "fits", "options", "pictures"],
+        ["heads", "rows", "backbone", "fits", "options", "pictures", "turns"],
         ["probe"],
         ["grid"],
         ["saved"],

@@ -88,6 +88,7 @@ def _probe(
     from cachefreeze.probing.probe import rows_of
     from cachefreeze.probing.rows import frozen
     from cachefreeze.probing.saved import Saved
+    from cachefreeze.probing.turns import turn
     from cachefreeze.training.device import (
         autocast,
         keep_freed_memory,
@@ -132,8 +133,24 @@ def _probe(
     total = count_views(views) * len(train) + len(val)
     cache = ActivationCache(backbone, directory=run.cache_dir, max_bytes=run.cache_bytes)
     options: dict[str, Any] = {"workers": run.workers, "seed": settings.seed}
-    with frozen(backbone), cache, progress_bar("network", total, "image") as bar:
-        options["tick"] = bar.update
+    work = {
+        "network": run.network, "weights": str(run.weights), "blocks": layout.blocks,
+        "images": str(run.data_dir.resolve()), "size": run.image_size, "share": run.val_fraction,
+        "views": views, "seed": settings.seed, "task": settings.task, "type": str(dtype),
+        "device": str(device),
+    }  # fmt: skip
+    with (
+        turn(run.cache_dir, work) as goes_on,
+        frozen(backbone),
+        cache,
+        progress_bar("network", total, "image") as bar,
+    ):
+
+        def tick(count: int) -> None:
+            bar.update(count)
+            goes_on()
+
+        options["tick"] = tick
         rows = rows_of(call, cache, train, device, views, transform, **options)
         val_rows = rows_of(call, cache, val, device, **options)
     computed = time.perf_counter() - began

@@ -15,7 +15,8 @@ from cachefreeze.data.images import IMAGE_SUFFIXES
 from cachefreeze.errors import UserError, first_line
 from cachefreeze.models import build
 from cachefreeze.probing.backbone import Backbone, Joined, Layout
-from cachefreeze.probing.grid import Linear, pixels_of
+from cachefreeze.probing.grid import pixels_of
+from cachefreeze.probing.heads import Linear
 from cachefreeze.probing.pictures import Pictures
 from cachefreeze.training.checkpoint import read_saved
 

@@ -20,8 +20,7 @@ import cachefreeze
 from cachefreeze import ActivationCache, UserError
 from cachefreeze.probing.backbone import Backbone, Joined, find_layout
 from cachefreeze.probing.fits import logistic, neighbours
-from cachefreeze.probing.grid import Linear
-from cachefreeze.probing.heads import Heads
+from cachefreeze.probing.heads import Heads, Linear
 from cachefreeze.probing.probe import rows_of
 from cachefreeze.probing.program import main
 from cachefreeze.probing.rows import frozen
@@ -36,12 +35,14 @@ def head(kind: str, seed: int) -> nn.Module:
         return Linear(range(2, 10), CLASSES)
     if kind == "scattered columns":
         return Linear([0, 1, 5], CLASSES)
+    if kind in ("torch's own", "without bias"):
+        return nn.Linear(WIDTH, CLASSES, bias=kind == "torch's own")
     if kind == "two layers":
         return nn.Sequential(nn.Linear(WIDTH, 5), nn.ReLU(), nn.Linear(5, CLASSES))
     return nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, CLASSES))
 
 
-KINDS = ("linear", "scattered columns", "two layers", "batch norm")
+KINDS = ("linear", "scattered columns", "torch's own", "without bias", "two layers", "batch norm")
 
 
 def batches(steps: int = 20) -> list[tuple[Tensor, Tensor]]:
