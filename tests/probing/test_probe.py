@@ -83,8 +83,8 @@ def test_heads_trained_together_have_the_weights_of_heads_trained_alone() -> Non
 
 def test_heads_of_one_structure_run_as_one() -> None:
     heads = [head(kind, number) for number, kind in enumerate(KINDS * 3)]
-    group = Heads(heads, [0.1] * 12, [0.0] * 12, 1)
-    assert [len(one.numbers) for one in group._groups] == [3, 3, 3, 3]
+    group = Heads(heads, [0.1] * len(heads), [0.0] * len(heads), 1)
+    assert [len(one.numbers) for one in group._groups] == [3] * len(KINDS)
     x, y = batches(1)[0]
     group.learn(x, F.one_hot(y, CLASSES).float())
     assert all(one._together for one in group._groups)
