@@ -1,6 +1,6 @@
 """Accuracy of a fine-tuning as a function of the number of stored views of each image.
 
-    python scripts/views_curve.py CIFAR10 --results curve.jsonl [--figure docs/figures/views.svg]
+    python scripts/views_curve.py CIFAR10 --results curve.jsonl
 
 CIFAR10 is a folder with `train` and `test`, each with one sub-folder of images a class. A small
 convolutional network is trained on plain images of five classes. Its first layers are frozen then,
@@ -163,33 +163,12 @@ def differences(lines: list[dict[str, Any]], other: int | str) -> tuple[float, f
     return statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
 
 
-def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draws the curve."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "views"
-    from matplotlib import pyplot
-
-    rows = table(lines)
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
-    places = range(len(rows))
-    axes.errorbar(places, [row[1] for row in rows], [row[2] for row in rows], fmt="o-", capsize=4)
-    axes.set_xticks(list(places), [str(row[0]) for row in rows])
-    axes.set_xlabel("views of each image")
-    axes.set_ylabel("accuracy on test images, %")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--results", type=Path, default=Path("curve.jsonl"))
-    parser.add_argument("--figure", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--images", type=int, default=50, help="images of each class")
     parser.add_argument("--epochs", type=int, default=60)
@@ -218,8 +197,6 @@ def main() -> None:
     for other in SETTINGS[:-1]:
         gain, error = differences(lines, other)
         print(f"unlimited - {other}: {gain:+.2f} +- {error:.2f} points")
-    if args.figure is not None:
-        draw(lines, args.figure)
 
 
 if __name__ == "__main__":
