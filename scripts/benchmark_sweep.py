@@ -18,6 +18,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmark_probe import NETWORK, chosen
@@ -38,7 +39,7 @@ def by_optuna(folder: Path, directory: Path, size: int, epochs: int) -> None:
     names = sorted({path.parent.name for path in paths})
     labels = [names.index(path.parent.name) for path in paths]
     pictures = Pictures(paths, labels, size, (0.5,) * 3, (0.25,) * 3)
-    dataset = [pictures[row] for row in range(len(pictures))]
+    dataset: Any = [pictures[row] for row in range(len(pictures))]
     seconds, computed = [], []
 
     def trial(tried: optuna.Trial) -> float:

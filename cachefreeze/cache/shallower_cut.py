@@ -13,7 +13,7 @@ from cachefreeze.cache.kept_values import KeptValues
 from cachefreeze.cache.row_layout import RowLayout
 from cachefreeze.cache.selection import Selection
 from cachefreeze.keys import lineage_of
-from cachefreeze.lineage.operations import FROZEN
+from cachefreeze.lineage.operations import FROZEN, Value
 from cachefreeze.plan.costs import LEAST_SHARE
 
 Tensor = torch.Tensor
@@ -31,6 +31,7 @@ class ShallowerCut:
     """Rows on disk of values that lie before the kept values of a trace.
 
     Args:
+        shared: State that all parts of the cache share.
         selection: Kept values of the trace.
         inputs: Inputs of a batch, by number.
         numbers: Numbers of the values before them.
@@ -55,7 +56,7 @@ class ShallowerCut:
         lineages = {number: lineage_of(trace, number, program) for number in numbers}
         lineages = {number: one for number, one in lineages.items() if one.portable}
         groups = [one.inputs for one in lineages.values()]
-        self._now = selection.frozen
+        self._selection = selection
         self._frozen = FrozenState(shared, trace, lineages.values(), "")
         self._batch = BatchInputs(trace, inputs, groups, shared.exact, selection.batch)
         self.kept = KeptValues(shared, trace, lineages, self._frozen, "")
@@ -68,7 +69,8 @@ class ShallowerCut:
             Whether all descriptions make sense.
         """
         for one in self.kept:
-            one.layout = _layout(told[one.name], self._batch.rows)
+            value = self._selection.trace.values[one.number]
+            one.layout = _layout(value, told[one.name].get("rows"), self._batch.rows)
         return self.kept.settled
 
     def share_of(self, inputs: Mapping[int, Tensor]) -> float:
@@ -82,7 +84,8 @@ class ShallowerCut:
         Returns:
             Values by number, or None if some rows are unknown or damaged.
         """
-        if any(self._now.digests[n] != digest for n, digest in self._frozen.digests.items()):
+        now = self._selection.frozen.digests
+        if any(now.get(number) != digest for number, digest in self._frozen.digests.items()):
             return None  # weights have changed since the names were made
         keys = self._batch.keys(inputs)
         places = self.kept.find(keys)
@@ -157,12 +160,15 @@ def _alike(selection: Selection, told: list[dict[str, Any]]) -> list[int]:
     return found[-_MOST_VALUES:]
 
 
-def _layout(told: Mapping[str, Any], rows: int) -> RowLayout | None:
-    """Returns the layout of a set as its writer has described it, or None if it makes no sense."""
+def _layout(value: Value, told: Any, rows: int) -> RowLayout | None:
+    """Returns the layout of a value whose axis is as the writer of a set has described it.
+
+    None if the description makes no sense.
+    """
     try:
-        dim, outer, inner = told["rows"]
-        shape, axis = tuple(told["shape"]), lineage.Axis(dim, inner, outer)
-        fits = dim >= 0 and outer * rows * inner == shape[dim]
+        dim, outer, inner = told
+        fits = min(dim + 1, outer, inner) >= 1 and outer * rows * inner == value.shape[dim]
     except (IndexError, TypeError, ValueError):
         return None
-    return RowLayout(shape, tuple(told["stride"]), axis, rows) if fits else None
+    axis = lineage.Axis(dim, inner, outer)
+    return RowLayout(value.shape, value.stride, axis, rows) if fits else None

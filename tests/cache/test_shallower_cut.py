@@ -4,6 +4,7 @@ Each run opens a cache of its own on the same directory, with a model built anew
 does.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,17 @@ def test_damaged_rows_of_the_shallower_run_are_computed(tmp_path: Path) -> None:
     trial(1, tmp_path / "cache", x)
     damage(tmp_path / "cache")
     assert in_first_epoch(2, tmp_path / "cache", x) == BATCHES * ALL
+    assert_alike(trial(2, tmp_path / "cache", x)[0], trial(2, None, x)[0])
+
+
+@pytest.mark.parametrize("rows", [[9, 1, 1], [1, 1, 4], [0, -1, -1], ["x"], 3, None])
+def test_a_description_that_makes_no_sense_is_not_believed(tmp_path: Path, rows: object) -> None:
+    x = images()
+    trial(1, tmp_path / "cache", x)
+    (path,) = tmp_path.glob("cache/*/*/zarr.json")
+    content = json.loads(path.read_text())
+    content["attributes"]["cachefreeze"]["about"]["rows"] = rows
+    path.write_text(json.dumps(content))
     assert_alike(trial(2, tmp_path / "cache", x)[0], trial(2, None, x)[0])
 
 
