@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hand-epochs", type=int, help="if fewer: its time is extrapolated")
+    parser.add_argument("--hand-repeats", type=int, help="if fewer: it takes minutes")
     parser.add_argument("--hand", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.hand is not None:
@@ -171,9 +172,13 @@ def main() -> None:
                 ("one head", [*common, *one]),
                 ("by hand", [*hand, str(hand_epochs)]),
             ):
+                if what == "by hand" and repeat >= (args.hand_repeats or args.repeats):
+                    continue
                 times.setdefault(what, []).append(seconds_of(command))
                 print(repeat, what, f"{times[what][-1]:.1f} s", flush=True)
         medians = {what: statistics.median(found) for what, found in times.items()}
+        for what, found in times.items():
+            print(f"{what}: {medians[what]:.1f} s ({min(found):.1f} to {max(found):.1f})")
         if hand_epochs != args.epochs:
             times["start"] = [seconds_of([*hand, "0"])]
             start = times["start"][0]

@@ -2,6 +2,8 @@
 
     python scripts/benchmark_finetune.py --plain --blocks 0 --images 1280 --processor --json FILE
     python scripts/doc_figures.py idea FILE docs/figures
+    python scripts/views_curve.py CIFAR10 --results docs/figures/views.jsonl
+    python scripts/doc_figures.py views docs/figures/views.jsonl docs/figures
     python -m cachefreeze.train --arch wrn --t0 0.5 --output-dir runs/pictures
     python scripts/doc_figures.py run runs/pictures docs/figures rates frontier seconds predicted
 
@@ -11,6 +13,7 @@ light or dark theme, with its own background.
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -48,6 +51,9 @@ def main() -> int:
     of_idea = kinds.add_parser("idea", help="picture of the README")
     of_idea.add_argument("measured", type=Path, help="file of benchmark_finetune.py --json")
     of_idea.add_argument("folder", type=Path, help="folder for the picture")
+    of_views = kinds.add_parser("views", help="picture of accuracy by the number of views")
+    of_views.add_argument("measured", type=Path, help="results of views_curve.py")
+    of_views.add_argument("folder", type=Path, help="folder for the picture")
     of_run = kinds.add_parser("run", help="pictures of a run's report.html")
     of_run.add_argument("run", type=Path, help="folder of a run")
     of_run.add_argument("folder", type=Path, help="folder for the pictures")
@@ -58,6 +64,9 @@ def main() -> int:
     try:
         if args.kind == "idea":
             chosen = {"idea": idea(json.loads(args.measured.read_text()))}
+        elif args.kind == "views":
+            lines = args.measured.read_text().splitlines()
+            chosen = {"views": views([json.loads(line) for line in lines])}
         else:
             found = pictures(args.run)
             for name in args.names:
@@ -159,6 +168,51 @@ def _pass(name: str, y: int, runs: bool) -> Iterator[str]:
     if not runs:  # the batch is only looked up
         yield f'<path d="M140,{y + 44} v8 H470 v-2" class="line"/>'
         yield f'<path d="M465,{y + 52} L470,{y + 44} L475,{y + 52} z" class="head"/>'
+
+
+def views(runs: list[dict[str, Any]]) -> str:
+    """Draws accuracy by the number of views.
+
+    Args:
+        runs: Lines of the results of `views_curve.py`.
+
+    Returns:
+        Text of an SVG file: means over the seeds with their standard errors, and each run.
+    """
+    by: dict[str, list[float]] = {}
+    for run in runs:
+        by.setdefault(str(run["views"]), []).append(100 * run["accuracy"])
+    every = [one for some in by.values() for one in some]
+    low, high = math.floor(min(every)), math.ceil(max(every))
+
+    def height(accuracy: float) -> float:
+        return 266 - 240 * (accuracy - low) / (high - low)
+
+    lines = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 322" role="img">',
+        "<title>Accuracy on test images rises with the number of views of each image</title>",
+        STYLE,
+    ]
+    for accuracy in range(low, high + 1, 2):
+        y = height(accuracy)
+        lines.append(f'<path d="M60,{y:.1f} H740" class="line" stroke-opacity="0.25"/>')
+        lines.append(f'<text x="50" y="{y + 5:.1f}" text-anchor="end">{accuracy} %</text>')
+    for place, (name, found) in enumerate(by.items()):
+        x, mean = 110 + 84 * place, statistics.mean(found)
+        error = statistics.stdev(found) / len(found) ** 0.5
+        lines += [
+            f'<circle cx="{x + 12}" cy="{height(one):.1f}" r="2.5" class="start"/>' for one in found
+        ]
+        top, bottom = height(mean + error), height(mean - error)
+        lines.append(f'<path d="M{x},{top:.1f} V{bottom:.1f}" class="line" stroke-width="2"/>')
+        lines.append(f'<circle cx="{x}" cy="{height(mean):.1f}" r="6" class="frozen box"/>')
+        lines.append(f'<text x="{x}" y="290" text-anchor="middle">{name}</text>')
+    count = min(map(len, by.values()))
+    lines.append(
+        '<text x="60" y="314" class="small">views of each image; large: means, with standard '
+        f"errors; small: each of {count} seeds</text>"
+    )
+    return "\n".join([*lines, "</svg>", ""])
 
 
 def _caption(measured: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ INSIDE = {
         ["loader", "kept_values"],
         ["row_axes"],
         ["selection"],
-        ["comparison", "guards", "runner"],
+        ["comparison", "guards", "runner", "shallower_cut"],
         ["row_collector"],
         ["cached_trace"],
         ["final_check"],
@@ -99,7 +99,7 @@ INSIDE = {
     ],
     "integrations": [["lightning"]],
     "probing": [
-        ["heads", "rows", "backbone", "fits", "options", "pictures"],
+        ["heads", "rows", "backbone", "fits", "options", "pictures", "turns"],
         ["probe"],
         ["grid"],
         ["saved"],

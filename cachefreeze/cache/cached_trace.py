@@ -119,6 +119,7 @@ class CachedTrace:
             self.state = State.BY_PARTS
             return
         self._stored = selection.begin()
+        self._collector.look_on_disk(inputs)
         self._collector.note(selection.batch.keys(inputs))
 
     def rest(self, why: str, more: Sequence[str] = ()) -> None:

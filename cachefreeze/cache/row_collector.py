@@ -16,6 +16,7 @@ from cachefreeze.cache.guards import Guards
 from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.selection import Selection
+from cachefreeze.cache.shallower_cut import ShallowerCut, shallower_cut
 from cachefreeze.plan.overhead import CallTimer
 
 Tensor = torch.Tensor
@@ -140,7 +141,7 @@ class RowCollector:
         self._guards = guards
         self._timer = timer
         self._example = example
-        self._earlier = earlier
+        self._earlier: Earlier | ShallowerCut | None = earlier
         self._batches: list[_Batch] = []
         self._smaller: list[dict[int, Tensor]] = []
         self._has_traced = False
@@ -161,6 +162,11 @@ class RowCollector:
         """Number of batches before rows came again, of this trace or an earlier one."""
         before = self._earlier.batches_of_an_epoch if self._earlier is not None else 0
         return max(self._history.epoch, before)
+
+    def look_on_disk(self, inputs: Mapping[int, Tensor]) -> None:
+        """Looks for rows of another run, from which those of this one can be computed."""
+        if self._earlier is None:
+            self._earlier = shallower_cut(self._shared, self._selection, inputs)
 
     def note(self, keys: Keys) -> bool:
         """Adds the rows of a batch to the history. Returns whether half of them had come before."""

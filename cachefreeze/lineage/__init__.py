@@ -15,7 +15,7 @@ in the place of a skipped result. docs/lineage.md explains the method.
 from cachefreeze.lineage.axes import Axes, Axis, axes_of, batch_axes, leave_mixing, rows_of
 from cachefreeze.lineage.cut import Cut, crossing_cut, minimum_cut
 from cachefreeze.lineage.explanation import Explanation, explain, limits_of, more_in_eval_mode
-from cachefreeze.lineage.extension import Extension
+from cachefreeze.lineage.extension import Extension, way_from
 from cachefreeze.lineage.module_outputs import capture_outputs, module_outputs
 from cachefreeze.lineage.modules import compiled_functions
 from cachefreeze.lineage.operations import Trace
@@ -47,4 +47,5 @@ __all__ = [
     "replay",
     "rows_of",
     "trace",
+    "way_from",
 ]

@@ -88,3 +88,23 @@ def computable(trace: Trace, given: Collection[int]) -> set[int]:
         if operation.number not in behind and found.issuperset(operation.reads):
             found.update(operation.makes)
     return found
+
+
+def way_from(plan: Plan, given: Collection[int]) -> tuple[list[int], float]:
+    """Finds how the kept values of a plan are computed from given ones.
+
+    Args:
+        plan: Plan whose kept values are computed.
+        given: Numbers of frozen values that exist already.
+
+    Returns:
+        Numbers of the given values that are read, and seconds of the kernels that are left out. No
+        numbers if some kept value cannot be computed without the work that led to the given ones.
+    """
+    kept, program = plan.cut.kept, plan.program
+    if not computable(plan.trace, given).issuperset(kept):
+        return [], 0.0
+    operations = program.needed(kept, given)
+    read = {number for one in operations for number in one.reads} | set(kept)
+    seconds = sum(one.seconds for one in program.needed(kept, ()))
+    return sorted(read.intersection(given)), seconds - sum(one.seconds for one in operations)

@@ -1,18 +1,17 @@
 """The grid of heads of a probing: linear layers, logistic regressions and nearest neighbours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from cachefreeze.errors import UserError
 from cachefreeze.probing.backbone import Layout
 from cachefreeze.probing.fits import logistic, neighbours
-from cachefreeze.probing.heads import Heads
+from cachefreeze.probing.heads import Heads, Linear
 from cachefreeze.probing.options import ProbeSettings
 from cachefreeze.probing.pictures import IGNORED
 from cachefreeze.probing.probe import train_heads
@@ -22,33 +21,6 @@ from cachefreeze.probing.rows import Rows
 _SPREAD = 0.01
 # Images whose pixels are predicted at once.
 _FEW = 16
-
-
-class Linear(nn.Module):
-    """A linear layer on some columns of a row.
-
-    Args:
-        columns: Numbers of the columns.
-        classes: Number of outputs.
-    """
-
-    def __init__(self, columns: Sequence[int], classes: int) -> None:
-        super().__init__()
-        self.columns = tuple(columns)
-        # One slice is taken without a copy.
-        self.slice = (columns[0], columns[-1] + 1)
-        self.in_a_row = len(columns) == columns[-1] + 1 - columns[0]
-        self.linear = nn.Linear(len(columns), classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps rows, (..., all columns), to logits, (..., classes)."""
-        return self.linear(self.taken(x))
-
-    def taken(self, x: Tensor) -> Tensor:
-        """Returns the columns of rows that the layer takes."""
-        if self.in_a_row:
-            return x[..., slice(*self.slice)]
-        return x[..., list(self.columns)]
 
 
 @dataclass(frozen=True)
@@ -88,10 +60,6 @@ def linear_heads(
     found = []
     patches = settings.task == "segmentation"
     poolings = ["patches"] if patches else layout.poolings(settings.pooling)
-    if not poolings:
-        raise UserError(
-            "the network has no class token: give --pooling mean, or leave it out for all there are"
-        )
     for blocks in settings.blocks:
         for pooling in poolings:
             every = range(sum(layout.widths[:blocks]))

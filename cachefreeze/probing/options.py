@@ -160,6 +160,12 @@ def _refuse(settings: ProbeSettings, given: dict[str, Any]) -> None:
             "timm:vit_small_patch14_dinov2, and a folder of images"
         )
     refuse_views(settings.views)
+    if set(settings.methods) == {"neighbours"}:
+        raise UserError(
+            "--methods neighbours alone leaves no head that could be saved: add linear or logistic"
+        )
+    if settings.views is not None and "linear" not in settings.methods:
+        raise UserError("--views is for linear heads only: leave it out, or add --methods linear")
     if settings.task == "segmentation":
         for name in ("views", "pooling", "methods", "C", "k"):
             if name in given:

@@ -44,13 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: ProbeSettings, shared: dict[str, Any], argv: list[str]) -> None:
-    from cachefreeze.probing.saved import Saved
+    from cachefreeze.probing.saved import Saved, images_in
+    from cachefreeze.store.files import why_not_writable
     from cachefreeze.training.device import resolve_device
 
+    problem = why_not_writable(settings.output_dir)
+    if problem is not None:
+        raise UserError(
+            f"{settings.output_dir} cannot be written to ({problem}): choose another --output-dir"
+        )
     if settings.head is not None:
         saved = Saved.read(settings.head)
         _predict(saved, settings, resolve_device(shared.get("device", "auto")))
         return
+    if settings.predict is not None:
+        images_in(settings.predict)  # or it is told after all the work
     saved, device = _probe(settings, shared, argv)
     if settings.predict is not None:
         _predict(saved, settings, device)
@@ -80,6 +88,7 @@ def _probe(
     from cachefreeze.probing.probe import rows_of
     from cachefreeze.probing.rows import frozen
     from cachefreeze.probing.saved import Saved
+    from cachefreeze.probing.turns import turn
     from cachefreeze.training.device import (
         autocast,
         keep_freed_memory,
@@ -104,6 +113,10 @@ def _probe(
     model, _ = make_network(run, classes, weights)
     model.eval().to(device)
     layout = find_layout(model, max(settings.blocks), run.image_size, device)
+    if not layout.poolings(settings.pooling):
+        raise UserError(
+            "the network has no class token: give --pooling mean, or leave it out for all there are"
+        )
     backbone = Backbone(model, layout, pooled=settings.task == "classification")
     make_cache_folder(run.cache_dir)
     say(f"network   {run.network}: the last {len(layout.blocks)} of its blocks, on {device}")
@@ -120,8 +133,24 @@ def _probe(
     total = count_views(views) * len(train) + len(val)
     cache = ActivationCache(backbone, directory=run.cache_dir, max_bytes=run.cache_bytes)
     options: dict[str, Any] = {"workers": run.workers, "seed": settings.seed}
-    with frozen(backbone), cache, progress_bar("network", total, "image") as bar:
-        options["tick"] = bar.update
+    work = {
+        "network": run.network, "weights": str(run.weights), "blocks": layout.blocks,
+        "images": str(run.data_dir.resolve()), "size": run.image_size, "share": run.val_fraction,
+        "views": views, "seed": settings.seed, "task": settings.task, "type": str(dtype),
+        "device": str(device),
+    }  # fmt: skip
+    with (
+        turn(run.cache_dir, work) as goes_on,
+        frozen(backbone),
+        cache,
+        progress_bar("network", total, "image") as bar,
+    ):
+
+        def tick(count: int) -> None:
+            bar.update(count)
+            goes_on()
+
+        options["tick"] = tick
         rows = rows_of(call, cache, train, device, views, transform, **options)
         val_rows = rows_of(call, cache, val, device, **options)
     computed = time.perf_counter() - began
@@ -149,8 +178,8 @@ def _probe(
         "heads": [one.as_json() for one in trials],
     }  # fmt: skip
     (settings.output_dir / "heads.json").write_text(json.dumps(results, indent=1) + "\n")
-    if best is None or best.head is None:
-        raise UserError("nearest neighbours are no head that could be saved: add --methods linear")
+    assert best is not None
+    assert best.head is not None
     saved = Saved(
         {"arch": run.arch, **run.network_sizes()}, len(classes), layout, best.head.columns,
         settings.task, tuple(classes), run.image_size, mean, std, model.state_dict(),

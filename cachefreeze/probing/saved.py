@@ -15,7 +15,8 @@ from cachefreeze.data.images import IMAGE_SUFFIXES
 from cachefreeze.errors import UserError, first_line
 from cachefreeze.models import build
 from cachefreeze.probing.backbone import Backbone, Joined, Layout
-from cachefreeze.probing.grid import Linear, pixels_of
+from cachefreeze.probing.grid import pixels_of
+from cachefreeze.probing.heads import Linear
 from cachefreeze.probing.pictures import Pictures
 from cachefreeze.training.checkpoint import read_saved
 
@@ -108,6 +109,20 @@ class Saved:
         return nn.Sequential(backbone, Joined(), head).eval().to(device)
 
 
+def images_in(folder: Path) -> list[Path]:
+    """Returns the images of a folder and its sub-folders.
+
+    Raises:
+        UserError: It is not a folder, or there are none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--predict {folder} is not a folder: give a folder of images")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise UserError(f"--predict {folder} has no images in it: give a folder of images")
+    return paths
+
+
 def predict(
     saved: Saved, folder: Path, output: Path, device: torch.device, size: int = 32
 ) -> Iterator[tuple[Path, str, float]]:
@@ -127,11 +142,7 @@ def predict(
     Raises:
         UserError: There are no images in the folder, or one cannot be decoded.
     """
-    if not folder.is_dir():
-        raise UserError(f"--predict {folder} is not a folder: give a folder of images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise UserError(f"--predict {folder} has no images in it: give a folder of images")
+    paths = images_in(folder)
     pictures = Pictures(paths, None, saved.image_size, saved.mean, saved.std)
     model = saved.built(device)
     output.mkdir(parents=True, exist_ok=True)

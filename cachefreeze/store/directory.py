@@ -4,15 +4,15 @@ import atexit
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.store.appending import Writer
-from cachefreeze.store.budget import Budget
+from cachefreeze.store.budget import Budget, named_folders
 from cachefreeze.store.files import open_regular, why_not_writable, write_atomically
-from cachefreeze.store.format import Layout, Row, metadata
+from cachefreeze.store.format import Layout, Row, SegmentError, metadata, read_head
 from cachefreeze.store.locks import Held
 from cachefreeze.store.reading import Files
 from cachefreeze.store.rows import Rows
@@ -105,6 +105,21 @@ class Directory:
         """
         return (self._path / name.hex()).is_dir()
 
+    def newest_sets(self, most: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Yields the names of the sets that were changed last, with what is said about them.
+
+        Args:
+            most: Largest number of sets.
+        """
+        folders = named_folders(self._path)
+        if len(folders) > most:
+            folders = sorted(folders, key=_changed)[-most:]
+        for folder in folders:
+            for segment in named_folders(folder):
+                with contextlib.suppress(SegmentError):
+                    yield bytes.fromhex(folder.name), read_head(segment, folder.name).about
+                    break
+
     def close(self) -> None:
         """Writes the last rows, releases all locks and closes all files."""
         if self._closed:
@@ -128,6 +143,13 @@ class Directory:
         self._files.after_fork()
         for rows in self._rows.values():
             rows.after_fork()
+
+
+def _changed(folder: Path) -> float:
+    try:
+        return os.lstat(folder).st_mtime
+    except OSError:  # another process has removed it
+        return 0.0
 
 
 def _prepare(path: Path) -> str | None:

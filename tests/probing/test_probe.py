@@ -20,8 +20,7 @@ import cachefreeze
 from cachefreeze import ActivationCache, UserError
 from cachefreeze.probing.backbone import Backbone, Joined, find_layout
 from cachefreeze.probing.fits import logistic, neighbours
-from cachefreeze.probing.grid import Linear
-from cachefreeze.probing.heads import Heads
+from cachefreeze.probing.heads import Heads, Linear
 from cachefreeze.probing.probe import rows_of
 from cachefreeze.probing.program import main
 from cachefreeze.probing.rows import frozen
@@ -36,12 +35,14 @@ def head(kind: str, seed: int) -> nn.Module:
         return Linear(range(2, 10), CLASSES)
     if kind == "scattered columns":
         return Linear([0, 1, 5], CLASSES)
+    if kind in ("torch's own", "without bias"):
+        return nn.Linear(WIDTH, CLASSES, bias=kind == "torch's own")
     if kind == "two layers":
         return nn.Sequential(nn.Linear(WIDTH, 5), nn.ReLU(), nn.Linear(5, CLASSES))
     return nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, CLASSES))
 
 
-KINDS = ("linear", "scattered columns", "two layers", "batch norm")
+KINDS = ("linear", "scattered columns", "torch's own", "without bias", "two layers", "batch norm")
 
 
 def batches(steps: int = 20) -> list[tuple[Tensor, Tensor]]:
@@ -82,8 +83,8 @@ def test_heads_trained_together_have_the_weights_of_heads_trained_alone() -> Non
 
 def test_heads_of_one_structure_run_as_one() -> None:
     heads = [head(kind, number) for number, kind in enumerate(KINDS * 3)]
-    group = Heads(heads, [0.1] * 12, [0.0] * 12, 1)
-    assert [len(one.numbers) for one in group._groups] == [3, 3, 3, 3]
+    group = Heads(heads, [0.1] * len(heads), [0.0] * len(heads), 1)
+    assert [len(one.numbers) for one in group._groups] == [3] * len(KINDS)
     x, y = batches(1)[0]
     group.learn(x, F.one_hot(y, CLASSES).float())
     assert all(one._together for one in group._groups)
@@ -285,6 +286,7 @@ def test_fewer_blocks_are_found_among_those_that_were_kept(tmp_path: Path) -> No
 
 # The program.
 
+RESNET = ("--model", "torchvision:resnet18")
 NETWORK = ("--model", "timm:test_vit", "--image-size", "32", "--workers", "0")
 
 
@@ -410,6 +412,11 @@ def bad(folder: Path, images: dict[str, int]) -> Path:
         ({"cat": 4, "dog": 4}, ("--model", "timm:vit_nothing"), "no network 'vit_nothing'"),
         ({"cat": 4, "dog": 4}, ("--views", "twirls"), "--views twirls"),
         ({"cat": 4, "dog": 4}, ("--lr", "0"), "--lr"),
+        ({"cat": 4, "dog": 4}, ("--methods", "neighbours"), "leaves no head"),
+        ({"cat": 4, "dog": 4}, ("--views", "2", "--methods", "logistic"), "for linear heads only"),
+        ({"cat": 4, "dog": 4}, ("--predict", "nowhere"), "nowhere is not a folder"),
+        ({"cat": 4, "dog": 4}, ("--output-dir", __file__), "cannot be written to"),
+        ({"cat": 4, "dog": 4}, (*RESNET, "--pooling", "class"), "no class token"),
         ({"images": 4}, ("--task", "segmentation"), "no folder masks"),
         ({"images": 4, "masks": 3}, ("--task", "segmentation"), "labels are missing"),
         ({"images": 4, "masks": 4}, ("--task", "segmentation"), "picture in colours"),
@@ -427,6 +434,8 @@ def test_what_is_wrong_is_told_in_a_sentence(
     assert error.startswith("error: ")
     assert says in error
     assert error.count("\n") == 1
+    # Nothing has been computed in vain.
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_file_that_is_no_head_is_refused(
