@@ -54,6 +54,7 @@ def minimum_cut(
     each: float = 0.0,
     each_of_inputs: float = 0.0,
     unread: Collection[int] = (),
+    seconds: Sequence[float] | None = None,
 ) -> Cut:
     """Chooses the values to keep so that the replayed pass is as fast as possible.
 
@@ -68,12 +69,15 @@ def minimum_cut(
         each: Further cost of each kept value, in seconds, for example to look up its rows.
         each_of_inputs: Further cost of each kept value that depends on the batch alone, in seconds.
         unread: Numbers of outputs that the caller never reads. They are not kept.
+        seconds: Seconds of each operation of the trace. If None, those that were measured.
 
     Raises:
         ValueError: The reading rate is not positive, or the price is negative.
     """
     if not reading_rate > 0 or not price >= 0:
         raise ValueError("minimum_cut takes a reading_rate above 0 and a price of at least 0.")
+    if seconds is None:
+        seconds = [one.seconds for one in trace.operations]
     wanted = _wanted(trace, unread)
     _, runs = _settle(trace, set(), set(), wanted)
     # Operations that run whichever values are kept. The values that they read are needed.
@@ -90,7 +94,7 @@ def minimum_cut(
         if trace.values[number].plain and trace.values[number].kind in (FROZEN, INPUT)
     }
     again, chosen = cheapest(
-        [0.0 if _is_view(trace, one) else one.seconds for one in free],
+        [0.0 if _is_view(trace, one) else seconds[one.number] for one in free],
         [[number for number in one.reads if number in maker] for one in free],
         maker,
         costs,
