@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -76,12 +77,12 @@ class Segmenter(nn.Module):
         return self.head(self.join(torch.cat([early, late], dim=1)))
 
 
-def loader(shuffle: bool = True) -> DataLoader:
+def loader() -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(ROWS, 3, 8, 8, generator=generator)
     labels = torch.randint(4, (ROWS, 8, 8), generator=generator)
     data = TensorDataset(images, labels)
-    return DataLoader(data, BATCH, sampler=DistributedSampler(data, shuffle=shuffle, seed=3))
+    return DataLoader(data, BATCH, sampler=DistributedSampler(data, seed=3))
 
 
 def epochs(batches: DataLoader, before: BeforeEpoch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -91,12 +92,15 @@ def epochs(batches: DataLoader, before: BeforeEpoch) -> Iterator[tuple[Tensor, T
         yield from batches
 
 
-def fine_tune(model: nn.Module, before: BeforeEpoch, shuffle: bool = True) -> None:
+def fine_tune(model: nn.Module, before: BeforeEpoch) -> None:
     """Trains what is not frozen."""
-    wrapped = DistributedDataParallel(model)
+    # Some loops are given the wrapped model, with its cache.
+    wrapped = (
+        model if isinstance(model, DistributedDataParallel) else DistributedDataParallel(model)
+    )
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
-    for x, labels in epochs(loader(shuffle), before):
+    for x, labels in epochs(loader(), before):
         logits = wrapped(x)
         loss = F.cross_entropy(logits, labels if logits.dim() == 4 else labels[:, 0, 0])
         optimizer.zero_grad()
@@ -123,9 +127,22 @@ def freeze_out(model: nn.Module, before: BeforeEpoch) -> None:
         scheduler.step()
 
 
+def broadcast(model: nn.Module, before: BeforeEpoch) -> None:
+    """Changes a buffer of frozen work in one process. The wrapper sends it to all others."""
+
+    def and_change(epoch: int) -> None:
+        before(epoch)
+        if epoch == 2 and dist.get_rank() == 0:
+            model.body[1].running_mean.add_(0.5)
+
+    fine_tune(model, and_change)
+
+
 LOOPS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, BeforeEpoch], None]]] = {
     "head": (Classifier, fine_tune),
+    "wrapped": (lambda: DistributedDataParallel(Classifier()), fine_tune),
     "adapters": (Adapted, fine_tune),
+    "broadcast": (Classifier, broadcast),
     "segmentation": (Segmenter, fine_tune),
     "freezeout": (lambda: wrn(4, depth=10, width=1), freeze_out),
 }

@@ -1,11 +1,14 @@
 """DistributedDataParallel with a cache in each process, on gloo."""
 
 import json
+import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.programs import Programs, warm
 
@@ -16,8 +19,11 @@ PROCESSES = 2
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Programs]:
-    with warm("torch.distributed") as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        # Otherwise the processes that torchrun has started again may connect to the ended ones.
+        patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        with warm("torch.distributed.run") as server:
+            yield server
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -33,8 +39,27 @@ def test_processes_with_one_directory_end_in_the_plain_weights_and_share_rows(
         for cached in ("memory", "directory", "damaged"):
             assert one[cached]["weights"] == one["plain"]["weights"], cached
         assert sum(one["directory"]["served"]) > 0, one
-        if name != "freezeout":  # where each freeze begins anew with other rows
+        if name not in ("freezeout", "broadcast"):  # where frozen work becomes other work
             # Rows go to other processes in each epoch. Hardly any batch consists of rows that the
             # process has met before, so this many are served only if all rows are shared.
             assert one["directory"]["served"][3] >= ROWS / PROCESSES - 2 * BATCH, one
             assert one["memory"]["served"][2] < ROWS / PROCESSES / 2, one
+
+
+def test_a_loop_goes_on_after_a_process_was_killed(programs: Programs, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    plain = programs.run("tests.distributed.restarted", str(tmp_path), "plain", port)
+    assert plain.code == 0, plain.stderr[-3000:]
+    options = ("--standalone", "--nproc-per-node=2", "--max-restarts=1", "--module")
+    program = ("tests.distributed.restarted", str(tmp_path), "killed")
+    killed = programs.run("torch.distributed.run", *options, *program)
+    assert killed.code == 0, killed.stderr[-3000:]
+    ended = re.findall(r"rank \d began at 2: (\d+) rows served", killed.stdout)
+    assert len(ended) == 2, killed.stdout
+    assert all(int(served) > ROWS / PROCESSES for served in ended), killed.stdout
+    one, other = (torch.load(tmp_path / f"{how}.pt") for how in ("plain", "killed"))
+    assert one["epoch"] == other["epoch"]
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][name]), name
