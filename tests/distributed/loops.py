@@ -85,8 +85,10 @@ def loader() -> DataLoader:
     return DataLoader(data, BATCH, sampler=DistributedSampler(data, seed=3))
 
 
-def epochs(batches: DataLoader, before: BeforeEpoch) -> Iterator[tuple[Tensor, Tensor]]:
-    for epoch in range(EPOCHS):
+def epochs(
+    batches: DataLoader, before: BeforeEpoch, count: int = EPOCHS
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for epoch in range(count):
         before(epoch)
         batches.sampler.set_epoch(epoch)
         yield from batches
@@ -112,9 +114,10 @@ def freeze_out(model: nn.Module, before: BeforeEpoch) -> None:
     """Freezes layer after layer, and wraps what still trains anew after each freeze."""
     optimizer = torch.optim.SGD(param_groups(model, torch.zeros(2, 3, 8, 8)), 0.05, momentum=0.9)
     batches = loader()
-    scheduler = FreezeOutLR(optimizer, model, EPOCHS * len(batches), t0=0.2, shape="linear")
+    count = 2 * EPOCHS  # the last freeze before the head's is in the middle
+    scheduler = FreezeOutLR(optimizer, model, count * len(batches), t0=0.1)
     frozen, wrapped = scheduler.frontier, DistributedDataParallel(model)
-    for x, labels in epochs(batches, before):
+    for x, labels in epochs(batches, before, count):
         if frozen != scheduler.frontier:
             frozen = scheduler.frontier
             del wrapped
