@@ -39,6 +39,21 @@ class Classifier(nn.Module):
         return self.head(self.body(x))
 
 
+# Number of collectives that a model has run in this process.
+collectives = 0
+
+
+class Exchanging(Classifier):
+    """Takes the mean over all processes away before its frozen body."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        global collectives
+        mean = x.mean()
+        dist.all_reduce(mean)
+        collectives += 1
+        return super().forward(x - mean)
+
+
 class Adapted(nn.Module):
     """Frozen layers. The last two have trained adapters of rank 2 beside them."""
 
@@ -145,6 +160,7 @@ LOOPS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, BeforeEpoch
     "head": (Classifier, fine_tune),
     "wrapped": (lambda: DistributedDataParallel(Classifier()), fine_tune),
     "adapters": (Adapted, fine_tune),
+    "collective": (Exchanging, fine_tune),
     "broadcast": (Classifier, broadcast),
     "segmentation": (Segmenter, fine_tune),
     "freezeout": (lambda: wrn(4, depth=10, width=1), freeze_out),

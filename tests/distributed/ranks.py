@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 
 import cachefreeze
 
-from .loops import LOOPS
+from . import loops
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -62,7 +62,7 @@ def train(name: str, where: str, directory: Path) -> dict[str, Any]:
             whose files are lost or broken before the loop and while it runs.
         directory: Directory of the cache.
     """
-    make, loop = LOOPS[name]
+    make, loop = loops.LOOPS[name]
     torch.manual_seed(0)
     model, cache, shared = make(), None, None
     if where != "plain":
@@ -81,7 +81,8 @@ def train(name: str, where: str, directory: Path) -> dict[str, Any]:
             dist.barrier()
 
     loop(model, before)
-    found: dict[str, Any] = {"weights": digest(model)}
+    ran, loops.collectives = loops.collectives, 0
+    found: dict[str, Any] = {"weights": digest(model), "collectives": ran}
     if cache is not None:
         served.append(cache.stats.rows_served)
         found["served"] = [after - start for start, after in itertools.pairwise(served)]

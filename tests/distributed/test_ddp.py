@@ -12,7 +12,7 @@ import torch
 
 from tests.support.programs import Programs, warm
 
-from .loops import BATCH, LOOPS, ROWS
+from .loops import BATCH, EPOCHS, LOOPS, ROWS
 
 PROCESSES = 2
 
@@ -38,6 +38,11 @@ def test_processes_with_one_directory_end_in_the_plain_weights_and_share_rows(
     for one in seen:
         for cached in ("memory", "directory", "damaged"):
             assert one[cached]["weights"] == one["plain"]["weights"], cached
+            # A process that skips a collective, or runs it twice, holds up the others.
+            assert one[cached]["collectives"] == one["plain"]["collectives"], cached
+        if name == "collective":
+            assert one["plain"]["collectives"] == EPOCHS * ROWS / PROCESSES / BATCH
+            continue
         assert sum(one["directory"]["served"]) > 0, one
         if name not in ("freezeout", "broadcast"):  # where frozen work becomes other work
             # Rows go to other processes in each epoch. Hardly any batch consists of rows that the
