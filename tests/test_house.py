@@ -56,6 +56,7 @@ INSIDE = {
             "fetching",
             "messages",
             "views",
+            "agreed_costs",
         ],
         ["state", "deferred_writes", "statistics", "row_history", "item_records"],
         ["row_table", "arguments"],

@@ -72,6 +72,10 @@ def test_every_block_of_python_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = names_of(page)
+    # As torchrun sets it for a single process.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
     for block in blocks(page, "python"):
         if included := re.fullmatch(r'--8<-- "examples/(\w+)\.py"\n', block):
             assert included[1] in EXAMPLES, "tests/cache/test_examples.py runs it"

@@ -115,7 +115,7 @@ class ActivationCache:
         probation: int | None = None,
         verify: str = "sample",
     ) -> None:
-        check_models(models)
+        models = check_models(models)
         check_options(max_bytes, probation, verify, codec, directory is not None, exact)
         folder = None if directory is None else Directory(Path(directory), max_bytes)
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes

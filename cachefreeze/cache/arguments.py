@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cachefreeze.cache.codec import CODECS
 from cachefreeze.cache.statistics import VERIFY
@@ -11,8 +12,10 @@ from cachefreeze.errors import UserError
 from cachefreeze.lineage import calls
 
 
-def check_models(models: Sequence[Any]) -> None:
-    """Checks that models can have a cache.
+def check_models(models: Sequence[Any]) -> tuple[nn.Module, ...]:
+    """Checks that models can have a cache. Returns them, without DistributedDataParallel.
+
+    What the wrapper itself does differs from call to call, and it calls the model as others do.
 
     Args:
         models: Arguments that should be modules with parameters and without a cache.
@@ -42,6 +45,9 @@ def check_models(models: Sequence[Any]) -> None:
                     f"{name} has a cache already: close that cache first, or give both models to "
                     "one cache."
                 )
+    return tuple(
+        model.module if isinstance(model, DistributedDataParallel) else model for model in models
+    )
 
 
 def check_options(

@@ -66,6 +66,7 @@ class CachedModule:
         self._calls = self._traced = 0
         self._fitting = self._again = 0
         self._by_parts = self._gives_up = False
+        self._forward: weakref.ref[Any] | None = None
         self._tried: dict[_Key, int] = {}
         # Names of numbers that a traced pass has read and changed.
         self._counters: set[str] = set()
@@ -145,6 +146,9 @@ class CachedModule:
     def _call_anew(self, key: _Key, call: ModuleCall, inner: bool) -> Any:
         """Runs a call that fits no trace. It is traced if that may pay."""
         call.load()
+        if self._has_another_forward(call.module):
+            self._by_parts = True
+            return _run_by_parts(call)
         given = call.tensors
         trained = self._trained()
         if inner and any(trained):
@@ -212,6 +216,18 @@ class CachedModule:
             cached.free()
         self._kinds.clear()
         return call.run()
+
+    def _has_another_forward(self, module: nn.Module) -> bool:
+        """Returns whether the module runs another function than in the call before.
+
+        Under DistributedDataParallel, Lightning gives the module a new function for each step.
+        """
+        forward, before = vars(module).get("forward"), self._forward
+        try:
+            self._forward = None if forward is None else weakref.ref(forward)
+        except TypeError:  # an object without weak references
+            self._forward = None
+        return forward is not None and before is not None and before() is not forward
 
     def _is_sharded(self) -> bool:
         """Returns whether parameters lie in pieces on several processes.

@@ -241,9 +241,9 @@ class CachedTrace:
                 return output
             began = perf_counter()
             self._settle()
-            # This time is counted apart from the call.
             call.leave_out(began)
         history.after += 1
+        self._collector.publish()
         self._shared.stats.batches += 1
         places = kept.find(keys)
         first = next(iter(places.values()))
@@ -338,7 +338,8 @@ class CachedTrace:
         return self._collector.known(dict(zip(self._trace.inputs, given, strict=True)))
 
     def _lie_on_disk(self, keys: Keys) -> bool:
-        return self._stored and self._collector.lie_on_disk(keys)
+        there = self._shared.entries.directory is not None and self.history.came_again
+        return (self._stored or there) and self._collector.lie_on_disk(keys)
 
     def _settle(self, inputs: Mapping[int, Tensor] | None = None) -> None:
         self.state = State.PROBATION

@@ -42,6 +42,11 @@ class DeferredWrites:
             for keys, rows in waiting:
                 self.rows.append(keys, rows)
 
+    def publish(self) -> None:
+        """Writes the rows that wait here and in the store, so that other processes find them."""
+        self.write()
+        self.rows.publish()
+
     def withdraw(self) -> None:
         """Removes all rows that this run has written, and those that wait."""
         self._waiting = []

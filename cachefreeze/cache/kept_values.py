@@ -215,6 +215,13 @@ class KeptValues:
             if table is not None and table.writes is not None:
                 table.writes.write()
 
+    def publish(self) -> None:
+        """Writes all rows to disk for other processes, and looks for theirs."""
+        for one in self:
+            table = self._shared.entries.table(one.table)
+            if table is not None:
+                table.publish()
+
     def withdraw(self) -> None:
         """Drops the rows of the kept values, also from disk if this run has written them."""
         for one in self:

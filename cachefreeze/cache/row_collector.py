@@ -174,11 +174,18 @@ class RowCollector:
         return self._history.note([(alike(group), wanted) for group, wanted in keys.items()])
 
     def lie_on_disk(self, keys: Keys) -> bool:
-        """Returns whether half of a batch's rows are on disk, from other runs."""
+        """Returns whether half of a batch's rows are on disk, from this process and others."""
         kept = self._selection.kept
         if not kept.settled:
             self.split()
+        self.publish()
         return all(2 * (place >= 0).sum() >= len(place) for place in kept.find(keys).values())
+
+    def publish(self) -> None:
+        """Writes rows to disk once an epoch, where other processes find them."""
+        again = self._history.again or self._history.came_again
+        if again and self._shared.entries.directory is not None and self._history.may_publish():
+            self._selection.kept.publish()
 
     def keys_of_traced(self) -> Keys:
         """Returns the keys of the batch of the traced pass, which is kept next."""

@@ -26,6 +26,8 @@ class RowHistory:
         passed: Number of batches that were compared.
         wanted: Number of batches that are compared before any is served.
         epoch: Number of batches before rows came again.
+        came_again: Whether any row of the last batch had come before.
+        published: Number of batches when rows were written for other processes last.
         traces: Number of traces.
         left_alone: Number of batches of which nothing was kept, to save time.
         rows: Number of rows that came.
@@ -41,6 +43,8 @@ class RowHistory:
     passed: int = 0
     wanted: int = 0
     epoch: int = 0
+    came_again: bool = False
+    published: int = 0
     traces: int = 0
     left_alone: int = 0
     rows: int = 0
@@ -60,6 +64,7 @@ class RowHistory:
             index = self.seen.setdefault(kind, Index())
             found.append((index, wanted, wanted[index.find(wanted) < 0]))
         self.count(*((len(wanted), len(wanted) - len(new)) for _, wanted, new in found[:1]))
+        self.came_again = any(len(new) < len(wanted) for _, wanted, new in found)
         for index, _, new in found:
             # The two images of a pair may be the same row.
             index.add(distinct(new if len(found) == 1 else new[index.find(new) < 0]))
@@ -89,6 +94,16 @@ class RowHistory:
             few = min(max(self.epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
             few = _LEAST_PROBATION if is_known else few
             self.wanted = few if probation is None else probation
+
+    def may_publish(self) -> bool:
+        """Returns whether an epoch has passed since the last time that this method returned True.
+
+        After eight epochs this becomes rarer, since each time may make a file.
+        """
+        if self.batches - self.published < max(self.epoch, self.published // 8, 1):
+            return False
+        self.published = self.batches
+        return True
 
     @property
     def is_proven(self) -> bool:

@@ -14,8 +14,9 @@ Tensor = torch.Tensor
 
 # Places of rows on disk are counted from here.
 BELOW = 1 << 40
-# Seconds after which rows that other processes have written are looked for again.
-_LOOK_AGAIN = 2.0
+# Seconds after which rows that other processes have written are looked for again. The time doubles
+# from the first to the second number after each epoch, when other processes write theirs.
+_SOON, _LATE = 0.01, 2.0
 
 
 class RowTable:
@@ -51,7 +52,7 @@ class RowTable:
     ) -> None:
         self.writes = writes
         self.below = writes.rows if writes is not None else None
-        self._looked = monotonic()
+        self._looked, self._wait = monotonic(), _SOON
         self._index = Index()
         self.room = self.most = room
         self._rows = _reserve(room, row_numel, dtype, device)
@@ -82,9 +83,9 @@ class RowTable:
         """Returns the place of each row, or -1 if it is unknown."""
         places = self._index.find(keys)
         if self.below is not None and (missing := np.flatnonzero(places < 0)).size:
-            if monotonic() - self._looked > _LOOK_AGAIN:
+            if monotonic() - self._looked > self._wait:
                 self.below.refresh()
-                self._looked = monotonic()
+                self._looked, self._wait = monotonic(), min(2 * self._wait, _LATE)
             lower = self.below.find(keys[missing])
             places[missing] = np.where(lower < 0, -1, lower + BELOW)
         return places
@@ -130,6 +131,12 @@ class RowTable:
             self.writes.append(keys[missing], taken.view(torch.uint8).numpy())
         self._put(keys, rows, missing, now)
         return len(missing)
+
+    def publish(self) -> None:
+        """Writes all rows to disk, and looks more often for those of others for a while."""
+        if self.writes is not None:
+            self.writes.publish()
+            self._wait = _SOON
 
     def chunks(self, places: np.ndarray) -> list[int]:
         """Returns the chunks on disk that contain rows, each once."""

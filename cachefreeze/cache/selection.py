@@ -9,6 +9,7 @@ from torch import nn
 
 from cachefreeze import lineage
 from cachefreeze.cache import messages
+from cachefreeze.cache.agreed_costs import agreed_seconds
 from cachefreeze.cache.batch_inputs import BatchInputs
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.frozen_state import FrozenState
@@ -65,7 +66,13 @@ class Selection:
 
     def _choose(self, inputs: Mapping[int, Tensor]) -> None:
         shared, trace, like = self._shared, self.trace, self._like
-        cut: Cut = like.plan.cut if like is not None else cheapest_cut(trace)
+        directory = shared.entries.directory
+        folder = None if directory is None else directory.path / "costs"
+        cut: Cut = (
+            like.plan.cut
+            if like is not None
+            else cheapest_cut(trace, agreed_seconds(trace, folder))
+        )
         self.plan: Plan = Plan(trace, cut)
         self.share = cut.seconds_saved / max(trace.kernel_seconds, 1e-12)
         lineages = {number: lineage_of(trace, number, self.plan.program) for number in cut.kept}
@@ -239,8 +246,17 @@ class Selection:
         )
 
 
-def cheapest_cut(trace: Trace) -> Cut:
-    """Chooses the cut that saves most time if kept values are in memory."""
+def cheapest_cut(trace: Trace, seconds: Sequence[float] | None = None) -> Cut:
+    """Chooses the cut that saves most time if kept values are in memory.
+
+    Args:
+        trace: Trace of a pass.
+        seconds: Seconds of each operation. If None, those that were measured in the pass.
+    """
     return lineage.minimum_cut(
-        trace, reading_rate=_READING_RATE, each=_EACH, each_of_inputs=_EACH_OF_INPUTS
+        trace,
+        reading_rate=_READING_RATE,
+        each=_EACH,
+        each_of_inputs=_EACH_OF_INPUTS,
+        seconds=seconds,
     )

@@ -50,6 +50,7 @@ def minimum_cut(
     reading_rate: float,
     each: float = 0.0,
     each_of_inputs: float = 0.0,
+    seconds: Sequence[float] | None = None,
 ) -> Cut:
     """Chooses the values to keep so that the replayed pass is as fast as possible.
 
@@ -62,12 +63,15 @@ def minimum_cut(
         reading_rate: Bytes a second at which kept values are read.
         each: Further cost of each kept value, in seconds, for example to look up its rows.
         each_of_inputs: Further cost of each kept value that depends on the batch alone, in seconds.
+        seconds: Seconds of each operation of the trace. If None, those that were measured.
 
     Raises:
         ValueError: The reading rate is not positive.
     """
     if not reading_rate > 0:
         raise ValueError("minimum_cut takes a reading_rate above 0.")
+    if seconds is None:
+        seconds = [one.seconds for one in trace.operations]
     wanted = _wanted(trace)
     _, runs = _settle(trace, set(), set(), wanted)
     # Operations that run whichever values are kept. The values that they read are needed.
@@ -84,7 +88,7 @@ def minimum_cut(
         if trace.values[number].plain and trace.values[number].kind in (FROZEN, INPUT)
     }
     again, chosen = cheapest(
-        [0.0 if _is_view(trace, one) else one.seconds for one in free],
+        [0.0 if _is_view(trace, one) else seconds[one.number] for one in free],
         [[number for number in one.reads if number in maker] for one in free],
         maker,
         costs,

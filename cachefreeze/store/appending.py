@@ -122,6 +122,8 @@ class Appender:
         self._buffer: Buffer | None = None
         self._free: list[Buffer] = []
         self._segment: SegmentWriter | None = None
+        # Folders of the segments that end with a partly filled chunk.
+        self._full: list[Path] = []
         # No rows are appended any more; no rows are written any more.
         self._ended = self._taken_back = False
 
@@ -150,11 +152,16 @@ class Appender:
                 if self._buffer.is_full:
                     self._send()
 
-    def flush(self) -> None:
-        """Queues the last rows for writing. No rows are appended afterwards."""
+    def publish(self) -> None:
+        """Queues the rows that do not fill a chunk yet, so that other processes find them."""
         with self._guard:
             if self._buffer is not None and self._buffer.count and not self._writer.stopped:
                 self._send()
+
+    def flush(self) -> None:
+        """Queues the last rows for writing. No rows are appended afterwards."""
+        self.publish()
+        with self._guard:
             self._buffer = None
             self._ended = True
 
@@ -175,6 +182,10 @@ class Appender:
             if self._segment is None:
                 self._segment = SegmentWriter(self._folder, self._layout, self._about)
             self._segment.write(buffer)
+            if not buffer.is_full:  # it is the last chunk of its segment
+                self._full.append(self._segment.folder)
+                self._segment.close()
+                self._segment = None
 
     def give_back(self, buffer: Buffer) -> None:
         """Takes back the memory of a chunk that was written, for the next chunk."""
@@ -195,8 +206,8 @@ class Appender:
         self._free.clear()
         self._guard, self._writing = threading.Lock(), threading.Lock()
 
-    def take_back(self, sentence: str) -> Path | None:
-        """Removes the segment and writes nothing more. Returns its folder, if there was one.
+    def take_back(self, sentence: str) -> list[Path]:
+        """Removes the written segments and writes nothing more. Returns their folders.
 
         Args:
             sentence: Reason, for processes that read the segment now.
@@ -206,10 +217,14 @@ class Appender:
             self._ended = self._taken_back = True
         with self._writing:
             segment, self._segment = self._segment, None
-        if segment is None:
-            return None
-        refuse(segment.folder, sentence)
-        with contextlib.suppress(OSError):
-            segment.close()
-        remove(segment.folder)
-        return segment.folder
+            folders, self._full = self._full, []
+        if segment is not None:
+            folders.append(segment.folder)
+        for folder in folders:
+            refuse(folder, sentence)
+        if segment is not None:
+            with contextlib.suppress(OSError):
+                segment.close()
+        for folder in folders:
+            remove(folder)
+        return folders

@@ -67,13 +67,13 @@ class Rows(Found):
     def forget(self) -> None:
         """Stops reading and writing these rows, since they were found to be wrong.
 
-        The segment that this object has written is removed. All others are marked, so that no
+        The segments that this object has written are removed. All others are marked, so that no
         process reads them.
         """
         self._wrong = True
         sentence = "Rows of this set were not what the model computes."
         own = self._appender.take_back(sentence)
-        others = [folder for folder in self.segments if folder != own]
+        others = [folder for folder in self.segments if folder not in own]
         self.drop_all()
         marked = sum(refuse(folder, sentence) for folder in others)
         told = f"the rows in {self._folder} turned out to be wrong and are not used any more"
@@ -82,8 +82,12 @@ class Rows(Found):
         self._tell(told)
 
     def withdraw(self) -> None:
-        """Removes the segment that this object has written, since its rows never came again."""
+        """Removes the segments that this object has written, since their rows never came again."""
         self._appender.take_back("These rows never came again.")
+
+    def publish(self) -> None:
+        """Writes the rows that do not fill a chunk yet, in the background."""
+        self._appender.publish()
 
     def flush(self) -> None:
         """Queues the last rows for writing. No rows are appended afterwards."""

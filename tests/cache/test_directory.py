@@ -139,7 +139,8 @@ def test_rows_are_served_from_the_disk_where_memory_has_no_room(
 def test_two_caches_at_once_share_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_table, "_LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(row_table, "_SOON", 0.0)
+    monkeypatch.setattr(row_table, "_LATE", 0.0)
     x, other = images(48), images(48, seed=7)
     one, two = net(), net()
     with ActivationCache(two, directory=tmp_path) as cache:

@@ -314,3 +314,22 @@ def test_a_copy_of_the_model_is_a_plain_model() -> None:
         rows = before.rows_served, before.rows_computed
         assert_same(twin(x[:BATCH]), plainly(model, x[:BATCH]))
         assert (cache.stats.rows_served, cache.stats.rows_computed) == rows
+
+
+def test_a_model_that_gets_a_new_forward_for_each_call_is_served_by_its_parts() -> None:
+    model, x = net(), images()
+    own = model.forward
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        """Runs a method as Lightning does if the model is wrapped."""
+
+        def forward(batch: torch.Tensor) -> torch.Tensor:
+            model.forward = own  # type: ignore[method-assign]
+            return 2 * model.head(model.body(batch))
+
+        model.forward = forward  # type: ignore[method-assign]
+        return model(batch)
+
+    with ActivationCache(model) as cache:
+        warm(cache, step, x)
+        assert_same(step(x[:BATCH]), 2 * model.head(plainly(model.body, x[:BATCH])))

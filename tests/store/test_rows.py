@@ -151,6 +151,34 @@ def test_rows_are_found_while_the_writer_goes_on(path: Path) -> None:
     reading.close()
 
 
+@pytest.mark.parametrize("end", ["close", "withdraw", "forget"])
+def test_rows_that_fill_no_chunk_are_found_once_they_are_published(path: Path, end: str) -> None:
+    writing, reading = Directory(path, None), Directory(path, None)
+    rows, found = writing.rows(NAME, ROW, ABOUT), reading.rows(NAME, ROW, ABOUT)
+    for start in (0, 5, 10):  # the last rows wait
+        numbers = np.arange(start, start + 5)
+        rows.append(keys_of(numbers), rows_of(numbers))
+        if start < 10:
+            rows.publish()
+    deadline = time.monotonic() + 10
+    while len(found) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        found.refresh()
+    assert read(found, np.arange(15)).tolist() == [True] * 10 + [False] * 5
+    if end == "close":
+        writing.close()
+        assert read_again(path, 15) == (15, [])
+        # No segment has a chunk in its middle that is not full.
+        assert sorted(len(list((one / "keys").glob("c.*"))) for one in segments(path)) == [1] * 3
+    else:
+        getattr(rows, end)()
+        writing.close()
+        found.refresh()
+        assert not read(found, np.arange(15)).any()
+        assert read_again(path, 15)[0] == 0
+    reading.close()
+
+
 def test_looking_again_reads_nothing_that_was_read(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
