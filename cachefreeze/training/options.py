@@ -125,8 +125,13 @@ def add_options(
 
 def _help(text: str, default: Any, told: str | None) -> str:
     if told is None and default is not None and not callable(default):
-        told = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
+        values = default if isinstance(default, tuple) else (default,)
+        told = " ".join(map(_word, values))
     return (text if told is None else f"{text} (default: {told})").replace("%", "%%")
+
+
+def _word(value: Any) -> str:
+    return str(value) if not isinstance(value, bool) else "on" if value else "off"
 
 
 def filled(described: type, given: Mapping[str, Any]) -> dict[str, Any]:
