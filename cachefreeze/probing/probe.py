@@ -63,9 +63,10 @@ def probe(
 ) -> Probed:
     """Trains many heads on a frozen model, which runs once over each image.
 
-    Meanwhile the model is in eval mode without gradient. Afterwards it is as it was before. Heads of
-    the same structure are trained together. Each ends with the weights that it would have alone,
-    apart from rounding. They are trained by SGD with momentum 0.9 on a cosine schedule.
+    Meanwhile the model is in eval mode without gradient. Afterwards it is as it was before.
+
+    Heads of the same structure are trained together. Each ends with the weights that it would have
+    alone, apart from rounding. They are trained by SGD with momentum 0.9 on a cosine schedule.
 
     Args:
         model: Model that returns a tensor (n, ...) for a batch of inputs.

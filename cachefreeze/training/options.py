@@ -50,7 +50,7 @@ def option(
         only: Networks or data sets that the option is for. Empty for all.
         free: Whether the setting can be changed in the middle of a run without changing one bit of
             its weights.
-        hidden: Names that the help does not show, of an option that switches, and their values.
+        hidden: Other names of a bool option that the help does not show, and the value of each.
         **argparse_options: Options of `add_argument`, such as `metavar`.
     """
     return dataclasses.field(
