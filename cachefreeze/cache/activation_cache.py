@@ -78,10 +78,9 @@ class ActivationCache:
             at the same time. The folder is created if it does not exist. If None, rows are kept in
             memory only.
         max_bytes: Largest number of bytes of kept rows: in memory, or in the directory over all
-            runs if there is one. Rows that were not used for the longest time are dropped first. If
-            None, the limit is half of the free disk with a directory, and a quarter of the free
-            memory without one. With a directory, rows in memory never take more than a quarter of
-            the free memory.
+            runs if there is one. The least recently used rows are dropped first. If None, the limit
+            is half of the free disk with a directory, and a quarter of the free memory without one.
+            With a directory, rows in memory never take more than a quarter of the free memory.
         codec: Format of kept rows. "raw" keeps their bits. "zstd" keeps their bits too, compressed
             in the directory. "int8" rounds floating-point numbers to 8 bits, which takes a quarter
             of the bytes of float32. It needs `exact=False`.

@@ -26,7 +26,7 @@ class Views(Dataset[Any]):
         dataset: Data set whose items have numbers.
         views: Number of views of each item, or "flips" for an item and its mirror image.
         transform: Function that makes a view of an image. The image is the first entry of an item
-            that is a tuple or list, or else the item. If None, the data set makes the views.
+            that is a tuple or list, or else the item. If None, no function is applied.
         seed: Seed of the views.
     """
 

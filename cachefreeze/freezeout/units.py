@@ -89,7 +89,7 @@ def count_of(units: Sequence[Unit], first: int | str) -> int:
     Args:
         units: Units of a model.
         first: Number of units. If it is negative, that many units at the end are left out. Or a
-            name: of the last of these units, or of the module or group that it is the last unit of.
+            name: that of the last of these units, or of a module or group that ends with it.
 
     Raises:
         UserError: There are no such units.

@@ -55,7 +55,7 @@ class Layout:
         return cls(names, *rest, int(found["side"]))
 
     def poolings(self, wanted: Sequence[str]) -> list[str]:
-        """Returns the wanted poolings that this network has: only the mean without class token."""
+        """Returns the wanted poolings that this network has: the mean if it has no class token."""
         return [one for one in wanted if one == "mean" or self.prefix]
 
     def columns(self, blocks: int, pooling: str) -> list[int]:

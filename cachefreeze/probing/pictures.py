@@ -129,10 +129,10 @@ def list_pairs(folder: Path) -> tuple[list[Path], list[Path]]:
         raise UserError(f"{images} has no images in it: add some")
     missing = [p for p in found if p.relative_to(images).with_suffix("") not in by_name]
     if missing:
-        others = f", and neither have {len(missing) - 1} others" if len(missing) > 1 else ""
+        others = f" and {len(missing) - 1} more images" if len(missing) > 1 else ""
         raise UserError(
-            f"labels are missing: {missing[0]} has no mask of the same name in {masks}{others}: "
-            "add the masks, or remove the images"
+            f"labels are missing: {masks} has no mask with the name of {missing[0]}{others}. Add "
+            "the masks, or remove the images"
         )
     return found, [by_name[p.relative_to(images).with_suffix("")] for p in found]
 

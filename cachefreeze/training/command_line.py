@@ -45,7 +45,7 @@ class Process:
     """Options of one process of a run. They are not saved with the run."""
 
     resume: str | None = option(group="files of a run, and resuming it", metavar="RUN_DIR|auto")
-    """go on with the run in this folder, with its settings; auto goes on with the newest
+    """go on with the run in the folder RUN_DIR, with its settings; auto goes on with the newest
     unfinished run of the given settings (or with the run in --output-dir), and starts a new one
     if there is none"""
     progress: bool = option(group="output on the terminal", default=True)

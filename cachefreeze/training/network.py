@@ -60,7 +60,7 @@ def find_weights(settings: Settings) -> Weights | None:
         usual = weights_statistics(settings.library, settings.model_name, named)
         return Weights(f"{named} of {settings.arch}", usual)
     if not path.is_file():
-        kind = "a folder: give a file in it" if path.is_dir() else "no file: give one"
+        kind = "a folder: give a file in it" if path.is_dir() else "no file: give one of weights"
         raise UserError(f"--weights {named} is {kind}")
     found = read_saved(path, f"--weights {path}", "holds no weights")
     if not is_checkpoint(found):
