@@ -1,8 +1,8 @@
-"""Exceptions that end a run early and are no bugs."""
+"""Exceptions that end a run early and are not bugs."""
 
 
 class UserError(ValueError):
-    """An error that the user can mend. Its message says what is wrong and what to do about it.
+    """An error that the user can fix. Its message says what is wrong and what to do about it.
 
     The command line prints the message without a traceback and exits with code 2. Every other
     exception is a bug and keeps its traceback.

@@ -139,7 +139,7 @@ def main() -> int:
     parser.add_argument(
         "--max-gb",
         type=float,
-        help="most GB that the folder may take (default: as much as a run would let it take)",
+        help="largest size of the folder in GB (default: as much as a run would let it take)",
     )
     args = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may not know every letter of a name

@@ -24,6 +24,7 @@ FOLDERS = [
     "cachefreeze/lineage",
     "cachefreeze/models",
     "cachefreeze/plan",
+    "cachefreeze/probing",
     "cachefreeze/report",
     "cachefreeze/store",
     "cachefreeze/training",

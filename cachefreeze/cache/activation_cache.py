@@ -75,13 +75,12 @@ class ActivationCache:
         *models: Modules whose calls are cached: one model, or several such as a student and its
             teacher. Direct calls of their submodules are cached as well.
         directory: Folder that rows are written to. Later runs find them there, and so do other runs
-            at the same time. It is created if it does not exist. If None, rows are kept in memory
-            only.
+            at the same time. The folder is created if it does not exist. If None, rows are kept in
+            memory only.
         max_bytes: Largest number of bytes of kept rows: in memory, or in the directory over all
-            runs if there is one. Rows that were not used for the longest time are dropped first. If
-            None, the limit is half of the free disk with a directory, and a quarter of the free
-            memory without one. With a directory, rows in memory never take more than a quarter of
-            the free memory.
+            runs if there is one. The least recently used rows are dropped first. If None, the limit
+            is half of the free disk with a directory, and a quarter of the free memory without one.
+            With a directory, rows in memory never take more than a quarter of the free memory.
         codec: Format of kept rows. "raw" keeps their bits. "zstd" keeps their bits too, compressed
             in the directory. "int8" rounds floating-point numbers to 8 bits, which takes a quarter
             of the bytes of float32. It needs `exact=False`.
@@ -263,16 +262,16 @@ class ActivationCache:
 
         With `views`, items may be augmented at random and be kept all the same: epoch e shows view
         e modulo `views` of every item. A view is drawn from the seed, the number of the item and
-        that of the view alone. What the program draws itself stays as it was.
+        that of the view alone. Random numbers that the program itself draws stay the same.
 
         Args:
             dataset: Data set whose items have numbers.
             *args: Further arguments of `torch.utils.data.DataLoader`.
             views: Number of views of each item. "flips" stands for two: the item and its mirror
-                image, each shown as often. If None, items are as the data set gives them.
+                image, shown equally often. If None, items are as the data set gives them.
             transform: Function that makes a view of an image, such as transforms of torchvision or
-                Albumentations: of the first entry of an item that is a tuple, or else of the item.
-                If None, what the data set itself draws at random makes the views.
+                Albumentations. The image is the first entry of an item that is a tuple or list, or
+                else the item. If None, views differ by what the data set itself draws at random.
             seed: Seed of the views.
             **kwargs: Further keyword arguments of `torch.utils.data.DataLoader`.
 
@@ -280,15 +279,15 @@ class ActivationCache:
             DataLoader that belongs to this cache. Once the cache is closed, it loads everything.
 
         Raises:
-            UserError: The data set is a generator or another iterator, or `views` is no number of
-                views.
+            UserError: The data set is a generator or another iterator, `views` is no number of
+                views, or `transform` is given without `views`.
         """
         dataset = numbered(dataset, views, transform, seed)
         close, shared = self._close, weakref.ref(self._shared)
         return Loader(lambda: shared() if close.alive else None, dataset, *args, **kwargs)
 
     def close(self) -> None:
-        """Ends caching and frees memory. Rows that are not on disk yet are written there.
+        """Ends caching and frees memory. Rows that are not in the directory yet are written there.
 
         The modules and torch are as they were before the cache was made. Closing twice does
         nothing.

@@ -24,7 +24,7 @@ _BESIDE = 56
 
 
 class Entries:
-    """All kept rows under one limit. The rows that were not used for longest are dropped first.
+    """All kept rows under one limit. The least recently used rows are dropped first.
 
     The name of a table is a hash of how its values are made. Keys have shape (n, 2), places (n,),
     and rows (n, elements of a row).

@@ -57,7 +57,7 @@ def sharded(name: str) -> str:
     """Parameters of the module lie in pieces on several processes."""
     return (
         f"{name} is not cached: its parameters are sharded over processes, and a process that "
-        "skipped frozen work would let the others wait for it. DistributedDataParallel works."
+        "skipped frozen work would let the others wait for it. Use DistributedDataParallel instead."
     )
 
 
@@ -125,7 +125,7 @@ def in_memory_only(name: str, value: str) -> str:
     """Rows of a value are not written to the directory."""
     return (
         f"Rows of {value} in {name} are kept in memory only. Code from outside torch makes them in "
-        "one operation, and the directory could not tell if that code was edited."
+        "one operation, and a later run could not tell whether that code was edited."
     )
 
 
@@ -178,8 +178,8 @@ def why_hardly_known(mixes: str) -> str:
             "and each epoch has other batches."
         )
     return (
-        "Augmentation or noise in front of frozen work changes every row. Padding to another "
-        f"length does so too, and there {_PAD} helps."
+        "Augmentation or noise in front of frozen work changes every row. So does padding to "
+        f"another length: use {_PAD}."
     )
 
 

@@ -18,15 +18,15 @@ from cachefreeze.plan.views import FLIPS
 class Views(Dataset[Any]):
     """Views of the items of a data set. It has as many items as the data set.
 
-    Item `view * len(dataset) + row` is a view of a row. It is drawn from the seed, the number of
-    the row and that of the view alone, by whatever process: all that draws from the random state of
-    torch, NumPy or Python while the item is made, in the data set or in the transform.
+    Item `view * len(dataset) + row` is a view of a row, the same one in every process: while it is
+    made, the data set and the transform draw from random states of torch, NumPy and Python that are
+    set from the seed, the number of the row and that of the view alone.
 
     Args:
         dataset: Data set whose items have numbers.
         views: Number of views of each item, or "flips" for an item and its mirror image.
-        transform: Function of an image: of the first entry of an item that is a tuple or a list, or
-            else of the whole item. If None, items are as the data set gives them.
+        transform: Function that makes a view of an image. The image is the first entry of an item
+            that is a tuple or list, or else the item. If None, no function is applied.
         seed: Seed of the views.
     """
 
@@ -97,7 +97,8 @@ def numbered(
         seed: Seed of the views.
 
     Raises:
-        UserError: The data set is an iterator, or `views` is no number of views.
+        UserError: The data set is an iterator, `views` is no number of views, or `transform` is
+            given without `views`.
     """
     if isinstance(dataset, Iterator) and not isinstance(dataset, IterableDataset):
         raise UserError(
@@ -108,7 +109,7 @@ def numbered(
     if views is not None:
         return Views(dataset, views, transform, seed)
     if transform is not None:
-        raise UserError("transform makes views: say how many of each item by views=.")
+        raise UserError("transform makes views: give views, the number of views of each item.")
     return dataset
 
 
@@ -161,7 +162,7 @@ def _mirrored(image: Any) -> Any:
     if hasattr(image, "transpose"):
         return image.transpose(0)  # PIL's FLIP_LEFT_RIGHT
     raise UserError(
-        f"views='flips' mirrors tensors, arrays and pictures of PIL, and was given "
+        f"views='flips' mirrors tensors, arrays and PIL images, and was given "
         f"{type(image).__name__!r}: give views a number, and a transform that mirrors."
     )
 

@@ -42,7 +42,8 @@ def find_images(
     if has_train and held_out is not None:
         if val_fraction is not None:
             raise UserError(
-                f"{held_out} holds the validation images: leave out --val-fraction, or move it away"
+                f"{held_out} holds the validation images: leave out --val-fraction, or move that "
+                "folder"
             )
         val_paths, val_labels, val_classes = list_images(held_out)
         if val_classes != classes:
@@ -90,8 +91,8 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
         labels += [label] * len(files)
     if passed:
         _log.warning(
-            "%d files are no images of a class and were passed over, such as %s: other programs "
-            "left them there.",
+            "%d files were passed over, such as %s: other programs left them there, and they are "
+            "no images of a class.",
             len(passed),
             passed[0],
         )
@@ -172,6 +173,6 @@ def tell_of_bits(paths: Sequence[Path]) -> None:
     if paths:
         _log.warning(
             "%s and others have more than 8 bits a channel: values above 255 are read as 255, as "
-            "torchvision's ImageFolder reads them; scale such images to 8 bits before.",
+            "torchvision's ImageFolder reads them; scale such images to 8 bits first.",
             paths[0],
         )

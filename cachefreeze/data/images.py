@@ -103,7 +103,7 @@ class DamagedImage:
     Attributes:
         path: Path of the file.
         reason: Message of the decoder, or of the disk.
-        is_read: Whether the disk gave the file, so that its content is what is wrong.
+        is_read: Whether the file could be read, so that its content is what is wrong.
     """
 
     path: Path
@@ -198,9 +198,9 @@ class FolderImages:
         )  # fmt: skip
 
     def too_deep(self) -> list[Path]:
-        """Returns images with more than 8 bits a channel, among a spread of them.
+        """Returns images with more than 8 bits a channel, from a sample spread over the split.
 
-        Of each file in the spread the header is read, and no pixel.
+        Only the headers of these files are read.
         """
         from PIL import Image
 
@@ -277,12 +277,12 @@ def decode_image(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def resized(image: Any, size: int, how: Any) -> Any:
-    """Returns a picture of PIL whose shorter side is resized, and whose centre is cut out.
+    """Returns a PIL image whose shorter side is resized, and whose centre is cut out.
 
     Args:
-        image: Picture.
+        image: PIL image.
         size: Height and width of the result.
-        how: Way of PIL to resample.
+        how: Resampling filter of PIL.
     """
     width, height = image.size
     if (width, height) != (size, size):

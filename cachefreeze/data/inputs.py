@@ -26,7 +26,7 @@ class InputRows:
         device: Device that the network is trained on.
         augment_seed: Seed of the random views. If None, images are not augmented.
         views: Number of views of each image: epoch e shows view e modulo this number. "flips" for
-            an image and its mirror image, each as often. If None, every epoch has another view.
+            an image and its mirror image, equally often. If None, every epoch has another view.
         kept_on: Device whose memory holds the pixels once they have been decoded, one byte an
             element. If None, they are decoded whenever they are asked for.
 
@@ -136,9 +136,9 @@ def random_views(rows: int, seed: int, view: int) -> NDArray[np.int64]:
 
 
 def mirrorings(rows: int, seed: int, view: int) -> NDArray[np.int64]:
-    """Returns views as `random_views` does, of which one half of the rows is mirrored.
+    """Returns views in the form of `random_views`, in which half of the rows are mirrored.
 
-    A row that is mirrored in view 0 is not in view 1.
+    A row that is mirrored in view 0 is not mirrored in view 1.
     """
     mirrored = ((_bits(rows, seed, 0) >> np.uint64(32)).astype(np.int64) + view) % 2
     return np.column_stack([np.full((rows, 2), PADDING), mirrored])

@@ -69,7 +69,7 @@ class DataSet:
     def facts(self) -> dict[str, Any]:
         """Facts that tell whether a resumed run has the data set that it began with.
 
-        If `same` differs, the data set is another one for certain. `identity` also differs if files
+        If `same` differs, the data set is certainly another one. `identity` also differs if files
         were only copied or touched.
         """
         statistics = [list(self.mean), list(self.std)]
@@ -227,7 +227,7 @@ def reading(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{error.filename or folder} cannot be read ({error.strerror}): "
-            "mend or remove it, or give another --data-dir"
+            "repair or remove it, or give another --data-dir"
         ) from error
 
 
@@ -309,9 +309,9 @@ def load_folder(
     """Loads folders of images: ROOT/train/CLASS/* with ROOT/val or ROOT/test, or ROOT/CLASS/*.
 
     Every image is decoded once here. The mean and standard deviation come from the training images,
-    and a damaged file is found now and not in the middle of the night. If `normalization` is given,
-    no image is decoded: a run that finds all rows in its cache needs none. With `skip_broken` all
-    are, for the rows must be the same whenever the run goes on.
+    and a damaged file is found now, not hours later. If `normalization` is given, no image is
+    decoded: a run that finds all rows in its cache needs none. With `skip_broken` all images are
+    decoded all the same, since a resumed run must have the same rows.
 
     Args:
         root: Folder of the data set.

@@ -9,8 +9,8 @@ def freeze(*modules: nn.Module) -> None:
     """Freezes modules for good, in place: no gradient, and eval mode whatever `train()` is called.
 
     The usual `model.train()` at the start of an epoch would otherwise put their batch norms and
-    dropout in training mode again, whose work runs in every pass. Gradients that parameters have
-    are dropped.
+    dropout in training mode again. In training mode they run in every pass, since no result of
+    theirs can be cached. Gradients of the parameters are set to None.
 
     Args:
         *modules: Modules to freeze, with everything in them.

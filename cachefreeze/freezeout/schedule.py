@@ -18,16 +18,16 @@ class Schedule:
     """The learning rates of all units at every step. Unit i trains for a share t_i of the run.
 
     Args:
-        units: Number of units, with the head: the last unit, which never freezes.
+        units: Number of units, including the head, which is the last unit and never freezes.
         total_steps: Number of optimizer steps of the whole run.
         t0: Share of the run after which the first unit freezes, before `shape` is applied; in
             (0, 1]. At 1 nothing freezes, and every unit follows one plain cosine.
-        shape: Name of the function g in t_i = g(t0 + (1 - t0) i / L): `linear`, `squared` or
-            `cubic`.
-        scale_lr: Whether unit i's initial rate is divided by t_i, so that all units' rates have
-            equal integrals over the run.
+        shape: Name of the function g in t_i = g(t0 + (1 - t0) i / L), where the head is unit L:
+            `linear`, `squared` or `cubic`.
+        scale_lr: Whether unit i's initial rate is divided by t_i, so that the rates of all units
+            have equal integrals over the run.
         first: Number of units that are frozen before the first step. The other units follow the
-            schedule of a network that has no units but them.
+            schedule of a network without these.
 
     Raises:
         ValueError: A value is outside its range.
@@ -67,7 +67,10 @@ class Schedule:
         return tuple(_ceil(end * self.total_steps) for end in self.ends)
 
     def frontier(self, step: int) -> int:
-        """Returns the number of units that are frozen at a step (from 0), or after the last."""
+        """Returns the number of units that are frozen at a step (from 0).
+
+        After the last step, it is the number at the last step.
+        """
         return bisect_right(self.freeze_steps, min(step, self.total_steps - 1))
 
     def factor(self, unit: int, step: int) -> float:

@@ -52,22 +52,21 @@ class FreezeOutLR(LRScheduler):
     """Anneals each unit's rate to zero on its own cosine, first units first, and freezes it there.
 
     Step it after every optimizer step (not once an epoch). A unit whose rate has reached zero takes
-    no gradient any more, and modules all of whose parameters are frozen stay in eval mode whatever
+    no gradient any more. A module whose parameters are all frozen stays in eval mode whatever
     `train()` is called (see `freeze`). Its parameter group stays in the optimizer, at rate 0.
     (FreezeOut, Brock et al., 2017, section 2.) First units that take no gradient when the scheduler
-    is made count as frozen. The other units follow the schedule of a model that has no units but
-    them.
+    is made count as frozen. The other units follow the schedule of a model without these.
 
     Args:
-        optimizer: Optimizer with the groups of `param_groups(model)`, or with one group a unit in
-            the order in which they freeze. The rates of the groups are the base rates. They may
-            differ.
+        optimizer: Optimizer with the groups of `param_groups(model)`, or with one group for each
+            unit, in the order in which units freeze. The rates of the groups are the base rates.
+            They may differ.
         model: Model that is trained.
         total_steps: Number of optimizer steps of the whole run.
         t0: Share of the run after which the first unit freezes, before `shape` is applied; in
             (0, 1]. At 1 nothing freezes.
-        shape: Name of the function that spreads the freezes from there to the end of the run:
-            `linear`, `squared` or `cubic`.
+        shape: Name of the function that spreads the other freezes between the first one and the end
+            of the run: `linear`, `squared` or `cubic`.
         scale_lr: Whether each unit's initial rate is divided by the share of the run for which it
             trains.
         last_epoch: Last step taken, as in every PyTorch scheduler. -1 starts a run.
@@ -77,8 +76,8 @@ class FreezeOutLR(LRScheduler):
         schedule: Rates and freezes of the units at every step.
 
     Raises:
-        ValueError: A value is outside its range, or the optimizer holds other parameters than the
-            model's.
+        ValueError: A value is outside its range, the optimizer holds other parameters than the
+            model's, or it holds all of them in one group.
 
     Examples:
         >>> import torch

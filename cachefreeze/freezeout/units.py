@@ -57,9 +57,9 @@ def units_of(model: nn.Module, /, *example: Any, **kwargs: Any) -> list[Unit]:
     comes before it, or to what follows if it is the first in a container. A parameter beside
     modules, such as a class token, belongs to what comes after it.
 
-    A parameter that several modules hold belongs to the last of them, and one that is used again
-    after later units to what follows there: the weight that an embedding shares with the head
-    trains as long as the head.
+    A parameter that several modules hold belongs to the last of them. One that is used again after
+    later units freezes with the unit that follows its last use: the weight that an embedding shares
+    with the head trains as long as the head.
 
     Args:
         model: Model whose units are found.
@@ -88,8 +88,8 @@ def count_of(units: Sequence[Unit], first: int | str) -> int:
 
     Args:
         units: Units of a model.
-        first: Number of units. If it is negative, that many units at the end are left out. Or the
-            name of the last of the units, or of a module or group that ends with it.
+        first: Number of units. If it is negative, that many units at the end are left out. Or a
+            name: that of the last of these units, or of a module or group that ends with it.
 
     Raises:
         UserError: There are no such units.
@@ -133,8 +133,8 @@ def freeze_units(model: nn.Module, first: int | str, /, *example: Any, **kwargs:
 def freeze_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Freezes parameters for good, and the modules that have no others but frozen ones.
 
-    In a plain `Sequential`, modules without parameters freeze once something behind them has: noise
-    of a dropout would reach nothing but frozen modules. Elsewhere their order is not known.
+    In a plain `Sequential`, modules without parameters freeze too if something behind them is
+    frozen: noise of a dropout would reach frozen modules. Elsewhere their order is not known.
 
     Args:
         model: Model that holds the parameters.

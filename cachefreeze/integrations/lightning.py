@@ -19,7 +19,7 @@ except ImportError:
 
 
 class CacheActivations(Callback):  # type: ignore[misc]
-    """Opens an `ActivationCache` of the module when `fit` begins, and closes it when it ends.
+    """Opens an `ActivationCache` of the module when `fit` begins, and closes it when `fit` ends.
 
     Steps, loaders and checkpoints stay as they are. No part of the cache is in a checkpoint: what a
     directory holds is found by its content.

@@ -232,9 +232,9 @@ class ExternalState:
         """Ends the traced pass. State that the pass itself changed is not compared.
 
         Returns:
-            Name of a number that the pass reads and has changed, such as a counter, or an empty
-            string. Then the pass depends on the calls before. A cache that has grown, or a flag,
-            may be as it is from now on.
+            Name of a number that the pass reads and has changed, such as a counter: then each pass
+            depends on the calls before it. Otherwise an empty string. A list that has grown or a
+            flag does not count, since it may stay as it is from now on.
         """
         self._code.resolve()
         self._take()

@@ -161,7 +161,7 @@ class Weights:
     A tensor is identified by its `id`, and held by a weak reference.
 
     Attributes:
-        changes: Number that grows whenever a hash may have become another one.
+        changes: Number that grows whenever a hash may have changed.
         hashed: Total number of hashed bytes.
     """
 

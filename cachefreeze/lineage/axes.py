@@ -127,8 +127,8 @@ def batch_axes(
         trace: Trace of a pass.
         *args: Positional arguments of such a pass. The batch needs at least two different rows.
         dims: Dimension of the rows in each input, by position among the tensors in the arguments.
-            None for an input that all rows share. By default, each input whose first size is equal
-            to that of the first input has its rows first.
+            None for an input that all rows share. By default, rows are in the first dimension of
+            each input whose first size is equal to that of the first input.
         earlier: Result for another batch of the same trace. Axes that did not fit there are
             excluded.
         known: Values of this batch and their known batch axes, by number. Operations that only lead
@@ -168,8 +168,8 @@ def axes_of(
     Args:
         program: Operations of the trace.
         kept: Values in a pass, by number.
-        inputs: Inputs of that pass, by number. Each input whose first size is equal to that of the
-            first input has its rows first.
+        inputs: Inputs of that pass, by number. The rows are in the first dimension of each input
+            whose first size is equal to that of the first input.
     """
     rows, axes = _of_inputs(inputs, None)
     found = Axes(rows)

@@ -1,11 +1,11 @@
-"""Kernels that may give a row other last bits at another place of the batch.
+"""Kernels in which the last bits of a row may depend on its place in the batch.
 
 On a CPU, a kernel that treats each element alone works on blocks of elements by vector
 instructions, and on the elements that are left at the end by other code. Exponentials and the like
-have other last bits there: of `F.silu` about one in a thousand. The end of a batch is the end of
-its last row, so the same row has other bits in another place. Too few elements differ for
-comparisons of some batches to show it, so the sizes decide. So it is with the last rows of a
-product of a matrix and a vector.
+have other last bits there: with `F.silu`, about one element in a thousand. The end of a batch is
+the end of its last row, so the same row has other bits in another place. Too few elements differ
+for comparisons of some batches to show it, so the sizes decide. The same holds for the last rows of
+a product of a matrix and a vector.
 """
 
 import math

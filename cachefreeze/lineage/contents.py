@@ -61,9 +61,9 @@ def content(value: Any, depth: int = 0) -> Any:
 
 
 def shown_by(value: Any) -> Any:
-    """Returns what one of `WINDOWS` shows, as a container of python's or bytes.
+    """Returns what one of `WINDOWS` shows, as bytes or a plain container of Python.
 
-    An iterator shows a number that is another one each time, for reading it is changing it.
+    An iterator shows a new number each time, since reading it changes it.
     """
     if isinstance(value, ContextVar):
         return [value.get(None)]

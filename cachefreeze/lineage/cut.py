@@ -69,7 +69,7 @@ def minimum_cut(
         ValueError: The reading rate is not positive.
     """
     if not reading_rate > 0:
-        raise ValueError("minimum_cut takes a reading_rate above 0.")
+        raise ValueError("reading_rate must be above 0.")
     if seconds is None:
         seconds = [one.seconds for one in trace.operations]
     wanted = _wanted(trace)

@@ -286,7 +286,8 @@ class CallOf:
         module = self.module()
         if module is None:
             raise RuntimeError(
-                f"A value that was left out cannot be computed: a {self.__name__} was deleted."
+                f"A value that was left out cannot be computed: a {self.__name__} was deleted. "
+                "Keep the model as long as its outputs are used."
             )
         with calls.unfollowed(None):
             return module(*args, **kwargs)

@@ -19,7 +19,7 @@ CONSTANT = "constant"
 # Reasons of operations that cannot be left out.
 SWITCH = "switches gradients"
 MIXES = "makes a row's result depend on other rows"
-MOVES = "gives a row other last bits at another place of the batch"
+MOVES = "makes the last bits of a row depend on its place in the batch"
 SHAPELESS = "gives a result whose shape depends on the data"
 _REASONS = MIXES, MOVES, SHAPELESS
 

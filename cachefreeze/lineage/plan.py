@@ -23,7 +23,7 @@ class Action(Enum):
     """What is done at an event.
 
     Operations are run or skipped. Calls of modules are followed inside, handled as a whole, or run
-    without a follower and its mode.
+    without being followed.
     """
 
     RUN = "run"

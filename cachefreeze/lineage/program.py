@@ -152,11 +152,13 @@ class Program:
                 if tensor is not None:
                     return tensor
                 raise RuntimeError(
-                    f"A value that was left out cannot be computed: `{state.name}` was deleted."
+                    f"A value that was left out cannot be computed: `{state.name}` was deleted. "
+                    "Keep the model as long as its outputs are used."
                 )
         raise RuntimeError(
             f"A value that was left out cannot be computed: it needs the value of "
-            f"{self._trace.describe(number)}, which was written to after the call."
+            f"{self._trace.describe(number)}, which was written to after the call. Use the "
+            "output before that."
         )
 
 

@@ -1,4 +1,4 @@
-"""The networks by name."""
+"""Builds networks by name."""
 
 from typing import Any
 
@@ -39,8 +39,8 @@ def build(
     """Builds a network by its name.
 
     Args:
-        arch: `wrn` (which needs `depth` and `width`), `densenet` (`depth` and `growth_rate`), `vgg`
-            (`depth`), `torchvision:NAME`, `timm:NAME` or `hf:NAME`.
+        arch: Name of the network: `wrn` (which needs `depth` and `width`), `densenet` (`depth` and
+            `growth_rate`), `vgg` (`depth`), `torchvision:NAME`, `timm:NAME` or `hf:NAME`.
         classes: Number of outputs. Named weights bring their own number of outputs.
         depth: Number of layers of a `wrn`, `densenet` or `vgg`.
         width: Widening factor of a `wrn`.

@@ -62,7 +62,10 @@ def build_hugging_face(
     body = f"{model.base_model_prefix}."
     missing = sorted(key for key in found["missing_keys"] if key.startswith(body))
     if missing:
-        raise UserError(f"the weights {where} do not fit this network: they have no {missing[0]}")
+        raise UserError(
+            f"the weights {where} do not fit this network: they have no {missing[0]}. Give weights "
+            "of this network"
+        )
     made = Logits(model.float().train())
     size = getattr(model.config, "image_size", image_size)
     if size != image_size and not _takes(made, image_size):

@@ -24,7 +24,7 @@ def build_ready_made(
     """Builds a classification network of torchvision, timm or transformers.
 
     Args:
-        library: `torchvision`, `timm` or `hf`.
+        library: Name of the library: `torchvision`, `timm` or `hf`.
         name: Name of the network in `torchvision.models.list_models()` or `timm.list_models()`. For
             `hf`, a folder with a config.json or a name on the hub.
         classes: Number of outputs. Weights bring their own number of outputs.
@@ -69,7 +69,7 @@ def weights_statistics(library: str, name: str, weights: str) -> Statistics | No
     No weights are downloaded.
 
     Args:
-        library: `torchvision`, `timm` or `hf`.
+        library: Name of the library: `torchvision`, `timm` or `hf`.
         name: Name of the network in the library.
         weights: Name of the weights, or `DEFAULT`.
 
@@ -95,7 +95,7 @@ def weights_statistics(library: str, name: str, weights: str) -> Statistics | No
 
 
 def meant_network(text: str, own: Sequence[str]) -> str | None:
-    """Guesses which network is meant by a name that is none.
+    """Guesses which network is meant by an unknown name.
 
     It may import torchvision and timm, which takes seconds.
 

@@ -58,7 +58,7 @@ def vgg(classes: int, *, depth: int = 16, dropout: float = 0.5, channels: int = 
             32.
 
     Raises:
-        UserError: The depth is another one.
+        UserError: The depth is none of these.
     """
     if depth not in STAGES:
         raise UserError(f"depth {depth} does not fit a VGG: use 11, 13, 16 or 19")

@@ -33,8 +33,8 @@ class Fill:
 def worth_filling(now: Fill, later: Fill | None) -> bool:
     """Says whether a pass over the training set pays now.
 
-    A later pass may serve the units that freeze next, too. The pass at this step is left out in
-    favour of it if, until then, this pass saves less than the seconds that it adds (`again`).
+    A later pass also serves the units that freeze next. So the pass at this step is left out if it
+    saves fewer seconds until the later pass than it adds (`again`).
 
     Args:
         now: Pass at this step.

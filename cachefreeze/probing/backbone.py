@@ -1,4 +1,4 @@
-"""What heads are put on: the outputs of the last blocks of a network, pooled or as they are."""
+"""Input of heads: the outputs of the last blocks of a network, pooled or as they are."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from cachefreeze.errors import UserError, first_line
 
-POOLINGS = ("class", "mean", "both")
 # Most tokens before those of the patches: a class token and registers.
 _MOST_PREFIX = 16
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the outputs of a network's last blocks are found. It is saved with a head.
+    """Places and shapes of the outputs of a network's last blocks. It is saved with a head.
 
     Attributes:
         blocks: Names of the last blocks, from the last one backwards.
@@ -28,7 +27,7 @@ class Layout:
         prefix: Number of tokens before those of the patches, of which the first is the class token.
             0 if there are none.
         form: `tokens` (N, T, C), or `NCHW` or `NHWC` for maps.
-        side: Number of patches in a row of the last block's output.
+        side: Number of patches along each side of the image, in the last block's output.
     """
 
     blocks: tuple[str, ...]
@@ -56,7 +55,7 @@ class Layout:
         return cls(names, *rest, int(found["side"]))
 
     def poolings(self, wanted: Sequence[str]) -> list[str]:
-        """Returns those poolings that this network has: without a class token, the mean only."""
+        """Returns the wanted poolings that this network has: the mean if it has no class token."""
         return [one for one in wanted if one == "mean" or self.prefix]
 
     def columns(self, blocks: int, pooling: str) -> list[int]:
@@ -77,13 +76,14 @@ class Layout:
 
 
 class Backbone(nn.Module):
-    """A network whose last blocks' outputs are its result, as a list of tensors for `Joined`.
+    """A network that returns the outputs of its last blocks, as a list of tensors for `Joined`.
 
-    They are apart, so that a cache finds each of them, however many blocks are asked for.
+    They are not joined here, so that a cache has the output of each block, however many blocks are
+    asked for.
 
     Args:
         model: Network that takes images.
-        layout: Where these outputs are found.
+        layout: Places of these outputs.
         pooled: Whether they are pooled: the class token and the mean of the patches of each block,
             (N, channels). If False, they are the patches of each block, (N, patches, channels).
     """
@@ -120,7 +120,7 @@ class Joined(nn.Module):
 
 
 def find_layout(model: nn.Module, blocks: int, image_size: int, device: torch.device) -> Layout:
-    """Finds a network's last blocks, by one pass over a black image.
+    """Finds the last blocks of a network, by one pass over a black image.
 
     Args:
         model: Network, in eval mode.
@@ -129,7 +129,7 @@ def find_layout(model: nn.Module, blocks: int, image_size: int, device: torch.de
         device: Device of the network.
 
     Raises:
-        UserError: The network has no blocks, or fewer, or does not take such images.
+        UserError: The network has no blocks, or fewer than asked for, or does not take such images.
     """
     names = _names_of_blocks(model)
     norms = {

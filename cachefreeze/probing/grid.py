@@ -30,8 +30,8 @@ class Trial:
     Attributes:
         method: `linear`, `logistic` or `neighbours`.
         blocks: Number of last blocks whose outputs it takes.
-        pooling: What it takes of them: `class`, `mean`, `both` or `patches`.
-        setting: What else tells it from others, such as its learning rate, for people.
+        pooling: Part of these outputs that it takes: `class`, `mean`, `both` or `patches`.
+        setting: Other settings of the head, such as its learning rate, in words.
         score: Accuracy on the validation images. For segmentation, mean intersection over union.
         rate: Learning rate for a batch of 256. None if it has none.
         decay: Weight decay. None if it has none.
@@ -157,12 +157,12 @@ def fitted(
 def shares_of_patches(masks: Tensor, side: int, classes: int) -> Tensor:
     """Returns the share of each class in each patch, (n, patches, classes).
 
-    A head that learns them learns what it would on all pixels, with the logits of a patch in each
-    of its pixels. Pixels of no class count in no share.
+    Training on these shares is the same as training on all pixels, if each pixel has the logits of
+    its patch. Pixels of no class count in no share.
 
     Args:
         masks: Class of each pixel, (n, size, size).
-        side: Number of patches in a row.
+        side: Number of patches along each side of the image.
         classes: Number of classes.
     """
     found = [
@@ -183,7 +183,10 @@ def pixels_of(logits: Tensor, side: int, size: tuple[int, int]) -> Tensor:
 def unions(
     group: Heads, val: Rows, side: int, classes: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Returns the mean intersection over union of each head, over classes that are there, twice."""
+    """Returns the mean intersection over union of each head, over the classes that occur.
+
+    It is returned twice: as the score, and in the place of the loss.
+    """
     counts = torch.zeros(group.count, classes * classes, dtype=torch.int64)
     bad: set[int] = set()
     for x, masks in zip(val.plain.split(_FEW), val.targets.split(_FEW), strict=True):

@@ -1,7 +1,7 @@
 """Heads that are trained together: those of one structure share every step, on stacked parameters.
 
-A head gets the same weights as if it were trained alone, but for rounding: no number of one head
-reaches another.
+A head gets the same weights as if it were trained alone, apart from rounding: no result of one
+head depends on another head.
 """
 
 import copy
@@ -50,8 +50,9 @@ class Heads:
     """Heads that learn by SGD with momentum, each at rates of its own.
 
     Args:
-        heads: Modules that take rows and return numbers of classes. They are changed in place.
-        rates: Learning rate of each head, which falls to 0 on a cosine.
+        heads: Modules that take rows, (n, ...), and return logits, (n, ..., classes). They are
+            changed in place.
+        rates: Initial learning rate of each head. It falls to 0 on a cosine.
         decays: Weight decay of each head.
         steps: Number of steps in all.
         momentum: Momentum of all heads.
@@ -96,7 +97,7 @@ class Heads:
 
     @torch.no_grad()
     def outputs(self, x: Tensor) -> list[Tensor]:
-        """Returns what each head makes of rows, in eval mode."""
+        """Returns the output of each head for rows, in eval mode."""
         found: list[Any] = [None] * self.count
         for group in self._groups:
             for number, output in zip(group.numbers, group.outputs(x, training=False), strict=True):
@@ -104,7 +105,7 @@ class Heads:
         return found
 
     def finish(self) -> None:
-        """Writes weights back into the heads that were given."""
+        """Writes the trained weights into the heads that were given."""
         for group in self._groups:
             group.write_back()
 

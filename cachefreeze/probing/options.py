@@ -44,11 +44,11 @@ class ProbeSettings:
     """folder of images: train/CLASS/* with val/CLASS/*, or CLASS/*; for segmentation, folders
     images and masks"""
     task: str = option(default="classification", choices=TASKS)
-    """what heads learn: the class of an image, or of each of its pixels"""
+    """task of the heads: to predict the class of an image, or of each of its pixels"""
     image_size: int = option(default=224, limits=(lambda size: size >= 8, "8 or more"))
     """height and width that images are resized and cropped to"""
     val_fraction: float | None = option(
-        told="0.2, if there is no folder val",
+        told="0.2 if there is no folder train, val or test",
         limits=(lambda share: 0 < share < 1, "between 0 and 1"),
         metavar="SHARE",
     )
@@ -58,11 +58,13 @@ class ProbeSettings:
         group="heads", default=(1, 4), limits=(lambda n: min(n) >= 1, "1 or more"), type=int,
         nargs="+",
     )  # fmt: skip
-    """numbers of last blocks whose outputs are joined for a head"""
+    """numbers of blocks: for each number n, there are heads on the joined outputs of the last n
+    blocks of the network"""
     pooling: tuple[str, ...] = option(
         default=("class", "mean", "both"), choices=("class", "mean", "both"), nargs="+"
     )
-    """what of a block's output a head takes: the class token, the mean of the patches, or both"""
+    """part of a block's output that a head takes: the class token, the mean of the patches, or
+    both"""
     methods: tuple[str, ...] = option(default=METHODS, choices=METHODS, nargs="+")
     """heads: linear layers trained by SGD, logistic regression, and nearest neighbours (with
     segmentation: linear only)"""
@@ -70,7 +72,8 @@ class ProbeSettings:
         default=RATES, limits=_POSITIVE, type=float, nargs="+", told="13 rates from 1e-5 to 0.1",
         metavar="RATE",
     )  # fmt: skip
-    """learning rates of linear heads for a batch of 256; for other batches they are scaled"""
+    """learning rates of linear heads for --batch-size 256; for other sizes they are scaled in
+    proportion"""
     weight_decay: tuple[float, ...] = option(
         default=(0.0,), limits=(lambda n: min(n) >= 0, "0 or more"), type=float, nargs="+",
         metavar="W",
@@ -79,34 +82,35 @@ class ProbeSettings:
     C: tuple[float, ...] = option(
         default=(0.01, 0.1, 1.0, 10.0), limits=_POSITIVE, type=float, nargs="+", metavar="C"
     )
-    """inverse strengths of the regularisation of logistic regressions"""
+    """inverse regularisation strengths of logistic regressions, as in scikit-learn"""
     k: tuple[int, ...] = option(
         default=(10, 20), limits=(lambda n: min(n) >= 1, "1 or more"), type=int, nargs="+"
     )
     """numbers of nearest neighbours"""
     epochs: int = option(default=10, limits=_COUNT)
-    """number of passes of linear heads over the rows"""
+    """number of epochs of linear heads; the network itself does not run again"""
     batch_size: int = option("-b", default=128, limits=_COUNT)
-    """number of rows in a step of linear heads"""
+    """number of images in a step of linear heads"""
     views: int | str | None = option(metavar="K|flips", type=views_from)
-    """train linear heads on K views of each image, cropped and mirrored at random, or on both
-    mirrorings; the network runs K times over each image, whatever the number of epochs"""
+    """train linear heads on K views of each image, cropped and mirrored at random, or (flips) on
+    the image and its mirror image; the network runs over each view once, whatever the number of
+    epochs"""
     seed: int = option(
         default=0, limits=(lambda seed: 0 <= seed < 2**63, "0 or more, and below 2^63")
     )
-    """seed of heads, the order of rows, and views"""
+    """seed of the first weights of heads, the order of images, and views"""
 
     predict: Path | None = option(group="prediction")
-    """predict the images of a folder, by the best head, or by that of --head"""
+    """folder of images to predict by the best head, or by that of --head"""
     head: Path | None = option(metavar="FILE")
-    """best.pt of an earlier probing: nothing is trained, and --predict is needed"""
+    """best.pt of an earlier probing, to use with --predict: nothing is trained"""
 
     output_dir: Path = option(group="output", default=_new_output_dir, told="probes/DATE-TIME")
     """folder of the table, the report and the best head"""
     report: bool = option(default=True)
     """draw report.html"""
     progress: bool = option(default=True)
-    """draw bars where the output is a terminal"""
+    """draw progress bars if the output is a terminal"""
     quiet: bool = option("-q", default=False)
     """print warnings, errors and the result only"""
 
@@ -123,7 +127,7 @@ def parse(argv: Sequence[str]) -> tuple[ProbeSettings, dict[str, Any]]:
         argv: Words of the command line.
 
     Returns:
-        Settings of the probing, and those that `cachefreeze.train` has as well, as far as given.
+        Settings of the probing, and the given ones of those that `cachefreeze.train` has too.
 
     Raises:
         UserError: An option does not exist, or a value makes no sense.
@@ -151,8 +155,8 @@ def _refuse(settings: ProbeSettings, given: dict[str, Any]) -> None:
     if settings.head is not None:
         if settings.predict is None or settings.model or settings.data_dir:
             raise UserError(
-                "--head is a head that was trained before: give it with --predict FOLDER, and "
-                "without --model and --data-dir"
+                "--head names a head that is trained already: give --predict FOLDER too, and "
+                "leave out --model and --data-dir"
             )
     elif settings.model is None or settings.data_dir is None:
         raise UserError(
@@ -170,8 +174,8 @@ def _refuse(settings: ProbeSettings, given: dict[str, Any]) -> None:
         for name in ("views", "pooling", "methods", "C", "k"):
             if name in given:
                 raise UserError(
-                    f"--{name} is for classification only: leave it out, for segmentation has "
-                    "linear heads on the patches of plain images"
+                    f"--{name} is for classification only: leave it out. Segmentation trains "
+                    "linear heads on patches, without augmentation"
                 )
 
 

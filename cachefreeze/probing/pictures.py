@@ -92,8 +92,8 @@ class Masked(Pictures):
             with Image.open(path) as file, Image.open(self.files.paths[row]) as picture:
                 if file.mode not in ("L", "P", "1"):
                     raise UserError(
-                        f"{path} is no mask, but a picture in colours ({file.mode}): a mask has "
-                        "the number of a class in each pixel, 255 for none"
+                        f"{path} is a colour picture and no mask ({file.mode}): give a "
+                        "mask with the number of a class in each pixel, 255 for none"
                     )
                 if file.size != picture.size:
                     raise UserError(
@@ -107,7 +107,7 @@ class Masked(Pictures):
 
 
 def list_pairs(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the images of a folder `images`, and their masks of one name in a folder `masks`.
+    """Returns the images in a folder `images`, and the masks of the same names in `masks`.
 
     Raises:
         UserError: There are no such folders or images, or an image has no mask.
@@ -129,11 +129,10 @@ def list_pairs(folder: Path) -> tuple[list[Path], list[Path]]:
         raise UserError(f"{images} has no images in it: add some")
     missing = [p for p in found if p.relative_to(images).with_suffix("") not in by_name]
     if missing:
+        others = f" and {len(missing) - 1} more images" if len(missing) > 1 else ""
         raise UserError(
-            f"labels are missing: {missing[0]} and others, {len(missing)} in all, have no mask of "
-            f"their name in {masks}"
-            if len(missing) > 1
-            else f"labels are missing: {missing[0]} has no mask of its name in {masks}"
+            f"labels are missing: {masks} has no mask with the name of {missing[0]}{others}. Add "
+            "the masks, or remove the images"
         )
     return found, [by_name[p.relative_to(images).with_suffix("")] for p in found]
 
@@ -141,7 +140,9 @@ def list_pairs(folder: Path) -> tuple[list[Path], list[Path]]:
 def split_pairs(
     folder: Path, paths: Sequence[Path], masks: Sequence[Path], fraction: float | None
 ) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
-    """Splits images and masks: by folders train and val in `images`, or at random, always alike.
+    """Splits images and masks: by folders train and val in `images`, or else at random.
+
+    The same files are always split in the same way.
 
     Raises:
         UserError: A part would be empty.

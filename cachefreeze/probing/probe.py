@@ -63,24 +63,26 @@ def probe(
 ) -> Probed:
     """Trains many heads on a frozen model, which runs once over each image.
 
-    The model is put into eval mode without gradient for that, and is as it was afterwards. Heads of
-    one structure are trained together, and each ends with the weights that it would have alone, but
-    for rounding. They are trained by SGD with momentum 0.9 on a cosine schedule.
+    Meanwhile the model is in eval mode without gradient. Afterwards it is as it was before.
+
+    Heads of the same structure are trained together. Each ends with the weights that it would have
+    alone, apart from rounding. They are trained by SGD with momentum 0.9 on a cosine schedule.
 
     Args:
         model: Model that returns a tensor (n, ...) for a batch of inputs.
-        train: Data set of inputs and labels (int) to train on.
-        val: Data set to judge heads on.
-        heads: Modules that take what the model returns, and return (n, classes). They are trained
-            in place.
-        directory: Folder that rows are kept in, to be found by later calls. If None, they are kept
-            in memory while this call lasts.
-        lr: Learning rate of all heads, or of each.
-        weight_decay: Weight decay of all heads, or of each.
+        train: Data set of pairs of an input and its label (int) to train on.
+        val: Data set of such pairs to validate on.
+        heads: Modules that take what the model returns, and return logits (n, classes). They are
+            trained in place.
+        directory: Folder that the model's outputs (rows) are kept in. Later calls find them there.
+            If None, they are kept in memory during this call.
+        lr: Initial learning rate: one number for all heads, or one for each head.
+        weight_decay: Weight decay: one number for all heads, or one for each head.
         epochs: Number of passes over the rows.
         batch_size: Number of rows in a step.
-        views: Number of views of each input, or "flips". Epoch e shows view e modulo their number.
-            If None, inputs are as the data set gives them.
+        views: Number of views of each training input, or "flips" for an input and its mirror image.
+            Epoch e shows view e modulo their number. If None, inputs are as the data set gives
+            them.
         transform: Function that makes a view of an input. See `ActivationCache.loader`.
         seed: Seed of the order of rows, and of the views.
 
@@ -88,7 +90,8 @@ def probe(
         Heads with their accuracies and losses on `val`.
 
     Raises:
-        UserError: There is no head, rates are not as many as heads, or data sets do not fit.
+        UserError: There is no head, a list of rates has another length than `heads`, or the data
+            sets or heads do not fit.
     """
     heads = list(heads)
     if not heads:
@@ -189,20 +192,20 @@ def train_heads(
         rates: Learning rate of each head.
         decays: Weight decay of each head.
         rows: Rows to train on.
-        val: Rows to judge heads on.
+        val: Rows to validate heads on.
         epochs: Number of passes over the rows.
         batch_size: Number of rows in a step.
         seed: Seed of the order of the rows.
         device: Device that heads are trained on.
         tick: Function that is called with the number of rows of each step.
-        classes: Number of classes. If None, as many as a head has outputs.
+        classes: Number of classes. If None, number of outputs of the first head.
         shares: Function that returns the share of each class for a batch of targets. If None,
-            targets are labels, or such shares.
-        judge: Function that returns a score and a loss of each head. If None, they are those on
-            the validation rows.
+            targets are labels, or such shares already.
+        judge: Function that returns a score and a loss of each head. If None, they are the accuracy
+            and the mean loss.
 
     Returns:
-        Accuracy and mean loss of each head on the validation rows.
+        Score and loss of each head on the validation rows.
     """
     for head in heads:
         if not any(one.requires_grad for one in head.parameters()):

@@ -115,7 +115,7 @@ def _probe(
     layout = find_layout(model, max(settings.blocks), run.image_size, device)
     if not layout.poolings(settings.pooling):
         raise UserError(
-            "the network has no class token: give --pooling mean, or leave it out for all there are"
+            "the network has no class token: give --pooling mean, or leave out --pooling"
         )
     backbone = Backbone(model, layout, pooled=settings.task == "classification")
     make_cache_folder(run.cache_dir)
@@ -212,8 +212,8 @@ def _of_checkpoint(
     said = found.get("settings") if is_checkpoint(found) else None
     if not isinstance(said, dict) or "arch" not in said:
         raise UserError(
-            f"--model {path} does not say which network it is of: give the network as --model, and "
-            "the file as --weights"
+            f"--model {path} does not say which network its weights are for: give the network as "
+            "--model, and the file as --weights"
         )
     changed = dataclasses.replace(settings, model=network_name(str(said["arch"]), said))
     return changed, {**shared, "weights": str(path)}
@@ -243,7 +243,7 @@ def _data(
         count = max(numbers - {IGNORED}, default=0) + 1
         if count < 2:
             raise UserError(
-                f"{run.data_dir / 'masks'} has one class only: masks need pixels of at least two"
+                f"{run.data_dir / 'masks'} has one class only: give masks with at least two"
             )
         return train, val, [str(number) for number in range(count)], mean, std
     images = data.load(

@@ -22,7 +22,7 @@ Tick = Any
 
 @dataclass(frozen=True)
 class Rows:
-    """What a frozen network makes of a data set.
+    """Outputs of a frozen network for a data set.
 
     Attributes:
         values: Rows of each view, (views, N, ...).
@@ -83,8 +83,8 @@ def collect(
             rows = call(x.to(device))
             if not isinstance(rows, Tensor) or len(rows) != len(x):
                 raise UserError(
-                    "the model must return a tensor with a row for each input, which heads can be "
-                    f"put on, and returned {type(rows).__name__}."
+                    "the model must return a tensor with a row for each input, and returned "
+                    f"{type(rows).__name__}: wrap it in a module that returns such a tensor."
                 )
             if values is None or targets is None:
                 values = _room((views, count, *rows.shape[1:]), rows.dtype)
@@ -131,8 +131,8 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
     except RuntimeError as error:
         raise UserError(
-            f"there is no room for {size * dtype.itemsize / 1e9:.1f} GB of rows, neither in memory "
-            f"nor in {Path(name).parent}: take fewer images, views or blocks."
+            f"there is no space for {size * dtype.itemsize / 1e9:.1f} GB of rows in memory, "
+            f"nor in {Path(name).parent}: use fewer images, views or blocks."
         ) from error
     finally:
         Path(name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A head with its network in a file, which torch alone can read."""
+"""A head with its network in one file, which `torch.load` reads without this package."""
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ class Saved:
     Attributes:
         network: Name of the network, and arguments of `models.build`.
         outputs: Number of outputs of the network itself, which nothing uses.
-        layout: Where the outputs of its blocks are found.
+        layout: Places of the outputs of its blocks.
         columns: Columns of a row that the head takes.
         task: `classification` or `segmentation`.
         classes: Names of the classes.
@@ -87,7 +87,9 @@ class Saved:
                 dict(found["model"]), dict(found["head"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"--head {path} is damaged ({first_line(error)})") from error
+            raise UserError(
+                f"--head {path} is damaged ({first_line(error)}): give another best.pt"
+            ) from error
 
     def built(self, device: torch.device) -> nn.Module:
         """Builds the network with its head: images (n, 3, size, size) to logits.
@@ -136,8 +138,8 @@ def predict(
         size: Number of images in a batch.
 
     Yields:
-        Path of each image, its class, and the probability of that. For segmentation: the class of
-        most pixels, and its share.
+        Path of each image, its class, and the probability of this class. For segmentation, the
+        class of most pixels, and the share of these pixels.
 
     Raises:
         UserError: There are no images in the folder, or one cannot be decoded.

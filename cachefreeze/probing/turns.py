@@ -20,15 +20,15 @@ _PATIENCE = 60.0
 
 @contextmanager
 def turn(cache_dir: Path, work: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
-    """Waits while another process computes the same rows.
+    """Waits as long as another process computes the same rows.
 
-    If the trials of a sweep begin together, each would compute all rows otherwise. Waiting ends
+    Otherwise, if the trials of a sweep begin together, each of them computes all rows. Waiting ends
     when that process is done, was killed, or makes no more rows. Once a process was done, no other
     waits: all find its rows.
 
     Args:
         cache_dir: Folder of the cache.
-        work: What the rows are made from, as plain values.
+        work: Settings that the rows depend on, as plain values.
 
     Yields:
         Function that is called after each batch, so that others see that rows are being made.

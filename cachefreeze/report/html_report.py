@@ -50,7 +50,9 @@ def write_report(folder: Path, measured: dict[str, Path] | None = None) -> Path:
     try:
         write_atomically(path, report(run, others))
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): make room for it") from error
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): free some space, or make it writable"
+        ) from error
     return path
 
 

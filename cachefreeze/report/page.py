@@ -1,7 +1,7 @@
 """Pages in one file, made from the templates beside this module.
 
-A page runs no script and asks for nothing: its policy forbids both. Whatever is put into a template
-is escaped, but for pictures.
+A page runs no script and loads nothing: its content security policy forbids both. All values in a
+template are escaped, except pictures.
 """
 
 from dataclasses import dataclass

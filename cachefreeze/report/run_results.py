@@ -117,10 +117,10 @@ def _read(path: Path, parse: Callable[[bytes], Any], form: Any) -> Any:
         content = parse(path.read_bytes())
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): see to it, or name another run"
+            f"{path} cannot be read ({error.strerror}): make it readable, or name another run"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): name another run, or train again") from error
+        raise _damaged(path, error) from error
     _check(path, "", content, form)
     return content
 
@@ -136,6 +136,10 @@ def _check(path: Path, place: str, value: Any, form: Any) -> None:
             _check(path, f"{here}{number}", each, form[0])
     elif isinstance(form, float):
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{path} is damaged ({place} is {value!r}, and should be a number)")
+            raise _damaged(path, f"{place} is {value!r}, and should be a number")
     elif not isinstance(value, type(form)):
-        raise UserError(f"{path} is damaged ({place or 'it'} is {value!r:.50})")
+        raise _damaged(path, f"{place or 'it'} is {value!r:.50}")
+
+
+def _damaged(path: Path, how: object) -> UserError:
+    return UserError(f"{path} is damaged ({how}): name another run, or train again")

@@ -47,8 +47,8 @@ def opening_words(
         cache = f"activations of frozen units are kept in {settings['cache_dir']}"
         views = settings.get("views")
         if views is not None:
-            what = "both mirrorings" if views == "flips" else f"{views} views"
-            cache += f", of {what} of each image"
+            flips = "each image and its mirror image"
+            cache += f", of {flips if views == 'flips' else f'{views} views of each image'}"
     elif settings["augment"]:
         cache = "off: augmented pixels are new in every epoch, so there is nothing to keep"
     else:
@@ -132,7 +132,7 @@ def plan_words(
 
 
 def views_line(rows: int, row_bytes: float, epochs: int, views: int) -> str:
-    """Returns a line about the law that bounds what the cache saves, and the room that it takes.
+    """Returns a line about the most that the cache can save, and about the space that it takes.
 
     Args:
         rows: Number of training images.
@@ -143,7 +143,7 @@ def views_line(rows: int, row_bytes: float, epochs: int, views: int) -> str:
     count = "1 view" if views == 1 else f"{views} views"
     share = max(1 - views / epochs, 0.0)
     return (
-        f"of what is frozen from the start, 1 - {views}/{epochs} = {share:.0%} can be left out "
+        f"of the work frozen from the start, 1 - {views}/{epochs} = {share:.0%} can be left out "
         f"({count} of each image); the kept rows take up to {human_bytes(rows * views * row_bytes)}"
     )
 
@@ -232,9 +232,10 @@ def _cache_words(summary: Mapping[str, Any]) -> list[str]:
         )
         lines = [f"cache     no row came from it: {why}"]
     else:
-        verdict = "saved" if seconds >= 0 else "cost more than it saved:"
+        time = duration(abs(seconds))
+        verdict = f"saved {time}" if seconds >= 0 else f"cost {time} more than it saved"
         lines = [
-            f"cache     {verdict} {duration(abs(seconds))} (estimated), filling included; "
+            f"cache     {verdict} (estimated), filling included; "
             f"{cache['rows_served']:,} of {total:,} rows that passed frozen units came from it"
         ]
     if cache["rows_kept"]:

@@ -1,6 +1,6 @@
 """The time of a run by its parts, and the times of other ways to train the same.
 
-The time of a run runs from the command to the end of the last epoch. Starting Python and drawing
+The time of a run goes from the command to the end of the last epoch. Starting Python and drawing
 the report are not in it, nor is the time between an interruption and `--resume`.
 """
 

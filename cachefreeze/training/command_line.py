@@ -11,12 +11,12 @@ from cachefreeze.training.terminal import Verbosity
 
 # Options of earlier versions, and what to do in their place.
 GONE = {
-    "--cache-policy": "rows are kept whenever units freeze and enough of the run is left",
+    "--cache-policy": "rows are kept whenever units freeze and enough steps are left",
     "--cache-dtype": "rows are kept in their own type; --precision bf16 halves them",
     "--cache-tier": "rows are read through the system's page cache, which is memory while there "
     "is some free",
-    "--device-cache-gb": "rows lie in --cache-dir, which --cache-max-gb bounds",
-    "--keep-cache": "rows stay in --cache-dir until their room is needed",
+    "--device-cache-gb": "rows lie in --cache-dir, and --cache-max-gb limits its size",
+    "--keep-cache": "rows stay in --cache-dir until their space is needed",
     "--verify-cache": "rows are compared with computed ones in every run: the first batches before "
     "any is served, and samples after",
 }
@@ -45,11 +45,11 @@ class Process:
     """Options of one process of a run. They are not saved with the run."""
 
     resume: str | None = option(group="files of a run, and resuming it", metavar="RUN_DIR|auto")
-    """go on with the run in this folder, with its settings; auto goes on with the newest
+    """go on with the run in the folder RUN_DIR, with its settings; auto goes on with the newest
     unfinished run of the given settings (or with the run in --output-dir), and starts a new one
     if there is none"""
     progress: bool = option(group="output on the terminal", default=True)
-    """draw bars where the output is a terminal; --no-progress prints lines but no bars"""
+    """draw progress bars if the output is a terminal; --no-progress prints lines but no bars"""
     quiet: bool = option("-q", default=False)
     """print warnings, errors and the result only; with --plan, the plan"""
 

@@ -60,7 +60,7 @@ def find_weights(settings: Settings) -> Weights | None:
         usual = weights_statistics(settings.library, settings.model_name, named)
         return Weights(f"{named} of {settings.arch}", usual)
     if not path.is_file():
-        kind = "a folder: give a file in it, such as best.pt" if path.is_dir() else "no file"
+        kind = "a folder: give a file in it" if path.is_dir() else "no file: give one of weights"
         raise UserError(f"--weights {named} is {kind}")
     found = read_saved(path, f"--weights {path}", "holds no weights")
     if not is_checkpoint(found):
@@ -69,7 +69,7 @@ def find_weights(settings: Settings) -> Weights | None:
     state = verified(found, path)
     classes, statistics = trained_on(state, f"--weights {named}")
     if not isinstance(state.get("model"), Mapping):
-        raise UserError(f"--weights {named} holds no weights")
+        raise UserError(f"--weights {named} holds no weights: give another file")
     return Weights(named, statistics, dict(state["model"]), classes)
 
 
@@ -218,13 +218,14 @@ def _load(
             there = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
             raise UserError(
                 f"--weights {weights.words} do not fit {settings.network}: {name} {there}, and "
-                f"should have shape {tuple(tensor.shape)}"
+                f"should have shape {tuple(tensor.shape)}: give weights of this network"
             )
     # Heads that torchvision's files have and that it leaves out as well.
     unknown = sorted(n for n in set(state) - set(own) if not n.lower().startswith("aux"))
     if unknown:
         raise UserError(
-            f"--weights {weights.words} do not fit {settings.network}, which has no {unknown[0]}"
+            f"--weights {weights.words} do not fit {settings.network}, which has no {unknown[0]}: "
+            "give weights of this network"
         )
     model.load_state_dict({name: state[name] for name in wanted}, strict=False)
     return sorted(by_class) if renew else []

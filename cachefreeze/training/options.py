@@ -50,7 +50,7 @@ def option(
         only: Networks or data sets that the option is for. Empty for all.
         free: Whether the setting can be changed in the middle of a run without changing one bit of
             its weights.
-        hidden: Names that the help does not show, of an option that switches, and their values.
+        hidden: Other names of a bool option that the help does not show, and the value of each.
         **argparse_options: Options of `add_argument`, such as `metavar`.
     """
     return dataclasses.field(
@@ -125,8 +125,13 @@ def add_options(
 
 def _help(text: str, default: Any, told: str | None) -> str:
     if told is None and default is not None and not callable(default):
-        told = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
+        values = default if isinstance(default, tuple) else (default,)
+        told = " ".join(map(_word, values))
     return (text if told is None else f"{text} (default: {told})").replace("%", "%%")
+
+
+def _word(value: Any) -> str:
+    return str(value) if not isinstance(value, bool) else "on" if value else "off"
 
 
 def filled(described: type, given: Mapping[str, Any]) -> dict[str, Any]:

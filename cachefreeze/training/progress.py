@@ -82,7 +82,7 @@ class RunBar:
 
 
 class Eta:
-    """Predicts the time that is left: the prediction for the rest, at the speed seen so far.
+    """Predicts the time that is left: the predicted time of the rest, scaled by the speed so far.
 
     Epochs get shorter as units freeze, so the number of steps that are left says little.
 

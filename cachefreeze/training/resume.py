@@ -97,7 +97,7 @@ def _go_on(folder: Path, words: list[str], verbosity: Verbosity) -> Start:
         was, asked = (getattr(each, changed[0]) for each in (before, settings))
         raise UserError(
             f"{option_of(changed[0])} {asked} would change the results of {folder}, which was "
-            f"started with {was}: leave it out, or start a new run"
+            f"started with {was}: leave out this option, or start a new run"
         )
     moved = differences(stored, before.as_json())
     if moved:
@@ -129,7 +129,7 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], list[str]]:
         ) from error
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): see to it, or start a new run"
+            f"{path} cannot be read ({error.strerror}): make it readable, or start a new run"
         ) from error
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} does not describe a run: start a new one") from error

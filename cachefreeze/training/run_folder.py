@@ -98,7 +98,7 @@ class RunFolder:
     def _cannot_be_written(self, reason: str) -> UserError:
         return UserError(
             f"the output folder {self.path} cannot be written ({reason}): "
-            "make room or choose another with --output-dir"
+            "free some space, or choose another with --output-dir"
         )
 
 
@@ -140,6 +140,5 @@ def make_cache_folder(folder: Path) -> None:
 
 def _cannot_be_used(folder: Path, reason: str) -> UserError:
     return UserError(
-        f"the cache folder {folder} cannot be used ({reason}): choose another with --cache-dir, "
-        "or use --no-cache"
+        f"the cache folder {folder} cannot be used ({reason}): choose another with --cache-dir"
     )

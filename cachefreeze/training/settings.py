@@ -99,7 +99,7 @@ class Settings:
     transformers"""
     weights: str | None = option(metavar="DEFAULT|NAME|FILE")
     """start from trained weights: a name of weights in torchvision, timm or transformers, a
-    file with a state dict, or a checkpoint of a run; for other classes the head is new"""
+    file with a state dict, or a checkpoint of a run; if the classes differ, the head is new"""
     freeze_first: str | int | None = option(metavar="UNIT|N", type=_unit_or_number)
     """freeze all units up to and including UNIT, or the first N units (-N: all but the last N),
     before the first step; the other units train to the end, or freeze by FreezeOut if
@@ -144,8 +144,8 @@ class Settings:
     """crop images (padded by 4 pixels) and flip them at random; this switches the cache off, unless
     --views is given"""
     views: int | str | None = option(metavar="K|flips", type=views_from)
-    """with --augment: show K random views of each image, view e modulo K in epoch e, so that they
-    come again and are kept; flips shows an image and its mirror image, each as often"""
+    """with --augment: show K random views of each image, view e modulo K in epoch e, so that views
+    come again and can be cached; flips shows an image and its mirror image equally often"""
 
     t0: float = option(
         "--t_0",
@@ -157,11 +157,12 @@ class Settings:
     """share of the run after which the first unit freezes, before --schedule is applied: with
     cubic, 0.8 means after 0.8^3 = 51% of the run"""
     schedule: str = option("--how_scale", default="cubic", choices=("linear", "squared", "cubic"))
-    """function that spreads the freezes of the other units from there to the end of the run"""
+    """function that spreads the freezes of the other units between that of the first unit and the
+    end of the run"""
     scale_lr: bool = option(default=True, hidden={"--scale_lr": True, "--no_scale": False})
     """divide each unit's initial learning rate by the share of the run for which it trains"""
     freeze: bool = option(default=True)
-    """freeze units; --no-freeze, the baseline, trains all of them to the end on one cosine"""
+    """freeze units; --no-freeze trains all of them to the end on one cosine, as a baseline"""
 
     cache: bool = option(
         group="cache",
@@ -172,17 +173,17 @@ class Settings:
     """cache the outputs of frozen units; with --no-cache frozen units run in every step, as in
     the FreezeOut paper"""
     cache_dir: Path = option(default=Path("data/cache"), free=True)
-    """folder that cached outputs are kept in; later runs find them there"""
+    """folder for cached outputs; later runs find them there"""
     cache_max_gb: float | None = option(
         told="half of the free disk",
         limits=(lambda size: 0 < size < float("inf"), "above 0 (or give --no-cache)"),
         free=True,
         metavar="GB",
     )
-    """most GB that this folder may take"""
+    """largest size of the folder --cache-dir, in GB (10^9 bytes)"""
     cache_codec: str = option(default="raw", free=True, choices=("raw", "zstd"))
-    """format of cached outputs on the disk: zstd takes half of the room after a ReLU and hardly
-    less elsewhere, and more time where rows do not fit into memory; the bits are the same"""
+    """format of cached outputs on the disk: zstd halves the size of outputs of a ReLU and hardly
+    that of others, and takes more time if they do not fit into memory; both keep all bits"""
 
     plan: bool = option(group="preview", default=False)
     """measure some steps, print when units freeze and how long the run would take with the
@@ -193,7 +194,8 @@ class Settings:
         nargs=2,
         metavar=("TRAIN", "VAL"),
     )
-    """with --plan, for an imagefolder that is not there: numbers of its images"""
+    """with --plan, for an imagefolder that is not there: numbers of its training and validation
+    images"""
     classes: int | None = option(limits=(lambda count: count >= 2, "2 or more"))
     """with --plan, for an imagefolder that is not there: number of its classes"""
 
@@ -223,7 +225,7 @@ class Settings:
     )
     """seed of weights, dropout and row order"""
     device: str = option(default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    """device to train on; auto is the fastest"""
+    """device to train on; auto is the fastest of this machine"""
     precision: str = option(default="auto", choices=("auto", "fp32", "bf16"))
     """precision of the arithmetic; auto is bf16 autocast where the hardware multiplies bf16
     natively, and fp32 elsewhere"""
@@ -277,7 +279,7 @@ class Settings:
 
     @property
     def cache_bytes(self) -> int | None:
-        """Most bytes that the cache folder may take, or None if no limit was given."""
+        """Largest size of the cache folder in bytes, or None if no limit was given."""
         return None if self.cache_max_gb is None else int(self.cache_max_gb * 1e9)
 
     @property
@@ -364,16 +366,16 @@ def _refuse_what_does_not_apply(run: dict[str, Any], given: dict[str, Any]) -> N
     views = run["views"]
     refuse_views(views)
     if views is not None and not run["augment"]:
-        raise UserError("--views are of augmented images: give --augment too, or leave it out")
+        raise UserError("--views needs --augment: give --augment too, or leave out --views")
     if run["augment"] and views is None and given.get("cache"):
         raise UserError(
             "--augment and --cache exclude each other: augmented pixels are new in every epoch, "
-            "so there is nothing to keep; give --views K, which come again"
+            "so there is nothing to keep; give --views K, so that K views of each image come again"
         )
     if "t0" in given and "freeze_first" in given and "schedule" not in given:
         raise UserError(
             "--t0 is for units that freeze by FreezeOut, and with --freeze-first the others train "
-            "to the end: leave it out, or give --schedule too"
+            "to the end: leave out --t0, or give --schedule too"
         )
     if "schedule" in given and not run["freeze"] and "freeze_first" in given:
         raise UserError(
@@ -388,7 +390,8 @@ def _refuse_what_does_not_apply(run: dict[str, Any], given: dict[str, Any]) -> N
         raise UserError(f"the size of {run['dataset']} is known: leave out --rows and --classes")
     if run["dataset"] == "imagefolder" and "data_dir" not in given and run["rows"] is None:
         raise UserError(
-            "--dataset imagefolder needs --data-dir: a folder with one sub-folder of images a class"
+            "--dataset imagefolder needs --data-dir: a folder with a sub-folder of images for each "
+            "class"
         )
     if run["tf32"] and run["precision"] == "bf16":
         raise UserError("--tf32 has no effect on bf16: leave it out, or give --precision fp32")

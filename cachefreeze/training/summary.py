@@ -24,7 +24,7 @@ def summary_of(
     model: nn.Module,
     cache: ActivationCache | None,
 ) -> dict[str, Any]:
-    """Returns what a finished run gave.
+    """Returns the results of a finished run.
 
     Args:
         settings: Settings of the run.

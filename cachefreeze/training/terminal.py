@@ -85,7 +85,7 @@ def folded(line: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Returns a line in which what is no letter or sign is spelled out, such as \x1b.
+    r"""Returns a line in which control characters and the like are spelled out, such as \x1b.
 
     Names of files and classes may hold characters that a terminal obeys, or cannot print.
     """

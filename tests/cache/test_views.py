@@ -227,7 +227,7 @@ class Stream(IterableDataset[Any]):
         (Pictures(), {"views": 0}, "1 or more, or 'flips', and was 0"),
         (Pictures(), {"views": "twirls"}, "and was 'twirls'"),
         (Pictures(), {"views": 2, "batch_size": None}, "give a batch_size"),
-        (Pictures(), {"transform": with_torchvision}, "say how many of each item"),
+        (Pictures(), {"transform": with_torchvision}, "the number of views of each item"),
         (Stream(), {"views": 2}, "items have numbers"),
     ],
 )
@@ -240,6 +240,6 @@ def test_what_makes_no_views_is_told(dataset: Any, options: dict[str, Any], says
 
 def test_what_cannot_be_mirrored_is_told() -> None:
     cache = ActivationCache(Net())
-    with pytest.raises(UserError, match="mirrors tensors, arrays and pictures of PIL"):
+    with pytest.raises(UserError, match="mirrors tensors, arrays and PIL images"):
         list(cache.loader([{"pixels": 1}], views="flips"))
     cache.close()

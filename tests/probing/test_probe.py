@@ -419,8 +419,8 @@ def bad(folder: Path, images: dict[str, int]) -> Path:
         ({"cat": 4, "dog": 4}, (*RESNET, "--pooling", "class"), "no class token"),
         ({"images": 4}, ("--task", "segmentation"), "no folder masks"),
         ({"images": 4, "masks": 3}, ("--task", "segmentation"), "labels are missing"),
-        ({"images": 4, "masks": 4}, ("--task", "segmentation"), "picture in colours"),
-        ({}, ("--head", "nothing.pt", "--predict", "x"), "without --model"),
+        ({"images": 4, "masks": 4}, ("--task", "segmentation"), "colour picture"),
+        ({}, ("--head", "nothing.pt", "--predict", "x"), "leave out --model"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_sentence(

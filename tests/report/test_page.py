@@ -266,7 +266,7 @@ def test_a_resumed_run_says_after_which_step(cached: RunResults) -> None:
     cached.summary["resumed_at"] = [57, 1103]
     words = drawn(cached).words
     assert "after step 57, 1,103" in words
-    assert "until it went on after it was cut off" in words
+    assert "between an interruption and its resumption" in words
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -334,7 +334,7 @@ def test_a_cache_that_costs_more_than_it_saves_says_how_much(cached: RunResults)
     assert "The cache cost 1.5 s more than it saved (estimated)" in words
     assert not re.search(r"[^\d]-\d", words.split("What was run")[0])
     lines = "\n".join(told_by(cached))
-    assert "cache     cost more than it saved: 1.5 s (estimated)" in lines
+    assert "cache     cost 1.5 s more than it saved (estimated)" in lines
     assert "--no-cache\n      the same weights\n" in lines
     cached.summary["cache"]["seconds_saved"] += 2.5
     lines = "\n".join(told_by(cached))

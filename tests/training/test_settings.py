@@ -102,7 +102,7 @@ def test_freezeouts_own_option_names_are_accepted() -> None:
         ("--dataset digit", "did you mean digits?"),
         ("--checkpoint-every 0", "--checkpoint-every 0"),
         ("--cache-max-gb 0", "or give --no-cache"),
-        ("--keep-cache", "rows stay in --cache-dir until their room is needed; leave it out"),
+        ("--keep-cache", "rows stay in --cache-dir until their space is needed; leave it out"),
         ("--cache-codec=int8 --epochs 3", "invalid choice: 'int8'"),
         ("--cache-dtype bf16", "--precision bf16 halves them"),
         ("--cache-policy eager", "--cache-policy is gone"),
