@@ -1,6 +1,8 @@
 """FreezeOut in a full training loop: validation, bf16, gradient accumulation and checkpoints.
 
-Stop it at any time, and go on with --resume.
+python examples/freezeout.py
+
+Stop it at any time, and continue with --resume.
 """
 
 import argparse

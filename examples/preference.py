@@ -1,4 +1,4 @@
-"""Preference training (DPO): what the frozen reference model says of each answer is cached.
+"""Preference training (DPO): the outputs of the frozen reference model for each answer are cached.
 
 pip install transformers && python examples/preference.py
 """

@@ -37,19 +37,27 @@ ROWS = 4
 # Below this share of the pass's time, a cut is not worth its bytes.
 NOTHING = 0.01
 INTRODUCTION = """\
-# Models that lineage was held against
+# Models that were tried
 
-`python scripts/model_table.py --page docs/models.md` wrote this page. Each model is a small one of
-its class, with random weights. It runs with 30 %, 70 % and all but the last parameters frozen
-(LoRA and the like: what the library freezes), in eval and in training mode, on two batches.
+`python scripts/model_table.py --page docs/models.md` wrote this page. It shows on which
+models frozen work was found and left out (`cachefreeze.lineage`). Each model is a small one of its
+class, with random weights. It runs with 30 %, 70 % and all but the last parameters frozen, in eval
+and in training mode, on two batches. With LoRA and similar methods, the library chooses what is
+frozen.
 
-*exact* means that the traced pass, the pass that kept values are taken from, the replayed pass,
-and up to {divergences} replayed passes in which skipping stops at a random call, have the bits of
-the plain pass: outputs, gradients, parameters, buffers and random state. *nothing to skip* means
-that the passes are exact and less than 1 % of the time of the kernels is frozen work: the reason
-stands in the notes. *saved* is the share of the kernels' time that a replayed pass leaves out,
-*kB a row* is what is kept, both with 70 % frozen, in eval mode. Times of models this small say
-little about large ones.
+[How frozen work is found](lineage.md) explains traced and replayed passes. In the tables:
+
+- *exact*: the traced pass, the pass whose values were kept, the replayed pass, and up to
+  {divergences} replayed passes in which skipping stops at a random call have the bits of the plain
+  pass: outputs, gradients, parameters, buffers and random state;
+- *nothing to skip*: the passes are exact, and frozen work is less than 1 % of the time of the
+  kernels; the notes give the reason;
+- *a / b*: the result in eval mode and the result in training mode, if they differ;
+- *saved*: the share of the kernels' time that a replayed pass leaves out, with 70 % frozen, in eval
+  mode;
+- *kB a row*: the size of what is kept for one row (sample), with 70 % frozen, in eval mode.
+
+Times of models this small say little about large models.
 """
 
 
@@ -342,7 +350,7 @@ def page(results: Sequence[Result], earlier: str = "") -> Iterator[str]:
         )
     missing = [one.name for one in zoo() if one.name not in new | {row[1] for row in old}]
     if missing:
-        yield f"\n{len(missing)} models of the zoo have no row yet: {', '.join(missing)}."
+        yield f"\n{len(missing)} models of `scripts/zoo` are in no table yet: {', '.join(missing)}."
     for family in families:
         yield from ("", f"## {family}", "")
         made = [*_rows([one for one in results if one.family == family])]

@@ -11,20 +11,20 @@ from cachefreeze.training.command_line import FREEZEOUT, command_line
 INTRODUCTION = """\
 # Options
 
-`python scripts/options_table.py > docs/options.md` wrote this page from what
-`python -m cachefreeze.train --help` says. Options that do not apply to
-the chosen network or data set are refused.
+`python scripts/options_table.py > docs/options.md` made this page from
+`python -m cachefreeze.train --help`. An option that does not apply to
+the chosen network or data set is an error.
 """
 TERMINAL = """
-Bars go to the standard error, and only if that is a terminal; a log file gets plain lines in any
-case. `--quiet` is for jobs whose output is sent by mail (cron): it prints warnings, and the results
-at the end of the run. Errors go to the standard error, with exit code 2 (130 or 143 after a
-signal). Neither option is saved with the run: give it again with `--resume`.
+Progress bars go to the standard error, and only if that is a terminal. A log file always gets plain
+lines. `--quiet` is for jobs whose output is sent by mail (cron): it prints warnings, and the
+results at the end of the run. Errors go to the standard error, with exit code 2 (130 or 143 after a
+signal). Neither option is saved with the run: give it again when you use `--resume`.
 """
 FREEZEOUTS = """
 ## FreezeOut's own options
 
-The options of the train.py of FreezeOut's authors, and what to give here.
+The options of `train.py` in the code of FreezeOut's authors, and the options to use here.
 """
 
 

@@ -122,12 +122,12 @@ class Settings:
     """dropout probability in blocks, or in the head of a vgg"""
 
     dataset: str = option(group="data", default="digits", choices=tuple(DEFAULTS))
-    """data set to train on"""
+    """data set to train on; imagefolder is a folder with a sub-folder of images for each class"""
     data_dir: Path = option(
         default=Path("data"), only=("cifar10", "cifar100", "imagefolder"), free=True
     )
-    """folder of the images of an imagefolder; for cifar, the folder that it is in or downloaded
-    to"""
+    """folder of the images for an imagefolder; for cifar, the folder that has the data set or that
+    it is downloaded to"""
     image_size: int = option(
         default=lambda run: DEFAULTS[run["dataset"]]["image_size"], told="64", only=("imagefolder",)
     )
@@ -137,7 +137,7 @@ class Settings:
         only=("imagefolder",),
         metavar="SHARE",
     )
-    """share of each class to validate on, for an imagefolder without a val or test folder"""
+    """share of each class to use for validation, if an imagefolder has no val or test folder"""
     skip_broken: bool = option(default=False, only=("imagefolder",))
     """leave out images of an imagefolder that cannot be decoded, and name them"""
     augment: bool = option(default=False)
@@ -182,8 +182,8 @@ class Settings:
     )
     """largest size of the folder --cache-dir, in GB (10^9 bytes)"""
     cache_codec: str = option(default="raw", free=True, choices=("raw", "zstd"))
-    """format of cached outputs on the disk: zstd halves the size of outputs of a ReLU and hardly
-    that of others, and takes more time if they do not fit into memory; both keep all bits"""
+    """format of cached outputs on the disk: zstd takes half of the space after a ReLU and nine
+    tenths elsewhere, and more time if rows do not fit into memory; the bits are the same"""
 
     plan: bool = option(group="preview", default=False)
     """measure some steps, print when units freeze and how long the run would take with the
@@ -194,10 +194,10 @@ class Settings:
         nargs=2,
         metavar=("TRAIN", "VAL"),
     )
-    """with --plan, for an imagefolder that is not there: numbers of its training and validation
+    """with --plan, if the imagefolder does not exist yet: numbers of its training and validation
     images"""
     classes: int | None = option(limits=(lambda count: count >= 2, "2 or more"))
-    """with --plan, for an imagefolder that is not there: number of its classes"""
+    """with --plan, if the imagefolder does not exist yet: number of its classes"""
 
     epochs: int = option(group="training", limits=_COUNT, **_of_data_set("epochs"))
     """number of passes over the data"""
