@@ -107,7 +107,7 @@ def test_freezeouts_own_option_names_are_accepted() -> None:
         ("--cache-dtype bf16", "--precision bf16 halves them"),
         ("--cache-policy eager", "--cache-policy is gone"),
         ("--cache-tier disk", "--cache-tier is gone"),
-        ("--device-cache-gb 3", "--cache-max-gb bounds"),
+        ("--device-cache-gb 3", "--cache-max-gb limits"),
         ("--verify-cache", "rows are compared with computed ones in every run"),
     ],
 )
@@ -141,10 +141,7 @@ def test_help_is_in_groups_and_tells_defaults(capsys: pytest.CaptureFixture[str]
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     for group in ("network:", "data:", "schedule (FreezeOut):", "cache:", "training:"):
         assert f" {group} " in text
-    assert (
-        "folder that cached outputs are kept in; later runs find them there (default: data/cache)"
-        in text
-    )
+    assert "folder for cached outputs; later runs find them there (default: data/cache)" in text
     assert "by the share of the run for which it trains (default: on)" in text
     assert "None" not in text
     assert "True)" not in text
