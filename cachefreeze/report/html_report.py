@@ -197,7 +197,7 @@ def _learning(run: RunResults) -> Picture:
 
 
 def _kept(run: RunResults) -> Picture:
-    title, sizes = "Size of the cache", [line["cache_bytes"] for line in run.metrics]
+    title, sizes = "Memory of kept rows", [line["cache_bytes"] for line in run.metrics]
     if not any(sizes):
         enabled = run.summary["cache"]["enabled"]
         return Picture(title, why="no row was kept" if enabled else "there was no cache")

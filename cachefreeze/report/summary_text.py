@@ -239,8 +239,9 @@ def _cache_words(summary: Mapping[str, Any]) -> list[str]:
             f"{cache['rows_served']:,} of {total:,} rows that passed frozen units came from it"
         ]
     if cache["rows_kept"]:
-        where = "memory" if cache["directory"] is None else cache["directory"]
-        kept = f"{cache['rows_kept']:,} rows in {where}, {human_bytes(cache['bytes'])}"
+        rows, size = f"{cache['rows_kept']:,} rows in", human_bytes(cache["bytes"])
+        folder = cache["directory"]
+        kept = f"{rows} memory, {size}" if folder is None else f"{rows} {folder}, {size} in memory"
         again = ": an image has a row for each unit after which it was kept"
         several = len({fill["unit"] for fill in cache["fills"]}) > 1
         lines.append(f"{_INDENT}{kept}{again if several else ''}")

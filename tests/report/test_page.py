@@ -44,7 +44,7 @@ TITLES = {
     "seconds": "Seconds of every epoch",
     "frontier": "Frozen units, and where rows come from",
     "learning": "Accuracy and loss",
-    "kept": "Size of the cache",
+    "kept": "Memory of kept rows",
     "predicted": "Predicted beside measured",
 }
 
@@ -357,7 +357,7 @@ def test_what_is_told_of_a_quiet_run_are_all_facts_and_no_hints(cached: RunResul
     hints = lines.index("what to type next:")
     assert [line for line in lines if line.startswith(RESULT)] == lines[1 : hints - 1]
     assert {line.split()[0] for line in lines[1 : hints - 1]} >= {"cache", "plan", "time", "run"}
-    kept = "          8,985 rows in data/cache, 16.9 MB: an image has a row for each unit"
+    kept = "          8,985 rows in data/cache, 16.9 MB in memory: an image has a row for each unit"
     assert any(line.startswith(kept) for line in lines)
 
 
