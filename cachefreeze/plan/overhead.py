@@ -153,6 +153,8 @@ class CallTimer:
         if kind is Kind.SERVED:
             if measured:
                 return self.seconds(kind) - self.plain_seconds
-            return beside + self._bound - _SURELY_SAVED * self._frozen
+            # A kernel of the traced pass may have been delayed: no work is longer than a call.
+            frozen = min([self._frozen, *self._latest[Kind.KEPT]])
+            return beside + self._bound - _SURELY_SAVED * frozen
         most = beside + self._bound
         return min(most, self.seconds(kind) - self.plain_seconds) if measured else most

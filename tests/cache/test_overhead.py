@@ -95,6 +95,14 @@ def test_a_loop_of_long_calls_is_never_over(measured: bool) -> None:
     assert not timer.wants_plain(Kind.KEPT)
 
 
+def test_a_delayed_kernel_of_the_traced_pass_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    over(monkeypatch)
+    timer = CallTimer(Overhead(), events=5, frozen_seconds=10.0)
+    timer.note(Kind.KEPT, 0.0003, 0.0001)
+    timer.note(Kind.SERVED, 0.0003, 0.0001)
+    assert timer.wants_plain(Kind.SERVED), "so that it is measured"
+
+
 @pytest.mark.usefixtures("a_second")
 def test_what_serving_saves_makes_up_for_what_keeping_has_lost() -> None:
     lost = Overhead()
