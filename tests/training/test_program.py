@@ -337,7 +337,7 @@ def test_a_cache_folder_that_is_a_file_is_refused(
     (tmp_path / "file").write_text("precious")
     sentence = fails(*folder_options(images, tmp_path), "--cache-dir", tmp_path / "file")
     assert "cache folder" in sentence
-    assert "--no-cache" in sentence
+    assert "choose another with --cache-dir" in sentence
     assert (tmp_path / "file").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
