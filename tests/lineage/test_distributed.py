@@ -1,5 +1,6 @@
 """Two processes under DistributedDataParallel, on gloo."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def work(rank, port):
         output, report = lineage.replay(plan, kept, model, other)
         output.sum().backward()
     dist.barrier()
+    del model
     dist.destroy_process_group()
 
 
@@ -93,3 +95,4 @@ def test_two_processes_train_as_without_replay():
 
 if __name__ == "__main__":
     work(int(sys.argv[1]), sys.argv[2])
+    os._exit(0)  # threads of gloo may still run, and then Python's own exit is an abort
