@@ -130,14 +130,20 @@ def chosen(source: Path, folder: Path, images: int, val: int) -> None:
                 (folder / name / place.name / path.name).symlink_to(path.resolve())
 
 
-def main() -> None:
+def arguments(description: str | None, epochs: int) -> argparse.ArgumentParser:
+    """Makes a parser of the arguments that the benchmarks of probings have in common."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--val", type=int, default=500)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__, epochs=10)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hand-epochs", type=int, help="if fewer: its time is extrapolated")

@@ -8,7 +8,6 @@ trials train the head of a ResNet-18 with random weights in one process. On the 
 Seconds are those of the processor; those of a process include its imports.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_probe import NETWORK, chosen
+from benchmark_probe import NETWORK, arguments, chosen
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -106,14 +105,8 @@ def by_processes(folder: Path, place: Path, size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--val", type=int, default=500)
+    parser = arguments(__doc__, epochs=5)
     parser.add_argument("--size", type=int, default=98)
-    parser.add_argument("--epochs", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

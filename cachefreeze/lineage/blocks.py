@@ -23,17 +23,18 @@ _GRAIN = 32768
 # Functions of one element whose results are rounded correctly, or are no results of arithmetic.
 _EXACT = frozenset((
     "abs", "neg", "sign", "sgn", "positive", "relu", "threshold", "hardtanh", "leaky_relu",
-    "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin", "add", "sub",
-    "mul", "div", "true_divide", "divide", "multiply", "subtract", "sqrt", "square",
-    "reciprocal", "floor", "ceil", "round", "trunc", "where", "masked_fill", "fill", "zero",
-    "copy", "clone", "_to_copy", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf",
-    "isfinite", "logical_and", "logical_or", "logical_xor", "logical_not", "nan_to_num",
-    "signbit",
+    "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin", "mul", "div",
+    "true_divide", "divide", "multiply", "subtract", "sqrt", "square", "reciprocal", "floor",
+    "ceil", "round", "trunc", "where", "masked_fill", "fill", "zero", "copy", "clone",
+    "_to_copy", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "logical_and",
+    "logical_or", "logical_xor", "logical_not", "nan_to_num", "signbit",
 ))  # fmt: skip
 # Functions of one element that torch does not list as such.
 _UNLISTED = frozenset(("glu", "log_sigmoid_forward", "hardswish"))
 # Products of matrices. If the other one is a vector, the last rows are computed by other code.
 _PRODUCTS, _ROWS_AT_A_TIME = frozenset(("mm", "addmm", "mv", "addmv", "linear")), 4
+# Sums with a factor are rounded in more than one way.
+_SUMS = ("add", "sub")
 # Exponents for which a power is a product or a square root.
 _PLAIN_POWERS = (0.5, 1, 2, 3)
 _ROUNDED_ONCE = (torch.float32, torch.float64)
@@ -47,8 +48,8 @@ def may_move_bits(overload: Any) -> bool:
     Args:
         overload: Operator overload, as a dispatch mode gets it.
     """
-    name = overload._schema.name.removeprefix("aten::").rstrip("_")
-    if name in ("add", "sub") or name in _PRODUCTS:  # with a factor, with a vector
+    name = _name_of(overload)
+    if name in _SUMS or name in _PRODUCTS:
         return True
     return name not in _EXACT and (torch.Tag.pointwise in overload.tags or name in _UNLISTED)
 
@@ -62,7 +63,7 @@ def moves_bits(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
         kwargs: Keyword arguments of the call.
         output: Result of the call.
     """
-    name = overload._schema.name.removeprefix("aten::").rstrip("_")
+    name = _name_of(overload)
     made = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(made, Tensor) or made.device.type != "cpu" or made.dim() == 0:
         return False
@@ -74,13 +75,18 @@ def moves_bits(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     if name in _PRODUCTS:
         by_vector = name in ("mv", "addmv") or made.shape[-1] == 1
         return by_vector and made.numel() % _ROWS_AT_A_TIME > 0
-    if name in ("add", "sub") and kwargs.get("alpha", 1) == 1:
+    if name in _SUMS and kwargs.get("alpha", 1) == 1:
         return False
     if name == "pow" and len(args) > 1 and args[1] in _PLAIN_POWERS:
         return False
     if name == "rsqrt" and made.dtype in _ROUNDED_ONCE:
         return False
     return _has_an_end(made, given)
+
+
+def _name_of(overload: Any) -> str:
+    """Returns the name of a kernel, which is the same for its form that writes in place."""
+    return str(overload._schema.name.removeprefix("aten::").rstrip("_"))
 
 
 def _has_an_end(made: Tensor, given: Sequence[Tensor]) -> bool:

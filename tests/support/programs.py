@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # Imported before the fork, where they are installed.
-PACKAGES = ("torch", "torchvision", "torch._dynamo", "zarr", "scipy.sparse.csgraph")
+PACKAGES = ("torch", "torchvision", "torch._dynamo", "zarr")
 
 
 @dataclass
