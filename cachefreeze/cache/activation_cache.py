@@ -87,8 +87,8 @@ class ActivationCache:
         exact: Whether a kept value must equal the computed one bit for bit to be served. If False,
             values that differ by rounding are served too, and a message gives the difference.
         probation: Number of batches that are computed and compared before any batch is served. If
-            None, a quarter of the batches before the first row came again, at least 2 and at most
-            8.
+            None, two for common functions on one thread of a CPU. Otherwise a quarter of the
+            batches before the first row came again, at least 2 and at most 8.
         verify: Checks that go on after that. "sample" compares a few served batches and hashes the
             frozen parameters again, within 1 % of the time. "all" computes and compares every
             batch, so that nothing is saved. "off" checks nothing more.

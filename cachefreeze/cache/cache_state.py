@@ -41,8 +41,8 @@ class CacheState:
     Attributes:
         entries: Kept rows.
         exact: Whether only values are served whose bits equal those of computed ones.
-        probation: Number of batches that are compared before any is served. If None, a quarter of
-            the batches before the first row came again, at least 2 and at most 8.
+        probation: Number of batches that are compared before any is served. If None, it depends on
+            the skipped kernels.
         weights: Hashes of frozen parameters and buffers.
         stats: Counters.
         overhead: Seconds that caching has cost.

@@ -12,8 +12,9 @@ from cachefreeze.keys import same_bits
 
 Tensor = torch.Tensor
 
-# Number of served batches after which one is compared.
-_FIRST_SAMPLE = 16
+# Number of served batches after which one is compared, and factor by which this number grows if
+# there is no time for more.
+_FIRST_SAMPLE, _GROWTH = 16, 4
 
 
 class Comparison:
@@ -52,8 +53,8 @@ class Comparison:
         """Returns whether the next batch is compared although it could be served."""
         if self._shared.report.verify == "off" or served < self._next_sample:
             return False
-        # Every 16th batch if there is time for it, or else at distances that double.
-        further = _FIRST_SAMPLE if self._shared.may_compare else served
+        # Every 16th batch if there is time for it, or else at growing distances.
+        further = _FIRST_SAMPLE if self._shared.may_compare else (_GROWTH - 1) * served
         self._next_sample = served + further
         return True
 

@@ -249,8 +249,9 @@ class RowCollector:
         """
         self._shared.messages.pop(f"{self._name}: rows", None)
         self._shared.messages.pop(f"{self._name}: overhead", None)
-        is_known = self._earlier is not None and self._earlier.is_proven
-        self._history.begin(self._shared.probation, is_known)
+        is_proven = self._earlier is not None and self._earlier.is_proven
+        few = is_proven or self._selection.is_steady
+        self._history.begin(self._shared.probation, few)
         if not self._selection.kept.settled:
             self.split(inputs)
         self.fill_up()

@@ -81,19 +81,19 @@ class RowHistory:
         """Share of the rows that had come before, for messages."""
         return f"{self.rows_again / max(self.rows, 1):.1%} of {self.rows:,} rows had come before"
 
-    def begin(self, probation: int | None, is_known: bool = False) -> None:
+    def begin(self, probation: int | None, few: bool = False) -> None:
         """Notes that rows have come again.
 
         Args:
-            probation: Number of batches to compare. If None, a quarter of the batches before, at
+            probation: Number of batches to compare. If None, it is chosen here.
+            few: Whether two batches are enough. If False, it is a quarter of the batches before, at
                 least 2 and at most 8.
-            is_known: Whether the values from which the rows are computed were compared already.
         """
         if not self.again:
             self.again, self.epoch, self.seen = True, self.batches - 1, {}
-            few = min(max(self.epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
-            few = _LEAST_PROBATION if is_known else few
-            self.wanted = few if probation is None else probation
+            most = _LEAST_PROBATION if few else _MOST_PROBATION
+            chosen = min(max(self.epoch // 4, _LEAST_PROBATION), most)
+            self.wanted = chosen if probation is None else probation
 
     def may_publish(self) -> bool:
         """Returns whether an epoch has passed since the last time that this method returned True.

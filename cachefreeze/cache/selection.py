@@ -111,6 +111,14 @@ class Selection:
         left_out = operations - len(self.plan.cut.runs)
         return bool(self.kept) and left_out > LEAST_SHARE * operations
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether all skipped kernels are known to give a row the same bits at any place."""
+        runs = self.plan.cut.runs
+        return torch.get_num_threads() == 1 and all(
+            one.steady for one in self.trace.operations if one.number not in runs
+        )
+
     def why_not_enough(self) -> str:
         """Returns why too little of the forward pass can be skipped, to follow a colon."""
         states, values = self.trace.states, self.trace.values

@@ -257,6 +257,7 @@ class ModuleCalls(Recording):
         running.seconds = sum(one.seconds for one in inner)
         running.mixes = any(one.mixes for one in inner)
         running.moves = any(one.moves for one in inner)
+        running.steady = False
         self._commit(operation, running)
 
 

@@ -112,6 +112,8 @@ class Operation:
         escapes: Whether the call returns Python values that may come from elements, as `item` does.
         mixes: Whether the result for a row depends on other rows.
         moves: Whether the last bits of a row depend on its place in the batch.
+        steady: Whether all of its kernels are known to give each row the same bits at any place in
+            the batch, on one thread.
         shapeless: Whether the shape of a result depends on the elements of the arguments.
         segment: Number of the gradient checkpointing segment around it. Negative if there is none.
         opaque: Name of the module, if the operation is a call of a module. Otherwise empty.
@@ -137,6 +139,7 @@ class Operation:
     escapes: bool = False
     mixes: bool = False
     moves: bool = False
+    steady: bool = False
     shapeless: bool = False
     segment: int = -1
     opaque: str = ""

@@ -45,6 +45,7 @@ class Running:
         self.draws = False
         self.mixes = False
         self.moves = False
+        self.steady = True
         self.shapeless = False
         self.collective = False
         self.same_bits = True
@@ -267,6 +268,7 @@ class Recording:
         operation.number, operation.event = len(self.trace.operations), len(self.trace.events)
         operation.seconds = running.seconds
         operation.mixes, operation.moves = running.mixes, running.moves
+        operation.steady = running.steady
         operation.shapeless = running.shapeless
         self.trace.operations.append(operation)
         if operation.func is not unseen:  # a replay does not see this work either

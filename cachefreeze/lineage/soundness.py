@@ -75,6 +75,25 @@ _MIXING = _words(
     aten::_choose_qparams_per_tensor aten::choose_qparams_optimized
     """
 )
+# Kernels beside those that treat each element alone, and beside views. On one thread they were seen
+# to give each row the same bits at any place in the batch, beside any other rows.
+_STEADY = _words(
+    """
+    convolution _convolution mkldnn_convolution mm addmm bmm baddbmm linear native_batch_norm
+    _native_batch_norm_legit _native_batch_norm_legit_no_training batch_norm native_layer_norm
+    native_group_norm _fused_rms_norm _native_multi_head_attention
+    _scaled_dot_product_flash_attention_for_cpu _softmax _log_softmax _safe_softmax hardswish
+    glu max_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d mean sum amax amin all any _local_scalar_dense
+    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa im2col
+    constant_pad_nd reflection_pad2d replication_pad2d embedding index index_select gather cat
+    stack clone copy _to_copy _unsafe_view _reshape_alias as_strided lift_fresh repeat roll
+    flip tril triu pixel_shuffle channel_shuffle empty empty_like empty_strided new_empty zeros
+    zeros_like new_zeros ones ones_like new_ones full full_like new_full fill zero arange
+    scalar_tensor
+    """
+)
+_STEADY_TYPES = frozenset((torch.float32, torch.float64))
 # Modules of torch that have a fast path in eval mode, and do not take it below a function mode.
 _FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 _ASKED = "has_torch_function"
@@ -115,6 +134,8 @@ class Kernel:
         collective: Whether the kernel exchanges tensors with other processes.
         mixes: Whether the result for a row depends on other rows, whichever axis the rows are in.
         may_move_bits: Whether the last bits of a row may depend on its place in the batch.
+        steady: Whether a row was seen to have the same bits at any place in the batch, on one
+            thread of a CPU.
         may_draw: Whether the kernel may draw random numbers. Also true for kernels that are not
             torch's.
     """
@@ -125,6 +146,11 @@ class Kernel:
         self.collective = name.startswith(_COLLECTIVES)
         self.mixes = name in _MIXING
         self.may_move_bits = blocks.may_move_bits(overload)
+        self.steady = name.startswith("aten::") and (
+            name.removeprefix("aten::").rstrip("_") in _STEADY
+            or overload.is_view
+            or torch.Tag.pointwise in overload.tags
+        )
         self.may_draw = torch.Tag.nondeterministic_seeded in overload.tags or not name.startswith(
             ("aten::", "prim::")
         )
@@ -136,6 +162,19 @@ class Kernel:
         self._unsaid = _UNSAID_WRITES.get(name)
         self._shapeless = torch.Tag.dynamic_output_shape in overload.tags
         self._index = overload is torch.ops.aten.index.Tensor
+
+    def is_steady(self, output: Any) -> bool:
+        """Returns whether a row of the result has the same bits at any place, as far as is known.
+
+        Args:
+            output: Result of the kernel.
+        """
+        made = _tensors(output)
+        return self.steady and all(
+            one.device.type == "cpu"
+            and (one.dtype in _STEADY_TYPES or not (one.is_floating_point() or one.is_complex()))
+            for one in made
+        )
 
     def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         """Returns the tensors that a call writes to."""

@@ -285,6 +285,7 @@ class _Tracer(ModuleCalls):
         running.seconds += seconds
         running.draws = running.draws or drew
         running.mixes = running.mixes or known.mixes
+        running.steady = running.steady and known.is_steady(output)
         if self._last_bits and known.may_move_bits and not running.moves:
             running.moves = blocks.moves_bits(func, args, kwargs, output)
         if known.shape_follows_data(args):
@@ -317,6 +318,7 @@ class _Tracer(ModuleCalls):
         if not changes_bits or _get_current_dispatch_mode() is not self._kernels:
             yield
             return
+        running.steady = False
         with _pop_mode_temporarily():
             generators = self._generators_now()
             held = [

@@ -45,8 +45,7 @@ def test_the_teacher_of_the_example_runs_once_for_each_view(programs: Programs) 
     printed = programs.run(ROOT / "examples/views.py", timeout=600).stdout
     served = re.findall(r"(\d+) of 256 rows served", printed)
     assert list(map(int, served[:3])) == [0, 0, 0]
-    # The 32nd served batch, of 32 rows, is computed as well, to be compared.
-    assert list(map(int, served[-3:])) == [256, 224, 256]
+    assert list(map(int, served[-3:])) == [256, 256, 256]
 
 
 def test_the_backbone_of_a_sweep_runs_in_the_first_trial_only(programs: Programs) -> None:
