@@ -51,8 +51,15 @@ class FrozenState:
 
     @property
     def gone(self) -> bool:
-        """Whether one of the tensors does not exist any more."""
-        return any(map(is_, map(call, self._states.values()), repeat(None)))
+        """Whether one of the tensors does not exist any more.
+
+        If it was changed unseen before, the user is told.
+        """
+        gone = any(map(is_, map(call, self._states.values()), repeat(None)))
+        look, self._look = self._look, None if gone else self._look
+        if gone and look is not None and look.lost_a_change():
+            self._tell_late([state.name for state in self._trace.states if state.tensor() is None])
+        return gone
 
     def look(self) -> None:
         """Checks the tensors quickly, and marks those that have changed for a new hash."""
@@ -95,13 +102,11 @@ class FrozenState:
         moved, self._moved = self._moved, []
         if moved and self.late:
             self.late = False
-            self._tell_late(moved)
+            states = self._trace.states
+            self._tell_late([one.name for one in states if any(one.tensor() is t for t in moved)])
         return moved
 
-    def _tell_late(self, moved: Sequence[Tensor]) -> None:
-        names = [
-            state.name for state in self._trace.states if any(state.tensor() is t for t in moved)
-        ]
+    def _tell_late(self, names: Sequence[str]) -> None:
         self._shared.find(
             f"{self._model}: late",
             messages.changed_late(self._model, ", ".join(names[:1])),

@@ -140,6 +140,14 @@ class Look:
         except (AttributeError, TypeError):  # a tensor is gone
             return False
 
+    def lost_a_change(self) -> bool:
+        """Returns whether a tensor that is gone had changed before, by the memory that it left."""
+        return _is_other(
+            (memory, digest)
+            for held, memory, digest in self._pieces
+            if memory is not None and held.tensor() is None
+        )
+
     def next_piece(self) -> tuple[_Held, bool] | None:
         """Hashes the next piece of memory. It must be called after `is_same` only.
 
@@ -246,6 +254,9 @@ class Weights:
 
     def _hash(self, held: _Held, tensor: Tensor) -> None:
         looks_same = bool(held.before) and Look([held]).is_same()
+        # The memory of an exchanged tensor is still there, as it was when it was exchanged.
+        was_exchanged = held.pieces is not None and held.pointer != tensor.data_ptr()
+        looks_same = looks_same or (was_exchanged and _is_other(held.pieces or []))
         spots = held.spots
         laid = _laid(tensor)
         self._room += held.room
@@ -291,6 +302,11 @@ class Weights:
 
 
 _version, _address = attrgetter("_version"), torch.Tensor.data_ptr
+
+
+def _is_other(pieces: Iterable[tuple[Any, bytes]]) -> bool:
+    """Returns whether any piece of memory has other bits than when it was hashed."""
+    return any(xxhash.xxh3_128_digest(memory) != digest for memory, digest in pieces)
 
 
 def _laid(tensor: Tensor) -> Tensor | None:
