@@ -13,6 +13,7 @@ from cachefreeze.cache.batch_inputs import Keys
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.cache.comparison import Comparison
 from cachefreeze.cache.guards import Guards
+from cachefreeze.cache.missed_time import MissedTime
 from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.row_collector import RowCollector, earlier_values, unknown
 from cachefreeze.cache.row_history import RowHistory
@@ -69,8 +70,8 @@ class CachedTrace:
         self._shared = shared
         self._name = name
         self._trace = trace
-        self._calls = 0
         self._stored = self._carries_on = False
+        self._missed = MissedTime(trace)
         self._moved_at, self._moving = -_REST, shared.moving.version
         example = dict(zip(trace.inputs, inputs, strict=True))
         if like is not None and not like.selection.is_like(trace):
@@ -157,8 +158,8 @@ class CachedTrace:
     def carry_on(self) -> bool:
         """Goes on serving the same values although more parameters have become frozen.
 
-        The work that became frozen still runs. A new trace takes as long as some steps, so if
-        layers freeze several times an epoch, one trace is made for several of them.
+        The work that became frozen still runs. A new trace takes as long as some steps, so it is
+        made when this work has taken that long.
 
         Returns:
             Whether this is possible: modules in which something is skipped must be unchanged.
@@ -168,14 +169,13 @@ class CachedTrace:
         if not self._trace.signature.renew(self.selection.plan.modules_around()):
             return False
         self._carries_on = True
+        self._missed.look()
         return True
 
     @property
     def is_outgrown(self) -> bool:
         """Whether more parameters have become frozen, and it is time for a new trace."""
-        return self._carries_on and (
-            self._shared.filling is not None or self._calls >= self.batches_of_an_epoch
-        )
+        return self._carries_on and (self._shared.filling is not None or self._missed.is_enough)
 
     @property
     def batches_of_an_epoch(self) -> int:
@@ -217,7 +217,7 @@ class CachedTrace:
 
     def run(self, call: ModuleCall) -> Any:
         """Runs a call, with kept values in place of frozen work if all of its rows are known."""
-        self._calls += 1
+        self._missed.count()
         inputs = call.inputs(self._trace.inputs)
         self._look_at_late_values(call, inputs)
         self.look_at_weights()
@@ -377,7 +377,7 @@ class CachedTrace:
     def _rest_if_lost(self) -> None:
         left = self.runner.left
         if left and self._carries_on:
-            self._calls = self.batches_of_an_epoch
+            self._missed.end()
         elif self.runner.is_lost and self.state is not State.RESTING:
             self.rest(messages.other_path_reason(MOST_LOST, left))
 

@@ -250,8 +250,7 @@ class RowCollector:
         self._shared.messages.pop(f"{self._name}: rows", None)
         self._shared.messages.pop(f"{self._name}: overhead", None)
         is_proven = self._earlier is not None and self._earlier.is_proven
-        few = is_proven or self._selection.is_steady
-        self._history.begin(self._shared.probation, few)
+        self._history.begin(self._shared.probation, is_proven, self._selection.is_steady)
         if not self._selection.kept.settled:
             self.split(inputs)
         self.fill_up()

@@ -81,18 +81,22 @@ class RowHistory:
         """Share of the rows that had come before, for messages."""
         return f"{self.rows_again / max(self.rows, 1):.1%} of {self.rows:,} rows had come before"
 
-    def begin(self, probation: int | None, few: bool = False) -> None:
+    def begin(self, probation: int | None, is_proven: bool = False, is_steady: bool = False) -> None:
         """Notes that rows have come again.
 
         Args:
-            probation: Number of batches to compare. If None, it is chosen here.
-            few: Whether two batches are enough. If False, it is a quarter of the batches before, at
-                least 2 and at most 8.
+            probation: Number of batches to compare. If None, one is enough if both of the following
+                are true, and two if one of them is. Otherwise a quarter of the batches before are
+                compared, at least 2 and at most 8.
+            is_proven: Whether the values from which the rows are computed were compared already.
+            is_steady: Whether all skipped kernels are known to give a row the same bits at any
+                place in a batch.
         """
         if not self.again:
             self.again, self.epoch, self.seen = True, self.batches - 1, {}
-            most = _LEAST_PROBATION if few else _MOST_PROBATION
-            chosen = min(max(self.epoch // 4, _LEAST_PROBATION), most)
+            chosen = min(max(self.epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
+            if is_proven or is_steady:
+                chosen = _LEAST_PROBATION - (is_proven and is_steady)
             self.wanted = chosen if probation is None else probation
 
     def may_publish(self) -> bool:

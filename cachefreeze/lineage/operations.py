@@ -331,6 +331,21 @@ class Trace:
         """Seconds of all kernels of the pass."""
         return sum(one.seconds for one in self.operations)
 
+    def newly_frozen_seconds(self) -> float:
+        """Returns the seconds of the trained work that depends on no trained parameter any more."""
+        trained = {
+            state.value
+            for state in self.states
+            if (tensor := state.tensor()) is not None and tensor.requires_grad
+        }
+        seconds = 0.0
+        for one in self.operations:
+            if not trained.isdisjoint(one.reads):
+                trained.update(one.makes)
+            elif one.kind == TRAINED:
+                seconds += one.seconds
+        return seconds
+
     def describe(self, number: int) -> str:
         """Returns a description of a value for people: module, operation and shape."""
         value = self.values[number]
