@@ -14,7 +14,7 @@ Tensor = torch.Tensor
 
 # Number of served batches after which one is compared, and factor by which this number grows if
 # there is no time for more.
-_FIRST_SAMPLE, _GROWTH = 16, 4
+_SAMPLE, _GROWTH = 16, 4
 
 
 class Comparison:
@@ -37,7 +37,7 @@ class Comparison:
         self._name = name
         self._selection = selection
         self._history = history
-        self._next_sample = _FIRST_SAMPLE
+        self._next_sample = 0
         self.batches = 0
 
     @property
@@ -51,10 +51,12 @@ class Comparison:
 
     def is_due(self, served: int) -> bool:
         """Returns whether the next batch is compared although it could be served."""
-        if self._shared.report.verify == "off" or served < self._next_sample:
+        # The rows of an earlier trace, from which these are made, were samples already.
+        first = _SAMPLE * (_GROWTH if self._history.follows_proven else 1)
+        if self._shared.report.verify == "off" or served < max(self._next_sample, first):
             return False
         # Every 16th batch if there is time for it, or else at growing distances.
-        further = _FIRST_SAMPLE if self._shared.may_compare else (_GROWTH - 1) * served
+        further = _SAMPLE if self._shared.may_compare else (_GROWTH - 1) * served
         self._next_sample = served + further
         return True
 

@@ -25,6 +25,7 @@ class RowHistory:
         known: Number of those batches that had only known rows.
         passed: Number of batches that were compared.
         wanted: Number of batches that are compared before any is served.
+        follows_proven: Whether the values from which the rows are computed were compared already.
         epoch: Number of batches before rows came again.
         came_again: Whether any row of the last batch had come before.
         published: Number of batches when rows were written for other processes last.
@@ -42,6 +43,7 @@ class RowHistory:
     known: int = 0
     passed: int = 0
     wanted: int = 0
+    follows_proven: bool = False
     epoch: int = 0
     came_again: bool = False
     published: int = 0
@@ -81,7 +83,9 @@ class RowHistory:
         """Share of the rows that had come before, for messages."""
         return f"{self.rows_again / max(self.rows, 1):.1%} of {self.rows:,} rows had come before"
 
-    def begin(self, probation: int | None, is_proven: bool = False, is_steady: bool = False) -> None:
+    def begin(
+        self, probation: int | None, is_proven: bool = False, is_steady: bool = False
+    ) -> None:
         """Notes that rows have come again.
 
         Args:
@@ -98,6 +102,7 @@ class RowHistory:
             if is_proven or is_steady:
                 chosen = _LEAST_PROBATION - (is_proven and is_steady)
             self.wanted = chosen if probation is None else probation
+            self.follows_proven = is_proven
 
     def may_publish(self) -> bool:
         """Returns whether an epoch has passed since the last time that this method returned True.
