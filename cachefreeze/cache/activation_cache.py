@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 
+from cachefreeze.cache import optimizer_steps
 from cachefreeze.cache.arguments import check_models, check_options
 from cachefreeze.cache.cache_state import CacheState, Filled
 from cachefreeze.cache.cached_module import CachedModule
@@ -31,8 +31,6 @@ from cachefreeze.store import Directory
 
 _log = logging.getLogger("cachefreeze")
 _open: "weakref.WeakSet[ActivationCache]" = weakref.WeakSet()
-# Number of optimizer steps without any gradient after which the user gets a message.
-_MANY_STEPS = 8
 
 
 def _close_all() -> None:
@@ -155,16 +153,14 @@ class ActivationCache:
         calls.watch(self._parts.values(), watcher)
         catching = calls.catching()
         catching.__enter__()
-        shared, numbers = self._shared, {id(one) for part in models for one in part.parameters()}
-        hook = register_optimizer_step_post_hook(
-            lambda optimizer, args, kwargs: _after_step(optimizer, shared, numbers)
-        )
+        numbers = {id(one) for part in models for one in part.parameters()}
+        unwatch = optimizer_steps.watch(self._shared, numbers)
         self._close = weakref.finalize(
             self,
             _close,
             list(self._parts),
             catching,
-            hook,
+            unwatch,
             self._cached,
             self._shared,
         )
@@ -307,7 +303,7 @@ class ActivationCache:
                 f"No parameter of {type(self._models[0]).__name__} was frozen in any call: freeze "
                 "what should not change with cachefreeze.freeze or requires_grad = False.",
             )
-        _tell_if_nothing_trains(self._shared, 1)
+        optimizer_steps.tell_if_nothing_trains(self._shared)
         self._close()
         self._models, self._cached, self._parts, self._names = (), {}, {}, {}
         self._shared.held = 0
@@ -380,48 +376,16 @@ def _follows_functions() -> bool:
     )
 
 
-def _after_step(optimizer: torch.optim.Optimizer, shared: CacheState, numbers: set[int]) -> None:
-    """Marks parameters that an optimizer may have changed, and counts steps that changed nothing.
-
-    Args:
-        optimizer: Optimizer that has stepped.
-        shared: State that all parts of the cache share.
-        numbers: `id` of each parameter of the models.
-    """
-    # torch's own optimizers do not change a parameter that has no gradient.
-    own = type(optimizer).__module__.startswith("torch.optim")
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moved = [parameter for parameter in held if not own or parameter.grad is not None]
-    shared.weights.suspect(moved, event=True)
-    if shared.idle_steps is None:
-        return
-    if any(parameter.grad is not None or parameter.requires_grad for parameter in held):
-        shared.idle_steps = None
-    elif any(id(parameter) in numbers for parameter in held):
-        shared.idle_steps += 1
-        _tell_if_nothing_trains(shared, _MANY_STEPS)
-
-
-def _tell_if_nothing_trains(shared: CacheState, steps: int) -> None:
-    """Tells the user if so many optimizer steps were made and none could change anything."""
-    if shared.idle_steps is not None and shared.idle_steps >= steps:
-        shared.tell(
-            "nothing trains",
-            "Nothing trains: every parameter that the optimizer holds is frozen. Set "
-            "requires_grad = True for the layers that should train, such as the head.",
-        )
-
-
 def _close(
     numbers: list[int],
     catching: Any,
-    hook: Any,
+    unwatch: Callable[[], None],
     modules: dict[int, CachedModule],
     shared: CacheState,
 ) -> None:
     calls.unwatch(numbers)
     catching.__exit__(None, None, None)
-    hook.remove()
+    unwatch()
     entries = shared.entries
     traces = [trace for module in modules.values() for trace in module.traces()]
     try:

@@ -39,6 +39,7 @@ class FrozenState:
         self._states = {number: states[number].tensor for one in lineages for number in one.states}
         self.digests: dict[int, bytes] = {}
         self.late = False
+        self._unseen: dict[int, int] = {}
         self._moved: list[Tensor] = []
         self._hashed_at = -1
         self._look: Look | None = None
@@ -86,10 +87,12 @@ class FrozenState:
         for number, reference in self._states.items():
             tensor = reference()
             digest = b"" if tensor is None else self._weights.digest(tensor)
+            unseen = 0 if tensor is None else self._weights.unseen_changes(tensor)
             if tensor is not None and self.digests.get(number, digest) != digest:
                 self._moved.append(tensor)
-                self.late = self.late or self._weights.has_changed_unseen(tensor)
-            self.digests[number] = digest
+                # Others may have hashed the tensor once more since the change.
+                self.late = self.late or unseen > self._unseen.get(number, 0)
+            self.digests[number], self._unseen[number] = digest, unseen
         self._hashed_at = self._weights.changes
         self._look = self._weights.take_look(self.tensors)
         return True

@@ -73,7 +73,7 @@ class _Held:
         before: Hash before the last one.
         expected: Whether an optimizer has stepped since the last hash, so that a change is no
             surprise.
-        unseen: Whether the last hash has found a change that no event and no quick check had shown.
+        unseen: Number of changes that hashes have found and no event and no quick check had shown.
         pieces: Pieces of its memory, each with its hash. None if it is not on the CPU, or not
             dense: then all of it is hashed at once.
         room: Number of its bytes that count towards those that are hashed at every call.
@@ -88,7 +88,7 @@ class _Held:
     spots: list[int] | None = None
     before: bytes = b""
     expected: bool = False
-    unseen: bool = False
+    unseen: int = 0
     pieces: list[tuple[Any, bytes]] | None = None
     room: int = 0
     states: dict[tuple[int, ...], bytes] = field(default_factory=dict)
@@ -210,8 +210,16 @@ class Weights:
                 if held.digest:
                     self._doubt(held)
 
-    def has_changed_unseen(self, tensor: Tensor) -> bool:
-        """Returns whether the last hash has found a change that nothing else had shown."""
+    def hash_again(self, tensors: Iterable[Tensor]) -> None:
+        """Hashes tensors that will be written to. Those without a present hash are left out."""
+        for tensor in tensors:
+            held = self._held.get(id(tensor))
+            if held is not None and held.digest and not held.expected:
+                self._doubt(held)
+                self._hash(held, tensor)
+
+    def unseen_changes(self, tensor: Tensor) -> int:
+        """Returns how many changes hashes have found that nothing else had shown."""
         return self._of(tensor).unseen
 
     def hash_pieces(self, look: Look, seconds: float) -> float:
@@ -277,7 +285,7 @@ class Weights:
         in_place = laid is not None and tensor.device.type == "cpu"
         held.pieces = list(zip(pieces, digests, strict=True)) if in_place else None
         hidden = self._looks_like_another(held, spots) or looks_same
-        held.unseen = hidden and not held.expected and held.digest != held.before
+        held.unseen += hidden and not held.expected and held.digest != held.before
         held.expected = False
         self.hashed += tensor.nbytes
 
