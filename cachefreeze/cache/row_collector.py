@@ -184,7 +184,9 @@ class RowCollector:
     def publish(self) -> None:
         """Writes rows to disk once an epoch, where other processes find them."""
         again = self._history.again or self._history.came_again
-        if again and self._shared.entries.directory is not None and self._history.may_publish():
+        if not again or self._shared.entries.directory is None:
+            return
+        if self._history.may_publish(self.batches_of_an_epoch):
             self._selection.kept.publish()
 
     def keys_of_traced(self) -> Keys:

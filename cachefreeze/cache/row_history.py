@@ -104,12 +104,16 @@ class RowHistory:
             self.wanted = chosen if probation is None else probation
             self.follows_proven = is_proven
 
-    def may_publish(self) -> bool:
+    def may_publish(self, epoch: int) -> bool:
         """Returns whether an epoch has passed since the last time that this method returned True.
 
-        After eight epochs this becomes rarer, since each time may make a file.
+        After eight epochs this becomes rarer, since each time hashes all frozen bits and may make a
+        file.
+
+        Args:
+            epoch: Number of batches of an epoch. 0 if it is not known: then it counts as 16.
         """
-        if self.batches - self.published < max(self.epoch, self.published // 8, 1):
+        if self.batches - self.published < max(epoch or _FEW, self.published // 8):
             return False
         self.published = self.batches
         return True
