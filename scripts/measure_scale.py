@@ -56,7 +56,7 @@ def fill(folder: Path, rows: int, row: Row) -> dict[str, float]:
 
 
 def read(folder: Path, rows: int, row: Row, batches: int, queue: Any) -> None:
-    """Opens the directory, finds and reads rows in random order, and puts the figures in a queue."""
+    """Opens the directory, finds and reads rows in random order, and reports the figures."""
     before = memory()
     began = time.perf_counter()
     directory = Directory(folder, None)
@@ -89,9 +89,9 @@ def read(folder: Path, rows: int, row: Row, batches: int, queue: Any) -> None:
 
 
 def memory() -> int:
-    """Returns the largest memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Returns the memory of this process on Linux, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def run_readers(count: int, *args: Any) -> list[dict[str, float]]:

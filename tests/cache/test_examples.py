@@ -55,3 +55,13 @@ def test_the_backbone_of_a_sweep_runs_in_the_first_trial_only(programs: Programs
     assert len(served) == 10
     # In the others, a few batches are compared.
     assert all(one >= 512 for one in served[1:])
+
+
+def test_rows_that_workers_of_ray_have_filled_are_found_by_a_training_run(
+    programs: Programs,
+) -> None:
+    pytest.importorskip("ray")
+    printed = programs.run(ROOT / "examples/fill_with_ray.py", timeout=600).stdout
+    served = list(map(int, re.findall(r"(\d+) of 640 rows served", printed)))
+    # One batch is followed, and two are compared: at once, and as the sixteenth that is served.
+    assert served == [640 - 3 * 32, 640]
