@@ -5,9 +5,9 @@ the rows of one writer in zarr arrays. A segment consists of chunk files of whol
 journal with one line for each complete chunk. docs/store-format.md describes the files.
 """
 
-from cachefreeze.store.directory import Directory
+from cachefreeze.store.directory import Directory, open_directory
 from cachefreeze.store.format import Row
 from cachefreeze.store.index import Index
 from cachefreeze.store.rows import Rows
 
-__all__ = ["Directory", "Index", "Row", "Rows"]
+__all__ = ["Directory", "Index", "Row", "Rows", "open_directory"]

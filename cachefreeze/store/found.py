@@ -12,6 +12,7 @@ import numpy as np
 # `numpy.unique` imports it at its first use. That fails if no more files can be opened.
 import numpy.ma
 
+from cachefreeze.store.commits import REMOTE
 from cachefreeze.store.format import (
     JOURNAL,
     NAME,
@@ -283,9 +284,15 @@ class Found:
         try:
             return read_keys(path, segment.layout, chunk)
         except Damaged as error:
-            if is_folder(segment.folder):
+            if is_folder(segment.folder) and not self._is_hole(segment, chunk):
                 self._tell(f"{error}: the rows in it are computed again")
             return None
+
+    def _is_hole(self, segment: _Segment, chunk: Chunk) -> bool:
+        """Returns whether a chunk was damaged in the object store, which the user was told."""
+        names = segment.layout.values_name(chunk.number), segment.layout.keys_name(chunk.number)
+        missing = not any(os.path.lexists(segment.folder / name) for name in names)
+        return missing and (self._folder.parent / REMOTE).is_dir()
 
     def _add(self, waiting: dict[int, np.ndarray]) -> None:
         if not waiting:

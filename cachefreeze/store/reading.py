@@ -16,7 +16,7 @@ import numpy as np
 from cachefreeze.store.codecs import decompress, places
 from cachefreeze.store.files import open_regular
 from cachefreeze.store.format import CHECKSUM_BYTES, KEY_BYTES, Layout, SegmentError
-from cachefreeze.store.journal import Chunk
+from cachefreeze.store.journal import Chunk, Content
 
 # Number of chunk files that stay open. To open a file takes as long as to read a row.
 OPEN_FILES = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8, 256), 16)
@@ -304,3 +304,61 @@ def read_keys(path: Path, layout: Layout, chunk: Chunk) -> np.ndarray:
     if not google_crc32c.value(keys) == chunk.keys == int.from_bytes(tail, "little"):
         raise Damaged(f"{path} has a wrong checksum")
     return np.frombuffer(keys[: chunk.rows * KEY_BYTES], dtype=np.uint64).reshape(-1, 2)
+
+
+def read_chunk(folder: Path, layout: Layout, chunk: Chunk) -> Content:
+    """Returns the checked contents of the two files of a chunk.
+
+    Args:
+        folder: Folder of the segment.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
+
+    Raises:
+        Damaged: A file is damaged, or the disk fails.
+    """
+    names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
+    most = layout.values_bytes, layout.keys_bytes
+    try:
+        values, keys = (_read_file(folder / name, n) for name, n in zip(names, most, strict=True))
+    except OSError as error:
+        raise Damaged(f"{folder / names[0]} cannot be read ({error.strerror})") from error
+    content = Content(values, keys)
+    check_content(folder, layout, chunk, content)
+    return content
+
+
+def _read_file(path: Path, most: int) -> bytes:
+    with open(path, "rb", opener=open_regular) as file:
+        return file.read(min(os.fstat(file.fileno()).st_size, most + 1))
+
+
+def check_content(folder: str | Path, layout: Layout, chunk: Chunk, content: Content) -> None:
+    """Compares the contents of the two files of a chunk with its line in the journal.
+
+    Args:
+        folder: Folder or URL of the segment, for messages.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
+        content: Contents of the files.
+
+    Raises:
+        Damaged: The size or the checksum of a file is wrong.
+    """
+    raw = layout.codec == "raw"
+    least = layout.values_bytes if raw else layout.index_bytes + 1
+    sizes = (least, layout.values_bytes), (layout.keys_bytes, layout.keys_bytes)
+    names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
+    expected, plain = (chunk.values, chunk.keys), (raw, True)
+    if chunk.rows > layout.chunk_rows:
+        raise Damaged(f"{folder}/{names[0]} has more rows than a chunk can have")
+    for name, one, (low, high), crc, checked in zip(
+        names, content, sizes, expected, plain, strict=True
+    ):
+        if not low <= len(one) <= high:
+            raise Damaged(f"{folder}/{name} has {len(one)} bytes, and not {high}")
+        memory = np.frombuffer(one, dtype=np.uint8)
+        # Of a compressed file, the journal has the checksum of all bytes.
+        found = google_crc32c.value(memory[:-CHECKSUM_BYTES] if checked else memory)
+        if found != crc or (checked and int.from_bytes(one[-CHECKSUM_BYTES:], "little") != crc):
+            raise Damaged(f"{folder}/{name} has a wrong checksum")

@@ -1,0 +1,300 @@
+"""Segments in an object store: the same files as on disk, and commits in place of the journal."""
+
+import contextlib
+import json
+import re
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from cachefreeze.errors import UserError
+from cachefreeze.store.commits import MOST_BYTES, Commits, Record, parse
+from cachefreeze.store.format import (
+    FORMAT,
+    METADATA_BYTES,
+    NAME,
+    Head,
+    Layout,
+    SegmentError,
+    metadata,
+    parse_head,
+)
+from cachefreeze.store.journal import Chunk, Content
+from cachefreeze.store.objects import Denied, Objects, Unreachable
+from cachefreeze.store.reading import Damaged, check_content
+
+# Object that tells that a prefix belongs to cachefreeze. It has a random name, which differs after
+# everything was removed.
+TAG = "cachefreeze.json"
+_TAG_BYTES, _COSTS_BYTES = 1000, 2**20
+# Number of requests at the same time, and of commits that are read at once.
+TOGETHER, _MOST_AHEAD = 4, 16
+T = TypeVar("T")
+
+
+class Bucket:
+    """Sets of rows below a URL. Several threads may use it.
+
+    Args:
+        url: URL such as "s3://bucket/prefix".
+
+    Attributes:
+        url: URL without a slash at its end.
+
+    Raises:
+        UserError: The URL is wrong, obstore is not installed, or there are no credentials.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.objects = Objects(url)
+        self.url = self.objects.url
+
+    def identity(self, create: bool = True) -> str:
+        """Returns the random name that the first writer gave, and lets this process be the first.
+
+        Args:
+            create: Whether to write the name if there is none.
+
+        Raises:
+            UserError: There is no such bucket, access is denied, or the prefix belongs to another
+                program. Or there is no name, and none should be written.
+            Unreachable: A request failed.
+        """
+        try:
+            found = self.objects.read(TAG, _TAG_BYTES)
+            if found is None and create:
+                name = {"cachefreeze": FORMAT, "id": uuid.uuid4().hex}
+                self.objects.create(TAG, json.dumps(name).encode())
+                found = self.objects.read(TAG, _TAG_BYTES)
+        except Denied as error:
+            raise UserError(
+                f"{self.url} cannot be used ({error}): set the credentials of the object store in "
+                "the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from error
+        except FileNotFoundError as error:
+            raise UserError(f"{self.url} names no bucket that exists: create it first") from error
+        if found is None:
+            raise UserError(f"{self.url} holds no activations of cachefreeze: give another URL")
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            said = json.loads(found)
+            if said["cachefreeze"] == FORMAT and NAME.fullmatch(said["id"]):
+                return str(said["id"])
+        raise UserError(
+            f"{self.url}/{TAG} was not written by this version of cachefreeze: give another URL"
+        )
+
+    def follow(self, name: str, commits: Commits, tell: Callable[[str], None]) -> None:
+        """Reads the commits of a set that are not known yet. One request if there are none.
+
+        Args:
+            name: Name of the set.
+            commits: Known commits, to which new ones are added.
+            tell: Function called with a message for each damaged commit.
+
+        Raises:
+            Unreachable: A request failed.
+            OSError: The local copy cannot be written.
+        """
+        ahead = 1
+        while True:
+            numbers = range(commits.next, commits.next + ahead)
+            found = together([self._reader(name, number) for number in numbers])
+            for number, content in zip(numbers, found, strict=True):
+                if content is None:
+                    return
+                records = parse(content)
+                if records is None:
+                    path = f"{self.url}/{_commit(name, number)}"
+                    tell(f"{path} is damaged: the rows that it names are computed again")
+                    commits.skip()
+                else:
+                    commits.add(number, records)
+            ahead = min(2 * ahead, _MOST_AHEAD)
+
+    def _reader(self, name: str, number: int) -> Callable[[], bytes | None]:
+        return lambda: self.objects.read(_commit(name, number), MOST_BYTES)
+
+    def commit(
+        self,
+        name: str,
+        commits: Commits,
+        records: Sequence[Record],
+        tell: Callable[[str], None],
+    ) -> None:
+        """Writes a commit under the next number that is free.
+
+        Args:
+            name: Name of the set.
+            commits: Known commits, to which this one and those before it are added.
+            records: Records of the new commit.
+            tell: Function called with a message for each damaged commit.
+
+        Raises:
+            Unreachable: A request failed. It is unknown whether the commit was written.
+            OSError: The local copy cannot be written.
+        """
+        content = b"".join(record.line() for record in records)
+        while not self.objects.create(_commit(name, commits.next), content):
+            before = commits.next
+            # Another writer was faster. Or an earlier request has written this commit, and its
+            # answer was lost: then all records are known after this.
+            self.follow(name, commits, tell)
+            if all(_is_known(commits, record) for record in records):
+                return
+            if commits.next == before:
+                raise Unreachable("an object is reported to exist, and cannot be read")
+        commits.add(commits.next, records)
+
+    def head(self, name: str, segment: str) -> Head:
+        """Reads and checks the metadata of a segment. Those of its arrays follow from them.
+
+        Raises:
+            SegmentError: The metadata are missing, or are not what cachefreeze writes.
+            Unreachable: A request failed.
+        """
+        path = f"{name}/{segment}/zarr.json"
+        content = self.objects.read(path, METADATA_BYTES)
+        if content is None:
+            raise SegmentError(f"{self.url}/{path} is missing: this segment is not read")
+        if len(content) > METADATA_BYTES:
+            raise SegmentError(f"{self.url}/{path} is larger than any that cachefreeze writes")
+        return parse_head(content, f"{self.url}/{path}", name)
+
+    def read(self, name: str, segment: str, layout: Layout, chunk: Chunk) -> Content:
+        """Reads and checks the two objects of a chunk.
+
+        Raises:
+            Damaged: An object is missing, or its size or checksum is wrong.
+            Unreachable: A request failed.
+        """
+        folder = f"{name}/{segment}"
+        # The size is compared before the content is read.
+        values = self.objects.read(
+            f"{folder}/{layout.values_name(chunk.number)}", layout.values_bytes
+        )
+        keys = self.objects.read(f"{folder}/{layout.keys_name(chunk.number)}", layout.keys_bytes)
+        if values is None or keys is None:
+            which = layout.values_name if values is None else layout.keys_name
+            raise Damaged(f"{self.url}/{folder}/{which(chunk.number)} is missing")
+        content = Content(values, keys)
+        check_content(f"{self.url}/{folder}", layout, chunk, content)
+        return content
+
+    def write(self, name: str, segment: str, head: Head, chunk: Chunk, content: Content) -> bool:
+        """Writes the objects of a chunk. It counts only once a commit names it.
+
+        Args:
+            name: Name of the set.
+            segment: Name of the segment.
+            head: Metadata of the segment.
+            chunk: Line of the journal for this chunk.
+            content: Contents of the two files of the chunk.
+
+        Returns:
+            Whether the objects are there. False if another writer has written other ones.
+
+        Raises:
+            Unreachable: A request failed.
+        """
+        folder, layout = f"{name}/{segment}", head.layout
+        if chunk.number == 0:
+            about = metadata(name, layout, head.about, 0)
+            self.objects.replace(f"{folder}/zarr.json", about["zarr.json"].encode())
+        names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
+        for path, one in zip(names, content, strict=True):
+            # An earlier run may have written it, and was killed before the commit.
+            if (
+                not self.objects.create(f"{folder}/{path}", one)
+                and self.objects.read(f"{folder}/{path}", len(one)) != one
+            ):
+                return False
+        return True
+
+    def count(self, name: str, segment: str, head: Head, last: Chunk) -> None:
+        """Writes the number of slots for other readers. cachefreeze itself does not read it.
+
+        Args:
+            name: Name of the set.
+            segment: Name of the segment.
+            head: Metadata of the segment.
+            last: Last chunk of the segment.
+
+        Raises:
+            Unreachable: A request failed.
+        """
+        slots = last.number * head.layout.chunk_rows + last.rows
+        for path, content in metadata(name, head.layout, head.about, slots).items():
+            if path != "zarr.json":
+                self.objects.replace(f"{name}/{segment}/{path}", content.encode())
+
+    def remove(self, name: str, segment: str, layout: Layout, chunks: Sequence[Chunk]) -> None:
+        """Removes the objects of chunks, after a commit has said that the segment is removed.
+
+        Raises:
+            Unreachable: A request failed.
+        """
+        folder = f"{name}/{segment}"
+        for chunk in chunks:
+            names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
+            self.objects.remove([f"{folder}/{path}" for path in names])
+
+    def agree(self, path: str, content: bytes) -> bytes | None:
+        """Writes a small object unless it exists. Returns what it holds then.
+
+        Raises:
+            Unreachable: A request failed.
+        """
+        found = self.objects.read(path, _COSTS_BYTES)
+        if found is None:
+            if self.objects.create(path, content):
+                return content
+            found = self.objects.read(path, _COSTS_BYTES)
+        return found
+
+
+def _commit(name: str, number: int) -> str:
+    return f"{name}/commits/{number:08}"
+
+
+def is_chunk(path: str) -> re.Match[str] | None:
+    """Returns the match of the path of a chunk's object: set, segment, array and number."""
+    return re.fullmatch(r"([0-9a-f]{32})/([0-9a-f]{32})/(values|keys)/c\.(\d{1,8})(?:\.0)+", path)
+
+
+def _is_known(commits: Commits, record: Record) -> bool:
+    if record.chunk is None:
+        return record.segment in commits.removed
+    return record.chunk.number in commits.chunks.get(record.segment, {})
+
+
+def together(functions: Sequence[Callable[[], T]]) -> list[T]:
+    """Calls functions in threads of their own. Returns their results in order.
+
+    The threads end with the process, so a request without an answer does not delay its end.
+
+    Raises:
+        BaseException: The first error, after all functions have ended.
+    """
+    if len(functions) == 1:
+        return [functions[0]()]
+    results: list[T | None] = [None] * len(functions)
+    errors: list[BaseException] = []
+
+    def run(place: int) -> None:
+        try:
+            results[place] = functions[place]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=run, args=(place,), daemon=True, name="cachefreeze-request")
+        for place in range(len(functions))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results  # type: ignore[return-value]
