@@ -21,7 +21,7 @@ REMOTE = "remote"
 # Largest size of a commit.
 MOST_BYTES = 2**14
 _RECORD = re.compile(rb"([0-9a-f]{32}) (?:(\d{8} [^\n]{31}\n)|removed ([0-9a-f]{8})\n)")
-_LOCAL = re.compile(rb"(\d{8}) ([^\n]*\n)")
+_LOCAL = re.compile(rb"(\d{8}) ([^\n]*)\n")
 
 
 class Record(NamedTuple):
