@@ -79,8 +79,8 @@ class ActivationCache:
         local: Folder for copies of rows of an object store, `~/.cache/cachefreeze/...` if None.
         max_bytes: Largest number of bytes of kept rows: in memory, or in the directory (of an
             object store: `local`) over all runs if there is one. The least recently used rows are
-            dropped first. If None, the limit is half of the free disk with a directory, and a
-            quarter of the free memory without one. Rows in memory never take more than that.
+            dropped first. If None, half of the free disk with a directory, and a quarter of the
+            free memory without one. With a directory, memory takes no more than that quarter.
         codec: Format of kept rows. "raw" keeps their bits. "zstd" keeps their bits too, compressed
             in the directory. "int8" rounds floating-point numbers to 8 bits, which takes a quarter
             of the bytes of float32. It needs `exact=False`.
@@ -117,7 +117,7 @@ class ActivationCache:
     ) -> None:
         models = check_models(models)
         check_options(max_bytes, probation, verify, codec, directory is not None, exact)
-        folder = None if directory is None else open_directory(directory, max_bytes, local)
+        folder = open_directory(directory, max_bytes, local)
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
         self._shared = CacheState(Entries(memory, folder, codec), exact, probation)
         self._shared.report.verify = verify

@@ -21,7 +21,7 @@ from cachefreeze.store.format import (
     parse_head,
 )
 from cachefreeze.store.journal import Chunk, Content
-from cachefreeze.store.objects import Denied, Objects, Unreachable
+from cachefreeze.store.objects import Denied, NoBucket, Objects, Unreachable, set_credentials
 from cachefreeze.store.reading import Damaged, check_content
 
 # Object that tells that a prefix belongs to cachefreeze. It has a random name, which differs after
@@ -59,7 +59,7 @@ class Bucket:
         Raises:
             UserError: There is no such bucket, access is denied, or the prefix belongs to another
                 program. Or there is no name, and none should be written.
-            Unreachable: A request failed.
+            Unreachable: A request failed, or the object with the name is damaged.
         """
         try:
             found = self.objects.read(TAG, _TAG_BYTES)
@@ -69,15 +69,17 @@ class Bucket:
                 found = self.objects.read(TAG, _TAG_BYTES)
         except Denied as error:
             raise UserError(
-                f"{self.url} cannot be used ({error}): set the credentials of the object store in "
-                "the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                f"{self.url} cannot be used ({error}): {set_credentials(self.url)}"
             ) from error
-        except FileNotFoundError as error:
+        except NoBucket as error:
             raise UserError(f"{self.url} names no bucket that exists: create it first") from error
         if found is None:
             raise UserError(f"{self.url} holds no activations of cachefreeze: give another URL")
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        try:
             said = json.loads(found)
+        except (ValueError, RecursionError) as error:
+            raise Unreachable(f"{TAG} is damaged") from error
+        with contextlib.suppress(TypeError, KeyError):
             if said["cachefreeze"] == FORMAT and NAME.fullmatch(said["id"]):
                 return str(said["id"])
         raise UserError(

@@ -215,14 +215,14 @@ def _changed(folder: Path) -> float:
 
 
 def open_directory(
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | None,
     max_bytes: int | None,
     local: str | os.PathLike[str] | None = None,
-) -> Directory:
+) -> Directory | None:
     """Opens a folder, or an object store with a local folder.
 
     Args:
-        directory: Folder, or URL such as "s3://bucket/prefix".
+        directory: Folder, or URL such as "s3://bucket/prefix". If None, nothing is opened.
         max_bytes: Largest number of bytes of the folder, or None for half of the free disk.
         local: Folder for copies of what lies in the object store. If None, one in the folder for
             caches of the user, `~/.cache/cachefreeze`.
@@ -230,13 +230,13 @@ def open_directory(
     Raises:
         UserError: The folder or the object store cannot be used.
     """
-    if not is_url(directory):
+    if directory is None or not is_url(directory):
         if local is not None:
             raise UserError(
-                f"local={str(local)!r} is for copies of an object store, and {directory} is a "
-                "folder: leave it out, or give a URL such as s3://bucket/prefix"
+                f"local={str(local)!r} is for copies of an object store, and directory is none: "
+                'leave it out, or give a URL such as directory="s3://bucket/name"'
             )
-        return Directory(Path(directory), max_bytes)
+        return None if directory is None else Directory(Path(directory), max_bytes)
     bucket = Bucket(str(directory))
     folder = default_local(bucket.url) if local is None else Path(local)
     return Directory(folder, max_bytes, bucket)

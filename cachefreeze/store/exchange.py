@@ -187,7 +187,7 @@ class Exchange:
             except Denied as error:
                 self._link.may_send = False
                 self._link.say_once(
-                    "denied",
+                    "failed",
                     f"no rows are written to {self._bucket.url} ({error}): new ones stay in "
                     f"{self._link.folder}",
                 )

@@ -18,8 +18,9 @@ from cachefreeze.store.objects import Unreachable
 # Seconds that a run waits for its object store in all: for the first answer, then for rows. Rows
 # that come later are computed.
 START_SECONDS, PATIENCE_SECONDS = 5.0, 1.0
-# Seconds that the end of a run waits for the last rows to be sent, and if the last request failed.
-CLOSE_SECONDS, FAILED_CLOSE_SECONDS = 30.0, 5.0
+# Seconds that the end of a run waits for the last rows to be sent: in all, without any answer, and
+# if the last request failed.
+CLOSE_SECONDS, SILENT_SECONDS, FAILED_CLOSE_SECONDS = 30.0, 10.0, 5.0
 # Seconds between two requests for new commits of a set, while rows are not found.
 PROBE_SECONDS = 1.0
 # Seconds until the next try after a request has failed. They double up to the second number.
@@ -184,7 +185,7 @@ class Mirror:
         self._wake.set()
         thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
-            thread.join(FAILED_CLOSE_SECONDS if self._failed else CLOSE_SECONDS)
+            self._wait_for(thread)
         rows = sum(one.unsent() for one in self._sets.values())
         if rows:
             why = f" ({self._failed})" if self._failed else ""
@@ -192,6 +193,17 @@ class Mirror:
                 f"{rows} rows are not in {self._bucket.url} yet{why}: they stay in {self._folder}, "
                 "and the next run with this local folder that uses them sends them"
             )
+
+    def _wait_for(self, thread: threading.Thread) -> None:
+        began = time.monotonic()
+        until = began + (FAILED_CLOSE_SECONDS if self._failed else CLOSE_SECONDS)
+        while thread.is_alive():
+            silent = max(self._bucket.objects.answered, began) + SILENT_SECONDS
+            left = min(until, silent) - time.monotonic()
+            if left <= 0:
+                self._failed = self._failed or "there was not enough time"
+                return
+            thread.join(min(left, 1.0))
 
     def after_fork(self) -> None:
         """Does nothing more, in a forked process that does not have the thread."""

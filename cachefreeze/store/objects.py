@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,12 +21,24 @@ _CREDENTIAL_SERVERS = ("169.254.169.254", "169.254.170.2", "metadata.google.inte
 _in_memory: dict[str, Any] = {}
 
 
+# Variables with credentials that the users of each object store know.
+_VARIABLES = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+
+
 class Unreachable(Exception):  # noqa: N818
     """A request failed. The message is a reason that follows a colon."""
 
 
 class Denied(Unreachable):
     """A request failed since credentials are missing, wrong or expired."""
+
+
+class NoBucket(Unreachable):
+    """A request failed since there is no such bucket."""
 
 
 class Entry(NamedTuple):
@@ -43,8 +56,15 @@ class Entry(NamedTuple):
 
 
 def is_url(directory: str | os.PathLike[str]) -> bool:
-    """Returns whether a directory is the URL of an object store, and not a folder."""
-    return isinstance(directory, str) and "://" in directory
+    """Returns whether a directory is meant as a URL, and not as a folder."""
+    # `Path("s3://bucket")` has one slash only.
+    return re.match(r"\w+:/", os.fspath(directory)) is not None
+
+
+def set_credentials(url: str) -> str:
+    """Returns what to do if credentials are missing."""
+    variables = _VARIABLES.get(url.partition("://")[0], "the credentials")
+    return f"set {variables} in the environment"
 
 
 class Objects:
@@ -55,6 +75,7 @@ class Objects:
 
     Attributes:
         url: URL without a slash at its end.
+        answered: Time of the last answer, by `time.monotonic`.
 
     Raises:
         UserError: The URL is wrong, obstore is not installed, or there are no credentials.
@@ -65,16 +86,19 @@ class Objects:
         try:
             import obstore
         except ImportError as error:
-            raise UserError(f"{self.url} needs the package obstore: pip install obstore") from error
+            raise UserError(
+                f"{self.url} needs the package obstore: pip install 'cachefreeze[objects]'"
+            ) from error
         self._obstore = obstore
+        self.answered = time.monotonic()
         try:
             self._store = _open(self.url)
         except UserError:
             raise
         except Exception as error:  # whatever a client says about its settings
+            reason = re.sub(r"^Generic \w+ error: ", "", first_line(error))
             raise UserError(
-                f"{self.url} cannot be opened ({first_line(error)}): set the variables that its "
-                "clients read, such as AWS_ACCESS_KEY_ID or AZURE_STORAGE_ACCOUNT_NAME"
+                f"{self.url} cannot be opened ({reason}): {set_credentials(self.url)}"
             ) from error
 
     def read(self, path: str, most: int) -> bytes | None:
@@ -87,7 +111,7 @@ class Objects:
         Raises:
             Unreachable: The request failed.
         """
-        with _told():
+        with self._request():
             try:
                 found = self._obstore.get(self._store, path)
             except FileNotFoundError:
@@ -103,10 +127,9 @@ class Objects:
         A request that is sent again after a lost answer finds its own object.
 
         Raises:
-            FileNotFoundError: There is no such bucket.
             Unreachable: The request failed.
         """
-        with _told():
+        with self._request():
             try:
                 self._obstore.put(self._store, path, content, mode="create", use_multipart=False)
             except self._obstore.exceptions.AlreadyExistsError:
@@ -119,7 +142,7 @@ class Objects:
         Raises:
             Unreachable: The request failed.
         """
-        with _told():
+        with self._request():
             self._obstore.put(self._store, path, content, use_multipart=False)
 
     def remove(self, paths: Sequence[str]) -> None:
@@ -128,7 +151,7 @@ class Objects:
         Raises:
             Unreachable: The request failed.
         """
-        with _told():
+        with self._request():
             for path in paths:
                 with contextlib.suppress(FileNotFoundError):
                     self._obstore.delete(self._store, path)
@@ -139,7 +162,7 @@ class Objects:
         Raises:
             Unreachable: The request failed.
         """
-        with _told():
+        with self._request():
             for page in self._obstore.list(self._store, below or None):
                 for one in page:
                     yield Entry(one["path"], one["size"], one["last_modified"].timestamp())
@@ -150,9 +173,29 @@ class Objects:
         Raises:
             Unreachable: The request failed.
         """
-        with _told():
+        with self._request():
             found = self._obstore.list_with_delimiter(self._store)["common_prefixes"]
         return sorted(one.strip("/") for one in found)
+
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[None]:
+        """Turns errors of obstore into `Unreachable` with a short reason."""
+        try:
+            yield
+            self.answered = time.monotonic()
+        except UserError:
+            raise
+        except FileNotFoundError as error:
+            raise NoBucket("there is no such bucket") from error
+        except Exception as error:  # obstore, credential providers and their clients have many
+            kind, text = type(error).__name__, str(error)
+            if any(server in text for server in _CREDENTIAL_SERVERS):
+                raise Denied("there are no credentials") from error
+            if "ExpiredToken" in text or "token has expired" in text.lower():
+                raise Denied("the credentials have expired") from error
+            if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+                raise Denied("access was denied") from error
+            raise Unreachable(_reason(text) or kind) from error
 
 
 def _checked(url: str) -> str:
@@ -160,7 +203,9 @@ def _checked(url: str) -> str:
     scheme, rest = (found[1], found[2].rstrip("/")) if found else ("", "")
     if scheme not in SCHEMES:
         known = ", ".join(f"{one}://" for one in SCHEMES)
-        raise UserError(f"{url} is no URL of an object store: it must begin with one of {known}")
+        raise UserError(
+            f"{url} is no URL of an object store: give a string that begins with one of {known}"
+        )
     if scheme == "file":
         if not rest.startswith("/"):
             raise UserError(f"{url} is no URL of a folder: write file:///and/the/path")
@@ -182,7 +227,7 @@ def _open(url: str) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     options: dict[str, Any] = {}
     if scheme == "s3":
-        options = _credentials_of_boto3()
+        options = _credentials_of_boto3(url)
         if endpoint:
             options["endpoint"] = endpoint
     plain = scheme == "s3" and endpoint.startswith("http://")
@@ -206,7 +251,7 @@ def _open(url: str) -> Any:
     )
 
 
-def _credentials_of_boto3() -> dict[str, Any]:
+def _credentials_of_boto3(url: str) -> dict[str, Any]:
     """Returns the credentials of a profile or a login, which obstore alone does not read."""
     if {"AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE"} & set(os.environ):
         return {}
@@ -217,38 +262,15 @@ def _credentials_of_boto3() -> dict[str, Any]:
     try:
         return {"credential_provider": Boto3CredentialProvider()}
     except ValueError as error:
-        raise UserError(_no_credentials("the bucket")) from error
-
-
-def _no_credentials(what: str) -> str:
-    return (
-        f"there are no credentials for {what}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-        "or those of your cloud, in the environment"
-    )
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turns errors of obstore into `Unreachable` with a short reason."""
-    try:
-        yield
-    except (FileNotFoundError, UserError):
-        raise
-    except Exception as error:  # obstore, credential providers and their clients have many
-        kind, text = type(error).__name__, str(error)
-        if any(server in text for server in _CREDENTIAL_SERVERS):
-            raise Denied("there are no credentials in the environment") from error
-        if "ExpiredToken" in text or "token has expired" in text.lower():
-            raise Denied("the credentials have expired") from error
-        if kind in ("PermissionDeniedError", "UnauthenticatedError"):
-            raise Denied("access was denied") from error
-        raise Unreachable(_reason(text) or kind) from error
+        raise UserError(
+            f"{url} cannot be used (there are no credentials): {set_credentials(url)}"
+        ) from error
 
 
 def _reason(text: str) -> str:
     if status := re.search(r"status code: (\d+)|status: (\d+)|\((\d{3}) ", text):
         return f"the server answered {next(filter(None, status.groups()))}"
-    lower = text.lower()
+    lower = text.lower().replace("retry_timeout", "")
     if "timed out" in lower or "timeout" in lower:
         return "the server did not answer in time"
     if any(word in lower for word in ("dns", "connect", "sending request")):
