@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cachefreeze.store.budget import Budget
+from cachefreeze.store.commits import REMOTE
 from cachefreeze.store.files import human_bytes
 from cachefreeze.store.format import Layout
 from cachefreeze.store.locks import refuse, remove
@@ -79,6 +80,8 @@ class Writer:
             most = self._budget.max_bytes
             limit = "half of the space on the disk" if most is None else human_bytes(most)
             reason = f"its limit is {limit}, and its older rows are in use"
+            if (self._directory / REMOTE).is_dir():
+                reason += " or not in the object store yet"
         except OSError as error:
             reason = error.strerror or str(error)
         except Exception as error:

@@ -1,6 +1,5 @@
 """Segments in an object store: the same files as on disk, and commits in place of the journal."""
 
-import contextlib
 import json
 import re
 import threading
@@ -28,8 +27,10 @@ from cachefreeze.store.reading import Damaged, check_content
 # everything was removed.
 TAG = "cachefreeze.json"
 _TAG_BYTES, _COSTS_BYTES = 1000, 2**20
-# Number of requests at the same time, and of commits that are read at once.
+# Number of chunks that are copied at the same time, and of commits that are read at once.
 TOGETHER, _MOST_AHEAD = 4, 16
+# Largest object that is copied. Objects are held in memory while they are checked.
+MOST_BYTES_OF_CHUNK = 2**30
 T = TypeVar("T")
 
 
@@ -57,8 +58,8 @@ class Bucket:
             create: Whether to write the name if there is none.
 
         Raises:
-            UserError: There is no such bucket, access is denied, or the prefix belongs to another
-                program. Or there is no name, and none should be written.
+            UserError: There is no such bucket, access is denied, or the rows are those of another
+                version. Or there is no name, and none should be written.
             Unreachable: A request failed, or the object with the name is damaged.
         """
         try:
@@ -77,25 +78,27 @@ class Bucket:
             raise UserError(f"{self.url} holds no activations of cachefreeze: give another URL")
         try:
             said = json.loads(found)
-        except (ValueError, RecursionError) as error:
+            version, name = said["cachefreeze"], said["id"]
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
             raise Unreachable(f"{TAG} is damaged") from error
-        with contextlib.suppress(TypeError, KeyError):
-            if said["cachefreeze"] == FORMAT and NAME.fullmatch(said["id"]):
-                return str(said["id"])
-        raise UserError(
-            f"{self.url}/{TAG} was not written by this version of cachefreeze: give another URL"
-        )
+        if type(version) is int and version != FORMAT:
+            raise UserError(
+                f"{self.url} has format {version}, and this version reads format {FORMAT}: give "
+                "another URL"
+            )
+        if type(name) is not str or not NAME.fullmatch(name):
+            raise Unreachable(f"{TAG} is damaged")
+        return name
 
-    def follow(self, name: str, commits: Commits, tell: Callable[[str], None]) -> None:
+    def follow(self, name: str, commits: Commits) -> None:
         """Reads the commits of a set that are not known yet. One request if there are none.
 
         Args:
             name: Name of the set.
             commits: Known commits, to which new ones are added.
-            tell: Function called with a message for each damaged commit.
 
         Raises:
-            Unreachable: A request failed.
+            Unreachable: A request failed, or a commit is damaged.
             OSError: The local copy cannot be written.
         """
         ahead = 1
@@ -107,30 +110,20 @@ class Bucket:
                     return
                 records = parse(content)
                 if records is None:
-                    path = f"{self.url}/{_commit(name, number)}"
-                    tell(f"{path} is damaged: the rows that it names are computed again")
-                    commits.skip()
-                else:
-                    commits.add(number, records)
+                    raise Unreachable(f"{_commit(name, number)} is damaged")
+                commits.add(number, records)
             ahead = min(2 * ahead, _MOST_AHEAD)
 
     def _reader(self, name: str, number: int) -> Callable[[], bytes | None]:
         return lambda: self.objects.read(_commit(name, number), MOST_BYTES)
 
-    def commit(
-        self,
-        name: str,
-        commits: Commits,
-        records: Sequence[Record],
-        tell: Callable[[str], None],
-    ) -> None:
+    def commit(self, name: str, commits: Commits, records: Sequence[Record]) -> None:
         """Writes a commit under the next number that is free.
 
         Args:
             name: Name of the set.
             commits: Known commits, to which this one and those before it are added.
             records: Records of the new commit.
-            tell: Function called with a message for each damaged commit.
 
         Raises:
             Unreachable: A request failed. It is unknown whether the commit was written.
@@ -141,11 +134,11 @@ class Bucket:
             before = commits.next
             # Another writer was faster. Or an earlier request has written this commit, and its
             # answer was lost: then all records are known after this.
-            self.follow(name, commits, tell)
+            self.follow(name, commits)
             if all(_is_known(commits, record) for record in records):
                 return
             if commits.next == before:
-                raise Unreachable("an object is reported to exist, and cannot be read")
+                raise Unreachable(f"{_commit(name, before)} exists, and cannot be read")
         commits.add(commits.next, records)
 
     def head(self, name: str, segment: str) -> Head:
@@ -161,7 +154,10 @@ class Bucket:
             raise SegmentError(f"{self.url}/{path} is missing: this segment is not read")
         if len(content) > METADATA_BYTES:
             raise SegmentError(f"{self.url}/{path} is larger than any that cachefreeze writes")
-        return parse_head(content, f"{self.url}/{path}", name)
+        head = parse_head(content, f"{self.url}/{path}", name)
+        if head.layout.values_bytes > MOST_BYTES_OF_CHUNK:
+            raise SegmentError(f"{self.url}/{path} has chunks of more than 1 GiB: not read")
+        return head
 
     def read(self, name: str, segment: str, layout: Layout, chunk: Chunk) -> Content:
         """Reads and checks the two objects of a chunk.

@@ -98,6 +98,10 @@ class Commits:
         except OSError:
             return
         try:
+            if os.fstat(file).st_size < self._read:
+                # The object store was made anew, and another process knows that already.
+                self._read = self.next = 0
+                self.chunks, self.removed = {}, set()
             while piece := os.pread(file, 2**20, self._read):
                 end = piece.rfind(b"\n") + 1
                 for line in _LOCAL.finditer(piece, 0, end):
@@ -132,10 +136,6 @@ class Commits:
             os.close(file)
         self._read += len(line)
         self._note(number, records)
-
-    def skip(self) -> None:
-        """Leaves out the next commit, which is damaged."""
-        self.next += 1
 
     def _note(self, number: int, records: Sequence[Record]) -> None:
         self.next = max(self.next, number + 1)

@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from cachefreeze.store.bucket import TOGETHER, Bucket, together
+from cachefreeze.store.bucket import MOST_BYTES_OF_CHUNK, TOGETHER, Bucket, together
 from cachefreeze.store.budget import Budget, named_folders
 from cachefreeze.store.commits import REMOTE, Commits, Record
 from cachefreeze.store.files import lock_file, open_regular, unlock_file
-from cachefreeze.store.format import CHUNK_ROWS, JOURNAL, Head, SegmentError, read_head
+from cachefreeze.store.format import CHUNK_ROWS, JOURNAL, Head, Layout, SegmentError, read_head
 from cachefreeze.store.journal import LINE_BYTES, Chunk, Content, read_lines
 from cachefreeze.store.locks import is_refused
 from cachefreeze.store.objects import Denied
 from cachefreeze.store.reading import Damaged, read_chunk
 from cachefreeze.store.segment import add_chunk
+
+# Largest size of all chunks that are copied at the same time, unless it is only one.
+_HELD_BYTES = 2**27
 
 
 class Link:
@@ -103,7 +106,7 @@ class Exchange:
             if ending:
                 return self._send()
             if self.probe:
-                self._bucket.follow(self.name, self._commits, self._link.tell)
+                self._bucket.follow(self.name, self._commits)
                 self.probe, self.probed = False, time.monotonic()
             more = self._fetch(spared)
             return self._send() or more
@@ -115,8 +118,9 @@ class Exchange:
         wanted = [] if self._link.full else self._missing()
         if not wanted:
             return False
-        heads = [head for _, head, _ in wanted]
-        nbytes = sum(head.layout.values_bytes + head.layout.keys_bytes for head in heads)
+        wanted = wanted[: _at_once(wanted[0][1].layout)]
+        layouts = [head.layout for _, head, _ in wanted]
+        nbytes = sum(layout.values_bytes + layout.keys_bytes for layout in layouts)
         if not self._link.budget.make_room(nbytes, spared):
             self._link.full = True
             self._link.say_once(
@@ -219,7 +223,11 @@ class Exchange:
         except SegmentError:  # whoever reads the segment is told
             self._unsendable.add(folder.name)
             return
-        chunks = chunks[:TOGETHER]
+        if head.layout.values_bytes > MOST_BYTES_OF_CHUNK:
+            self._unsendable.add(folder.name)
+            self._link.say_once("large", f"{folder} has chunks of more than 1 GiB: not sent")
+            return
+        chunks = chunks[: _at_once(head.layout)]
 
         def sender(chunk: Chunk) -> Callable[[], bool | None]:
             def send() -> bool | None:
@@ -246,7 +254,7 @@ class Exchange:
                 )
             break
         if records:
-            self._bucket.commit(self.name, self._commits, records, self._link.tell)
+            self._bucket.commit(self.name, self._commits, records)
             last = records[-1].chunk
             assert last is not None
             self._bucket.count(self.name, folder.name, head, last)
@@ -255,7 +263,7 @@ class Exchange:
         chunks = self._commits.chunks.get(segment)
         if not chunks or segment in self._commits.removed:
             return
-        self._bucket.commit(self.name, self._commits, [Record(segment, None)], self._link.tell)
+        self._bucket.commit(self.name, self._commits, [Record(segment, None)])
         if own:
             with contextlib.suppress(SegmentError):
                 layout = self._bucket.head(self.name, segment).layout
@@ -263,11 +271,17 @@ class Exchange:
 
     def unsent(self) -> int:
         """Returns the number of rows that only the local folder has."""
+        self._commits.load()
         return sum(
             chunk.rows
             for folder in named_folders(self._folder)
             for chunk in self._new_chunks(folder)
         )
+
+
+def _at_once(layout: Layout) -> int:
+    """Returns the number of chunks that are held in memory at the same time."""
+    return min(max(_HELD_BYTES // layout.values_bytes, 1), TOGETHER)
 
 
 def _lines(folder: Path) -> int:

@@ -1,0 +1,210 @@
+"""Rows of one run are found by the next one, on another machine, through an object store."""
+
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from zarr.storage import ObjectStore
+
+from cachefreeze.store import segment
+from tests.store.harness import ABOUT, CHUNK_ROWS, NAME, ROW, keys_of, read, rows_of, segments
+from tests.support.object_server import Proxy
+
+from .harness import found, opened, write
+
+SET = NAME.hex()
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
+
+def test_another_machine_finds_all_rows(url: str, tmp_path: Path) -> None:
+    assert write(url, tmp_path / "a", np.arange(100)) == []
+    assert write(url, tmp_path / "a", np.arange(100, 130)) == []
+    assert found(url, tmp_path / "b", 130) == (130, [])
+    assert write(url, tmp_path / "c", np.arange(130, 140)) == []
+    assert found(url, tmp_path / "b", 140) == (140, [])
+
+
+def test_memory_and_files_are_object_stores_too(tmp_path: Path) -> None:
+    for url in (f"memory://{uuid.uuid4()}", f"file://{tmp_path}/far"):
+        locals_ = [tmp_path / f"{url[:4]}{number}" for number in range(2)]
+        assert write(url, locals_[0], np.arange(50)) == []
+        assert found(url, locals_[1], 50) == (50, [])
+
+
+def test_a_warm_folder_asks_for_new_commits_only(url: str, proxy: Proxy, tmp_path: Path) -> None:
+    write(url, tmp_path / "a", np.arange(100))
+    proxy.requests.clear()
+    directory = opened(url, tmp_path / "a")
+    rows = directory.rows(NAME, ROW, ABOUT)
+    assert [path.rsplit("/", 1)[-1] for _, path in proxy.requests] == [
+        "cachefreeze.json",
+        f"{len(list(_commits(tmp_path / 'a'))):08}",
+    ]
+    for _ in range(3):
+        assert read(rows, np.arange(100)).all()
+    directory.close()
+    assert len(proxy.requests) == 2
+
+
+def _commits(local: Path) -> list[bytes]:
+    return (local / "remote" / SET).read_bytes().splitlines()
+
+
+def test_rows_of_a_run_that_goes_on_are_found(url: str, tmp_path: Path) -> None:
+    writer, reader = opened(url, tmp_path / "a"), opened(url, tmp_path / "b")
+    theirs, ours = (one.rows(NAME, ROW, ABOUT) for one in (writer, reader))
+    theirs.append(keys_of(np.arange(40)), rows_of(np.arange(40)))
+    theirs.publish()
+    for _ in range(100):
+        threading.Event().wait(0.05)
+        ours.refresh()
+        if len(ours) == 40:
+            break
+    assert read(ours, np.arange(40)).all()
+    writer.close()
+    reader.close()
+
+
+def test_zarr_alone_reads_a_segment_in_the_store(url: str, server: int, tmp_path: Path) -> None:
+    from obstore.store import from_url
+
+    write(url, tmp_path / "a", np.arange(20))
+    (folder,) = segments(tmp_path / "a")
+    endpoint = f"http://127.0.0.1:{server}"
+    store = from_url(
+        f"{url}/{SET}/{folder.name}", endpoint=endpoint, client_options={"allow_http": True}
+    )
+    group = zarr.open_group(ObjectStore(store, read_only=True), mode="r")
+    assert group["values"][:].tobytes() == rows_of(np.arange(20)).tobytes()
+    assert (group["keys"][:].view("uint64") == keys_of(np.arange(20))).all()
+
+
+KILLED = """
+import os, sys, numpy as np
+from pathlib import Path
+from cachefreeze.store import bucket, format
+from tests.objects.harness import write
+format.CHUNK_ROWS = {chunk_rows}
+bucket.Bucket.commit = lambda *words: os._exit(7)
+write({url!r}, Path({local!r}), np.arange(20))
+"""
+
+
+def test_a_writer_that_is_killed_before_its_commit_loses_nothing(url: str, tmp_path: Path) -> None:
+    code = KILLED.format(url=url, local=str(tmp_path / "a"), chunk_rows=CHUNK_ROWS)
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", code], cwd=root, check=False)
+    assert ended.returncode == 7
+    assert found(url, tmp_path / "b", 20) == (0, []), "its chunks do not count"
+    good, _ = found(url, tmp_path / "a", 20)
+    assert good >= CHUNK_ROWS
+    assert found(url, tmp_path / "b", 20) == (good, []), "the next run there has sent them"
+
+
+def test_of_two_writers_of_one_segment_one_wins(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directories = [opened(url, tmp_path / name) for name in "ab"]
+    same = uuid.uuid4()
+    with monkeypatch.context() as patch:
+        patch.setattr(segment.uuid, "uuid4", lambda: same)
+        for number, one in enumerate(directories):
+            numbers = np.arange(24) + 1000 * number
+            one.rows(NAME, ROW, ABOUT).append(keys_of(numbers), rows_of(numbers))
+        closing = [threading.Thread(target=one.close) for one in directories]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+    told = [sentence for one in directories for sentence in one.messages]
+    assert 1 <= len(told) <= 2
+    assert all("has another writer" in sentence for sentence in told)
+    reader = opened(url, tmp_path / "c")
+    rows = reader.rows(NAME, ROW, ABOUT)
+    good = [int(read(rows, np.arange(24) + start).sum()) for start in (0, 1000)]
+    assert sorted(good)[0] == 0
+    assert sum(good) <= 24
+    reader.close()
+
+
+def test_a_forked_process_makes_no_request(url: str, proxy: Proxy, tmp_path: Path) -> None:
+    write(url, tmp_path / "a", np.arange(40))
+    directory = opened(url, tmp_path / "a")
+    rows = directory.rows(NAME, ROW, ABOUT)
+    proxy.requests.clear()
+    if not (pid := os.fork()):
+        try:
+            good = read(rows, np.arange(40)).all()
+            rows.refresh()
+            directory.rows(bytes(16), ROW, ABOUT).append(keys_of([1]), rows_of([1]))
+            directory.close()
+            os._exit(0 if good else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert proxy.requests == []
+    numbers = np.arange(40, 60)
+    rows.append(keys_of(numbers), rows_of(numbers))
+    directory.close()
+    assert found(url, tmp_path / "b", 60) == (60, []), "the parent goes on"
+
+
+def test_only_what_the_store_has_is_evicted(
+    url: str, proxy: Proxy, tmp_path: Path, hasty: None
+) -> None:
+    limit = 12_000  # a chunk and its metadata take a third of it
+    proxy.fail("503", "/values/")
+    told = write(url, tmp_path / "a", np.arange(30), limit)
+    assert any("30 rows are not in" in sentence for sentence in told)
+    for start in (100, 200, 300):
+        write(url, tmp_path / "a", np.arange(start, start + 30), limit)
+    assert found(url, tmp_path / "a", 30)[0] == 30, "they are nowhere else"
+    proxy.fail(None)
+    write(url, tmp_path / "a", np.arange(400, 430), limit)
+    for start in (500, 600, 700):
+        told = write(url, tmp_path / "a", np.arange(start, start + 30), limit)
+        assert all("has no room" in sentence for sentence in told), "others made room"
+    assert len(segments(tmp_path / "a")) < 8
+    assert found(url, tmp_path / "b", 30) == (30, [])
+
+
+def test_a_folder_without_room_serves_what_fits(url: str, tmp_path: Path) -> None:
+    write(url, tmp_path / "a", np.arange(400))
+    directory = opened(url, tmp_path / "b", 20_000)
+    rows = directory.rows(NAME, ROW, ABOUT)
+    for _ in range(20):
+        threading.Event().wait(0.02)
+        rows.refresh()
+    assert 0 < read(rows, np.arange(400)).sum() < 400
+    directory.close()
+    assert len(directory.messages) == 1
+    assert "has no room" in directory.messages[0]
+
+
+def test_rows_that_were_wrong_are_not_fetched(url: str, tmp_path: Path) -> None:
+    write(url, tmp_path / "a", np.arange(40))
+    directory = opened(url, tmp_path / "b")
+    directory.rows(NAME, ROW, ABOUT).forget()
+    directory.close()
+    assert found(url, tmp_path / "c", 40) == (0, [])
+    assert write(url, tmp_path / "c", np.arange(50)) == []
+    assert found(url, tmp_path / "d", 50) == (50, [])
+
+
+def test_a_store_that_was_emptied_gets_all_rows_again(
+    url: str, tmp_path: Path, server: int
+) -> None:
+    from obstore.store import from_url
+
+    write(url, tmp_path / "a", np.arange(40))
+    options = {"allow_http": True}
+    store = from_url(url, endpoint=f"http://127.0.0.1:{server}", client_options=options)
+    store.delete([one["path"] for page in store.list() for one in page])
+    assert found(url, tmp_path / "a", 40) == (40, [])
+    assert found(url, tmp_path / "b", 40) == (40, [])
