@@ -1,7 +1,6 @@
 """Segments in an object store: the same files as on disk, and commits in place of the journal."""
 
 import json
-import re
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -29,8 +28,9 @@ TAG = "cachefreeze.json"
 _TAG_BYTES, _COSTS_BYTES = 1000, 2**20
 # Number of chunks that are copied at the same time, and of commits that are read at once.
 TOGETHER, _MOST_AHEAD = 4, 16
-# Largest object that is copied. Objects are held in memory while they are checked.
-MOST_BYTES_OF_CHUNK = 2**30
+# Largest object that is copied, and of all that are copied at the same time, unless it is only one.
+# Objects are held in memory while they are checked.
+MOST_BYTES_OF_CHUNK, _HELD_BYTES = 2**30, 2**27
 T = TypeVar("T")
 
 
@@ -255,15 +255,15 @@ def _commit(name: str, number: int) -> str:
     return f"{name}/commits/{number:08}"
 
 
-def is_chunk(path: str) -> re.Match[str] | None:
-    """Returns the match of the path of a chunk's object: set, segment, array and number."""
-    return re.fullmatch(r"([0-9a-f]{32})/([0-9a-f]{32})/(values|keys)/c\.(\d{1,8})(?:\.0)+", path)
-
-
 def _is_known(commits: Commits, record: Record) -> bool:
     if record.chunk is None:
         return record.segment in commits.removed
     return record.chunk.number in commits.chunks.get(record.segment, {})
+
+
+def at_once(layout: Layout) -> int:
+    """Returns the number of chunks that are held in memory at the same time."""
+    return min(max(_HELD_BYTES // layout.values_bytes, 1), TOGETHER)
 
 
 def together(functions: Sequence[Callable[[], T]]) -> list[T]:

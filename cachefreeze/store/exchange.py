@@ -7,19 +7,16 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from cachefreeze.store.bucket import MOST_BYTES_OF_CHUNK, TOGETHER, Bucket, together
+from cachefreeze.store.bucket import MOST_BYTES_OF_CHUNK, TOGETHER, Bucket, at_once, together
 from cachefreeze.store.budget import Budget, named_folders
 from cachefreeze.store.commits import REMOTE, Commits, Record
 from cachefreeze.store.files import lock_file, open_regular, unlock_file
-from cachefreeze.store.format import CHUNK_ROWS, JOURNAL, Head, Layout, SegmentError, read_head
+from cachefreeze.store.format import CHUNK_ROWS, JOURNAL, Head, SegmentError, read_head
 from cachefreeze.store.journal import LINE_BYTES, Chunk, Content, read_lines
 from cachefreeze.store.locks import is_refused
 from cachefreeze.store.objects import Denied
 from cachefreeze.store.reading import Damaged, read_chunk
 from cachefreeze.store.segment import add_chunk
-
-# Largest size of all chunks that are copied at the same time, unless it is only one.
-_HELD_BYTES = 2**27
 
 
 class Link:
@@ -118,7 +115,7 @@ class Exchange:
         wanted = [] if self._link.full else self._missing()
         if not wanted:
             return False
-        wanted = wanted[: _at_once(wanted[0][1].layout)]
+        wanted = wanted[: at_once(wanted[0][1].layout)]
         layouts = [head.layout for _, head, _ in wanted]
         nbytes = sum(layout.values_bytes + layout.keys_bytes for layout in layouts)
         if not self._link.budget.make_room(nbytes, spared):
@@ -227,7 +224,7 @@ class Exchange:
             self._unsendable.add(folder.name)
             self._link.say_once("large", f"{folder} has chunks of more than 1 GiB: not sent")
             return
-        chunks = chunks[: _at_once(head.layout)]
+        chunks = chunks[: at_once(head.layout)]
 
         def sender(chunk: Chunk) -> Callable[[], bool | None]:
             def send() -> bool | None:
@@ -277,11 +274,6 @@ class Exchange:
             for folder in named_folders(self._folder)
             for chunk in self._new_chunks(folder)
         )
-
-
-def _at_once(layout: Layout) -> int:
-    """Returns the number of chunks that are held in memory at the same time."""
-    return min(max(_HELD_BYTES // layout.values_bytes, 1), TOGETHER)
 
 
 def _lines(folder: Path) -> int:
