@@ -196,9 +196,6 @@ class Bucket:
             Unreachable: A request failed.
         """
         folder, layout = f"{name}/{segment}", head.layout
-        if chunk.number == 0:
-            about = metadata(name, layout, head.about, 0)
-            self.objects.replace(f"{folder}/zarr.json", about["zarr.json"].encode())
         names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
         for path, one in zip(names, content, strict=True):
             # An earlier run may have written it, and was killed before the commit.
@@ -209,22 +206,27 @@ class Bucket:
                 return False
         return True
 
-    def count(self, name: str, segment: str, head: Head, last: Chunk) -> None:
-        """Writes the number of slots for other readers. cachefreeze itself does not read it.
+    def describe(self, name: str, segment: str, head: Head, last: Chunk, commits: Commits) -> None:
+        """Writes the metadata of a segment before a commit names its chunks.
+
+        cachefreeze itself does not read the number of slots.
 
         Args:
             name: Name of the set.
             segment: Name of the segment.
             head: Metadata of the segment.
             last: Last chunk of the segment.
+            commits: Known commits of the set.
 
         Raises:
             Unreachable: A request failed.
         """
         slots = last.number * head.layout.chunk_rows + last.rows
+        is_new = all((segment, one) in commits.holes for one in commits.chunks.get(segment, ()))
         for path, content in metadata(name, head.layout, head.about, slots).items():
-            if path != "zarr.json":
-                self.objects.replace(f"{name}/{segment}/{path}", content.encode())
+            if path == "zarr.json" and not is_new:  # it does not change
+                continue
+            self.objects.replace(f"{name}/{segment}/{path}", content.encode())
 
     def remove(self, name: str, segment: str, layout: Layout, chunks: Sequence[Chunk]) -> None:
         """Removes the objects of chunks, after a commit has said that the segment is removed.

@@ -20,7 +20,7 @@ from cachefreeze.store.journal import LINE_BYTES, Chunk, parse_line
 REMOTE = "remote"
 # Largest size of a commit.
 MOST_BYTES = 2**14
-_RECORD = re.compile(rb"([0-9a-f]{32}) (?:(\d{8} [^\n]{31}\n)|removed ([0-9a-f]{8})\n)")
+_RECORD = re.compile(rb"([0-9a-f]{32}) (?:(hole )?(\d{8} [^\n]{31}\n)|removed ([0-9a-f]{8})\n)")
 _LOCAL = re.compile(rb"(\d{8}) ([^\n]*)\n")
 
 
@@ -30,16 +30,19 @@ class Record(NamedTuple):
     Args:
         segment: Name of the segment.
         chunk: Complete chunk. None if the segment was removed.
+        hole: Whether the chunk has no objects, since its rows are in other segments or damaged.
     """
 
     segment: str
     chunk: Chunk | None
+    hole: bool = False
 
     def line(self) -> bytes:
         """Returns the line of this record in a commit."""
-        if self.chunk is not None:
-            return f"{self.segment} ".encode() + self.chunk.line(self.segment)
-        return f"{self.segment} removed {_checksum(self.segment):08x}\n".encode()
+        if self.chunk is None:
+            return f"{self.segment} removed {_checksum(self.segment):08x}\n".encode()
+        hole = "hole " if self.hole else ""
+        return f"{self.segment} {hole}".encode() + self.chunk.line(self.segment)
 
 
 def _checksum(segment: str) -> int:
@@ -63,11 +66,13 @@ def _parse_record(content: bytes, start: int) -> tuple[Record, int] | None:
     if found is None:
         return None
     segment = found[1].decode()
-    if found[2] is None:
-        right = int(found[3], 16) == _checksum(segment)
+    if found[3] is None:
+        right = int(found[4], 16) == _checksum(segment)
         return (Record(segment, None), found.end()) if right else None
-    chunk = parse_line(found[2], segment, int(found[2][:8]), CHUNK_ROWS)
-    return None if chunk is None else (Record(segment, chunk), found.end())
+    chunk = parse_line(found[3], segment, int(found[3][:8]), CHUNK_ROWS)
+    if chunk is None:
+        return None
+    return Record(segment, chunk, found[2] is not None), found.end()
 
 
 class Commits:
@@ -81,6 +86,7 @@ class Commits:
     Attributes:
         next: Number of the first commit that is not known.
         chunks: Complete chunks by the number of the chunk, by the name of the segment.
+        holes: Chunks without objects: the name of the segment, and the number of the chunk.
         removed: Names of removed segments.
     """
 
@@ -89,6 +95,7 @@ class Commits:
         self._read = 0
         self.next = 0
         self.chunks: dict[str, dict[int, Chunk]] = {}
+        self.holes: set[tuple[str, int]] = set()
         self.removed: set[str] = set()
 
     def load(self) -> None:
@@ -101,7 +108,7 @@ class Commits:
             if os.fstat(file).st_size < self._read:
                 # The object store was made anew, and another process knows that already.
                 self._read = self.next = 0
-                self.chunks, self.removed = {}, set()
+                self.chunks, self.holes, self.removed = {}, set(), set()
             while piece := os.pread(file, 2**20, self._read):
                 end = piece.rfind(b"\n") + 1
                 for line in _LOCAL.finditer(piece, 0, end):
@@ -139,12 +146,16 @@ class Commits:
 
     def _note(self, number: int, records: Sequence[Record]) -> None:
         self.next = max(self.next, number + 1)
-        for segment, chunk in records:
+        for segment, chunk, hole in records:
             if chunk is None:
                 self.removed.add(segment)
-            else:
-                # The first one counts: a second writer of the same chunk comes too late.
-                self.chunks.setdefault(segment, {}).setdefault(chunk.number, chunk)
+                continue
+            # The first one counts: a second writer of the same chunk comes too late.
+            known = self.chunks.setdefault(segment, {})
+            if chunk.number not in known:
+                known[chunk.number] = chunk
+                if hole:
+                    self.holes.add((segment, chunk.number))
 
     def has_all(self, folder: Path) -> bool:
         """Returns whether all chunks of a local segment are in the object store, or were removed.

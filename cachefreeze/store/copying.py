@@ -60,6 +60,8 @@ def _copy_segment(name: str, segment: Segment, source: Place, target: Place) -> 
         chunks = missing[start : start + step]
 
         def read(chunk: Chunk) -> Content | None:
+            if source.is_hole(name, segment, chunk):
+                return None
             try:
                 return source.read(name, segment, chunk)
             except Damaged as error:

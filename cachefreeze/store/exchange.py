@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from cachefreeze.store.bucket import MOST_BYTES_OF_CHUNK, TOGETHER, Bucket, at_once, together
 from cachefreeze.store.budget import Budget, named_folders
 from cachefreeze.store.commits import REMOTE, Commits, Record
 from cachefreeze.store.files import lock_file, open_regular, unlock_file
-from cachefreeze.store.format import CHUNK_ROWS, JOURNAL, Head, SegmentError, read_head
+from cachefreeze.store.format import CHUNK_ROWS, JOURNAL, KEY_BYTES, Head, SegmentError, read_head
 from cachefreeze.store.journal import LINE_BYTES, Chunk, Content, read_lines
 from cachefreeze.store.locks import is_refused
 from cachefreeze.store.objects import Denied
@@ -80,14 +82,21 @@ class Exchange:
         # Number of the first chunks of each segment that are here or were asked for in this run.
         # What is evicted later is not fetched again.
         self._done: dict[str, int] = {}
+        # Whether all chunks of known commits were here, or could not be had, at the last look.
+        self._complete = False
+        # First halves of the keys that were fetched in this run.
+        self._theirs: list[np.ndarray] = []
         self._unsendable: set[str] = set()
 
     def turn(self, spared: Collection[str], ending: bool) -> bool | None:
-        """Fetches and sends a few chunks.
+        """Fetches a few chunks, or sends a few if there is nothing to fetch.
+
+        Rows that were computed while the same rows were on their way are not sent again. So chunks
+        are sent only after all others are here.
 
         Args:
             spared: Names of sets from which nothing is evicted for what is fetched.
-            ending: Whether chunks are only sent.
+            ending: Whether no further chunks are fetched.
 
         Returns:
             Whether there may be more. None if another process is busy with this set.
@@ -100,13 +109,16 @@ class Exchange:
             while self.removals:
                 self._remove(*self.removals[0])
                 del self.removals[0]
-            if ending:
-                return self._send()
-            if self.probe:
+            if self.probe and not (ending and self._complete):
                 self._bucket.follow(self.name, self._commits)
                 self.probe, self.probed = False, time.monotonic()
-            more = self._fetch(spared)
-            return self._send() or more
+            if ending:
+                self._complete = self._complete or self._link.full or not self._missing()
+                return self._complete and self._send()
+            if self._fetch(spared):
+                return True
+            self._complete = True
+            return self._send()
         finally:
             unlock_file(lock)
 
@@ -127,24 +139,26 @@ class Exchange:
             )
             return False
 
-        def reader(segment: str, head: Head, chunk: Chunk) -> Callable[[], Content | Damaged]:
-            def read() -> Content | Damaged:
+        def reader(segment: str, head: Head, chunk: Chunk) -> Callable[[], Content | None]:
+            def read() -> Content | None:
+                if (segment, chunk.number) in self._commits.holes:
+                    return None
                 try:
                     return self._bucket.read(self.name, segment, head.layout, chunk)
                 except Damaged as error:
-                    return error
+                    told = f"{error}: the rows in it are computed again"
+                    self._link.say_once("damaged", told)
+                    return None
 
             return read
 
         contents = together([reader(*each) for each in wanted])
         for (segment, head, chunk), content in zip(wanted, contents, strict=True):
             self._done[segment] = chunk.number + 1
-            folder = self._folder / segment
-            found = content if isinstance(content, Content) else None
-            if found is None:
-                self._link.say_once("damaged", f"{content}: the rows in it are computed again")
-            if not add_chunk(folder, head, chunk, found):
+            if not add_chunk(self._folder / segment, head, chunk, content):
                 self._heads[segment] = None  # another process removes it, or chunks are missing
+            if content is not None:
+                self._theirs.append(_halves(content, chunk))
         return True
 
     def _missing(self) -> list[tuple[str, Head, Chunk]]:
@@ -153,10 +167,13 @@ class Exchange:
             folder, number = self._folder / segment, self._done.get(segment, 0)
             if number not in chunks or segment in self._commits.removed or is_refused(folder):
                 continue
+            if all((segment, one) in self._commits.holes for one in chunks):
+                continue
             lines, before = _lines(folder), len(found)
             # If a commit is damaged, the chunks behind it cannot be added either.
             while (chunk := chunks.get(number)) is not None and len(found) < TOGETHER:
-                if number >= lines or not (folder / f"keys/c.{number}.0").exists():
+                hole = (segment, number) in self._commits.holes
+                if number >= lines or not (hole or (folder / f"keys/c.{number}.0").exists()):
                     head = self._head(segment)
                     if head is None:
                         break
@@ -226,35 +243,36 @@ class Exchange:
             return
         chunks = chunks[: at_once(head.layout)]
 
-        def sender(chunk: Chunk) -> Callable[[], bool | None]:
-            def send() -> bool | None:
+        theirs = np.unique(np.concatenate(self._theirs)) if self._theirs else None
+        self._theirs = [] if theirs is None else [theirs]
+
+        def sender(chunk: Chunk) -> Callable[[], Record | str]:
+            def send() -> Record | str:
                 try:
                     content = read_chunk(folder, head.layout, chunk)
-                except Damaged:
-                    return None
-                return self._bucket.write(self.name, folder.name, head, chunk, content)
+                except Damaged as error:
+                    return str(error)
+                if theirs is not None and np.isin(_halves(content, chunk), theirs).all():
+                    return Record(folder.name, chunk, hole=True)
+                if self._bucket.write(self.name, folder.name, head, chunk, content):
+                    return Record(folder.name, chunk)
+                return f"{self._bucket.url}/{self.name}/{folder.name} has another writer"
 
             return send
 
-        records = []
-        for chunk, sent in zip(chunks, together([sender(chunk) for chunk in chunks]), strict=True):
-            if sent:
-                records.append(Record(folder.name, chunk))
-                continue
-            # Nothing that is behind it can be read there.
-            self._unsendable.add(folder.name)
-            if sent is False:
-                self._link.say_once(
-                    "two writers",
-                    f"{self._bucket.url}/{self.name}/{folder.name} has another writer: the rows of "
-                    "this one stay in the local folder",
-                )
-            break
+        records: list[Record] = []
+        for sent in together([sender(chunk) for chunk in chunks]):
+            if isinstance(sent, str):
+                # Nothing that is behind it can be read there.
+                self._unsendable.add(folder.name)
+                self._link.say_once("unsendable", f"{sent}: its rows stay in the local folder")
+                break
+            records.append(sent)
         if records:
+            if not all(record.hole for record in records):
+                last = chunks[len(records) - 1]
+                self._bucket.describe(self.name, folder.name, head, last, self._commits)
             self._bucket.commit(self.name, self._commits, records)
-            last = records[-1].chunk
-            assert last is not None
-            self._bucket.count(self.name, folder.name, head, last)
 
     def _remove(self, segment: str, own: bool) -> None:
         chunks = self._commits.chunks.get(segment)
@@ -274,6 +292,11 @@ class Exchange:
             for folder in named_folders(self._folder)
             for chunk in self._new_chunks(folder)
         )
+
+
+def _halves(content: Content, chunk: Chunk) -> np.ndarray:
+    """Returns the first halves of the keys of a chunk, which are equal only for equal rows."""
+    return np.frombuffer(content.keys[: chunk.rows * KEY_BYTES], dtype=np.uint64)[::2]
 
 
 def _lines(folder: Path) -> int:

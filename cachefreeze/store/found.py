@@ -12,7 +12,6 @@ import numpy as np
 # `numpy.unique` imports it at its first use. That fails if no more files can be opened.
 import numpy.ma
 
-from cachefreeze.store.commits import REMOTE
 from cachefreeze.store.format import (
     JOURNAL,
     NAME,
@@ -25,7 +24,7 @@ from cachefreeze.store.format import (
 from cachefreeze.store.index import Index
 from cachefreeze.store.journal import LINE_BYTES, Chunk, read_lines
 from cachefreeze.store.locks import Gone, Held, is_refused
-from cachefreeze.store.reading import Damaged, Files, Source, read_keys
+from cachefreeze.store.reading import Damaged, Files, Source, is_hole, read_keys
 
 # Source of a row that is no longer read.
 _NOWHERE = -1
@@ -284,15 +283,10 @@ class Found:
         try:
             return read_keys(path, segment.layout, chunk)
         except Damaged as error:
-            if is_folder(segment.folder) and not self._is_hole(segment, chunk):
+            hole = is_hole(segment.folder, segment.layout, chunk)
+            if is_folder(segment.folder) and not hole:
                 self._tell(f"{error}: the rows in it are computed again")
             return None
-
-    def _is_hole(self, segment: _Segment, chunk: Chunk) -> bool:
-        """Returns whether a chunk was damaged in the object store, which the user was told."""
-        names = segment.layout.values_name(chunk.number), segment.layout.keys_name(chunk.number)
-        missing = not any(os.path.lexists(segment.folder / name) for name in names)
-        return missing and (self._folder.parent / REMOTE).is_dir()
 
     def _add(self, waiting: dict[int, np.ndarray]) -> None:
         if not waiting:

@@ -38,7 +38,11 @@ def inspect_objects(url: str) -> list[SetReport]:
                     continue
                 times = [entry.time for entry in entries.get((name, segment.name), [])] or [0.0]
                 report.segments += 1
-                report.rows += sum(chunk.rows for chunk in segment.chunks)
+                report.rows += sum(
+                    chunk.rows
+                    for chunk in segment.chunks
+                    if not place.is_hole(name, segment, chunk)
+                )
                 if max(times) >= report.last_use:
                     report.row, report.about = segment.head.layout.row, segment.head.about
                 report.last_use = max(report.last_use, *times)
@@ -69,6 +73,8 @@ def verify_objects(url: str) -> Iterator[str]:
                     yield segment
                     continue
                 for chunk in segment.chunks:
+                    if place.is_hole(name, segment, chunk):
+                        continue
                     try:
                         place.read(name, segment, chunk)
                     except Damaged as error:

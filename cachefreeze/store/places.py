@@ -24,7 +24,7 @@ from cachefreeze.store.format import (
 from cachefreeze.store.journal import Chunk, Content, read_lines
 from cachefreeze.store.locks import is_refused
 from cachefreeze.store.objects import Unreachable, is_url
-from cachefreeze.store.reading import read_chunk
+from cachefreeze.store.reading import is_hole, read_chunk
 from cachefreeze.store.segment import add_chunk
 
 
@@ -60,6 +60,9 @@ class Place(Protocol):
         Raises:
             Damaged: The chunk is damaged or missing.
         """
+
+    def is_hole(self, name: str, segment: Segment, chunk: Chunk) -> bool:
+        """Returns whether a chunk is not there on purpose."""
 
     def write(
         self, name: str, segment: Segment, chunks: list[tuple[Chunk, Content | None]]
@@ -127,6 +130,10 @@ class FolderPlace:
         """Reads and checks a chunk."""
         return read_chunk(self._path / name / segment.name, segment.head.layout, chunk)
 
+    def is_hole(self, name: str, segment: Segment, chunk: Chunk) -> bool:
+        """Returns whether a chunk is not there on purpose."""
+        return is_hole(self._path / name / segment.name, segment.head.layout, chunk)
+
     def write(
         self, name: str, segment: Segment, chunks: list[tuple[Chunk, Content | None]]
     ) -> None:
@@ -190,6 +197,10 @@ class BucketPlace:
         """Reads and checks a chunk."""
         return self.bucket.read(name, segment.name, segment.head.layout, chunk)
 
+    def is_hole(self, name: str, segment: Segment, chunk: Chunk) -> bool:
+        """Returns whether a chunk is not there on purpose."""
+        return (segment.name, chunk.number) in self.commits(name).holes
+
     def write(
         self, name: str, segment: Segment, chunks: list[tuple[Chunk, Content | None]]
     ) -> None:
@@ -198,9 +209,10 @@ class BucketPlace:
         for chunk, content in chunks:
             if content is not None:
                 bucket.write(name, segment.name, head, chunk, content)
-        records = [Record(segment.name, chunk) for chunk, _ in chunks]
-        bucket.commit(name, self.commits(name), records)
-        bucket.count(name, segment.name, head, chunks[-1][0])
+        commits = self.commits(name)
+        bucket.describe(name, segment.name, head, chunks[-1][0], commits)
+        records = [Record(segment.name, chunk, content is None) for chunk, content in chunks]
+        bucket.commit(name, commits, records)
 
 
 @contextmanager

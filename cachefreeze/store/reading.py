@@ -306,6 +306,20 @@ def read_keys(path: Path, layout: Layout, chunk: Chunk) -> np.ndarray:
     return np.frombuffer(keys[: chunk.rows * KEY_BYTES], dtype=np.uint64).reshape(-1, 2)
 
 
+def is_hole(folder: Path, layout: Layout, chunk: Chunk) -> bool:
+    """Returns whether both files of a chunk are missing.
+
+    So it is with a chunk whose rows an object store has in another segment, or has damaged.
+
+    Args:
+        folder: Folder of the segment.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
+    """
+    names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
+    return not any(os.path.lexists(folder / name) for name in names)
+
+
 def read_chunk(folder: Path, layout: Layout, chunk: Chunk) -> Content:
     """Returns the checked contents of the two files of a chunk.
 

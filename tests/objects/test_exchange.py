@@ -208,3 +208,27 @@ def test_a_store_that_was_emptied_gets_all_rows_again(
     store.delete([one["path"] for page in store.list() for one in page])
     assert found(url, tmp_path / "a", 40) == (40, [])
     assert found(url, tmp_path / "b", 40) == (40, [])
+
+
+def test_rows_that_were_on_their_way_are_not_sent_again(
+    url: str, proxy: Proxy, tmp_path: Path, hasty: None
+) -> None:
+    write(url, tmp_path / "a", np.arange(80))
+    proxy.fail("slow")
+    proxy.requests.clear()
+    directory = opened(url, tmp_path / "b")
+    rows = directory.rows(NAME, ROW, ABOUT)
+    missing = np.arange(100)[rows.find(keys_of(np.arange(100))) < 0]
+    assert len(missing) > 24
+    rows.append(keys_of(missing), rows_of(missing))
+    for _ in range(200):
+        if any("/commits/" in path and method == "PUT" for method, path in proxy.requests):
+            break
+        threading.Event().wait(0.05)
+    proxy.fail(None)
+    directory.close()
+    assert directory.messages == []
+    new = [path for method, path in proxy.requests if method == "PUT" and "values/c" in path]
+    assert 3 <= len(new) <= 4, "chunks of which some rows are new"
+    assert found(url, tmp_path / "c", 100) == (100, [])
+    assert found(url, tmp_path / "b", 100) == (100, [])

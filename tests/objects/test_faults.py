@@ -188,7 +188,7 @@ def test_metadata_of_a_stranger_are_not_read(
     url: str, server: int, proxy: Proxy, tmp_path: Path, said: str
 ) -> None:
     write(url, tmp_path / "a", np.arange(40))
-    (head,) = [path for _, path in proxy.requests if path.count("/") == 6 and "zarr.json" in path]
+    (head,) = {path for _, path in proxy.requests if path.count("/") == 6 and "zarr.json" in path}
     content = ask(server, "GET", head)[1].decode()
     wrong = {
         "dims": content.replace('"dims": [3, 4]', '"dims": [1048576, 1048576]'),
