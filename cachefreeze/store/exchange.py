@@ -31,7 +31,7 @@ class Link:
         tell: Function called with each message for the user.
 
     Attributes:
-        may_send: Whether the object store may be written to, as far as is known.
+        denied: Reason why the object store may not be written to. Empty if none is known.
         full: Whether the local folder has no room for further rows.
     """
 
@@ -42,7 +42,7 @@ class Link:
         self.folder = folder
         self.budget = Budget(folder, max_bytes)
         self.tell = tell
-        self.may_send, self.full = True, False
+        self.denied, self.full = "", False
         self._told: set[str] = set()
 
     def say_once(self, about: str, sentence: str) -> None:
@@ -194,7 +194,7 @@ class Exchange:
 
     def _send(self) -> bool:
         """Sends a few chunks that are new. Returns whether there were any."""
-        if not self._link.may_send:
+        if self._link.denied:
             return False
         for folder in named_folders(self._folder):
             unsent = self._new_chunks(folder)
@@ -203,7 +203,7 @@ class Exchange:
             try:
                 self._send_chunks(folder, unsent)
             except Denied as error:
-                self._link.may_send = False
+                self._link.denied = str(error)
                 self._link.say_once(
                     "failed",
                     f"no rows are written to {self._bucket.url} ({error}): new ones stay in "

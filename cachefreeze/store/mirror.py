@@ -188,10 +188,10 @@ class Mirror:
             self._wait_for(thread)
         rows = sum(one.unsent() for one in self._sets.values())
         if rows:
-            why = f" ({self._failed})" if self._failed else ""
+            why = self._failed or self._link.denied or "not all others were fetched yet"
             self._link.tell(
-                f"{rows} rows are not in {self._bucket.url} yet{why}: they stay in {self._folder}, "
-                "and the next run with this local folder that uses them sends them"
+                f"{rows} rows are not in {self._bucket.url} yet ({why}): they stay in "
+                f"{self._folder}, and the next run with this local folder that uses them sends them"
             )
 
     def _wait_for(self, thread: threading.Thread) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -27,6 +28,18 @@ _VARIABLES = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
+
+
+# Whether obstore has threads that this process does not have. A request would never end.
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _forked or "obstore" in sys.modules
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Unreachable(Exception):  # noqa: N818
@@ -180,6 +193,8 @@ class Objects:
     @contextlib.contextmanager
     def _request(self) -> Iterator[None]:
         """Turns errors of obstore into `Unreachable` with a short reason."""
+        if _forked:
+            raise Unreachable("this process was forked from one that uses obstore: use spawn")
         try:
             yield
             self.answered = time.monotonic()

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -153,6 +154,46 @@ def test_a_forked_process_makes_no_request(url: str, proxy: Proxy, tmp_path: Pat
     rows.append(keys_of(numbers), rows_of(numbers))
     directory.close()
     assert found(url, tmp_path / "b", 60) == (60, []), "the parent goes on"
+
+
+def test_a_run_in_a_forked_process_goes_on_without_the_store(
+    url: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    write(url, tmp_path / "a", np.arange(20))
+    proxy.requests.clear()
+    if not (pid := os.fork()):
+        try:
+            began = time.monotonic()
+            good, told = found(url, tmp_path / "b", 20)
+            right = good == 0 and "forked" in told[0] and time.monotonic() - began < 2
+            os._exit(0 if right else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+WRITES = """
+import numpy as np
+from pathlib import Path
+from cachefreeze.store import format
+from tests.objects.harness import write
+format.CHUNK_ROWS = {chunk_rows}
+numbers = np.arange({start}, {start} + 100)
+for part in np.split(numbers, 5):
+    assert write({url!r}, Path({local!r}), part) == []
+"""
+
+
+def test_processes_share_a_local_folder(url: str, tmp_path: Path) -> None:
+    root, local = Path(__file__).parents[2], str(tmp_path / "a")
+    codes = [
+        WRITES.format(url=url, local=local, chunk_rows=CHUNK_ROWS, start=start)
+        for start in (0, 100, 50)
+    ]
+    running = [subprocess.Popen([sys.executable, "-c", code], cwd=root) for code in codes]
+    assert [one.wait() for one in running] == [0, 0, 0]
+    assert found(url, tmp_path / "a", 200) == (200, [])
+    assert found(url, tmp_path / "b", 200) == (200, [])
 
 
 def test_only_what_the_store_has_is_evicted(
