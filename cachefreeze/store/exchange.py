@@ -101,7 +101,7 @@ class Exchange:
         Returns:
             Whether there may be more. None if another process is busy with this set.
         """
-        lock = _lock(self._link.folder / REMOTE / f"{self.name}.lock")
+        lock = lock_set(self._link.folder, self.name)
         if lock is None:
             return None
         try:
@@ -306,8 +306,17 @@ def _lines(folder: Path) -> int:
         return 0
 
 
-def _lock(path: Path) -> int | None:
-    """Takes the lock of a set, or returns None if another process has it."""
+def lock_set(folder: Path, name: str) -> int | None:
+    """Takes the lock of a set for all processes that share a local folder.
+
+    Args:
+        folder: Local folder.
+        name: Name of the set.
+
+    Returns:
+        Descriptor that holds the lock. None if another process has it.
+    """
+    path = folder / REMOTE / f"{name}.lock"
     path.parent.mkdir(exist_ok=True)
     file = open_regular(path, os.O_RDWR | os.O_CREAT)
     try:

@@ -10,9 +10,9 @@ from typing import TypeVar
 from cachefreeze.errors import UserError, first_line
 from cachefreeze.store.bucket import Bucket
 from cachefreeze.store.commits import REMOTE
-from cachefreeze.store.exchange import Exchange, Link
-from cachefreeze.store.files import write_atomically
-from cachefreeze.store.format import SegmentError, read_small
+from cachefreeze.store.exchange import Exchange, Link, lock_set
+from cachefreeze.store.files import unlock_file, write_atomically
+from cachefreeze.store.format import NAME, SegmentError, read_small
 from cachefreeze.store.objects import Unreachable
 
 # Seconds that a run waits for its object store in all: for the first answer, then for rows. Rows
@@ -279,13 +279,18 @@ def prepare(folder: Path, url: str, identity: str) -> None:
         OSError: The folder cannot be written.
     """
     remote = folder / REMOTE
-    if _read_store(folder) == (url, identity):
-        return
     remote.mkdir(exist_ok=True)
-    for path in remote.iterdir():
-        if path.suffix != ".lock":
-            path.unlink(missing_ok=True)
-    write_atomically(remote / _STORE, json.dumps([url, identity]).encode())
+    while (lock := lock_set(folder, _STORE)) is None:
+        pass  # each try waits for a moment
+    try:
+        if _read_store(folder) == (url, identity):
+            return
+        for path in remote.iterdir():
+            if NAME.fullmatch(path.name):
+                path.unlink()
+        write_atomically(remote / _STORE, json.dumps([url, identity]).encode())
+    finally:
+        unlock_file(lock)
 
 
 def _read_store(folder: Path) -> tuple[str, str] | None:

@@ -45,7 +45,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests and waits that end early, so that tests of faults do."""
     monkeypatch.setattr(objects, "REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr(mirror, "START_SECONDS", 1.0)
+    monkeypatch.setattr(mirror, "START_SECONDS", 1.5)
     monkeypatch.setattr(mirror, "PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(mirror, "CLOSE_SECONDS", 2.0)
     monkeypatch.setattr(mirror, "SILENT_SECONDS", 1.5)

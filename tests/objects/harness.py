@@ -23,10 +23,10 @@ def write(url: str, local: Path, numbers: np.ndarray, max_bytes: int | None = No
     return directory.messages
 
 
-def found(url: str, local: Path, count: int, seconds: float = 0.0) -> tuple[int, list[str]]:
-    """Returns how many of the first rows a new run finds within some seconds, and what it says.
+def found(url: str, local: Path, count: int, seconds: float = 10.0) -> tuple[int, list[str]]:
+    """Returns how many of the first rows a new run finds, and what it says.
 
-    All rows that it finds are right."""
+    It waits for all of them for some seconds. All rows that it finds are right."""
     directory = opened(url, local)
     rows, until = directory.rows(NAME, ROW, ABOUT), time.monotonic() + seconds
     good = read(rows, np.arange(count)).sum()

@@ -59,7 +59,7 @@ def test_a_damaged_chunk_is_not_copied(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING, "cachefreeze"):
         assert cachefreeze.copy(tmp_path / "a", url) == 32
     assert "values/c.1.0.0" in caplog.text
-    assert found(url, tmp_path / "b", 40) == (32, [])
+    assert found(url, tmp_path / "b", 40, 1) == (32, [])
 
 
 def test_what_cannot_be_copied_is_one_sentence(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_script_lists_checks_and_prunes(
     assert "removed: 0 B in all" in out
     code, out, _ = stats(url, "--prune", "0")
     assert (code, "removed: 60 rows" in out, "no rows in" in out) == (0, True, True)
-    assert found(url, tmp_path / "b", 60) == (0, [])
+    assert found(url, tmp_path / "b", 60, 0) == (0, [])
     write(url, tmp_path / "b", np.arange(10))
     assert found(url, tmp_path / "c", 10) == (10, [])
     proxy.requests.clear()  # the script lists

@@ -76,6 +76,7 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self.requests: list[tuple[str, str]] = []
         self.spoil: Callable[[str, str], str | None] = lambda method, path: None
+        # Set when stalled requests are to end.
         proxy, self._ended = self, threading.Event()
 
         class Handler(BaseHTTPRequestHandler):
@@ -114,7 +115,12 @@ class Proxy:
         self._server.server_close()
 
     def fail(self, fault: str | None, *words: str, methods: str = "GET PUT") -> None:
-        """Spoils all requests whose path has one of some words, or all if there are none."""
+        """Spoils all requests whose path has one of some words, or all if there are none.
+
+        Requests that are stalled from before end without an answer.
+        """
+        self._ended.set()
+        self._ended = threading.Event()
 
         def spoil(method: str, path: str) -> str | None:
             chosen = method in methods.split() and (not words or any(w in path for w in words))
@@ -124,13 +130,13 @@ class Proxy:
 
     def _answer(self, handler: Any, port: int) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
-        method, path = handler.command, handler.path
+        method, path, ended = handler.command, handler.path, self._ended
         self.requests.append((method, path))
         fault = self.spoil(method, path)
         if fault == "slow":
-            self._ended.wait(SLOW_SECONDS)
+            ended.wait(SLOW_SECONDS)
         if fault == "stalled":
-            self._ended.wait()
+            ended.wait()
             handler.close_connection = True
             return
         made: dict[str | None, tuple[int, bytes]] = {
