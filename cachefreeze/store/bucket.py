@@ -20,7 +20,7 @@ from cachefreeze.store.format import (
 )
 from cachefreeze.store.journal import Chunk, Content
 from cachefreeze.store.objects import Denied, NoBucket, Objects, Unreachable, set_credentials
-from cachefreeze.store.reading import Damaged, check_content
+from cachefreeze.store.reading import Damaged, check_content, check_keys
 
 # Object that tells that a prefix belongs to cachefreeze. It has a random name, which differs after
 # everything was removed.
@@ -167,17 +167,27 @@ class Bucket:
             Unreachable: A request failed.
         """
         folder = f"{name}/{segment}"
-        # The size is compared before the content is read.
-        values = self.objects.read(
-            f"{folder}/{layout.values_name(chunk.number)}", layout.values_bytes
-        )
-        keys = self.objects.read(f"{folder}/{layout.keys_name(chunk.number)}", layout.keys_bytes)
-        if values is None or keys is None:
-            which = layout.values_name if values is None else layout.keys_name
-            raise Damaged(f"{self.url}/{folder}/{which(chunk.number)} is missing")
-        content = Content(values, keys)
+        path = f"{folder}/{layout.values_name(chunk.number)}"
+        values = self.objects.read(path, layout.values_bytes)
+        if values is None:
+            raise Damaged(f"{self.url}/{path} is missing")
+        content = Content(values, self.keys(name, segment, layout, chunk))
         check_content(f"{self.url}/{folder}", layout, chunk, content)
         return content
+
+    def keys(self, name: str, segment: str, layout: Layout, chunk: Chunk) -> bytes:
+        """Reads and checks the object with the keys of a chunk.
+
+        Raises:
+            Damaged: The object is missing, or its size or checksum is wrong.
+            Unreachable: A request failed.
+        """
+        path = f"{name}/{segment}/{layout.keys_name(chunk.number)}"
+        keys = self.objects.read(path, layout.keys_bytes)
+        if keys is None:
+            raise Damaged(f"{self.url}/{path} is missing")
+        check_keys(f"{self.url}/{name}/{segment}", layout, chunk, keys)
+        return keys
 
     def write(self, name: str, segment: str, head: Head, chunk: Chunk, content: Content) -> bool:
         """Writes the objects of a chunk. It counts only once a commit names it.

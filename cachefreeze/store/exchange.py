@@ -21,6 +21,10 @@ from cachefreeze.store.reading import Damaged, read_chunk
 from cachefreeze.store.segment import add_chunk
 
 
+# Part of the local folder that fetched chunks leave free.
+_SHARE_FOR_NEW = 8
+
+
 class Link:
     """A local folder and an object store whose sets are kept alike.
 
@@ -113,7 +117,7 @@ class Exchange:
                 self._bucket.follow(self.name, self._commits)
                 self.probe, self.probed = False, time.monotonic()
             if ending:
-                self._complete = self._complete or self._link.full or not self._missing()
+                self._complete = self._complete or not self._missing()
                 return self._complete and self._send()
             if self._fetch(spared):
                 return True
@@ -123,43 +127,49 @@ class Exchange:
             unlock_file(lock)
 
     def _fetch(self, spared: Collection[str]) -> bool:
-        """Fetches a few chunks that are missing. Returns whether there were any."""
-        wanted = [] if self._link.full else self._missing()
+        """Fetches a few chunks that are missing. Returns whether there were any.
+
+        If the local folder is full, only their keys are fetched, so that rows which are computed
+        now are not sent again.
+        """
+        wanted = self._missing()
         if not wanted:
             return False
         wanted = wanted[: at_once(wanted[0][1].layout)]
         layouts = [head.layout for _, head, _ in wanted]
         nbytes = sum(layout.values_bytes + layout.keys_bytes for layout in layouts)
-        if not self._link.budget.make_room(nbytes, spared):
+        # New rows need some room, too.
+        nbytes += self._link.budget.limit(0) // _SHARE_FOR_NEW
+        if not self._link.full and not self._link.budget.make_room(nbytes, spared):
             self._link.full = True
             self._link.say_once(
                 "full",
                 f"{self._link.folder} has no room for all rows of {self._bucket.url}: those that "
                 "are not in it are computed, unless max_bytes is larger",
             )
-            return False
-
-        def reader(segment: str, head: Head, chunk: Chunk) -> Callable[[], Content | None]:
-            def read() -> Content | None:
-                if (segment, chunk.number) in self._commits.holes:
-                    return None
-                try:
-                    return self._bucket.read(self.name, segment, head.layout, chunk)
-                except Damaged as error:
-                    told = f"{error}: the rows in it are computed again"
-                    self._link.say_once("damaged", told)
-                    return None
-
-            return read
-
-        contents = together([reader(*each) for each in wanted])
+        contents = together([self._reader(*each) for each in wanted])
         for (segment, head, chunk), content in zip(wanted, contents, strict=True):
             self._done[segment] = chunk.number + 1
-            if not add_chunk(self._folder / segment, head, chunk, content):
+            if not self._link.full and not add_chunk(self._folder / segment, head, chunk, content):
                 self._heads[segment] = None  # another process removes it, or chunks are missing
             if content is not None:
                 self._theirs.append(_halves(content, chunk))
         return True
+
+    def _reader(self, segment: str, head: Head, chunk: Chunk) -> Callable[[], Content | None]:
+        def read() -> Content | None:
+            if (segment, chunk.number) in self._commits.holes:
+                return None
+            where = self.name, segment, head.layout, chunk
+            try:
+                if self._link.full:
+                    return Content(b"", self._bucket.keys(*where))
+                return self._bucket.read(*where)
+            except Damaged as error:
+                self._link.say_once("damaged", f"{error}: the rows in it are computed again")
+                return None
+
+        return read
 
     def _missing(self) -> list[tuple[str, Head, Chunk]]:
         found: list[tuple[str, Head, Chunk]] = []
@@ -273,6 +283,8 @@ class Exchange:
                 last = chunks[len(records) - 1]
                 self._bucket.describe(self.name, folder.name, head, last, self._commits)
             self._bucket.commit(self.name, self._commits, records)
+            # If it is evicted in this run, it is not fetched.
+            self._done[folder.name] = chunks[len(records) - 1].number + 1
 
     def _remove(self, segment: str, own: bool) -> None:
         chunks = self._commits.chunks.get(segment)

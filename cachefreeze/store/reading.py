@@ -359,20 +359,38 @@ def check_content(folder: str | Path, layout: Layout, chunk: Chunk, content: Con
     Raises:
         Damaged: The size or the checksum of a file is wrong.
     """
-    raw = layout.codec == "raw"
-    least = layout.values_bytes if raw else layout.index_bytes + 1
-    sizes = (least, layout.values_bytes), (layout.keys_bytes, layout.keys_bytes)
-    names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
-    expected, plain = (chunk.values, chunk.keys), (raw, True)
+    raw, path = layout.codec == "raw", f"{folder}/{layout.values_name(chunk.number)}"
     if chunk.rows > layout.chunk_rows:
-        raise Damaged(f"{folder}/{names[0]} has more rows than a chunk can have")
-    for name, one, (low, high), crc, checked in zip(
-        names, content, sizes, expected, plain, strict=True
-    ):
-        if not low <= len(one) <= high:
-            raise Damaged(f"{folder}/{name} has {len(one)} bytes, and not {high}")
-        memory = np.frombuffer(one, dtype=np.uint8)
-        # Of a compressed file, the journal has the checksum of all bytes.
-        found = google_crc32c.value(memory[:-CHECKSUM_BYTES] if checked else memory)
-        if found != crc or (checked and int.from_bytes(one[-CHECKSUM_BYTES:], "little") != crc):
-            raise Damaged(f"{folder}/{name} has a wrong checksum")
+        raise Damaged(f"{path} has more rows than a chunk can have")
+    least = layout.values_bytes if raw else layout.index_bytes + 1
+    if not least <= len(content.values) <= layout.values_bytes:
+        raise Damaged(f"{path} has {len(content.values)} bytes, and not {layout.values_bytes}")
+    # Of a compressed file, the journal has the checksum of all bytes.
+    _check_bytes(path, content.values, chunk.values, raw)
+    check_keys(folder, layout, chunk, content.keys)
+
+
+def check_keys(folder: str | Path, layout: Layout, chunk: Chunk, content: bytes) -> None:
+    """Compares the content of a chunk file of keys with its line in the journal.
+
+    Args:
+        folder: Folder or URL of the segment, for messages.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
+        content: Content of the file.
+
+    Raises:
+        Damaged: The size or the checksum is wrong.
+    """
+    path = f"{folder}/{layout.keys_name(chunk.number)}"
+    if len(content) != layout.keys_bytes:
+        raise Damaged(f"{path} has {len(content)} bytes, and not {layout.keys_bytes}")
+    _check_bytes(path, content, chunk.keys, True)
+
+
+def _check_bytes(path: str, content: bytes, expected: int, has_tail: bool) -> None:
+    memory = np.frombuffer(content, dtype=np.uint8)
+    found = google_crc32c.value(memory[:-CHECKSUM_BYTES] if has_tail else memory)
+    tail = int.from_bytes(content[-CHECKSUM_BYTES:], "little") if has_tail else expected
+    if not found == expected == tail:
+        raise Damaged(f"{path} has a wrong checksum")

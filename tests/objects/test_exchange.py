@@ -230,17 +230,28 @@ def test_only_what_the_store_has_is_evicted(
     assert found(url, tmp_path / "b", 30) == (30, [])
 
 
-def test_a_folder_without_room_serves_what_fits(url: str, tmp_path: Path) -> None:
-    write(url, tmp_path / "a", np.arange(400))
-    directory = opened(url, tmp_path / "b", 20_000)
+def test_a_folder_without_room_serves_what_fits_and_sends_what_is_new(
+    url: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    write(url, tmp_path / "a", np.arange(800))
+    proxy.requests.clear()
+    directory = opened(url, tmp_path / "b", 44_000)
     rows = directory.rows(NAME, ROW, ABOUT)
-    for _ in range(20):
-        threading.Event().wait(0.02)
-        rows.refresh()
-    assert 0 < read(rows, np.arange(400)).sum() < 400
+    until = time.monotonic() + 10
+    while not any("keys/c.99.0" in path for _, path in proxy.requests):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    rows.refresh()
+    numbers = np.arange(808)
+    missing = numbers[rows.find(keys_of(numbers)) < 0]
+    assert 0 < read(rows, numbers).sum() < 800
+    rows.append(keys_of(missing[-24:]), rows_of(missing[-24:]))
     directory.close()
     assert len(directory.messages) == 1
     assert "has no room" in directory.messages[0]
+    sent = [path for method, path in proxy.requests if method == "PUT" and "values/c" in path]
+    assert len(sent) == 1, "of 24 rows, 8 are new"
+    assert found(url, tmp_path / "c", 808) == (808, [])
 
 
 def test_rows_that_were_wrong_are_not_fetched(url: str, tmp_path: Path) -> None:
