@@ -2,7 +2,8 @@
 
 A directory holds sets. A set holds the rows of one value of a model. It consists of segments, each
 the rows of one writer in zarr arrays. A segment consists of chunk files of whole rows, and a
-journal with one line for each complete chunk. docs/store-format.md describes the files.
+journal with one line for each complete chunk. If the directory is a URL, `Mirror` copies chunks
+between a local folder and an object store. docs/store-format.md describes the files.
 """
 
 from cachefreeze.store.directory import Directory, open_directory

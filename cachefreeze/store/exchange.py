@@ -20,7 +20,6 @@ from cachefreeze.store.objects import Denied
 from cachefreeze.store.reading import Damaged, read_chunk
 from cachefreeze.store.segment import add_chunk
 
-
 # Part of the local folder that fetched chunks leave free.
 _SHARE_FOR_NEW = 8
 

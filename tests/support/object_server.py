@@ -23,7 +23,7 @@ _EXPIRED = (
     b"<Message>The provided token has expired.</Message></Error>"
 )
 _MISSING = b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code><Message>No.</Message></Error>'
-SLOW_SECONDS = 0.4
+SLOW_SECONDS = 0.25
 
 
 def free_port() -> int:
