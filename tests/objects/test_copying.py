@@ -12,6 +12,8 @@ import pytest
 
 import cachefreeze
 from cachefreeze import UserError
+from cachefreeze.store.inspect_objects import inspect_objects, verify_objects
+from cachefreeze.train import main
 from tests.store.harness import read_again, segments
 from tests.store.harness import write as write_folder
 from tests.support.object_server import Proxy, ask
@@ -60,6 +62,10 @@ def test_a_damaged_chunk_is_not_copied(tmp_path: Path, caplog: pytest.LogCapture
         assert cachefreeze.copy(tmp_path / "a", url) == 32
     assert "values/c.1.0.0" in caplog.text
     assert found(url, tmp_path / "b", 40, 1) == (32, [])
+    assert list(verify_objects(url)) == [], "the damage was left behind"
+    assert inspect_objects(url)[0].rows == 32
+    assert cachefreeze.copy(url, tmp_path / "c") == 32
+    assert read_again(tmp_path / "c", 40) == (32, [])
 
 
 def test_what_cannot_be_copied_is_one_sentence(tmp_path: Path) -> None:
@@ -117,3 +123,13 @@ def test_what_the_script_cannot_open_is_one_line(url: str, proxy: Proxy, stats: 
         assert err.count("\n") == 1
     proxy.fail("503")
     assert stats(url)[0] == 2
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/x", "s3:/bucket/x"])
+def test_the_program_for_training_takes_folders_only(
+    folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--dataset", "digits", "--cache-dir", folder]) == 2
+    assert "keeps rows in a folder, not at a URL" in capsys.readouterr().err
+    assert not list(tmp_path.glob("s3*"))
