@@ -13,7 +13,15 @@ from cachefreeze.store.bucket import MOST_BYTES_OF_CHUNK, TOGETHER, Bucket, at_o
 from cachefreeze.store.budget import Budget, named_folders
 from cachefreeze.store.commits import REMOTE, Commits, Record
 from cachefreeze.store.files import lock_file, open_regular, unlock_file
-from cachefreeze.store.format import CHUNK_ROWS, JOURNAL, KEY_BYTES, Head, SegmentError, read_head
+from cachefreeze.store.format import (
+    CHUNK_ROWS,
+    JOURNAL,
+    KEY_BYTES,
+    Head,
+    SegmentError,
+    is_folder,
+    read_head,
+)
 from cachefreeze.store.journal import LINE_BYTES, Chunk, Content, read_lines
 from cachefreeze.store.locks import is_refused
 from cachefreeze.store.objects import Denied
@@ -47,12 +55,14 @@ class Link:
         self.tell = tell
         self.denied, self.full = "", False
         self._told: set[str] = set()
+        self._guard = threading.Lock()
 
     def say_once(self, about: str, sentence: str) -> None:
-        """Tells the user something, once for each subject."""
-        if about not in self._told:
-            self._told.add(about)
-            self.tell(sentence)
+        """Tells the user something, once for each subject. Several threads may call this."""
+        with self._guard:
+            if about not in self._told:
+                self._told.add(about)
+                self.tell(sentence)
 
 
 class Exchange:
@@ -251,30 +261,35 @@ class Exchange:
             self._link.say_once("large", f"{folder} has chunks of more than 1 GiB: not sent")
             return
         chunks = chunks[: at_once(head.layout)]
-
         theirs = np.unique(np.concatenate(self._theirs)) if self._theirs else None
         self._theirs = [] if theirs is None else [theirs]
 
-        def sender(chunk: Chunk) -> Callable[[], Record | str]:
-            def send() -> Record | str:
+        def sender(chunk: Chunk) -> Callable[[], Record | None]:
+            def send() -> Record | None:
                 try:
                     content = read_chunk(folder, head.layout, chunk)
                 except Damaged as error:
-                    return str(error)
+                    if not is_folder(folder):  # another process has removed it
+                        return None
+                    self._link.say_once("damaged here", f"{error}: it is not sent")
+                    return Record(folder.name, chunk, hole=True)
                 if theirs is not None and np.isin(_halves(content, chunk), theirs).all():
                     return Record(folder.name, chunk, hole=True)
                 if self._bucket.write(self.name, folder.name, head, chunk, content):
                     return Record(folder.name, chunk)
-                return f"{self._bucket.url}/{self.name}/{folder.name} has another writer"
+                where = f"{self._bucket.url}/{self.name}/{folder.name}"
+                self._link.say_once(
+                    "two writers",
+                    f"{where} has another writer: the rows of this one stay in the local folder",
+                )
+                return None
 
             return send
 
         records: list[Record] = []
         for sent in together([sender(chunk) for chunk in chunks]):
-            if isinstance(sent, str):
-                # Nothing that is behind it can be read there.
+            if sent is None:
                 self._unsendable.add(folder.name)
-                self._link.say_once("unsendable", f"{sent}: its rows stay in the local folder")
                 break
             records.append(sent)
         if records:

@@ -11,7 +11,7 @@ from cachefreeze.errors import UserError
 from cachefreeze.store import Row, objects, open_directory
 from cachefreeze.store.commits import parse
 from cachefreeze.store.format import Layout, metadata
-from tests.store.harness import ABOUT, NAME, ROW, keys_of, rows_of
+from tests.store.harness import ABOUT, NAME, ROW, keys_of, rows_of, segments
 from tests.support.object_server import FAULTS, SLOW_SECONDS, Proxy, ask
 
 from .harness import found, opened, write
@@ -98,6 +98,20 @@ def test_a_store_that_fails_is_asked_ever_less_often(
         time.sleep(0.01)
     assert 1 <= len(proxy.requests) <= 6
     directory.close()
+
+
+def test_a_chunk_that_is_damaged_here_is_not_sent(url: str, proxy: Proxy, tmp_path: Path) -> None:
+    proxy.fail("503", methods="PUT")
+    write(url, tmp_path / "a", np.arange(40))
+    proxy.fail(None)
+    (folder,) = segments(tmp_path / "a")
+    damaged = folder / "values" / "c.1.0.0"
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    good, told = found(url, tmp_path / "a", 40, 1)
+    assert good == 32
+    assert len(told) == 2, "whoever sends it and whoever reads it"
+    assert all("values/c.1.0.0" in sentence for sentence in told)
+    assert found(url, tmp_path / "b", 40, 1) == (32, [])
 
 
 def test_damage_at_rest_costs_its_chunk_only(

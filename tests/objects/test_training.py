@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from cachefreeze import ActivationCache, UserError, freeze
+from cachefreeze.store import objects
 from tests.support.object_server import Proxy
 
 ROWS, BATCH, EPOCHS = 256, 32, 3
@@ -82,8 +83,9 @@ def test_a_second_machine_computes_no_row(url: str, proxy: Proxy, tmp_path: Path
 
 @pytest.mark.parametrize("fault", ["stalled", "503", "wrong bytes"])
 def test_training_goes_on_without_the_store(
-    url: str, proxy: Proxy, tmp_path: Path, fault: str, hasty: None
+    url: str, proxy: Proxy, tmp_path: Path, fault: str, hasty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(objects, "REQUEST_SECONDS", 30.0)
     plain = run()
     run(url, tmp_path / "a", proxy)
     proxy.fail(fault, "/values/", "/keys/", "/commits/")
@@ -92,7 +94,7 @@ def test_training_goes_on_without_the_store(
     assert ran.served > 0, "rows that were computed here are served"
     assert "computed" in ran.messages[0]
     assert len(ran.messages) <= 2
-    assert ran.slowest_step < 1.0, "no step waits for a request"
+    assert ran.slowest_step < 5.0, "no step waits for a request"
 
 
 def test_a_loader_with_workers_goes_on(url: str, proxy: Proxy, tmp_path: Path) -> None:
