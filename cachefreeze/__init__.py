@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     )
     from cachefreeze.lineage import explain
     from cachefreeze.probing.probe import probe
+    from cachefreeze.store.copying import copy
 
 __all__ = [
     "ActivationCache",
     "FreezeOutLR",
     "Schedule",
     "UserError",
+    "copy",
     "explain",
     "freeze",
     "param_groups",
@@ -42,6 +44,7 @@ _HOMES = {
     "freezeout": ("FreezeOutLR", "Schedule", "freeze", "param_groups", "unfreeze", "units_of"),
     "lineage": ("explain",),
     "probing.probe": ("probe",),
+    "store.copying": ("copy",),
 }
 
 

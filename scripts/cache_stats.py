@@ -1,6 +1,7 @@
 """Shows what is in a cache folder: `python scripts/cache_stats.py [CACHE_DIR]`.
 
-The folder is the directory of an `ActivationCache`, or the `--cache-dir` of `cachefreeze.train`.
+The folder is the directory of an `ActivationCache`, or the `--cache-dir` of `cachefreeze.train`. It
+may also be the URL of an object store (`s3://bucket/name`), which is listed then.
 Runs may use the cache at the same time. Only `--prune` changes anything. Exit code 0: all is well;
 1: something is damaged; 2: the folder is no cache, or an option does not fit.
 """
@@ -24,6 +25,8 @@ from cachefreeze.report.summary_text import format_table
 from cachefreeze.store.directory import is_directory
 from cachefreeze.store.files import human_bytes
 from cachefreeze.store.inspect import Pruned, SetReport, inspect, prune, verify
+from cachefreeze.store.inspect_objects import inspect_objects, prune_objects, verify_objects
+from cachefreeze.store.objects import is_url
 
 COLUMNS, BAR = 100, 20
 MOST_DIMS, MOST_SIZE = 64, 2**40
@@ -123,9 +126,9 @@ def main() -> int:
     parser.add_argument(
         "cache_dir",
         nargs="?",
-        type=Path,
+        type=lambda text: text if is_url(text) else Path(text),
         default=Path("data/cache"),
-        help="folder of the cache (default: data/cache)",
+        help="folder of the cache, or URL of an object store (default: data/cache)",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--verify", action="store_true", help="check every chunk's checksum")
@@ -150,9 +153,14 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     days = None if args.prune is None else float(args.prune)
-    found = look(args.cache_dir, check=args.verify, prune_days=days)
-    free, chosen = shutil.disk_usage(args.cache_dir).free, args.max_gb is not None
-    budget = args.max_gb * 1e9 if chosen else (found.nbytes + free) // 2
+    try:
+        found = look(args.cache_dir, check=args.verify, prune_days=days)
+    except UserError as error:  # an object store that does not work
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    chosen = args.max_gb is not None
+    free = None if is_url(args.cache_dir) else shutil.disk_usage(args.cache_dir).free
+    budget = args.max_gb * 1e9 if chosen else None if free is None else (found.nbytes + free) // 2
     if args.json:
         totals = {
             "cache_dir": str(args.cache_dir),
@@ -160,7 +168,7 @@ def main() -> int:
             "free_bytes": free,
             "budget_bytes": budget,
             "budget_given": chosen,
-            "over_budget": found.nbytes > budget,
+            "over_budget": budget is not None and found.nbytes > budget,
         }
         print(json.dumps(totals | as_json(found), indent=2))
     else:
@@ -188,42 +196,59 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--prune {args.prune} is no number of days: give one, and the folder before it"
             )
+    if is_url(folder):
+        return
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name the one that the cache was given")
     if not is_directory(folder):
         raise UserError(f"{folder} is not a cache folder of cachefreeze: name another one")
 
 
-def budget_lines(used: float, budget: float, which: str, free: float) -> list[str]:
+def budget_lines(used: float, budget: float | None, which: str, free: float | None) -> list[str]:
     """Returns lines about the size of a folder, its limit, and the free disk."""
+    if budget is None:
+        return [f"{human_bytes(used)} in all"]
     share = min(used / budget if budget else float(used > 0), 1.0)
     bar = f"[{'#' * int(share * BAR):{BAR}}] {int(share * 100):3}%"  # full only if nothing is left
     line = f"{bar}  {human_bytes(used)} of {human_bytes(budget)} ({which})"
     over = [f"over budget by {human_bytes(used - budget)}"] if used > budget else []
-    return [line, *over, f"{human_bytes(free)} free on this disk"]
+    return [line, *over, *([] if free is None else [f"{human_bytes(free)} free on this disk"])]
 
 
-def look(directory: Path, *, check: bool, prune_days: float | None) -> Contents:
+def look(directory: Path | str, *, check: bool, prune_days: float | None) -> Contents:
     """Inspects a directory, and removes what is to be removed first.
 
     Args:
-        directory: Folder of an `ActivationCache`.
+        directory: Folder of an `ActivationCache`, or URL of an object store.
         check: Whether to read all chunks and compare their checksums.
         prune_days: Number of days without use after which rows are removed. If infinite, only files
             that killed runs left are removed. If None, nothing is removed.
 
     Raises:
-        UserError: The folder is no directory of an `ActivationCache`.
+        UserError: The folder is no directory of an `ActivationCache`, or the object store does not
+            work.
     """
     names: dict[str, str] = {}
     pruned = None
     if prune_days is not None:
-        names = _names(_groups(inspect(directory)))
-        pruned = prune(directory, prune_days * 86400)
-    sets = [one for one in inspect(directory) if one.segments]
+        names = _names(_groups(_inspect(directory)))
+        older = prune_days * 86400
+        pruned = (
+            prune_objects(directory, older)
+            if isinstance(directory, str)
+            else prune(directory, older)
+        )
+    sets = [one for one in _inspect(directory) if one.segments]
     groups = _groups(sets)
-    problems = list(verify(directory)) if check else [each for one in sets for each in one.problems]
+    problems = [each for one in sets for each in one.problems]
+    if check:
+        found = verify_objects(directory) if isinstance(directory, str) else verify(directory)
+        problems = list(found)
     return Contents(groups, problems, check, pruned, names | _names(groups))
+
+
+def _inspect(directory: Path | str) -> list[SetReport]:
+    return inspect_objects(directory) if isinstance(directory, str) else inspect(directory)
 
 
 def _names(groups: Iterable[Group]) -> dict[str, str]:
@@ -357,7 +382,7 @@ def _set_as_json(one: SetReport, group: Group) -> dict[str, Any]:
     }
 
 
-def as_text(found: Contents, directory: Path) -> Iterator[str]:
+def as_text(found: Contents, directory: Path | str) -> Iterator[str]:
     """Yields the lines of a table for each value, and lines about damage and removed rows."""
     now, model = time.time(), None
     for group in found.groups:

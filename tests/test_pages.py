@@ -62,7 +62,7 @@ def names_of(page: Path) -> dict[str, Any]:
         "__name__": "page", "torch": torch, "F": F, "cachefreeze": cachefreeze, "model": model,
         "backbone": model.backbone, "features": 8, "dataset": dataset, "loader": loader,
         "optimizer": torch.optim.SGD(model.head.parameters(), lr=0.1), "x": x, "y": y,
-        "loss_function": F.cross_entropy, "epochs": 3, "device": "cpu",
+        "loss_function": F.cross_entropy, "epochs": 3, "device": "cpu", "url": "memory://page",
     }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from cachefreeze.cache.statistics import Report, Stats, in_words
 from cachefreeze.cache.views import numbered
 from cachefreeze.lineage import calls, unloaded
 from cachefreeze.lineage.undone import undone
-from cachefreeze.store import Directory
+from cachefreeze.store import open_directory
 
 _log = logging.getLogger("cachefreeze")
 _open: "weakref.WeakSet[ActivationCache]" = weakref.WeakSet()
@@ -72,13 +71,14 @@ class ActivationCache:
     Args:
         *models: Modules whose calls are cached: one model, or several such as a student and its
             teacher. Direct calls of their submodules are cached as well.
-        directory: Folder that rows are written to. Later runs find them there, and so do other runs
-            at the same time. The folder is created if it does not exist. If None, rows are kept in
-            memory only.
-        max_bytes: Largest number of bytes of kept rows: in memory, or in the directory over all
-            runs if there is one. The least recently used rows are dropped first. If None, the limit
-            is half of the free disk with a directory, and a quarter of the free memory without one.
-            With a directory, rows in memory never take more than a quarter of the free memory.
+        directory: Folder that rows are written to, or URL of an object store ("s3://bucket/name").
+            Later runs find rows there, and so do other runs at the same time. The folder is created
+            if it does not exist. If None, rows are kept in memory only.
+        local: Folder for copies of rows of an object store, `~/.cache/cachefreeze/...` if None.
+        max_bytes: Largest number of bytes of kept rows: in memory, or in the directory (of an
+            object store: `local`) over all runs if there is one. The least recently used rows are
+            dropped first. If None, half of the free disk with a directory, and a quarter of the
+            free memory without one. With a directory, memory takes no more than that quarter.
         codec: Format of kept rows. "raw" keeps their bits. "zstd" keeps their bits too, compressed
             in the directory. "int8" rounds floating-point numbers to 8 bits, which takes a quarter
             of the bytes of float32. It needs `exact=False`.
@@ -106,6 +106,7 @@ class ActivationCache:
         self,
         *models: nn.Module,
         directory: str | os.PathLike[str] | None = None,
+        local: str | os.PathLike[str] | None = None,
         max_bytes: int | None = None,
         codec: str = "raw",
         exact: bool = True,
@@ -114,7 +115,7 @@ class ActivationCache:
     ) -> None:
         models = check_models(models)
         check_options(max_bytes, probation, verify, codec, directory is not None, exact)
-        folder = None if directory is None else Directory(Path(directory), max_bytes)
+        folder = open_directory(directory, max_bytes, local)
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
         self._shared = CacheState(Entries(memory, folder, codec), exact, probation)
         self._shared.report.verify = verify

@@ -4,50 +4,37 @@ Each process measures other seconds. Where two choices cost about the same, proc
 differently, and could not use each other's rows.
 """
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import xxhash
 
 from cachefreeze.keys import environment, machine
 from cachefreeze.lineage import Trace
-from cachefreeze.store.files import open_regular, write_partial
-
-# Largest file that is read. A number takes about 25 bytes.
-_MOST_BYTES = 2**20
+from cachefreeze.store import Directory
 
 
-def agreed_seconds(trace: Trace, folder: Path | None) -> list[float]:
+def agreed_seconds(trace: Trace, directory: Directory | None) -> list[float]:
     """Returns the seconds that the first process has measured for each operation of the same pass.
 
     They decide what is kept, and so the speed, but no value.
 
     Args:
         trace: Trace of a pass.
-        folder: Folder that the processes share. None if there is none.
+        directory: Directory that the processes share. None if there is none.
 
     Returns:
-        Seconds that this process has measured, if it is the first one or the folder fails.
+        Seconds that this process has measured, if it is the first one or the directory fails.
     """
     own = [one.seconds for one in trace.operations]
-    if folder is None:
+    if directory is None:
         return own
-    path = folder / f"{_name_of(trace)}.json"
-    found = _read(path, len(own))
-    if found is None:
-        with contextlib.suppress(OSError):
-            folder.mkdir(exist_ok=True)
-            with write_partial(path, json.dumps(own).encode()) as written:
-                try:
-                    os.link(written, path)  # fails if another process was faster
-                finally:
-                    written.unlink()
-        found = _read(path, len(own))
-    return own if found is None else found
+    content = json.dumps(own).encode()
+    found = directory.agree(
+        f"{_name_of(trace)}.json", content, lambda other: _parse(other, len(own)) is not None
+    )
+    return own if found is None else _parse(found, len(own)) or own
 
 
 def _name_of(trace: Trace) -> str:
@@ -59,11 +46,10 @@ def _name_of(trace: Trace) -> str:
     return xxhash.xxh3_128_hexdigest(repr(content).encode())
 
 
-def _read(path: Path, count: int) -> list[float] | None:
+def _parse(content: bytes, count: int) -> list[float] | None:
     try:
-        with open(path, "rb", opener=open_regular) as file:
-            found = json.loads(file.read(_MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(content)
+    except (ValueError, RecursionError):
         return None
     return found if _is_right(found, count) else None
 

@@ -67,11 +67,10 @@ class Selection:
     def _choose(self, inputs: Mapping[int, Tensor]) -> None:
         shared, trace, like = self._shared, self.trace, self._like
         directory = shared.entries.directory
-        folder = None if directory is None else directory.path / "costs"
         cut: Cut = (
             like.plan.cut
             if like is not None
-            else cheapest_cut(trace, agreed_seconds(trace, folder))
+            else cheapest_cut(trace, agreed_seconds(trace, directory))
         )
         self.plan: Plan = Plan(trace, cut)
         self.share = cut.seconds_saved / max(trace.kernel_seconds, 1e-12)

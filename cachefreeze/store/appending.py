@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cachefreeze.store.budget import Budget
+from cachefreeze.store.commits import REMOTE
 from cachefreeze.store.files import human_bytes
 from cachefreeze.store.format import Layout
 from cachefreeze.store.locks import refuse, remove
@@ -28,15 +29,23 @@ class Writer:
         directory: Folder that holds the sets.
         budget: Limit on the disk space of the directory.
         tell: Function called with each message for the user.
+        written: Function called after each chunk that was written.
 
     Attributes:
         stopped: Whether nothing is written any more.
     """
 
-    def __init__(self, directory: Path, budget: Budget, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        budget: Budget,
+        tell: Callable[[str], None],
+        written: Callable[[], None] = lambda: None,
+    ) -> None:
         self._directory = directory
         self._budget = budget
         self._tell = tell
+        self._written = written
         self._jobs: queue.Queue[tuple[Appender, Buffer] | None] = queue.Queue(MOST_WAITING)
         self._thread: threading.Thread | None = None
         self.stopped = False
@@ -66,10 +75,13 @@ class Writer:
         try:
             if self._budget.make_room(appender.chunk_bytes):
                 appender.write(buffer)
+                self._written()
                 return
             most = self._budget.max_bytes
             limit = "half of the space on the disk" if most is None else human_bytes(most)
             reason = f"its limit is {limit}, and its older rows are in use"
+            if (self._directory / REMOTE).is_dir():
+                reason += " or not in the object store yet"
         except OSError as error:
             reason = error.strerror or str(error)
         except Exception as error:

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from cachefreeze.store.commits import is_elsewhere
 from cachefreeze.store.files import entries_below, remove_tree
 from cachefreeze.store.format import JOURNAL, NAME, TRASH, is_folder
 from cachefreeze.store.journal import LINE_BYTES
@@ -63,8 +64,16 @@ class Budget:
         # For each segment: lines of the journal, bytes at that time, bytes of a full chunk.
         self._known: dict[Path, tuple[int, int, int]] = {}
 
-    def make_room(self, nbytes: int) -> bool:
-        """Removes unused segments until a chunk fits. Returns whether it fits."""
+    def make_room(self, nbytes: int, spared: Collection[str] = ()) -> bool:
+        """Removes unused segments until some bytes fit. Returns whether they fit.
+
+        Segments that an object store does not have yet are never removed, if the directory belongs
+        to one.
+
+        Args:
+            nbytes: Number of bytes.
+            spared: Names of sets that nothing is removed from.
+        """
         if self.max_bytes is not None and nbytes > self.max_bytes:
             return False
         kept: set[Path] = set()
@@ -73,11 +82,13 @@ class Budget:
             if not kept:
                 remove_trash(self._directory)
             left = [folder for folder in self._known if folder not in kept]
+            left = [folder for folder in left if folder.parent.name not in spared]
             if not left:
                 return False
             # Segments that are marked as wrong go first, since nobody reads them.
             oldest = min(left, key=lambda folder: (not is_refused(folder), last_use(folder)))
-            remove(oldest)
+            if is_elsewhere(oldest):
+                remove(oldest)
             kept.add(oldest)
         return True
 

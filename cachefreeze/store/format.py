@@ -251,7 +251,34 @@ def read_head(folder: Path, name: str) -> Head:
         if not is_folder(part):
             raise SegmentError(f"{part} is not a folder: this segment is not read")
     path = folder / "zarr.json"
-    group = _parse(path)
+    head = parse_head(read_small(path), path, name)
+    expected = metadata(name, head.layout, head.about, 0)
+    for array_name in ("values", "keys"):
+        path = folder / array_name / "zarr.json"
+        array = _parse(read_small(path), path)
+        try:
+            slots = array["shape"][0]
+            if type(slots) is not int or not 0 <= slots < 10**SLOT_DIGITS:
+                raise ValueError("the number of slots is out of range")
+            array["shape"][0] = 0
+            _compare(array, expected[f"{array_name}/zarr.json"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise SegmentError(f"{path} was not written by cachefreeze: not read") from error
+    return head
+
+
+def parse_head(content: bytes, path: str | Path, name: str) -> Head:
+    """Checks the metadata of the group of a segment.
+
+    Args:
+        content: Content of the file `zarr.json` of the group.
+        path: Place of the file, for messages.
+        name: Name of the set that the segment must belong to.
+
+    Raises:
+        SegmentError: The metadata say anything but what the store writes.
+    """
+    group = _parse(content, path)
     try:
         said = group["attributes"]["cachefreeze"]
         if said["format"] != FORMAT:
@@ -269,21 +296,9 @@ def read_head(folder: Path, name: str) -> Head:
         most = Layout.of(row).chunk_rows
         if type(head.layout.chunk_rows) is not int or not 1 <= head.layout.chunk_rows <= most:
             raise ValueError("chunk_rows is out of range")
-        expected = metadata(name, head.layout, head.about, 0)
-        _compare(group, expected["zarr.json"])
+        _compare(group, metadata(name, head.layout, head.about, 0)["zarr.json"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SegmentError(f"{path} was not written by cachefreeze: not read") from error
-    for array_name in ("values", "keys"):
-        path = folder / array_name / "zarr.json"
-        array = _parse(path)
-        try:
-            slots = array["shape"][0]
-            if type(slots) is not int or not 0 <= slots < 10**SLOT_DIGITS:
-                raise ValueError("the number of slots is out of range")
-            array["shape"][0] = 0
-            _compare(array, expected[f"{array_name}/zarr.json"])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise SegmentError(f"{path} was not written by cachefreeze: not read") from error
     return head
 
 
@@ -316,8 +331,7 @@ def read_small(path: Path, most: int = METADATA_BYTES) -> bytes:
     return content
 
 
-def _parse(path: Path) -> Any:
-    content = read_small(path)
+def _parse(content: bytes, path: str | Path) -> Any:
     if _brackets(content) > METADATA_BRACKETS:
         raise SegmentError(f"{path} was not written by cachefreeze: not read")
     try:

@@ -24,7 +24,7 @@ from cachefreeze.store.format import (
 from cachefreeze.store.index import Index
 from cachefreeze.store.journal import LINE_BYTES, Chunk, read_lines
 from cachefreeze.store.locks import Gone, Held, is_refused
-from cachefreeze.store.reading import Damaged, Files, Source, read_keys
+from cachefreeze.store.reading import Damaged, Files, Source, is_hole, read_keys
 
 # Source of a row that is no longer read.
 _NOWHERE = -1
@@ -283,7 +283,8 @@ class Found:
         try:
             return read_keys(path, segment.layout, chunk)
         except Damaged as error:
-            if is_folder(segment.folder):
+            hole = is_hole(segment.folder, segment.layout, chunk)
+            if is_folder(segment.folder) and not hole:
                 self._tell(f"{error}: the rows in it are computed again")
             return None
 

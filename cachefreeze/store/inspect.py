@@ -24,7 +24,7 @@ from cachefreeze.store.format import (
 )
 from cachefreeze.store.journal import Chunk, read_lines
 from cachefreeze.store.locks import in_use, is_refused, last_use, remove
-from cachefreeze.store.reading import Damaged, check_values, read_keys
+from cachefreeze.store.reading import Damaged, check_values, is_hole, read_keys
 
 # A segment takes less time than this to create. An older unfinished one is of a killed process.
 _OLD_SECONDS = 3600.0
@@ -118,6 +118,8 @@ def verify(directory: Path) -> Iterator[str]:
         if problem is not None:
             yield problem
         for chunk in chunks:
+            if is_hole(folder, head.layout, chunk):
+                continue
             for check in (_check_values, _check_keys):
                 try:
                     check(folder, head.layout, chunk)

@@ -4,6 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 
@@ -40,6 +41,18 @@ class Chunk:
         return f"{text} {_checksum(text.encode(), segment):08x}\n".encode()
 
 
+class Content(NamedTuple):
+    """Contents of the two files of a chunk.
+
+    Args:
+        values: Content of the file of values.
+        keys: Content of the file of keys.
+    """
+
+    values: bytes
+    keys: bytes
+
+
 def _checksum(text: bytes, segment: str) -> int:
     # The name is included, so that the journal of another segment is not accepted.
     return google_crc32c.value(text + segment.encode())
@@ -69,7 +82,7 @@ def read_lines(path: Path, segment: str, start: int, most_rows: int) -> list[Chu
             whole = len(piece) // LINE_BYTES
             for number in range(whole):
                 line = piece[number * LINE_BYTES : (number + 1) * LINE_BYTES]
-                chunk = _parse(line, segment, start + len(chunks), most_rows)
+                chunk = parse_line(line, segment, start + len(chunks), most_rows)
                 if chunk is None:
                     where = start + len(chunks)
                     sentence = f"{path} is damaged in line {where + 1}: later rows are not read"
@@ -81,7 +94,15 @@ def read_lines(path: Path, segment: str, start: int, most_rows: int) -> list[Chu
         os.close(file)
 
 
-def _parse(line: bytes, segment: str, number: int, most_rows: int) -> Chunk | None:
+def parse_line(line: bytes, segment: str, number: int, most_rows: int) -> Chunk | None:
+    """Returns the chunk of a line, or None if the line is damaged.
+
+    Args:
+        line: Line of a journal.
+        segment: Name of the segment.
+        number: Number that the chunk must have.
+        most_rows: Number of rows in a full chunk.
+    """
     found = _LINE.fullmatch(line)
     if found is None or _checksum(found[1], segment) != int(found[5], 16):
         return None

@@ -16,7 +16,7 @@ import numpy as np
 from cachefreeze.store.codecs import decompress, places
 from cachefreeze.store.files import open_regular
 from cachefreeze.store.format import CHECKSUM_BYTES, KEY_BYTES, Layout, SegmentError
-from cachefreeze.store.journal import Chunk
+from cachefreeze.store.journal import Chunk, Content
 
 # Number of chunk files that stay open. To open a file takes as long as to read a row.
 OPEN_FILES = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8, 256), 16)
@@ -304,3 +304,93 @@ def read_keys(path: Path, layout: Layout, chunk: Chunk) -> np.ndarray:
     if not google_crc32c.value(keys) == chunk.keys == int.from_bytes(tail, "little"):
         raise Damaged(f"{path} has a wrong checksum")
     return np.frombuffer(keys[: chunk.rows * KEY_BYTES], dtype=np.uint64).reshape(-1, 2)
+
+
+def is_hole(folder: Path, layout: Layout, chunk: Chunk) -> bool:
+    """Returns whether both files of a chunk are missing.
+
+    So it is with a chunk whose rows an object store has in another segment, or has damaged.
+
+    Args:
+        folder: Folder of the segment.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
+    """
+    names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
+    return not any(os.path.lexists(folder / name) for name in names)
+
+
+def read_chunk(folder: Path, layout: Layout, chunk: Chunk) -> Content:
+    """Returns the checked contents of the two files of a chunk.
+
+    Args:
+        folder: Folder of the segment.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
+
+    Raises:
+        Damaged: A file is damaged, or the disk fails.
+    """
+    names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
+    most = layout.values_bytes, layout.keys_bytes
+    try:
+        values, keys = (_read_file(folder / name, n) for name, n in zip(names, most, strict=True))
+    except OSError as error:
+        raise Damaged(f"{folder / names[0]} cannot be read ({error.strerror})") from error
+    content = Content(values, keys)
+    check_content(folder, layout, chunk, content)
+    return content
+
+
+def _read_file(path: Path, most: int) -> bytes:
+    with open(path, "rb", opener=open_regular) as file:
+        return file.read(min(os.fstat(file.fileno()).st_size, most + 1))
+
+
+def check_content(folder: str | Path, layout: Layout, chunk: Chunk, content: Content) -> None:
+    """Compares the contents of the two files of a chunk with its line in the journal.
+
+    Args:
+        folder: Folder or URL of the segment, for messages.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
+        content: Contents of the files.
+
+    Raises:
+        Damaged: The size or the checksum of a file is wrong.
+    """
+    raw, path = layout.codec == "raw", f"{folder}/{layout.values_name(chunk.number)}"
+    if chunk.rows > layout.chunk_rows:
+        raise Damaged(f"{path} has more rows than a chunk can have")
+    least = layout.values_bytes if raw else layout.index_bytes + 1
+    if not least <= len(content.values) <= layout.values_bytes:
+        raise Damaged(f"{path} has {len(content.values)} bytes, and not {layout.values_bytes}")
+    # Of a compressed file, the journal has the checksum of all bytes.
+    _check_bytes(path, content.values, chunk.values, raw)
+    check_keys(folder, layout, chunk, content.keys)
+
+
+def check_keys(folder: str | Path, layout: Layout, chunk: Chunk, content: bytes) -> None:
+    """Compares the content of a chunk file of keys with its line in the journal.
+
+    Args:
+        folder: Folder or URL of the segment, for messages.
+        layout: Division of the rows into chunks.
+        chunk: Line of the journal for this chunk.
+        content: Content of the file.
+
+    Raises:
+        Damaged: The size or the checksum is wrong.
+    """
+    path = f"{folder}/{layout.keys_name(chunk.number)}"
+    if len(content) != layout.keys_bytes:
+        raise Damaged(f"{path} has {len(content)} bytes, and not {layout.keys_bytes}")
+    _check_bytes(path, content, chunk.keys, True)
+
+
+def _check_bytes(path: str, content: bytes, expected: int, has_tail: bool) -> None:
+    memory = np.frombuffer(content, dtype=np.uint8)
+    found = google_crc32c.value(memory[:-CHECKSUM_BYTES] if has_tail else memory)
+    tail = int.from_bytes(content[-CHECKSUM_BYTES:], "little") if has_tail else expected
+    if not found == expected == tail:
+        raise Damaged(f"{path} has a wrong checksum")

@@ -1,6 +1,6 @@
 """The rows of one set on disk: found, read and appended."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from cachefreeze.store.appending import Appender, Writer
 from cachefreeze.store.format import Layout, Row
 from cachefreeze.store.found import Found
 from cachefreeze.store.locks import Held, refuse
+from cachefreeze.store.mirror import Mirror
 from cachefreeze.store.reading import Files
 
 
@@ -25,6 +26,7 @@ class Rows(Found):
         writer: Thread that writes.
         tell: Function called with each message for the user.
         codec: Codec for new rows, one of `CODECS`.
+        mirror: Copier between the directory and an object store. None if there is none.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class Rows(Found):
         writer: Writer,
         tell: Callable[[str], None],
         codec: str = "raw",
+        mirror: Mirror | None = None,
     ) -> None:
         super().__init__(folder, row, held, files, tell)
         self._appender = Appender(folder, Layout.of(row, codec), about, writer)
         self._wrong = False
+        self._mirror = mirror
         self.refresh()
 
     @property
@@ -61,8 +65,11 @@ class Rows(Found):
 
     def refresh(self) -> None:
         """Adds the rows of the chunks that were completed since the last call, by any run."""
-        if not self._wrong:
-            super().refresh()
+        if self._wrong:
+            return
+        if self._mirror is not None:
+            self._mirror.look(self._folder.name)
+        super().refresh()
 
     def forget(self) -> None:
         """Stops reading and writing these rows, since they were found to be wrong.
@@ -75,6 +82,8 @@ class Rows(Found):
         own = self._appender.take_back(sentence)
         others = [folder for folder in self.segments if folder not in own]
         self.drop_all()
+        self._remove_elsewhere(own, own=True)
+        self._remove_elsewhere(others, own=False)
         marked = sum(refuse(folder, sentence) for folder in others)
         told = f"the rows in {self._folder} turned out to be wrong and are not used any more"
         if marked < len(others):
@@ -83,7 +92,11 @@ class Rows(Found):
 
     def withdraw(self) -> None:
         """Removes the segments that this object has written, since their rows never came again."""
-        self._appender.take_back("These rows never came again.")
+        self._remove_elsewhere(self._appender.take_back("These rows never came again."), own=True)
+
+    def _remove_elsewhere(self, folders: Sequence[Path], own: bool) -> None:
+        if self._mirror is not None:
+            self._mirror.remove(self._folder.name, [folder.name for folder in folders], own)
 
     def publish(self) -> None:
         """Writes the rows that do not fill a chunk yet, in the background."""

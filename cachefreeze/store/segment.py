@@ -11,7 +11,7 @@ import google_crc32c
 import numpy as np
 
 from cachefreeze.store.codecs import compress
-from cachefreeze.store.files import PARTIAL, remove_tree, sync_folder, unlock_file
+from cachefreeze.store.files import PARTIAL, open_regular, remove_tree, sync_folder, unlock_file
 from cachefreeze.store.format import (
     CHECKSUM_BYTES,
     JOURNAL,
@@ -20,12 +20,13 @@ from cachefreeze.store.format import (
     NEW,
     SLOT_DIGITS,
     USED,
+    Head,
     Layout,
     is_folder,
     metadata,
     slots_offset,
 )
-from cachefreeze.store.journal import MOST_CHUNKS, Chunk
+from cachefreeze.store.journal import LINE_BYTES, MOST_CHUNKS, Chunk, Content
 from cachefreeze.store.locks import Gone, share
 
 # Largest size of one write call. In a virtual machine, larger calls take new pages and are slower.
@@ -109,13 +110,7 @@ class SegmentWriter:
                 raise
 
     def _make(self, new: Path, about: Mapping[str, Any]) -> Path:
-        for part in ("", "values", "keys"):
-            (new / part).mkdir()
-        contents = metadata(new.parent.name, self._layout, about, 0)
-        for name, content in contents.items():
-            _write_file(new / name, [(0, memoryview(content.encode()))])
-        for name in (JOURNAL, LOCK, USED):
-            _write_file(new / name, [])
+        contents = _make_files(new, self._layout, about)
         try:
             self._lock = share(new)
         except Gone as error:
@@ -155,7 +150,7 @@ class SegmentWriter:
         else:
             content = compress(layout, buffer.values[: buffer.count])
             checksum = google_crc32c.value(content)
-            self._write_chunk(values, [(0, memoryview(content))])
+            _write_chunk(values, [(0, memoryview(content))])
         keys_checksum = self._write_rows(keys, buffer.keys, buffer.count * KEY_BYTES)
         line = Chunk(number, buffer.count, checksum, keys_checksum).line(self.folder.name)
         _write_all(self._journal, memoryview(line))
@@ -171,19 +166,8 @@ class SegmentWriter:
         checksum = google_crc32c.value(flat)
         tail = memoryview(checksum.to_bytes(CHECKSUM_BYTES, "little"))
         # A partly filled chunk has a hole in the file between its rows and its checksum.
-        self._write_chunk(path, [(0, flat[:used].data), (len(flat), tail)])
+        _write_chunk(path, [(0, flat[:used].data), (len(flat), tail)])
         return checksum
-
-    def _write_chunk(self, path: Path, parts: Sequence[tuple[int, memoryview]]) -> None:
-        partial = path.with_name(f"{path.name}{PARTIAL}")
-        try:
-            # Not synced, since that takes four times as long. Only a power failure can lose the
-            # content, and the checksum in the journal shows it then.
-            _write_file(partial, parts, sync=False)
-            partial.rename(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
 
     def close(self) -> None:
         """Ends the segment. From now on, other processes may remove it."""
@@ -196,6 +180,112 @@ class SegmentWriter:
         lock, self._lock = self._lock, None
         if lock is not None:
             unlock_file(lock)
+
+
+def _make_files(new: Path, layout: Layout, about: Mapping[str, Any]) -> dict[str, str]:
+    for part in ("", "values", "keys"):
+        (new / part).mkdir()
+    contents = metadata(new.parent.name, layout, about, 0)
+    for name, content in contents.items():
+        _write_file(new / name, [(0, memoryview(content.encode()))])
+    for name in (JOURNAL, LOCK, USED):
+        _write_file(new / name, [])
+    return contents
+
+
+def add_chunk(folder: Path, head: Head, chunk: Chunk, content: Content | None) -> bool:
+    """Adds a chunk that lies elsewhere, in a segment of the same name, to a local segment.
+
+    The segment is made if it does not exist. Only one process at a time may call this for one
+    segment.
+
+    Args:
+        folder: Folder of the segment.
+        head: Metadata of the segment.
+        chunk: Line of the journal for this chunk.
+        content: Files of the chunk, which are checked. None if they cannot be had. Later chunks can
+            follow all the same, and the rows of this one are unknown.
+
+    Returns:
+        Whether the chunk is there now. False if chunks before it are missing, or if another process
+        removes the segment.
+
+    Raises:
+        OSError: The disk is full or fails.
+    """
+    layout = head.layout
+    if not is_folder(folder):
+        _make_segment(folder, head)
+    try:
+        lock = share(folder)
+    except Gone:
+        return False
+    try:
+        journal = open_regular(folder / JOURNAL, os.O_RDWR)
+        try:
+            lines = os.fstat(journal).st_size // LINE_BYTES
+            if lines < chunk.number:
+                return False
+            if content is not None:
+                names = layout.values_name(chunk.number), layout.keys_name(chunk.number)
+                used = chunk.rows * layout.row.nbytes, chunk.rows * KEY_BYTES
+                holes = layout.codec == "raw", True
+                for name, one, size, hole in zip(names, content, used, holes, strict=True):
+                    parts = _parts(one, size) if hole else [(0, memoryview(one))]
+                    _write_chunk(folder / name, parts)
+            if lines == chunk.number:
+                os.ftruncate(journal, lines * LINE_BYTES)
+                os.lseek(journal, 0, os.SEEK_END)
+                _write_all(journal, memoryview(chunk.line(folder.name)))
+                _count_slots(folder, head, chunk)
+        finally:
+            os.close(journal)
+    finally:
+        if lock is not None:
+            unlock_file(lock)
+    return True
+
+
+def _count_slots(folder: Path, head: Head, chunk: Chunk) -> None:
+    # All chunks but the last one are full.
+    slots = chunk.number * head.layout.chunk_rows + chunk.rows
+    contents = metadata(folder.parent.name, head.layout, head.about, 0)
+    for name in ("values/zarr.json", "keys/zarr.json"):
+        file = open_regular(folder / name, os.O_WRONLY)
+        try:
+            os.pwrite(file, f"{slots:>{SLOT_DIGITS}}".encode(), slots_offset(contents[name]))
+        finally:
+            os.close(file)
+
+
+def _make_segment(folder: Path, head: Head) -> None:
+    folder.parent.mkdir(exist_ok=True)
+    new = folder.with_name(f"{NEW}{uuid.uuid4().hex}")
+    try:
+        _make_files(new, head.layout, head.about)
+        new.rename(folder)
+    except BaseException:
+        remove_tree(new)
+        raise
+
+
+def _parts(content: bytes, used: int) -> list[tuple[int, memoryview]]:
+    # The rest of a partly filled chunk is a hole in the file.
+    size, memory = len(content) - CHECKSUM_BYTES, memoryview(content)
+    return [(0, memory[:used]), (size, memory[size:])]
+
+
+def _write_chunk(path: Path, parts: Sequence[tuple[int, memoryview]]) -> None:
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    partial.unlink(missing_ok=True)  # a killed process may have left it
+    try:
+        # Not synced, since that takes four times as long. Only a power failure can lose the
+        # content, and the checksum in the journal shows it then.
+        _write_file(partial, parts, sync=False)
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _write_file(path: Path, parts: Sequence[tuple[int, memoryview]], sync: bool = True) -> None:

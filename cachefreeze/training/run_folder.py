@@ -9,6 +9,7 @@ from typing import Any
 from cachefreeze.errors import UserError
 from cachefreeze.store.directory import Directory, is_directory
 from cachefreeze.store.files import lock_folder, unlock_file, why_not_writable, write_atomically
+from cachefreeze.store.objects import is_url
 
 
 class RunFolder:
@@ -111,6 +112,8 @@ def check_cache_folder(folder: Path) -> None:
     Raises:
         UserError: The folder cannot be made, or holds other files.
     """
+    if is_url(folder):
+        raise _cannot_be_used(folder, "the program keeps rows in a folder, not at a URL")
     problem = why_not_writable(folder)
     try:
         if folder.is_dir():  # rows that lie there are used even if none can be written
