@@ -1,5 +1,6 @@
 """The training loop."""
 
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from cachefreeze.freezeout import Unit
 from cachefreeze.keys.environment import numerics
 from cachefreeze.plan.forecast import Run
 from cachefreeze.report.metrics import Metrics
-from cachefreeze.report.summary_text import epoch_line, fill_line
+from cachefreeze.report.summary_text import epoch_line, fill_line, reduced_line
 from cachefreeze.training.checkpoint import LAST, is_due, save_checkpoint
 from cachefreeze.training.compiling import compile_units, leave_frozen_uncompiled
 from cachefreeze.training.device import synchronize
@@ -27,6 +28,7 @@ from cachefreeze.training.interrupts import Interrupts
 from cachefreeze.training.pixels import place_of_pixels
 from cachefreeze.training.progress import Progress, RunBar
 from cachefreeze.training.randomness import random_state, set_random_state
+from cachefreeze.training.ranks import Ranks, gradient_bytes, wrapped
 from cachefreeze.training.resume import check_same_run
 from cachefreeze.training.run_folder import RunFolder
 from cachefreeze.training.run_state import COUNTED, RunState
@@ -53,6 +55,7 @@ class Trainer:
         device: Device to train on.
         autocast_dtype: Type for autocast, or None.
         folder: Folder of the run.
+        ranks: Processes that train the run together.
         command: Words of the command line that are settings of the run. They are saved for
             `--resume`.
 
@@ -69,9 +72,11 @@ class Trainer:
         device: torch.device,
         autocast_dtype: torch.dtype | None,
         folder: RunFolder,
+        ranks: Ranks,
         command: Sequence[str] = (),
     ) -> None:
         self.settings = settings
+        self.ranks = ranks
         self.command = list(command)
         self.interrupts = Interrupts()
         self.device = device
@@ -94,6 +99,7 @@ class Trainer:
         }
         self.steps_per_epoch = len(full_batches(np.arange(len(data.train)), settings.batch_size))
         self.total_steps = settings.epochs * self.steps_per_epoch
+        self._batch_rows = min(settings.batch_size, len(data.train))
         self.optimizer, self.scheduler = prepare(settings, self.model, example, self.total_steps)
         self.names = list(self.scheduler.names)
         groups = self.optimizer.param_groups
@@ -116,7 +122,8 @@ class Trainer:
         self._best: dict[str, Any] | None = None
         self._saved = time.perf_counter()
         self._save_seconds = 0.0
-        self._time_left = TimeLeft(self.run, self.state, self._units, cached=settings.cache)
+        self._wrapped: nn.Module | None = None
+        self._time_left = TimeLeft(self.run, self.state, self._units, ranks, cached=settings.cache)
         self._finite = FiniteChecks(self.state, self.scheduler, folder.path / LAST)
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -138,7 +145,8 @@ class Trainer:
             if self.state.step != self.scheduler.last_epoch:
                 raise ValueError("its parts are of different moments")
             set_random_state(state["random"], self.device)
-            self.written.rewrite(self.state.metrics)
+            if self.ranks.first:
+                self.written.rewrite(self.state.metrics)
         except UserError:
             raise
         except Exception as error:  # whatever content of a file may lead to
@@ -148,6 +156,7 @@ class Trainer:
     def _numerics(self) -> dict[str, str]:
         """Returns what decides the last bits of results, besides the settings."""
         own = {"precision": "bf16" if self.autocast_dtype else "fp32"}
+        own |= {"processes": str(self.ranks.count)}
         return own | {name: str(value) for name, value in numerics(self.device).items()}
 
     @property
@@ -172,6 +181,8 @@ class Trainer:
                 self._time_left.look_ahead()
                 if self.scheduler.frontier and self.state.step < self.total_steps:
                     self._after_freeze()
+                else:
+                    self._wrap()
                 with RunBar(self.total_steps, self._progress) as bar:
                     while self.state.epoch < self.settings.epochs:
                         self._epoch(bar)
@@ -179,14 +190,15 @@ class Trainer:
                 summary = self._summary()
             except Interrupted:
                 self._save()
-                received = self.interrupts.received
-                assert received is not None
+                # Another process may have been asked.
+                received = self.interrupts.received or signal.SIGTERM
                 where = self.folder.path / LAST
                 raise Interrupted(
                     f"interrupted at {self.place}: saved in {where}", 128 + received
                 ) from None
         if self.cache is not None:  # closed by now: it may have said more
-            summary["cache"]["messages"] = list(self.cache.messages)
+            told = self.ranks.gather(list(self.cache.messages))
+            summary["cache"]["messages"] = list(dict.fromkeys(sum(told, [])))
         summary["wall_seconds"] = self._so_far()["wall"]
         return summary
 
@@ -201,7 +213,7 @@ class Trainer:
         now = self._so_far()
         spent = {name: now[name] - self.state.epoch_start[name] for name in now}
         best = not self.state.metrics or val_accuracy > self.state.best_val_accuracy
-        rows = self.steps_per_epoch * min(self.settings.batch_size, len(self.labels["train"]))
+        rows = self.steps_per_epoch * self._batch_rows
         self.state.metrics.append(
             {
                 "epoch": self.state.epoch + 1,
@@ -224,7 +236,8 @@ class Trainer:
         )
         self.state.epoch, self.state.position, self.state.losses = self.state.epoch + 1, 0, []
         self.state.epoch_start = now
-        self.written.add(self.state.metrics)
+        if self.ranks.first:
+            self.written.add(self.state.metrics)
         if best:
             self._best = self._state_of_weights()
         if self.state.epoch == self.settings.epochs or self._checkpoint_is_due(spent["wall"]):
@@ -235,9 +248,9 @@ class Trainer:
         self.model.train()
         self.inputs["train"].epoch = self.state.epoch
         rows, every = len(self.labels["train"]), self.settings.checkpoint_every
-        order = full_batches(
-            epoch_order(rows, self.settings.seed, self.state.epoch), self.settings.batch_size
-        )[self.state.position :]
+        whole = epoch_order(rows, self.settings.seed, self.state.epoch)
+        order = self.ranks.parts(full_batches(whole, self.settings.batch_size))
+        order = order[self.state.position :]
         batches, labels = self.inputs["train"].batches(order), self._labels("train", order)
         for _ in order:
             bar.update(self.state.step)
@@ -259,32 +272,52 @@ class Trainer:
                 self._save()
 
     def _step(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Takes one optimizer step on a batch; returns its mean loss."""
-        return take_step(self.model, self.optimizer, x, labels, self.autocast_dtype)
+        """Takes one optimizer step on a batch, or on a part of it; returns the batch's mean loss."""
+        assert self._wrapped is not None
+        self.ranks.seed(self.settings.seed, self.state.step)
+        # Means over parts of unequal size are not the mean over the batch.
+        weight = len(x) * self.ranks.count / self._batch_rows
+        loss = take_step(
+            self._wrapped, self.optimizer, x, labels, self.autocast_dtype, weight
+        )
+        return self.ranks.mean(loss)
 
     def _logits(self, x: Tensor) -> Tensor:
         return logits_of(self.model, x, self.autocast_dtype)
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float]:
-        """Returns the mean loss and the accuracy on the validation rows."""
+        """Returns the mean loss and the accuracy on the validation rows.
+
+        Each process computes some of the batches, all of them of the size that one process would
+        compute, so that the result does not depend on the number of processes.
+        """
         self.model.eval()
-        left = rows = len(self.labels["val"])
-        losses, correct = [], []
-        order = full_batches(np.arange(rows), self.settings.batch_size)
+        rows = len(self.labels["val"])
+        whole = full_batches(np.arange(rows), self.settings.batch_size)
+        numbers = range(len(whole))[self.ranks.launch.rank :: self.ranks.count]
+        order = [whole[number] for number in numbers]
+        found: list[Tensor] = []
         bar = progress_bar("validating", len(order), "batch", delay=SHOW_AFTER)
         with self.state.timing("validate"), bar:
+            self.ranks.send_buffers(self.model)
             batches = self.inputs["val"].batches(order)
-            for x, labels in zip(batches, self._labels("val", order), strict=True):
-                self._stop_if_asked()
+            parts = zip(numbers, batches, self._labels("val", order), strict=True)
+            for number, x, labels in parts:
+                if self.interrupts:
+                    break
                 # What the last batch was filled up with counts once.
+                left = rows - number * len(x)
                 logits, labels = self._logits(x)[:left], labels[:left]
-                losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-                correct.append((logits.argmax(1) == labels).sum())
-                left -= len(x)
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                found.append(torch.stack([loss, (logits.argmax(1) == labels).sum()]))
                 bar.update()
-            loss = float(torch.stack(losses).cpu().double().sum()) / rows
-            return loss, int(torch.stack(correct).sum()) / rows
+            self._stop_if_asked()
+            results = torch.zeros(len(whole), 2, dtype=torch.float64)
+            if found:
+                results[list(numbers)] = torch.stack(found).cpu().double()
+            loss, correct = self.ranks.total(results).sum(0).tolist()
+            return loss / rows, int(correct) / rows
 
     def _labels(self, split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
         """Returns an iterator over the labels of each batch."""
@@ -294,10 +327,18 @@ class Trainer:
 
     # When units have frozen.
 
+    def _wrap(self) -> None:
+        """Wraps the network anew, so that processes exchange gradients of what still trains."""
+        self._wrapped = None  # the old one goes first
+        self._wrapped = wrapped(self.model, self.ranks)
+        if self.ranks.count > 1:
+            say(reduced_line(self.state.step, gradient_bytes(self.model)))
+
     def _after_freeze(self) -> None:
         """Runs frozen modules uncompiled, opens the cache, and keeps all rows, if that pays."""
         self._time_left.begin_again()
         leave_frozen_uncompiled(self._compiled)
+        self._wrap()
         if not self.settings.cache or not self.run.fills_at(
             self.state.step, self._kept, self._time_left.costs
         ):
@@ -319,6 +360,7 @@ class Trainer:
         with self.state.timing("fill"):
             self._fill(self.cache)
             synchronize(self.device)
+            self._stop_if_asked()
         # What a fill does is told as such, and is no row of training.
         for name, count in self._stats().items():
             self.state.counts[name] -= count - before[name]
@@ -334,14 +376,16 @@ class Trainer:
         """Keeps the training rows in all views to come. A validation keeps its own as they pass."""
         self.model.train()
         inputs, passes = self.inputs["train"], self.run.passes(self.state.step)
-        order = full_batches(np.arange(len(self.labels["train"])), self.settings.batch_size)
+        whole = full_batches(np.arange(len(self.labels["train"])), self.settings.batch_size)
+        order = self.ranks.parts(whole)
         bar = progress_bar("keeping rows", passes * len(order), "batch", delay=SHOW_AFTER)
 
         def batches() -> Iterator[Tensor]:
             for further in range(passes):
                 inputs.epoch = self.state.step // self.steps_per_epoch + further
                 for x in inputs.batches(order):
-                    self._stop_if_asked()
+                    if self.interrupts:
+                        return
                     yield x
                     bar.update()
 
@@ -349,12 +393,22 @@ class Trainer:
             cache.fill(batches(), self._logits)
         inputs.epoch = self.state.epoch
 
-    def _stats(self) -> dict[str, float]:
-        """Returns what the cache has counted in this process."""
+    def _stats(self, here: bool = False) -> dict[str, float]:
+        """Returns what the caches of all processes have counted: rows, and seconds of each.
+
+        Args:
+            here: Whether to estimate it from the cache of this process, without the others.
+        """
         if self.cache is None:
             return dict.fromkeys(COUNTED, 0)
-        stats = self.cache.stats
-        return {name: getattr(stats, name) for name in COUNTED}
+        stats, count = self.cache.stats, self.ranks.count
+        served, computed, seconds = (getattr(stats, name) for name in COUNTED)
+        if here:
+            found = [served * count, computed * count, seconds]
+        else:
+            counted = torch.tensor([served, computed, seconds / count], dtype=torch.float64)
+            found = self.ranks.total(counted).tolist()
+        return dict(zip(COUNTED, found, strict=True))
 
     # What is shown.
 
@@ -366,7 +420,7 @@ class Trainer:
             self.state.losses and self.device.type == "cpu"
         ):  # elsewhere it would wait for the device
             loss = float(self.state.losses[-1])
-        now, start = self._so_far(), self.state.epoch_start
+        now, start = self.state.so_far(self._stats(here=True)), self.state.epoch_start
         seconds = now["train"] - start["train"]
         if self.state.position and seconds:
             speed = self.state.position * self.settings.batch_size / seconds
@@ -378,7 +432,7 @@ class Trainer:
             accuracy=last.get("val_accuracy"),
             frozen=self.scheduler.frontier,
             units=len(self.names),
-            served=served / (served + computed) if served else None,
+            served=min(served / (served + computed), 1.0) if served > 0 < computed + served else None,
             images_per_second=speed,
             seconds_left=self._time_left.seconds_left(),
         )
@@ -388,7 +442,8 @@ class Trainer:
         return self.state.so_far(self._stats())
 
     def _stop_if_asked(self) -> None:
-        if self.interrupts:
+        """Stops if any process was asked to. All of them stop at the same place."""
+        if self.ranks.any(bool(self.interrupts)):
             raise Interrupted
 
     # What is saved.
@@ -397,13 +452,14 @@ class Trainer:
         cost = self._save_seconds
         if not cost:  # weights, momentum, and the best weights
             cost = 3 * sum(one.nbytes for one in self.model.parameters()) / SAVE_RATE
-        return is_due(
+        due = is_due(
             since=time.perf_counter() - self._saved,
             epoch=epoch_seconds,
             cost=cost,
             spent=self.state.seconds["checkpoint"],
-            wall=self._so_far()["wall"],
+            wall=self.state.so_far({})["wall"],
         )
+        return self.ranks.any(due and self.ranks.first)
 
     def _save(self) -> None:
         """Saves a checkpoint. Raises UserError if a loss or weight is infinite or not a number."""
@@ -411,8 +467,10 @@ class Trainer:
         with self.state.timing("checkpoint"):
             self._finite.losses(self.state.losses)
             self._finite.weights(self.model)
-            with self.folder.writing():
-                save_checkpoint(self.folder.path, self._state_dict(), self._best)
+            state = self._state_dict()
+            if self.ranks.first:
+                with self.folder.writing():
+                    save_checkpoint(self.folder.path, state, self._best)
         self._best = None
         self._saved = time.perf_counter()
         self._save_seconds = self._saved - began
@@ -444,5 +502,5 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         how = (self.settings, self.run, self.state, self._so_far())
-        summary = summary_of(*how, self.scheduler, self.model, self.cache)
+        summary = summary_of(*how, self.scheduler, self.model, self.cache, self.ranks.count)
         return {**summary, "numerics": self._numerics()}
