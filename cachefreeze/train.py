@@ -15,6 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     launch, start = launch_of(os.environ), None
+    if not launch.is_first and {"-h", "--help"} & set(argv):
+        return 0
     try:
         # The other processes get it from the first one.
         start = start_of(argv, launch) if launch.is_first else None
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def how_to_resume(start: Start, launch: Launch) -> str:
     """Returns the command that goes on with a run."""
     folder = shlex.quote(str(start.settings.output_dir))
-    python = this_python() if launch.count == 1 else f"torchrun --nproc-per-node {launch.local_count}"
+    python = (
+        this_python() if launch.count == 1 else f"torchrun --nproc-per-node {launch.local_count}"
+    )
     return f"{python} -m cachefreeze.train --resume {folder}"
 
 

@@ -263,11 +263,12 @@ def _hints(
 ) -> list[str]:
     """Returns commands to type next, each with a line about its result."""
     hints, cache = [], summary["cache"]
-    processes = summary.get("processes", 1)  # which are needed for the same weights
-    program = python if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    processes = summary.get("processes", [1])  # on which the weights depend
+    program = python if processes == [1] else f"torchrun --nproc-per-node {processes[0]}"
     train = f"{program} -m cachefreeze.train"
     if cache["rows_served"]:
-        same = "the same weights" if exact else "nearly the same weights"
+        alike = exact and len(processes) == 1
+        same = "the same weights" if alike else "nearly the same weights"
         slower = ", in more time" if saved(summary) > 0 else ""
         hints = [
             f"  {train} {shlex.join([*settings['command'], '--no-cache'])}",

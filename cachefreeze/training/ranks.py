@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from cachefreeze.data import Indices
@@ -50,14 +52,14 @@ class Ranks:
         self._said = 0
         if self.count == 1:
             return
-        store, rank, count = next(dist.rendezvous("env://"))
+        store, rank, count = next(rendezvous("env://"))
         # torchrun may start processes again with the store of those that were killed.
-        self._store = dist.PrefixStore(f"cachefreeze {launch.restarts}", store)
+        self._store = PrefixStore(f"cachefreeze {launch.restarts}", store)
         self._store.set_timeout(_PATIENCE)
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, store=self._store, rank=rank, world_size=count)
-        self._waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._waiting: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def close(self) -> None:
         """Ends the exchange, once all processes have come to their end."""
@@ -72,6 +74,10 @@ class Ranks:
         All processes fail alike in most cases, and one sentence is enough.
         """
         return self.count == 1 or self._store.add("errors", 1) == 1
+
+    def lost_another(self, error: RuntimeError) -> bool:
+        """Returns whether an error says that another process cannot be reached any more."""
+        return self.count > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     def take(self, device: torch.device) -> None:
         """Takes a device for this process.
@@ -93,12 +99,27 @@ class Ranks:
             )
         torch.cuda.set_device(self.launch.local_rank)
 
-    def check_batch(self, rows: int) -> None:
-        """Raises a UserError if a batch has fewer rows than there are processes."""
+    def check_batch(self, rows: int, cached: bool, warn: Callable[[str], None]) -> None:
+        """Checks that a batch can be split over the processes.
+
+        Args:
+            rows: Number of rows of a batch.
+            cached: Whether the run keeps rows.
+            warn: Function called with a sentence if it can only be split into unequal parts.
+
+        Raises:
+            UserError: There are fewer rows than processes.
+        """
         if rows < self.count:
             raise UserError(
                 f"a batch of {rows} rows cannot be split over {self.count} processes: start fewer "
                 "processes, or give a larger --batch-size"
+            )
+        if cached and rows % self.count:
+            warn(
+                f"batches of {rows} rows are split into parts of {rows // self.count} and "
+                f"{rows // self.count + 1} rows, and kept rows are found in parts of the same size "
+                f"only: a --batch-size that is a multiple of {self.count} lets the cache do more"
             )
 
     # What each process does.
@@ -208,6 +229,24 @@ class Ranks:
                         one.copy_(piece.view_as(one))
 
 
+class _Network(nn.Module):
+    """A network, or without input the sum of what trains in it.
+
+    Args:
+        model: Network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        if x is not None:
+            return self.model(x)
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        return torch.stack([one.sum() for one in trained]).sum()
+
+
 def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Returns a network whose backward pass takes the mean of gradients over all processes.
 
@@ -223,7 +262,14 @@ def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.count == 1:
         return model
     gc.collect()  # the old one is part of a cycle, and its hooks are still at work
-    return DistributedDataParallel(model)
+    found = DistributedDataParallel(_Network(model))
+    # After its first pass it puts gradients that come at the same time next to each other. Where a
+    # gradient lies decides in which order three or more processes are summed. So that a resumed run
+    # sums as the first one, the first pass is this one in both.
+    found(None).backward()
+    for one in model.parameters():
+        one.grad = None
+    return found
 
 
 def gradient_bytes(model: nn.Module) -> int:

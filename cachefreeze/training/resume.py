@@ -67,9 +67,9 @@ def start_of(argv: Sequence[str], launch: Launch = ALONE) -> Start:
     target, verbosity = process.resume, process.verbosity
     named = [] if output_dir is None else ["--output-dir", str(output_dir)]
     if launch.restarts and target in (None, "auto"):
-        for folder in _folders() if output_dir is None else [output_dir]:
-            if launch.launcher and _launcher_of(folder) == launch.launcher:
-                return _go_on(folder, words, verbosity)
+        for found in _folders() if output_dir is None else [output_dir]:
+            if launch.launcher and _launcher_of(found) == launch.launcher:
+                return _go_on(found, words, verbosity)
     if target is None:
         return Start(parse([*words, *named]), words, verbosity)
     if "--plan" in words:
@@ -190,6 +190,7 @@ def check_same_run(
     settings: Settings,
     data: Mapping[str, Any],
     numerics: Mapping[str, str],
+    processes: int,
     path: Path,
     warn: Callable[[str], None],
 ) -> None:
@@ -201,6 +202,7 @@ def check_same_run(
         data: Facts about the data set, from `DataSet.facts`.
         numerics: Values that decide the last bits of results, besides the settings. `device` and
             `precision` must be the same as before.
+        processes: Number of processes that go on with the run.
         path: Path of the checkpoint, for error messages.
         warn: Function called with a sentence for each change that may alter the results.
 
@@ -230,16 +232,13 @@ def check_same_run(
                 f"the run was started with {option} {before[name]}, and {numerics[name]} would "
                 f"change its results: give {option} {before[name]}, or start a new run"
             )
-    was, now = int(before.get("processes", 1)), int(numerics["processes"])
-    if was != now:
+    was = state.get("processes", [1])[-1]
+    if was != processes:
         warn(
-            f"the run was started with {was} {'process' if was == 1 else 'processes'} and goes on "
-            f"with {now}: batches are the same, but batch norms see other parts of them, so the "
-            "results differ a little"
+            f"the run goes on with {processes} processes instead of {was}: batches stay the same, "
+            "but batch norms see other parts of them, so the results differ a little"
         )
-    changed = [
-        name for name in numerics if name != "processes" and before.get(name) != numerics[name]
-    ]
+    changed = [name for name in numerics if before.get(name) != numerics[name]]
     if changed:
         was = ", ".join(f"{name} {before.get(name)}" for name in changed)
         warn(f"the last bits of the results may differ, because the run was started with {was}")

@@ -2,6 +2,7 @@
 
 import functools
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -38,6 +39,8 @@ from cachefreeze.training.settings import Settings
 from cachefreeze.training.terminal import say, this_python, track, warn
 from cachefreeze.training.trainer import Trainer
 
+LOST = "another process of this run has ended, so this one ends, too: see above what it said"
+
 
 @contextmanager
 def joined(
@@ -50,10 +53,10 @@ def joined(
     Args:
         launch: Place of this process.
         argv: Words of the command line.
-        start: What the command line asks for. None if this is not the first process.
+        start: Run that the command line asks for. None if this is not the first process.
 
-    Returns:
-        What the command line asks for, and the processes.
+    Yields:
+        Run that the command line asks for, and the processes.
 
     Raises:
         UserError: The processes run other code or another command.
@@ -71,6 +74,12 @@ def joined(
         if not ranks.tells_errors():
             raise SystemExit(2) from None
         raise
+    except RuntimeError as error:
+        if not ranks.lost_another(error):
+            raise
+        if ranks.tells_errors():
+            print(f"error: {LOST}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def carry_out(start: Start, ranks: Ranks) -> None:
@@ -120,7 +129,7 @@ def _run_in(folder: RunFolder, start: Start, ranks: Ranks) -> dict[str, Any]:
     # A checkpoint holds the weights, and how images are normalised: the file may be gone.
     weights = None if state is not None else ranks.in_turn(lambda: find_weights(settings))
     images = _images_of(settings, ranks, statistics_of(settings, weights, state))
-    ranks.check_batch(min(settings.batch_size, len(images.train)))
+    ranks.check_batch(min(settings.batch_size, len(images.train)), settings.cache, warn)
 
     torch.manual_seed(settings.seed)
     model, new = make_network(settings, images.classes, weights)
@@ -164,9 +173,7 @@ def _run_in(folder: RunFolder, start: Start, ranks: Ranks) -> dict[str, Any]:
     return summary
 
 
-def _images_of(
-    settings: Settings, ranks: Ranks, normalization: Statistics | None
-) -> data.DataSet:
+def _images_of(settings: Settings, ranks: Ranks, normalization: Statistics | None) -> data.DataSet:
     """Loads the data set: first in the first process, which may download and decode it."""
     load = functools.partial(
         data.load,

@@ -23,7 +23,6 @@ def summary_of(
     scheduler: FreezeOutLR,
     model: nn.Module,
     cache: ActivationCache | None,
-    processes: int,
 ) -> dict[str, Any]:
     """Returns the results of a finished run.
 
@@ -35,7 +34,6 @@ def summary_of(
         scheduler: Schedule of the rates.
         model: Trained network.
         cache: Cache of the run, or None if it never opened.
-        processes: Number of processes.
     """
     last = state.metrics[-1]
     starts = sorted({0, *(step for step in run.freeze_steps if step < run.total_steps)})
@@ -51,11 +49,11 @@ def summary_of(
         "units": list(scheduler.names),
         "initial_rates": rates_at(scheduler, 0),
         "freeze_steps": list(run.freeze_steps),
-        "processes": processes,
+        "processes": state.processes,
         # From each step on, in which the gradients of fewer units are exchanged than before.
         "reduced": [
             {"step": step, "bytes": _reduced_bytes(scheduler, step)}
-            for step in (starts if processes > 1 else ())
+            for step in (starts if state.processes != [1] else ())
         ],
         **{f"{part}_seconds": now[part] for part in (*PARTS, "wall")},
         "cache": {

@@ -35,6 +35,8 @@ class Verbosity:
 EVERYTHING = Verbosity()
 NOTHING = Verbosity(lines=False, bars=False, results=False)
 # Widths of "accuracy  " and the like, and of the space before a warning.
+# A part of a run that takes so many seconds has a bar of its own: that of the run stands still.
+SHOW_AFTER = 2.0
 _COLUMNS, _INDENTS = 80, (10, 2)
 # A process has one terminal, and those who write to it know nothing of each other.
 _verbosity = EVERYTHING

@@ -4,23 +4,22 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefreeze.cache import ActivationCache
-from cachefreeze.data import ArrayImages, DataSet, Indices, InputRows, epoch_order, full_batches
-from cachefreeze.data.order import all_rows
+from cachefreeze.data import ArrayImages, DataSet, InputRows, epoch_order, full_batches, labels_of
 from cachefreeze.errors import Interrupted, UserError, first_line
 from cachefreeze.freezeout import Unit
 from cachefreeze.keys.environment import numerics
 from cachefreeze.plan.forecast import Run
 from cachefreeze.report.metrics import Metrics
 from cachefreeze.report.summary_text import epoch_line, fill_line, reduced_line
-from cachefreeze.training.checkpoint import LAST, is_due, save_checkpoint
+from cachefreeze.training.checkpoint import LAST, save_checkpoint
 from cachefreeze.training.compiling import compile_units, leave_frozen_uncompiled
 from cachefreeze.training.device import synchronize
 from cachefreeze.training.finite import FiniteChecks
@@ -31,18 +30,13 @@ from cachefreeze.training.randomness import random_state, set_random_state
 from cachefreeze.training.ranks import Ranks, gradient_bytes, wrapped
 from cachefreeze.training.resume import check_same_run
 from cachefreeze.training.run_folder import RunFolder
-from cachefreeze.training.run_state import COUNTED, RunState
+from cachefreeze.training.run_state import COUNTED, RunState, SaveTimes, in_metrics
 from cachefreeze.training.settings import Settings
 from cachefreeze.training.step import logits_of, prepare, take_step
 from cachefreeze.training.summary import summary_of
-from cachefreeze.training.terminal import progress_bar, say, warn
+from cachefreeze.training.terminal import SHOW_AFTER, progress_bar, say, warn
 from cachefreeze.training.time_left import TimeLeft
-
-# A validation or a fill that takes so many seconds has a bar of its own: that of the run stands
-# still.
-SHOW_AFTER = 2.0
-# Bytes of weights that become part of a checkpoint in a second, before one was timed.
-SAVE_RATE = 2e8
+from cachefreeze.training.validation import results_of_batches
 
 
 class Trainer:
@@ -117,11 +111,10 @@ class Trainer:
         )
         self.cache: ActivationCache | None = None
         self._kept = 0  # units whose rows are kept
-        self.state = RunState()
+        self.state = RunState(ranks.count)
         self.written = Metrics(folder, self.names, tensorboard=settings.tensorboard)
         self._best: dict[str, Any] | None = None
-        self._saved = time.perf_counter()
-        self._save_seconds = 0.0
+        self._saves = SaveTimes()
         self._wrapped: nn.Module | None = None
         self._time_left = TimeLeft(self.run, self.state, self._units, ranks, cached=settings.cache)
         self._finite = FiniteChecks(self.state, self.scheduler, folder.path / LAST)
@@ -137,7 +130,8 @@ class Trainer:
         """
         last = self.folder.path / LAST
         try:
-            check_same_run(state, self.settings, self.data, self._numerics(), last, warn)
+            now = (self.settings, self.data, self._numerics(), self.ranks.count)
+            check_same_run(state, *now, last, warn)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])  # freezes what was frozen
@@ -156,7 +150,6 @@ class Trainer:
     def _numerics(self) -> dict[str, str]:
         """Returns what decides the last bits of results, besides the settings."""
         own = {"precision": "bf16" if self.autocast_dtype else "fp32"}
-        own |= {"processes": str(self.ranks.count)}
         return own | {name: str(value) for name, value in numerics(self.device).items()}
 
     @property
@@ -198,7 +191,7 @@ class Trainer:
                 ) from None
         if self.cache is not None:  # closed by now: it may have said more
             told = self.ranks.gather(list(self.cache.messages))
-            summary["cache"]["messages"] = list(dict.fromkeys(sum(told, [])))
+            summary["cache"]["messages"] = list(dict.fromkeys(chain(*told)))
         summary["wall_seconds"] = self._so_far()["wall"]
         return summary
 
@@ -223,13 +216,7 @@ class Trainer:
                 "val_accuracy": val_accuracy,
                 "lr": [float(rate) for rate in self.scheduler.get_last_lr()],
                 "frozen_units": self.scheduler.frontier,
-                "rows_served": int(spent["rows_served"]),
-                "rows_computed": int(spent["rows_computed"]),
-                "seconds": spent["train"] + spent["fill"] + spent["validate"],
-                "train_seconds": spent["train"],
-                "fill_seconds": spent["fill"],
-                "validate_seconds": spent["validate"],
-                "saved_seconds": spent["seconds_saved"],
+                **in_metrics(spent),
                 "cache_bytes": 0 if self.cache is None else self.cache.stats.bytes,
                 "images_per_second": rows / spent["train"],
             }
@@ -240,7 +227,8 @@ class Trainer:
             self.written.add(self.state.metrics)
         if best:
             self._best = self._state_of_weights()
-        if self.state.epoch == self.settings.epochs or self._checkpoint_is_due(spent["wall"]):
+        due = self._saves.is_due(spent["wall"], self.state, self.model) and self.ranks.first
+        if self.ranks.any(due) or self.state.epoch == self.settings.epochs:
             self._save()
 
     def _train(self, bar: RunBar) -> None:
@@ -251,7 +239,8 @@ class Trainer:
         whole = epoch_order(rows, self.settings.seed, self.state.epoch)
         order = self.ranks.parts(full_batches(whole, self.settings.batch_size))
         order = order[self.state.position :]
-        batches, labels = self.inputs["train"].batches(order), self._labels("train", order)
+        batches = self.inputs["train"].batches(order)
+        labels = labels_of(self.labels["train"], order)
         for _ in order:
             bar.update(self.state.step)
             frozen = self.scheduler.frontier
@@ -272,14 +261,12 @@ class Trainer:
                 self._save()
 
     def _step(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Takes one optimizer step on a batch, or on a part of it; returns the batch's mean loss."""
+        """Takes a step on this process's part of a batch; returns the mean loss of the batch."""
         assert self._wrapped is not None
         self.ranks.seed(self.settings.seed, self.state.step)
         # Means over parts of unequal size are not the mean over the batch.
         weight = len(x) * self.ranks.count / self._batch_rows
-        loss = take_step(
-            self._wrapped, self.optimizer, x, labels, self.autocast_dtype, weight
-        )
+        loss = take_step(self._wrapped, self.optimizer, x, labels, self.autocast_dtype, weight)
         return self.ranks.mean(loss)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -287,43 +274,16 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float]:
-        """Returns the mean loss and the accuracy on the validation rows.
-
-        Each process computes some of the batches, all of them of the size that one process would
-        compute, so that the result does not depend on the number of processes.
-        """
+        """Returns the mean loss and the accuracy on the validation rows."""
         self.model.eval()
-        rows = len(self.labels["val"])
-        whole = full_batches(np.arange(rows), self.settings.batch_size)
-        numbers = range(len(whole))[self.ranks.launch.rank :: self.ranks.count]
-        order = [whole[number] for number in numbers]
-        found: list[Tensor] = []
-        bar = progress_bar("validating", len(order), "batch", delay=SHOW_AFTER)
-        with self.state.timing("validate"), bar:
+        with self.state.timing("validate"):
             self.ranks.send_buffers(self.model)
-            batches = self.inputs["val"].batches(order)
-            parts = zip(numbers, batches, self._labels("val", order), strict=True)
-            for number, x, labels in parts:
-                if self.interrupts:
-                    break
-                # What the last batch was filled up with counts once.
-                left = rows - number * len(x)
-                logits, labels = self._logits(x)[:left], labels[:left]
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                found.append(torch.stack([loss, (logits.argmax(1) == labels).sum()]))
-                bar.update()
+            rows, size = self.labels["val"], self.settings.batch_size
+            how = (size, self.ranks, self.interrupts)
+            found = results_of_batches(self._logits, self.inputs["val"], rows, *how)
             self._stop_if_asked()
-            results = torch.zeros(len(whole), 2, dtype=torch.float64)
-            if found:
-                results[list(numbers)] = torch.stack(found).cpu().double()
-            loss, correct = self.ranks.total(results).sum(0).tolist()
-            return loss / rows, int(correct) / rows
-
-    def _labels(self, split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
-        """Returns an iterator over the labels of each batch."""
-        # The order travels to the device as a whole: each copy would wait for it.
-        rows = torch.from_numpy(all_rows(order)).to(self.device)
-        return iter(self.labels[split][rows].split([len(indices) for indices in order]))
+            loss, correct = self.ranks.total(found).sum(0).tolist()
+            return loss / len(rows), int(correct) / len(rows)
 
     # When units have frozen.
 
@@ -394,11 +354,7 @@ class Trainer:
         inputs.epoch = self.state.epoch
 
     def _stats(self, here: bool = False) -> dict[str, float]:
-        """Returns what the caches of all processes have counted: rows, and seconds of each.
-
-        Args:
-            here: Whether to estimate it from the cache of this process, without the others.
-        """
+        """Returns what all caches have counted, or an estimate from the cache of this process."""
         if self.cache is None:
             return dict.fromkeys(COUNTED, 0)
         stats, count = self.cache.stats, self.ranks.count
@@ -432,7 +388,7 @@ class Trainer:
             accuracy=last.get("val_accuracy"),
             frozen=self.scheduler.frontier,
             units=len(self.names),
-            served=min(served / (served + computed), 1.0) if served > 0 < computed + served else None,
+            served=min(served / (served + computed), 1.0) if served > 0 else None,
             images_per_second=speed,
             seconds_left=self._time_left.seconds_left(),
         )
@@ -448,19 +404,6 @@ class Trainer:
 
     # What is saved.
 
-    def _checkpoint_is_due(self, epoch_seconds: float) -> bool:
-        cost = self._save_seconds
-        if not cost:  # weights, momentum, and the best weights
-            cost = 3 * sum(one.nbytes for one in self.model.parameters()) / SAVE_RATE
-        due = is_due(
-            since=time.perf_counter() - self._saved,
-            epoch=epoch_seconds,
-            cost=cost,
-            spent=self.state.seconds["checkpoint"],
-            wall=self.state.so_far({})["wall"],
-        )
-        return self.ranks.any(due and self.ranks.first)
-
     def _save(self) -> None:
         """Saves a checkpoint. Raises UserError if a loss or weight is infinite or not a number."""
         began = time.perf_counter()
@@ -472,8 +415,7 @@ class Trainer:
                 with self.folder.writing():
                     save_checkpoint(self.folder.path, state, self._best)
         self._best = None
-        self._saved = time.perf_counter()
-        self._save_seconds = self._saved - began
+        self._saves.note(time.perf_counter() - began)
 
     def _state_of_weights(self) -> dict[str, Any]:
         """Returns a copy of the weights, with what another run needs to start from them."""
@@ -502,5 +444,5 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         how = (self.settings, self.run, self.state, self._so_far())
-        summary = summary_of(*how, self.scheduler, self.model, self.cache, self.ranks.count)
+        summary = summary_of(*how, self.scheduler, self.model, self.cache)
         return {**summary, "numerics": self._numerics()}
