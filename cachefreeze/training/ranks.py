@@ -73,7 +73,10 @@ class Ranks:
 
         All processes fail alike in most cases, and one sentence is enough.
         """
-        return self.count == 1 or self._store.add("errors", 1) == 1
+        try:
+            return self.count == 1 or self._store.add("errors", 1) == 1
+        except RuntimeError:  # the first process has ended, and with it what all of them share
+            return False
 
     def lost_another(self, error: RuntimeError) -> bool:
         """Returns whether an error says that another process cannot be reached any more."""

@@ -235,8 +235,9 @@ def check_same_run(
     was = state.get("processes", [1])[-1]
     if was != processes:
         warn(
-            f"the run goes on with {processes} processes instead of {was}: batches stay the same, "
-            "but batch norms see other parts of them, so the results differ a little"
+            f"the run goes on in {processes} process{'es' * (processes > 1)} instead of {was}: "
+            "batches stay the same, but batch norms see other parts of them, so the results differ "
+            "a little"
         )
     changed = [name for name in numerics if before.get(name) != numerics[name]]
     if changed:
