@@ -152,7 +152,7 @@ class CachedModule:
         given = call.tensors
         trained = self._trained()
         if inner and any(trained):
-            return _run_by_parts(call)
+            return self._run_by_parts_for_now(call)
         if all(trained) or not _has_rows(given) or not all(map(_is_plain, given)):
             return call.run()
         if self._is_sharded():
@@ -176,7 +176,7 @@ class CachedModule:
             return call.run()
         if not traces and len(self._kinds) >= (_MOST_LENGTHS if like is not None else _MOST):
             self._tell("signatures", messages.many_signatures(self._name, _MOST))
-            return _run_by_parts(call)
+            return self._run_by_parts_for_now(call)
         if traces and self._again >= _FEW_TRACES + self._fitting // _FEW_TRACES:
             what = traces[0].guards.difference(call.given)
             self._tell("changes", messages.changes(self._name, what))
@@ -198,6 +198,10 @@ class CachedModule:
             self._tell_of_other_arguments(key)
             return call.run()
         return self._trace(key, flags, call, like)
+
+    def _run_by_parts_for_now(self, call: ModuleCall) -> Any:
+        self._rested = -1  # without traces, but its parts have theirs: it must not sleep
+        return _run_by_parts(call)
 
     def _tell(self, about: str, sentence: str) -> None:
         self._shared.tell(f"{self._name}: {about}", sentence)
