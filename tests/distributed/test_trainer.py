@@ -12,9 +12,14 @@ import pytest
 import torch
 
 from cachefreeze import UserError
-from cachefreeze.data import epoch_order, full_batches
+from cachefreeze.data import InputRows, epoch_order, full_batches, load
+from cachefreeze.models import wrn
+from cachefreeze.training.checkpoint import load_checkpoint
+from cachefreeze.training.interrupts import Interrupts
 from cachefreeze.training.launch import ALONE, Launch, launch_of
 from cachefreeze.training.ranks import PACKAGE, Ranks
+from cachefreeze.training.terminal import track
+from cachefreeze.training.validation import results_of_batches
 from tests.conftest import Run
 from tests.distributed.parts import step
 from tests.support.programs import Done, Programs
@@ -70,6 +75,22 @@ def test_two_processes_with_the_cache_end_with_the_weights_of_two_without(
     assert all(more > less for more, less in pairwise(sizes))
     assert sizes[0] == 4 * cached.summary["about"]["parameters"]
     assert done.stdout.count("of gradients are reduced in each step") == 5
+
+
+def test_the_validation_is_that_of_one_process_with_the_same_weights(
+    plain: Run, images: Path
+) -> None:
+    data = load("imagefolder", images, image_size=32, val_fraction=None, workers=0, bar=track)
+    model = wrn(3, depth=10, width=1)
+    model.load_state_dict(load_checkpoint(plain.folder / "last.pt")["model"])
+    model.eval()
+    inputs = InputRows(data.val, data.mean, data.std, torch.device("cpu"))
+    how = (data.val.labels, 32, Ranks(ALONE), Interrupts())
+    with torch.no_grad():
+        loss, correct = results_of_batches(model, inputs, *how).sum(0).tolist()
+    assert len(data.val) == 33  # a batch for each process
+    assert plain.metrics[-1]["val_loss"] == pytest.approx(loss / 33, rel=1e-5)
+    assert plain.metrics[-1]["val_accuracy"] == correct / 33
 
 
 def test_a_killed_process_is_started_again_and_the_run_ends_with_the_same_weights(
