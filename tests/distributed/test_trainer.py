@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cachefreeze import UserError
+from cachefreeze.cache.memory import free_memory
 from cachefreeze.data import InputRows, epoch_order, full_batches, load
 from cachefreeze.models import wrn
 from cachefreeze.training.checkpoint import load_checkpoint
@@ -21,7 +22,7 @@ from cachefreeze.training.ranks import PACKAGE, Ranks
 from cachefreeze.training.terminal import track
 from cachefreeze.training.validation import results_of_batches
 from tests.conftest import Run
-from tests.distributed.parts import step
+from tests.distributed.parts import train as train_parts
 from tests.support.programs import Done, Programs
 from tests.training.test_parity import assert_same_run
 
@@ -180,7 +181,7 @@ def test_the_parts_of_all_processes_are_the_batches_of_one(count: int) -> None:
     assert all(len(part) > 0 for one in parts for part in one)
 
 
-def test_gradients_of_unequal_parts_have_the_mean_of_the_batch(
+def test_three_processes_sum_gradients_of_unequal_parts_in_the_same_order_after_a_resume(
     programs: Programs, tmp_path: Path
 ) -> None:
     with socket.socket() as free:
@@ -188,12 +189,19 @@ def test_gradients_of_unequal_parts_have_the_mean_of_the_batch(
         port = str(free.getsockname()[1])
     done = programs.run("tests.distributed.parts", str(tmp_path), port)
     assert done.code == 0, done.stderr[-3000:]
-    alone = step(Ranks(ALONE))
+    alone = train_parts(Ranks(ALONE), 1)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     for name, expected in alone.items():
-        torch.testing.assert_close(found[0][name], expected, rtol=0, atol=1e-6)
-        assert torch.equal(found[0][name], found[1][name])
-        assert torch.equal(found[0][name], found[2][name])
+        torch.testing.assert_close(found[0]["step"][name], expected, rtol=0, atol=1e-6)
+        for one in found:
+            assert torch.equal(one["step"][name], found[0]["step"][name])
+            assert torch.equal(one["resumed"][name], one["whole"][name])
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = free_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory() == pytest.approx(alone / 4, rel=0.2)
 
 
 def test_a_process_knows_its_place_from_torchrun_alone() -> None:
