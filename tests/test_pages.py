@@ -29,6 +29,7 @@ TUTORIAL = ROOT / "docs" / "tutorials" / "images.md"
 # Scripts wrote these, or the past did; tests/store/test_page.py is about the last one.
 OTHERS = {"log.md", "options.md", "models.md", "store-format.md"}
 PAGES = [README, *sorted(set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs" / n for n in OTHERS})]
+TORCHRUN = {"--standalone", "--nproc-per-node", "--max-restarts"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -107,6 +108,10 @@ def test_every_command_is_one_that_there_is(page: Path) -> None:
             assert re.search(rf"^{words[0]}:", makefile, re.M)
         elif Path(program).name == "python" and words[:2] == ["-m", "cachefreeze.train"]:
             command_line.parse(words[2:])
+        elif program == "torchrun":
+            place = words.index("cachefreeze.train")
+            assert {word for word in words[:place] if word[:2] == "--"} <= TORCHRUN
+            command_line.parse(words[place + 1 :])
         elif Path(program).name == "python" and words[:2] == ["-m", "cachefreeze.probe"]:
             probing_options.parse(words[2:])
         elif Path(program).name == "python" and words[0] != "-m":
@@ -124,6 +129,7 @@ def test_every_file_and_option_that_is_named_exists(page: Path) -> None:
         return
     known = set(command_line.command_line()._option_string_actions)
     known |= {option_of(one.name) for one in dataclasses.fields(probing_options.ProbeSettings)}
+    known |= TORCHRUN
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text)) <= known

@@ -298,7 +298,7 @@ class ActivationCache:
                 f"The cache of {names} has seen no call: give ActivationCache the modules that the "
                 "loop calls, not copies of them.",
             )
-        elif not any(module.traces() for module in self._cached.values()):
+        elif not self.messages and not any(one.traces() for one in self._cached.values()):
             self._shared.tell(
                 "nothing frozen",
                 f"No parameter of {type(self._models[0]).__name__} was frozen in any call: freeze "

@@ -152,10 +152,12 @@ class CachedModule:
         given = call.tensors
         trained = self._trained()
         if inner and any(trained):
-            return _run_by_parts(call)
+            return self._run_by_parts_for_now(call)
         if all(trained) or not _has_rows(given) or not all(map(_is_plain, given)):
             return call.run()
-        if self._is_sharded():
+        if sharded := self._sharded():
+            if all(one.requires_grad for one in sharded):  # what is frozen runs no collective
+                return self._run_by_parts_for_now(call)
             self._tell("sharded", messages.sharded(self._name))
             return self._give_up(call)
         flags = self._flags_of_now()
@@ -176,7 +178,7 @@ class CachedModule:
             return call.run()
         if not traces and len(self._kinds) >= (_MOST_LENGTHS if like is not None else _MOST):
             self._tell("signatures", messages.many_signatures(self._name, _MOST))
-            return _run_by_parts(call)
+            return self._run_by_parts_for_now(call)
         if traces and self._again >= _FEW_TRACES + self._fitting // _FEW_TRACES:
             what = traces[0].guards.difference(call.given)
             self._tell("changes", messages.changes(self._name, what))
@@ -198,6 +200,10 @@ class CachedModule:
             self._tell_of_other_arguments(key)
             return call.run()
         return self._trace(key, flags, call, like)
+
+    def _run_by_parts_for_now(self, call: ModuleCall) -> Any:
+        self._rested = -1  # without traces, but its parts have theirs: it must not sleep
+        return _run_by_parts(call)
 
     def _tell(self, about: str, sentence: str) -> None:
         self._shared.tell(f"{self._name}: {about}", sentence)
@@ -229,8 +235,8 @@ class CachedModule:
             self._forward = None
         return forward is not None and before is not None and before() is not forward
 
-    def _is_sharded(self) -> bool:
-        """Returns whether parameters lie in pieces on several processes.
+    def _sharded(self) -> list[torch.Tensor]:
+        """Returns the parameters that lie in pieces on several processes.
 
         A process that skips frozen work would skip its collectives, for which the others wait.
         """
@@ -238,9 +244,9 @@ class CachedModule:
         wrappers = sys.modules.get("torch.distributed.fsdp")
         piece = getattr(tensors, "DTensor", ())
         wrapper = getattr(wrappers, "FullyShardedDataParallel", ())
-        return any(isinstance(one, piece) for one in self._parameters) or any(
-            isinstance(part, wrapper) for part in self._modules
-        )
+        if any(isinstance(part, wrapper) for part in self._modules):
+            return self._parameters  # it mixes frozen and trained ones in one piece
+        return [one for one in self._parameters if isinstance(one, piece)]
 
     def _trained(self) -> list[bool]:
         """Returns `requires_grad` of all parameters, including those of new submodules."""

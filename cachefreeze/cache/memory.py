@@ -11,8 +11,18 @@ def free_memory() -> int:
     """Estimates the number of free bytes of memory.
 
     This is memory that is available without swapping, within the limit of the container if there is
-    one.
+    one. Processes that torchrun has started on this machine get equal parts of it.
     """
+    return _free_memory() // _processes()
+
+
+def _processes() -> int:
+    """Returns the number of processes that torchrun has started on this machine."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(int(count), 1) if count.isdecimal() else 1
+
+
+def _free_memory() -> int:
     try:
         with open("/proc/meminfo") as file:
             kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}

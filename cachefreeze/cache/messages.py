@@ -54,10 +54,11 @@ def other_arguments(name: str) -> str:
 
 
 def sharded(name: str) -> str:
-    """Parameters of the module lie in pieces on several processes."""
+    """Frozen parameters of the module lie in pieces on several processes."""
     return (
-        f"{name} is not cached: its parameters are sharded over processes, and a process that "
-        "skipped frozen work would let the others wait for it. Use DistributedDataParallel instead."
+        f"{name} is not cached: its frozen parameters are sharded over processes, and a process "
+        "that skipped frozen work would let the others wait for it. Shard what trains only, or use "
+        "DistributedDataParallel."
     )
 
 

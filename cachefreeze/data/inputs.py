@@ -81,6 +81,18 @@ class InputRows:
         return ((values - self.offset) * self.scale).permute(0, 3, 1, 2)
 
 
+def labels_of(labels: Tensor, order: Sequence[Indices]) -> Iterator[Tensor]:
+    """Returns an iterator over the labels of each batch.
+
+    Args:
+        labels: Labels of all rows, on the device of the run.
+        order: Row indices of each batch.
+    """
+    # The order travels to the device as a whole: each copy would wait for it.
+    rows = torch.from_numpy(all_rows(order)).to(labels.device)
+    return iter(labels[rows].split([len(indices) for indices in order]))
+
+
 class KeptPixels:
     """Decoded pixels that stay in memory from the first time that they are asked for.
 

@@ -178,6 +178,16 @@ def fill_line(fill: Mapping[str, Any]) -> str:
     )
 
 
+def reduced_line(step: int, count: int) -> str:
+    """Returns a line about the gradients that processes exchange from a step on.
+
+    Args:
+        step: Number of the step, from 0.
+        count: Number of bytes of gradients that each process gives in a step.
+    """
+    return f"  step {step:,}: {human_bytes(count)} of gradients are reduced in each step"
+
+
 def closing_words(
     summary: Mapping[str, Any], settings: Mapping[str, Any], folder: Path, python: str, exact: bool
 ) -> list[str]:
@@ -253,9 +263,12 @@ def _hints(
 ) -> list[str]:
     """Returns commands to type next, each with a line about its result."""
     hints, cache = [], summary["cache"]
-    train = f"{python} -m cachefreeze.train"
+    processes = summary.get("processes", [1])  # on which the weights depend
+    program = python if processes == [1] else f"torchrun --nproc-per-node {processes[0]}"
+    train = f"{program} -m cachefreeze.train"
     if cache["rows_served"]:
-        same = "the same weights" if exact else "nearly the same weights"
+        alike = exact and len(processes) == 1
+        same = "the same weights" if alike else "nearly the same weights"
         slower = ", in more time" if saved(summary) > 0 else ""
         hints = [
             f"  {train} {shlex.join([*settings['command'], '--no-cache'])}",

@@ -227,7 +227,8 @@ class Found:
 
     def _new_names(self) -> list[str]:
         if not is_folder(self._folder):
-            if os.path.lexists(self._folder):
+            # Another process may have made it just now.
+            if os.path.lexists(self._folder) and not is_folder(self._folder):
                 self._tell(f"{self._folder} is not a folder: no rows are read from it")
             return []
         try:

@@ -9,9 +9,10 @@ from typing import Any
 
 from cachefreeze.errors import UserError
 from cachefreeze.training.command_line import parse, split
+from cachefreeze.training.launch import ALONE, Launch
 from cachefreeze.training.options import option_of
 from cachefreeze.training.settings import Settings
-from cachefreeze.training.terminal import EVERYTHING, Verbosity
+from cachefreeze.training.terminal import EVERYTHING, NOTHING, Verbosity
 
 RUNS = Path("runs")
 
@@ -35,12 +36,28 @@ class Start:
     resuming: bool = False
     finished: bool = False
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns what other processes of the run have to know, as plain JSON."""
+        folder = str(self.settings.output_dir.absolute())
+        return {
+            "words": [*self.command, "--output-dir", folder],
+            "resuming": self.resuming,
+            "finished": self.finished,
+        }
 
-def start_of(argv: Sequence[str]) -> Start:
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Start":
+        """Returns the run that the first process has given by `as_json`."""
+        words = found["words"]
+        return cls(parse(words), words[:-2], NOTHING, found["resuming"], found["finished"])
+
+
+def start_of(argv: Sequence[str], launch: Launch = ALONE) -> Start:
     """Returns the run that a command line asks for: a new run, or an old one to go on with.
 
     Args:
         argv: Words of the command line.
+        launch: Place of this process. If torchrun has started it again, the run goes on.
 
     Raises:
         UserError: A setting makes no sense, there is no such run, its files cannot be used, or a
@@ -49,6 +66,10 @@ def start_of(argv: Sequence[str]) -> Start:
     process, output_dir, words = split(argv)
     target, verbosity = process.resume, process.verbosity
     named = [] if output_dir is None else ["--output-dir", str(output_dir)]
+    if launch.restarts and target in (None, "auto"):
+        for found in _folders() if output_dir is None else [output_dir]:
+            if launch.launcher and _launcher_of(found) == launch.launcher:
+                return _go_on(found, words, verbosity)
     if target is None:
         return Start(parse([*words, *named]), words, verbosity)
     if "--plan" in words:
@@ -73,9 +94,7 @@ def newest_unfinished(settings: Settings) -> Path | None:
     # A quarter of a second, which only `--resume auto` needs.
     from cachefreeze.store.files import is_locked
 
-    if not RUNS.is_dir():
-        return None
-    for folder in sorted(RUNS.iterdir(), reverse=True):  # their names begin with the time
+    for folder in _folders():
         if not (folder / "args.json").is_file() or (folder / "summary.json").exists():
             continue
         try:
@@ -85,6 +104,20 @@ def newest_unfinished(settings: Settings) -> Path | None:
         if not differences(stored, settings.as_json()) and not is_locked(folder):
             return folder
     return None
+
+
+def _folders() -> list[Path]:
+    """Returns the folders in `runs`, the newest first: their names begin with the time."""
+    return sorted(RUNS.iterdir(), reverse=True) if RUNS.is_dir() else []
+
+
+def _launcher_of(folder: Path) -> str:
+    """Returns the launcher of the run in a folder. Empty if there is none."""
+    try:
+        stored, _ = _read_args(folder)
+    except UserError:
+        return ""
+    return str(stored.get("launcher", ""))
 
 
 def _go_on(folder: Path, words: list[str], verbosity: Verbosity) -> Start:
@@ -157,6 +190,7 @@ def check_same_run(
     settings: Settings,
     data: Mapping[str, Any],
     numerics: Mapping[str, str],
+    processes: int,
     path: Path,
     warn: Callable[[str], None],
 ) -> None:
@@ -168,6 +202,7 @@ def check_same_run(
         data: Facts about the data set, from `DataSet.facts`.
         numerics: Values that decide the last bits of results, besides the settings. `device` and
             `precision` must be the same as before.
+        processes: Number of processes that go on with the run.
         path: Path of the checkpoint, for error messages.
         warn: Function called with a sentence for each change that may alter the results.
 
@@ -197,6 +232,13 @@ def check_same_run(
                 f"the run was started with {option} {before[name]}, and {numerics[name]} would "
                 f"change its results: give {option} {before[name]}, or start a new run"
             )
+    was = state.get("processes", [1])[-1]
+    if was != processes:
+        warn(
+            f"the run goes on in {processes} process{'es' * (processes > 1)} instead of {was}: "
+            "batches stay the same, but batch norms see other parts of them, so the results differ "
+            "a little"
+        )
     changed = [name for name in numerics if before.get(name) != numerics[name]]
     if changed:
         was = ", ".join(f"{name} {before.get(name)}" for name in changed)

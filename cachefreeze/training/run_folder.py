@@ -21,6 +21,8 @@ class RunFolder:
         path: Path of the folder.
         resume: Whether the folder holds the run that goes on. If so, it is locked at once against
             other processes.
+        writes: Whether this process writes the files. If not, another process of the same run
+            does, and nothing is checked or locked here.
 
     Raises:
         UserError: The folder holds another run, or cannot be written, or another process is
@@ -30,9 +32,12 @@ class RunFolder:
     # args.json alone is of a run that ended before its first epoch: there is nothing to lose.
     RESULTS = ("metrics.jsonl", "summary.json", "last.pt")
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
+    def __init__(self, path: Path, *, resume: bool = False, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self._lock: int | None = None
+        if not writes:
+            return
         problem = why_not_writable(path)
         if problem is not None:
             raise self._cannot_be_written(problem)
@@ -49,6 +54,8 @@ class RunFolder:
         Args:
             settings: Settings of the run.
         """
+        if not self.writes:
+            return
         if self._lock is None:
             with self.writing():
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -85,6 +92,8 @@ class RunFolder:
             name: Name of the file.
             content: Content of the file.
         """
+        if not self.writes:
+            return
         with self.writing():
             write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 

@@ -7,16 +7,22 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cachefreeze.plan.costs import Costs
+from cachefreeze.training.checkpoint import is_due
 
+# Bytes of weights that become part of a checkpoint in a second, before one was timed.
+SAVE_RATE = 2e8
 PARTS = ("train", "fill", "validate", "checkpoint")
 COUNTED = ("rows_served", "rows_computed", "seconds_saved")
 
 
 class RunState:
     """Progress of a run, counted over all of its processes.
+
+    Args:
+        processes: Number of processes that train the run together.
 
     Attributes:
         epoch: Number of whole epochs so far.
@@ -28,13 +34,15 @@ class RunState:
         costs: Measured costs of a batch, or None before they are measured.
         fills: Facts about each pass that filled the cache.
         resumed_at: Step of each time that the run was resumed.
+        processes: Number of processes at first, and each time that another number went on.
         seconds: Seconds of each part of the run; `wall` are those of earlier processes.
         counts: Counts of the caches of earlier processes, less what fills counted.
         started: Clock when this process began with the run.
         epoch_start: Seconds and counts of `so_far` when the present epoch began.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        self.processes = [processes]
         self.epoch = self.position = self.step = 0
         self.losses: list[Tensor] = []
         self.metrics: list[dict[str, Any]] = []
@@ -87,6 +95,7 @@ class RunState:
             "totals": dict(now),
             "epoch_start": self.epoch_start,
             "resumed_at": self.resumed_at,
+            "processes": self.processes,
         }
 
     def restore(
@@ -117,7 +126,60 @@ class RunState:
             self.costs = Costs.from_json(saved["costs"], units)
         self.fills = [dict(fill) for fill in saved["fills"]]
         self.resumed_at = [*(int(step) for step in saved["resumed_at"]), self.step]
+        before = [int(count) for count in saved.get("processes", [1])]
+        self.processes = before if before[-1:] == self.processes else before + self.processes
         self.counts = {name: float(saved["totals"][name]) for name in COUNTED}
         self.seconds = {part: float(saved["totals"][part]) for part in self.seconds}
         start = saved["epoch_start"]
         self.epoch_start = {name: float(start[name]) for name in self.epoch_start}
+
+
+def in_metrics(spent: Mapping[str, float]) -> dict[str, float]:
+    """Returns what an epoch has spent, by the names in metrics.jsonl.
+
+    Args:
+        spent: Difference of two dicts from `RunState.so_far`.
+    """
+    return {
+        "rows_served": int(spent["rows_served"]),
+        "rows_computed": int(spent["rows_computed"]),
+        "seconds": spent["train"] + spent["fill"] + spent["validate"],
+        "train_seconds": spent["train"],
+        "fill_seconds": spent["fill"],
+        "validate_seconds": spent["validate"],
+        "saved_seconds": spent["seconds_saved"],
+    }
+
+
+class SaveTimes:
+    """Times of the checkpoints of this process, by which the next one is due."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds = 0.0
+
+    def note(self, seconds: float) -> None:
+        """Notes that a checkpoint was saved just now.
+
+        Args:
+            seconds: Seconds that it took.
+        """
+        self._last, self._seconds = time.perf_counter(), seconds
+
+    def is_due(self, epoch_seconds: float, state: RunState, model: nn.Module) -> bool:
+        """Returns whether a checkpoint is due at the end of an epoch.
+
+        Args:
+            epoch_seconds: Seconds that the epoch took.
+            state: Progress of the run.
+            model: Network, whose size tells what a first checkpoint costs.
+        """
+        # Weights, momentum, and the best weights.
+        guess = 3 * sum(one.nbytes for one in model.parameters()) / SAVE_RATE
+        return is_due(
+            since=time.perf_counter() - self._last,
+            epoch=epoch_seconds,
+            cost=self._seconds or guess,
+            spent=state.seconds["checkpoint"],
+            wall=state.so_far({})["wall"],
+        )

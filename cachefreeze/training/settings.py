@@ -202,7 +202,7 @@ class Settings:
     epochs: int = option(group="training", limits=_COUNT, **_of_data_set("epochs"))
     """number of passes over the data"""
     batch_size: int = option("-b", "--batch_size", limits=_COUNT, **_of_data_set("batch_size"))
-    """number of images in a step"""
+    """number of images in a step; under torchrun, in all processes together"""
     lr: float = option(
         default=lambda run: 0.1 if run["weights"] is None else 0.01,
         told="0.1; 0.01 with --weights",
@@ -244,7 +244,8 @@ class Settings:
         limits=(lambda count: count >= 0, "0 or more"),
         free=True,
     )
-    """number of processes that decode images of an imagefolder"""
+    """number of processes that decode images of an imagefolder; under torchrun, for all processes
+    of a machine together"""
 
     tensorboard: bool = option(group="files of a run, and resuming it", default=False, free=True)
     """write metrics for TensorBoard, too, into tensorboard/ in the run's folder"""

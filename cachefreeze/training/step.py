@@ -61,6 +61,7 @@ def take_step(
     x: Tensor,
     labels: Tensor,
     dtype: torch.dtype | None,
+    weight: float = 1.0,
 ) -> Tensor:
     """Takes one optimizer step on a batch; returns its mean loss.
 
@@ -70,8 +71,12 @@ def take_step(
         x: Batch of network input.
         labels: Labels of the batch, (n,).
         dtype: Type for autocast, or None.
+        weight: Factor of the loss. It is not 1 if the batch is one of several parts of unequal
+            size.
     """
     loss = F.cross_entropy(logits_of(model, x, dtype), labels)
+    if weight != 1.0:
+        loss = loss * weight
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

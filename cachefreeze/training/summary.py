@@ -36,6 +36,7 @@ def summary_of(
         cache: Cache of the run, or None if it never opened.
     """
     last = state.metrics[-1]
+    starts = sorted({0, *(step for step in run.freeze_steps if step < run.total_steps)})
     return {
         "schema": SCHEMA,
         "epochs": settings.epochs,
@@ -48,6 +49,12 @@ def summary_of(
         "units": list(scheduler.names),
         "initial_rates": rates_at(scheduler, 0),
         "freeze_steps": list(run.freeze_steps),
+        "processes": state.processes,
+        # From each step on, in which the gradients of fewer units are exchanged than before.
+        "reduced": [
+            {"step": step, "bytes": _reduced_bytes(scheduler, step)}
+            for step in (starts if state.processes != [1] else ())
+        ],
         **{f"{part}_seconds": now[part] for part in (*PARTS, "wall")},
         "cache": {
             "enabled": settings.cache,
@@ -63,3 +70,10 @@ def summary_of(
         "forecast": None if state.costs is None else run.forecast(state.costs),
         "resumed_at": state.resumed_at,
     }
+
+
+def _reduced_bytes(scheduler: FreezeOutLR, step: int) -> int:
+    """Returns the number of bytes of gradients of the units that train at a step."""
+    frozen = scheduler.schedule.frontier(step)
+    units = enumerate(scheduler.optimizer.param_groups)
+    return sum(one.nbytes for unit, group in units if unit >= frozen for one in group["params"])

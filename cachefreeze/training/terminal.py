@@ -19,19 +19,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verbosity:
-    """Amount of output on the terminal. Warnings and results always show.
+    """Amount of output on the terminal.
 
     Args:
         lines: Whether lines about the progress are printed.
         bars: Whether bars are drawn, where the output is a terminal.
+        results: Whether warnings and results are printed.
     """
 
     lines: bool = True
     bars: bool = True
+    results: bool = True
 
 
 EVERYTHING = Verbosity()
+NOTHING = Verbosity(lines=False, bars=False, results=False)
 # Widths of "accuracy  " and the like, and of the space before a warning.
+# A part of a run that takes so many seconds has a bar of its own: that of the run stands still.
+SHOW_AFTER = 2.0
 _COLUMNS, _INDENTS = 80, (10, 2)
 # A process has one terminal, and those who write to it know nothing of each other.
 _verbosity = EVERYTHING
@@ -70,7 +75,7 @@ def say(line: str, *, always: bool = False, whole: bool = False) -> None:
         always: Whether it is printed even if only warnings and results are wanted.
         whole: Whether it is printed as one line however long it is, as commands are.
     """
-    if always or _verbosity.lines:
+    if _verbosity.results if always else _verbosity.lines:
         text = printable(line)
         tqdm.write(text if whole else folded(text))
 

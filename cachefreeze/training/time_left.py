@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from cachefreeze.report.summary_text import forecast_line
 from cachefreeze.training.device import synchronize
 from cachefreeze.training.measuring import TIMED, WARM_UP, forward_seconds
 from cachefreeze.training.progress import Eta
+from cachefreeze.training.ranks import Ranks
 from cachefreeze.training.run_state import RunState
 from cachefreeze.training.terminal import say
 
@@ -27,11 +29,15 @@ class TimeLeft:
         run: Sizes of the run.
         state: Progress of the run. It gets the measured costs.
         units: Units of the network.
+        ranks: Processes of the run. All of them go by the costs that the first one measures.
         cached: Whether the run keeps the outputs of frozen units.
     """
 
-    def __init__(self, run: Run, state: RunState, units: Sequence[Unit], *, cached: bool) -> None:
+    def __init__(
+        self, run: Run, state: RunState, units: Sequence[Unit], ranks: Ranks, *, cached: bool
+    ) -> None:
         self._run, self._state, self._units, self._cached = run, state, units, cached
+        self._ranks = ranks
         self._noted, self._mark = 0, (0.0, 0.0)
         self.look_ahead()
 
@@ -83,7 +89,8 @@ class TimeLeft:
                 (now - then) / TIMED for now, then in zip(self._mark, before, strict=True)
             )
             forward, sizes = forward_seconds(model, self._units, x, autocast_dtype)
-            self._state.costs = Costs.measured(step, load, forward, sizes, frozen)
+            costs = asdict(Costs.measured(step, load, forward, sizes, frozen))
+            self._state.costs = Costs.from_json(self._ranks.from_first(costs), len(self._units))
             if self._cached:
                 say(forecast_line(run.forecast(self._state.costs)))
             self.look_ahead()

@@ -1,25 +1,25 @@
 """The training loop."""
 
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefreeze.cache import ActivationCache
-from cachefreeze.data import ArrayImages, DataSet, Indices, InputRows, epoch_order, full_batches
-from cachefreeze.data.order import all_rows
+from cachefreeze.data import ArrayImages, DataSet, InputRows, epoch_order, full_batches, labels_of
 from cachefreeze.errors import Interrupted, UserError, first_line
 from cachefreeze.freezeout import Unit
 from cachefreeze.keys.environment import numerics
 from cachefreeze.plan.forecast import Run
 from cachefreeze.report.metrics import Metrics
-from cachefreeze.report.summary_text import epoch_line, fill_line
-from cachefreeze.training.checkpoint import LAST, is_due, save_checkpoint
+from cachefreeze.report.summary_text import epoch_line, fill_line, reduced_line
+from cachefreeze.training.checkpoint import LAST, save_checkpoint
 from cachefreeze.training.compiling import compile_units, leave_frozen_uncompiled
 from cachefreeze.training.device import synchronize
 from cachefreeze.training.finite import FiniteChecks
@@ -27,20 +27,16 @@ from cachefreeze.training.interrupts import Interrupts
 from cachefreeze.training.pixels import place_of_pixels
 from cachefreeze.training.progress import Progress, RunBar
 from cachefreeze.training.randomness import random_state, set_random_state
+from cachefreeze.training.ranks import Ranks, gradient_bytes, wrapped
 from cachefreeze.training.resume import check_same_run
 from cachefreeze.training.run_folder import RunFolder
-from cachefreeze.training.run_state import COUNTED, RunState
+from cachefreeze.training.run_state import COUNTED, RunState, SaveTimes, in_metrics
 from cachefreeze.training.settings import Settings
 from cachefreeze.training.step import logits_of, prepare, take_step
 from cachefreeze.training.summary import summary_of
-from cachefreeze.training.terminal import progress_bar, say, warn
+from cachefreeze.training.terminal import SHOW_AFTER, progress_bar, say, warn
 from cachefreeze.training.time_left import TimeLeft
-
-# A validation or a fill that takes so many seconds has a bar of its own: that of the run stands
-# still.
-SHOW_AFTER = 2.0
-# Bytes of weights that become part of a checkpoint in a second, before one was timed.
-SAVE_RATE = 2e8
+from cachefreeze.training.validation import results_of_batches
 
 
 class Trainer:
@@ -53,6 +49,7 @@ class Trainer:
         device: Device to train on.
         autocast_dtype: Type for autocast, or None.
         folder: Folder of the run.
+        ranks: Processes that train the run together.
         command: Words of the command line that are settings of the run. They are saved for
             `--resume`.
 
@@ -69,9 +66,11 @@ class Trainer:
         device: torch.device,
         autocast_dtype: torch.dtype | None,
         folder: RunFolder,
+        ranks: Ranks,
         command: Sequence[str] = (),
     ) -> None:
         self.settings = settings
+        self.ranks = ranks
         self.command = list(command)
         self.interrupts = Interrupts()
         self.device = device
@@ -94,6 +93,7 @@ class Trainer:
         }
         self.steps_per_epoch = len(full_batches(np.arange(len(data.train)), settings.batch_size))
         self.total_steps = settings.epochs * self.steps_per_epoch
+        self._batch_rows = min(settings.batch_size, len(data.train))
         self.optimizer, self.scheduler = prepare(settings, self.model, example, self.total_steps)
         self.names = list(self.scheduler.names)
         groups = self.optimizer.param_groups
@@ -111,12 +111,12 @@ class Trainer:
         )
         self.cache: ActivationCache | None = None
         self._kept = 0  # units whose rows are kept
-        self.state = RunState()
+        self.state = RunState(ranks.count)
         self.written = Metrics(folder, self.names, tensorboard=settings.tensorboard)
         self._best: dict[str, Any] | None = None
-        self._saved = time.perf_counter()
-        self._save_seconds = 0.0
-        self._time_left = TimeLeft(self.run, self.state, self._units, cached=settings.cache)
+        self._saves = SaveTimes()
+        self._wrapped: nn.Module | None = None
+        self._time_left = TimeLeft(self.run, self.state, self._units, ranks, cached=settings.cache)
         self._finite = FiniteChecks(self.state, self.scheduler, folder.path / LAST)
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -130,7 +130,8 @@ class Trainer:
         """
         last = self.folder.path / LAST
         try:
-            check_same_run(state, self.settings, self.data, self._numerics(), last, warn)
+            now = (self.settings, self.data, self._numerics(), self.ranks.count)
+            check_same_run(state, *now, last, warn)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])  # freezes what was frozen
@@ -138,7 +139,8 @@ class Trainer:
             if self.state.step != self.scheduler.last_epoch:
                 raise ValueError("its parts are of different moments")
             set_random_state(state["random"], self.device)
-            self.written.rewrite(self.state.metrics)
+            if self.ranks.first:
+                self.written.rewrite(self.state.metrics)
         except UserError:
             raise
         except Exception as error:  # whatever content of a file may lead to
@@ -172,6 +174,8 @@ class Trainer:
                 self._time_left.look_ahead()
                 if self.scheduler.frontier and self.state.step < self.total_steps:
                     self._after_freeze()
+                else:
+                    self._wrap()
                 with RunBar(self.total_steps, self._progress) as bar:
                     while self.state.epoch < self.settings.epochs:
                         self._epoch(bar)
@@ -179,14 +183,15 @@ class Trainer:
                 summary = self._summary()
             except Interrupted:
                 self._save()
-                received = self.interrupts.received
-                assert received is not None
+                # Another process may have been asked.
+                received = self.interrupts.received or signal.SIGTERM
                 where = self.folder.path / LAST
                 raise Interrupted(
                     f"interrupted at {self.place}: saved in {where}", 128 + received
                 ) from None
         if self.cache is not None:  # closed by now: it may have said more
-            summary["cache"]["messages"] = list(self.cache.messages)
+            told = self.ranks.gather(list(self.cache.messages))
+            summary["cache"]["messages"] = list(dict.fromkeys(chain(*told)))
         summary["wall_seconds"] = self._so_far()["wall"]
         return summary
 
@@ -201,7 +206,7 @@ class Trainer:
         now = self._so_far()
         spent = {name: now[name] - self.state.epoch_start[name] for name in now}
         best = not self.state.metrics or val_accuracy > self.state.best_val_accuracy
-        rows = self.steps_per_epoch * min(self.settings.batch_size, len(self.labels["train"]))
+        rows = self.steps_per_epoch * self._batch_rows
         self.state.metrics.append(
             {
                 "epoch": self.state.epoch + 1,
@@ -211,23 +216,19 @@ class Trainer:
                 "val_accuracy": val_accuracy,
                 "lr": [float(rate) for rate in self.scheduler.get_last_lr()],
                 "frozen_units": self.scheduler.frontier,
-                "rows_served": int(spent["rows_served"]),
-                "rows_computed": int(spent["rows_computed"]),
-                "seconds": spent["train"] + spent["fill"] + spent["validate"],
-                "train_seconds": spent["train"],
-                "fill_seconds": spent["fill"],
-                "validate_seconds": spent["validate"],
-                "saved_seconds": spent["seconds_saved"],
+                **in_metrics(spent),
                 "cache_bytes": 0 if self.cache is None else self.cache.stats.bytes,
                 "images_per_second": rows / spent["train"],
             }
         )
         self.state.epoch, self.state.position, self.state.losses = self.state.epoch + 1, 0, []
         self.state.epoch_start = now
-        self.written.add(self.state.metrics)
+        if self.ranks.first:
+            self.written.add(self.state.metrics)
         if best:
             self._best = self._state_of_weights()
-        if self.state.epoch == self.settings.epochs or self._checkpoint_is_due(spent["wall"]):
+        due = self._saves.is_due(spent["wall"], self.state, self.model) and self.ranks.first
+        if self.ranks.any(due) or self.state.epoch == self.settings.epochs:
             self._save()
 
     def _train(self, bar: RunBar) -> None:
@@ -235,10 +236,11 @@ class Trainer:
         self.model.train()
         self.inputs["train"].epoch = self.state.epoch
         rows, every = len(self.labels["train"]), self.settings.checkpoint_every
-        order = full_batches(
-            epoch_order(rows, self.settings.seed, self.state.epoch), self.settings.batch_size
-        )[self.state.position :]
-        batches, labels = self.inputs["train"].batches(order), self._labels("train", order)
+        whole = epoch_order(rows, self.settings.seed, self.state.epoch)
+        order = self.ranks.parts(full_batches(whole, self.settings.batch_size))
+        order = order[self.state.position :]
+        batches = self.inputs["train"].batches(order)
+        labels = labels_of(self.labels["train"], order)
         for _ in order:
             bar.update(self.state.step)
             frozen = self.scheduler.frontier
@@ -259,8 +261,13 @@ class Trainer:
                 self._save()
 
     def _step(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Takes one optimizer step on a batch; returns its mean loss."""
-        return take_step(self.model, self.optimizer, x, labels, self.autocast_dtype)
+        """Takes a step on this process's part of a batch; returns the mean loss of the batch."""
+        assert self._wrapped is not None
+        self.ranks.seed(self.settings.seed, self.state.step)
+        # Means over parts of unequal size are not the mean over the batch.
+        weight = len(x) * self.ranks.count / self._batch_rows
+        loss = take_step(self._wrapped, self.optimizer, x, labels, self.autocast_dtype, weight)
+        return self.ranks.mean(loss)
 
     def _logits(self, x: Tensor) -> Tensor:
         return logits_of(self.model, x, self.autocast_dtype)
@@ -269,35 +276,29 @@ class Trainer:
     def _validate(self) -> tuple[float, float]:
         """Returns the mean loss and the accuracy on the validation rows."""
         self.model.eval()
-        left = rows = len(self.labels["val"])
-        losses, correct = [], []
-        order = full_batches(np.arange(rows), self.settings.batch_size)
-        bar = progress_bar("validating", len(order), "batch", delay=SHOW_AFTER)
-        with self.state.timing("validate"), bar:
-            batches = self.inputs["val"].batches(order)
-            for x, labels in zip(batches, self._labels("val", order), strict=True):
-                self._stop_if_asked()
-                # What the last batch was filled up with counts once.
-                logits, labels = self._logits(x)[:left], labels[:left]
-                losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-                correct.append((logits.argmax(1) == labels).sum())
-                left -= len(x)
-                bar.update()
-            loss = float(torch.stack(losses).cpu().double().sum()) / rows
-            return loss, int(torch.stack(correct).sum()) / rows
-
-    def _labels(self, split: str, order: Sequence[Indices]) -> Iterator[Tensor]:
-        """Returns an iterator over the labels of each batch."""
-        # The order travels to the device as a whole: each copy would wait for it.
-        rows = torch.from_numpy(all_rows(order)).to(self.device)
-        return iter(self.labels[split][rows].split([len(indices) for indices in order]))
+        with self.state.timing("validate"):
+            self.ranks.send_buffers(self.model)
+            rows, size = self.labels["val"], self.settings.batch_size
+            how = (size, self.ranks, self.interrupts)
+            found = results_of_batches(self._logits, self.inputs["val"], rows, *how)
+            self._stop_if_asked()
+            loss, correct = self.ranks.total(found).sum(0).tolist()
+            return loss / len(rows), int(correct) / len(rows)
 
     # When units have frozen.
+
+    def _wrap(self) -> None:
+        """Wraps the network anew, so that processes exchange gradients of what still trains."""
+        self._wrapped = None  # the old one goes first
+        self._wrapped = wrapped(self.model, self.ranks)
+        if self.ranks.count > 1:
+            say(reduced_line(self.state.step, gradient_bytes(self.model)))
 
     def _after_freeze(self) -> None:
         """Runs frozen modules uncompiled, opens the cache, and keeps all rows, if that pays."""
         self._time_left.begin_again()
         leave_frozen_uncompiled(self._compiled)
+        self._wrap()
         if not self.settings.cache or not self.run.fills_at(
             self.state.step, self._kept, self._time_left.costs
         ):
@@ -319,6 +320,7 @@ class Trainer:
         with self.state.timing("fill"):
             self._fill(self.cache)
             synchronize(self.device)
+            self._stop_if_asked()
         # What a fill does is told as such, and is no row of training.
         for name, count in self._stats().items():
             self.state.counts[name] -= count - before[name]
@@ -334,14 +336,16 @@ class Trainer:
         """Keeps the training rows in all views to come. A validation keeps its own as they pass."""
         self.model.train()
         inputs, passes = self.inputs["train"], self.run.passes(self.state.step)
-        order = full_batches(np.arange(len(self.labels["train"])), self.settings.batch_size)
+        whole = full_batches(np.arange(len(self.labels["train"])), self.settings.batch_size)
+        order = self.ranks.parts(whole)
         bar = progress_bar("keeping rows", passes * len(order), "batch", delay=SHOW_AFTER)
 
         def batches() -> Iterator[Tensor]:
             for further in range(passes):
                 inputs.epoch = self.state.step // self.steps_per_epoch + further
                 for x in inputs.batches(order):
-                    self._stop_if_asked()
+                    if self.interrupts:
+                        return
                     yield x
                     bar.update()
 
@@ -349,12 +353,18 @@ class Trainer:
             cache.fill(batches(), self._logits)
         inputs.epoch = self.state.epoch
 
-    def _stats(self) -> dict[str, float]:
-        """Returns what the cache has counted in this process."""
+    def _stats(self, here: bool = False) -> dict[str, float]:
+        """Returns what all caches have counted, or an estimate from the cache of this process."""
         if self.cache is None:
             return dict.fromkeys(COUNTED, 0)
-        stats = self.cache.stats
-        return {name: getattr(stats, name) for name in COUNTED}
+        stats, count = self.cache.stats, self.ranks.count
+        served, computed, seconds = (getattr(stats, name) for name in COUNTED)
+        if here:
+            found = [served * count, computed * count, seconds]
+        else:
+            counted = torch.tensor([served, computed, seconds / count], dtype=torch.float64)
+            found = self.ranks.total(counted).tolist()
+        return dict(zip(COUNTED, found, strict=True))
 
     # What is shown.
 
@@ -366,7 +376,7 @@ class Trainer:
             self.state.losses and self.device.type == "cpu"
         ):  # elsewhere it would wait for the device
             loss = float(self.state.losses[-1])
-        now, start = self._so_far(), self.state.epoch_start
+        now, start = self.state.so_far(self._stats(here=True)), self.state.epoch_start
         seconds = now["train"] - start["train"]
         if self.state.position and seconds:
             speed = self.state.position * self.settings.batch_size / seconds
@@ -378,7 +388,7 @@ class Trainer:
             accuracy=last.get("val_accuracy"),
             frozen=self.scheduler.frontier,
             units=len(self.names),
-            served=served / (served + computed) if served else None,
+            served=min(served / (served + computed), 1.0) if served > 0 else None,
             images_per_second=speed,
             seconds_left=self._time_left.seconds_left(),
         )
@@ -388,22 +398,11 @@ class Trainer:
         return self.state.so_far(self._stats())
 
     def _stop_if_asked(self) -> None:
-        if self.interrupts:
+        """Stops if any process was asked to. All of them stop at the same place."""
+        if self.ranks.any(bool(self.interrupts)):
             raise Interrupted
 
     # What is saved.
-
-    def _checkpoint_is_due(self, epoch_seconds: float) -> bool:
-        cost = self._save_seconds
-        if not cost:  # weights, momentum, and the best weights
-            cost = 3 * sum(one.nbytes for one in self.model.parameters()) / SAVE_RATE
-        return is_due(
-            since=time.perf_counter() - self._saved,
-            epoch=epoch_seconds,
-            cost=cost,
-            spent=self.state.seconds["checkpoint"],
-            wall=self._so_far()["wall"],
-        )
 
     def _save(self) -> None:
         """Saves a checkpoint. Raises UserError if a loss or weight is infinite or not a number."""
@@ -411,11 +410,12 @@ class Trainer:
         with self.state.timing("checkpoint"):
             self._finite.losses(self.state.losses)
             self._finite.weights(self.model)
-            with self.folder.writing():
-                save_checkpoint(self.folder.path, self._state_dict(), self._best)
+            state = self._state_dict()
+            if self.ranks.first:
+                with self.folder.writing():
+                    save_checkpoint(self.folder.path, state, self._best)
         self._best = None
-        self._saved = time.perf_counter()
-        self._save_seconds = self._saved - began
+        self._saves.note(time.perf_counter() - began)
 
     def _state_of_weights(self) -> dict[str, Any]:
         """Returns a copy of the weights, with what another run needs to start from them."""

@@ -68,3 +68,20 @@ def test_a_loop_goes_on_after_a_process_was_killed(programs: Programs, tmp_path:
     assert one["epoch"] == other["epoch"]
     for name, tensor in one["model"].items():
         assert torch.equal(tensor, other["model"][name]), name
+
+
+def test_a_whole_frozen_body_is_served_before_a_head_in_pieces(
+    programs: Programs, tmp_path: Path
+) -> None:
+    done = programs.run("tests.distributed.pieces", str(tmp_path), timeout=120)
+    assert done.code == 0, done.stderr[-3000:]
+    for rank in range(PROCESSES):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert seen["cached"]["weights"] == seen["plain"]["weights"]
+        assert seen["cached"]["served"] > ROWS / PROCESSES, seen["cached"]
+        assert seen["cached"]["messages"] == []
+        # A body in pieces runs in every step, in all processes.
+        assert seen["pieces"]["weights"] == seen["plain"]["weights"]
+        assert seen["pieces"]["served"] == 0
+        (told,) = seen["pieces"]["messages"]
+        assert told.startswith("Classifier is not cached: its frozen parameters are sharded over")

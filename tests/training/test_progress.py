@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cachefreeze.train import main
-from cachefreeze.training import progress, trainer
+from cachefreeze.training import progress, trainer, validation
 from cachefreeze.training.progress import Progress, clock, status
 from cachefreeze.training.resume import start_of
 from cachefreeze.training.terminal import EVERYTHING, Verbosity, say
@@ -49,6 +49,7 @@ def watched(
         patch.setattr(progress, "SECONDS_BETWEEN", 0.0)  # every step: the run is short
         patch.setattr(progress, "status", recorded)
         patch.setattr(trainer, "SHOW_AFTER", 0.0)
+        patch.setattr(validation, "SHOW_AFTER", 0.0)
         assert main(options(images, folder)) == 0
     return Watched(screen, shown, Run.load(folder / "run"))
 
