@@ -164,7 +164,7 @@ class CachedModule:
         if self._is_smaller_than_others(key, flags, given):
             return call.run()
         before = self._before(key, flags)
-        if before is not None and self._shared.filling is None and before.carry_on():
+        if before is not None and self._shared.filling is None and before.carry_on(call):
             call.began = perf_counter()
             return before.run(call)
         if before is not None:  # more is frozen, which cannot happen often

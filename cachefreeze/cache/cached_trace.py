@@ -155,18 +155,20 @@ class CachedTrace:
             or self.history.broken
         )
 
-    def carry_on(self) -> bool:
+    def carry_on(self, call: ModuleCall) -> bool:
         """Goes on serving the same values although more parameters have become frozen.
 
         The work that became frozen still runs. A new trace takes as long as some steps, so it is
         made when this work has taken that long.
 
         Returns:
-            Whether this is possible: modules in which something is skipped must be unchanged.
+            Whether this is possible: modules in which something is skipped must be unchanged, and
+            the call must take the path of the traced one.
         """
         if self.state is not State.SERVING or self.stale or self.is_outgrown:
             return False
-        if not self._trace.signature.renew(self.selection.plan.modules_around()):
+        renewed = self._trace.signature.renew(self.selection.plan.modules_around())
+        if not renewed or not self.guards.fit(call):
             return False
         self._carries_on = True
         self._missed.look()

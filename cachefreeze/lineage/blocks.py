@@ -5,7 +5,8 @@ instructions, and on the elements that are left at the end by other code. Expone
 have other last bits there: with `F.silu`, about one element in a thousand. The end of a batch is
 the end of its last row, so the same row has other bits in another place. Too few elements differ
 for comparisons of some batches to show it, so the sizes decide. The same holds for the last rows of
-a product of a matrix and a vector.
+a product of a matrix and a vector, and for sums and softmax along the first dimension, if the rows
+lie side by side behind it.
 """
 
 import math
@@ -35,7 +36,11 @@ _UNLISTED = frozenset(("glu", "log_sigmoid_forward", "hardswish"))
 _PRODUCTS, _ROWS_AT_A_TIME = frozenset(("mm", "addmm", "mv", "addmv", "linear")), 4
 # Sums with a factor are rounded in more than one way.
 _SUMS = ("add", "sub")
-# Exponents for which a power is a product or a square root.
+# Functions along some dimensions, and the number of vectors that they work on at a time if other
+# dimensions lie behind those in memory.
+_ALONG = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "sum": 4, "mean": 4}
+_VECTOR = 64
+# Numbers as exponents for which a power is a product or a square root.
 _PLAIN_POWERS = (0.5, 1, 2, 3)
 _ROUNDED_ONCE = (torch.float32, torch.float64)
 
@@ -49,7 +54,7 @@ def may_move_bits(overload: Any) -> bool:
         overload: Operator overload, as a dispatch mode gets it.
     """
     name = _name_of(overload)
-    if name in _SUMS or name in _PRODUCTS:
+    if name in _SUMS or name in _PRODUCTS or name in _ALONG:
         return True
     return name not in _EXACT and (torch.Tag.pointwise in overload.tags or name in _UNLISTED)
 
@@ -72,16 +77,41 @@ def moves_bits(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     given = [one for one in args if isinstance(one, Tensor)]
     if not any(one.is_floating_point() or one.is_complex() for one in (made, *given)):
         return False
+    if name in _ALONG:
+        # Softmax works on a copy if its argument is not contiguous.
+        worked_on = made if "softmax" in name else given[0]
+        return _ends_within_vectors(worked_on, args[1] if len(args) > 1 else None, _ALONG[name])
     if name in _PRODUCTS:
-        by_vector = name in ("mv", "addmv") or made.shape[-1] == 1
+        by_vector = name in ("mv", "addmv") or 1 in made.shape[-2:]
         return by_vector and made.numel() % _ROWS_AT_A_TIME > 0
     if name in _SUMS and kwargs.get("alpha", 1) == 1:
         return False
-    if name == "pow" and len(args) > 1 and args[1] in _PLAIN_POWERS:
+    if name == "pow" and not isinstance(args[1], Tensor) and args[1] in _PLAIN_POWERS:
         return False
     if name == "rsqrt" and made.dtype in _ROUNDED_ONCE:
         return False
     return _has_an_end(made, given)
+
+
+def _ends_within_vectors(given: Tensor, along: int | Sequence[int] | None, vectors: int) -> bool:
+    """Returns whether a function along the first dimension treats some last elements otherwise.
+
+    Args:
+        given: Tensor that the function works on.
+        along: Dimension or dimensions that it works along.
+        vectors: Number of vectors that it works on at a time.
+    """
+    dims = {one % given.dim() for one in ((along,) if isinstance(along, int) else along or ())}
+    behind = sorted(set(range(given.dim())) - dims, key=lambda dim: given.stride(dim))
+    if 0 not in dims or not behind:
+        return False
+    size = 1
+    for dim in behind:
+        # If they do not lie together, each row has an end of its own.
+        if given.stride(dim) != size and given.shape[dim] > 1:
+            return False
+        size *= given.shape[dim]
+    return size * given.element_size() % (_VECTOR * vectors) > 0
 
 
 def _name_of(overload: Any) -> str:
@@ -108,7 +138,7 @@ def _has_an_end(made: Tensor, given: Sequence[Tensor]) -> bool:
             break
         inner.append(dim)
     # Rows are in the first dimension, or in the second one behind the time.
-    if not inner or not (0 in inner or (1 in inner and made.dim() > 2)):
+    if not {0, 1}.intersection(inner):
         return False
     size = math.prod(made.shape[one] for one in inner)
     block = _BLOCK // min(one.element_size() for one in operands)

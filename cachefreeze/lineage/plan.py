@@ -114,19 +114,21 @@ class Plan:
                 self.states[id(tensor)] = state.value
 
     def modules_around(self) -> set[int]:
-        """Returns the modules, by `id`, in whose calls operations are left out."""
-        found: set[int] = set()
+        """Returns the modules, by `id`, in whose calls operations are left out, or none runs."""
+        left_out: set[int] = set()
+        runs: set[int] = set()
         for operation in self.trace.operations:
-            if operation.number in self.cut.runs:
-                continue
+            calls = runs if operation.number in self.cut.runs else left_out
             number = operation.call
-            while number >= 0:
-                call = self.trace.calls[number]
-                module = call.module()
-                if module is not None:
-                    found.add(id(module))
-                number = call.parent
-        return found
+            while number >= 0 and number not in calls:
+                calls.add(number)
+                number = self.trace.calls[number].parent
+        modules = [
+            one.module()
+            for one in self.trace.calls
+            if one.number in left_out or one.number not in runs
+        ]
+        return {id(module) for module in modules if module is not None}
 
     def _events(self, skipped: Collection[int], compared: Collection[int]) -> list[Planned | None]:
         """Plans each event.

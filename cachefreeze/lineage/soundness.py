@@ -75,8 +75,9 @@ _MIXING = _words(
     aten::_choose_qparams_per_tensor aten::choose_qparams_optimized
     """
 )
-# Kernels beside those that treat each element alone, and beside views. On one thread they were seen
-# to give each row the same bits at any place in the batch, beside any other rows.
+# Kernels beside those that treat each element alone, and beside views. On one thread they give each
+# row the same bits at any place in the batch, beside any other rows, or so many rows have other
+# bits that two compared batches show it. `blocks` knows those in which few have.
 _STEADY = _words(
     """
     convolution _convolution mkldnn_convolution mm addmm bmm baddbmm linear native_batch_norm

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -130,6 +131,46 @@ def test_rows_are_served_while_units_freeze_faster_than_an_epoch_passes() -> Non
         loop.step(loop.x[:BATCH])
         # The second block freezes in the middle: rows after the first one are served on.
         assert served(cache, lambda: loop.epoch(freeze_after=4)) == 80
+
+
+class Scaled(nn.Sequential):
+    """A block that reads a global number."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * SCALE
+
+
+SCALE = 1.0
+
+
+@pytest.mark.parametrize("change_after", [3, 4, 5])
+def test_a_frozen_block_reads_another_number_when_the_next_one_freezes(
+    change_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for cached in (False, True):
+        monkeypatch.setattr(f"{__name__}.SCALE", 1.0)
+        loop = Loop(80)
+        for place in range(3):
+            loop.model[place] = Scaled(*loop.model[place])
+        cache = ActivationCache(loop.model, probation=2) if cached else None
+        loop.epoch()
+        loop.epoch(freeze_after=0)
+        for _ in range(2):
+            loop.epoch()
+        loop.model.train()
+        for number, x in enumerate(batches(loop.x, 9)):
+            if number == 4:
+                cachefreeze.freeze(loop.model[1])
+            if number == change_after:
+                monkeypatch.setattr(f"{__name__}.SCALE", 3.0)
+            loop.step(x)
+        results.append(loop.model.state_dict())
+        if cache is not None:
+            assert cache.stats.rows_served > 100
+            cache.close()
+    plain, other = results
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
 def test_rows_lead_on_from_cut_to_cut_without_filling_anew() -> None:

@@ -150,7 +150,17 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu, "mish": F.mish, "elu": F.elu, "sigmoid": torch.sigmoid, "softplus": F.softplus,
     "gelu": lambda x: F.gelu(x, approximate="tanh"), "power": lambda x: (x.abs() / 4) ** 1.7,
     "scaled sum": lambda x: x.add(x.square(), alpha=0.3),
+    "power of a number": lambda x: 2.0 ** (x / 8),
+    "tensor as exponent": lambda x: (x.abs() / 4) ** torch.tensor([3.0]),
+    "columns": lambda x: F.silu(x.t().contiguous()).t(),
+    "over time": lambda x: _over_time(x, lambda y: y.softmax(0)),
+    "over time, log": lambda x: _over_time(x, lambda y: y.log_softmax(0)),
 }  # fmt: skip
+
+
+def _over_time(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Applies a function to three steps of eleven numbers, with the time first."""
+    return function(x.view(-1, 3, 11).transpose(0, 1)).transpose(0, 1).flatten(1)
 
 
 @pytest.mark.parametrize(
