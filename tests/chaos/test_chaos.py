@@ -63,8 +63,11 @@ def test_the_other_networks_are_as_robust(
 ) -> None:
     chaos, tally = Chaos(nursery, network, images, tmp_path), Tally()
     dice = random.Random(network)
-    victim = Victim(chaos, "victim", "--checkpoint-every", "4")
-    victim.torment(dice, tally, most=3 if network == "densenet" else 1)
+    for number in range(4):  # a run may end before its kill was due
+        victim = Victim(chaos, f"victim{number}", "--checkpoint-every", "4")
+        victim.torment(dice, tally, most=3 if network == "densenet" else 1)
+        if tally.kills + tally.interrupts > 0:
+            break
     assert tally.different == []
     assert tally.kills + tally.interrupts > 0
 
