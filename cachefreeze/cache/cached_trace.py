@@ -162,8 +162,7 @@ class CachedTrace:
         made when this work has taken that long.
 
         Returns:
-            Whether this is possible: modules in which something is skipped must be unchanged, and
-            the call must take the path of the traced one.
+            Whether this is possible: where something is skipped, only freezing may have changed.
         """
         if self.state is not State.SERVING or self.stale or self.is_outgrown:
             return False
