@@ -158,7 +158,7 @@ class CachedTrace:
     def carry_on(self, call: ModuleCall) -> bool:
         """Goes on serving the same values although more parameters have become frozen.
 
-        The work that became frozen still runs. When it has taken as long as a new trace, one is made.
+        That work still runs. When it has taken as long as a new trace, one is made.
 
         Returns:
             Whether this is possible: where something is skipped, only freezing may have changed.
