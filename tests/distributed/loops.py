@@ -150,7 +150,7 @@ def broadcast(model: nn.Module, before: BeforeEpoch) -> None:
 
     def and_change(epoch: int) -> None:
         before(epoch)
-        if epoch == 2 and dist.get_rank() == 0:
+        if epoch == 4 and dist.get_rank() == 0:
             model.body[1].running_mean.add_(0.5)
 
     fine_tune(model, and_change)
