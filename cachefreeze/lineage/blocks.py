@@ -101,6 +101,9 @@ def _ends_within_vectors(given: Tensor, along: int | Sequence[int] | None, vecto
         along: Dimension or dimensions that it works along.
         vectors: Number of vectors that it works on at a time.
     """
+    # A sum over the first of two dimensions is nearly always one over rows.
+    if given.dim() < (3 if vectors > 1 else 2):
+        return False
     dims = {one % given.dim() for one in ((along,) if isinstance(along, int) else along or ())}
     behind = sorted(set(range(given.dim())) - dims, key=lambda dim: given.stride(dim))
     if 0 not in dims or not behind:

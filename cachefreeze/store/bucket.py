@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from cachefreeze.errors import UserError
-from cachefreeze.store.commits import MOST_BYTES, Commits, Record, parse
+from cachefreeze.store.commits import MOST_BYTES, Commits, Record, content_of, parse
 from cachefreeze.store.format import (
     FORMAT,
     METADATA_BYTES,
@@ -129,7 +129,7 @@ class Bucket:
             Unreachable: A request failed. It is unknown whether the commit was written.
             OSError: The local copy cannot be written.
         """
-        content = b"".join(record.line() for record in records)
+        content = content_of(records)
         while not self.objects.create(_commit(name, commits.next), content):
             before = commits.next
             # Another writer was faster. Or an earlier request has written this commit, and its

@@ -21,6 +21,7 @@ REMOTE = "remote"
 # Largest size of a commit.
 MOST_BYTES = 2**14
 _RECORD = re.compile(rb"([0-9a-f]{32}) (?:(hole )?(\d{8} [^\n]{31}\n)|removed ([0-9a-f]{8})\n)")
+_END = re.compile(rb"end ([0-9a-f]{8})\n")
 _LOCAL = re.compile(rb"(\d{8}) ([^\n]*)\n")
 
 
@@ -49,16 +50,28 @@ def _checksum(segment: str) -> int:
     return google_crc32c.value(f"{segment} removed".encode())
 
 
+def content_of(records: Sequence[Record]) -> bytes:
+    """Returns the content of a commit."""
+    lines = b"".join(one.line() for one in records)
+    # Each line has a checksum, too. This one shows that no line is missing.
+    return lines + f"end {google_crc32c.value(lines):08x}\n".encode()
+
+
 def parse(content: bytes) -> list[Record] | None:
     """Returns the records of a commit, or None if it is damaged."""
-    records, end = [], 0
+    records: list[Record] = []
+    end = 0
     while end < len(content) <= MOST_BYTES:
+        if last := _END.match(content, end):
+            whole = last.end() == len(content)
+            right = int(last[1], 16) == google_crc32c.value(content[:end])
+            return records if whole and right and records else None
         record = _parse_record(content, end)
         if record is None:
             return None
         records.append(record[0])
         end = record[1]
-    return records or None
+    return None
 
 
 def _parse_record(content: bytes, start: int) -> tuple[Record, int] | None:
@@ -132,7 +145,7 @@ class Commits:
             OSError: The file cannot be written.
         """
         # On one line, so that a killed process leaves all of the commit or half a line.
-        joined = b"".join(one.line() for one in records).replace(b"\n", b",")
+        joined = content_of(records).replace(b"\n", b",")
         line = f"{number:08} ".encode() + joined + b"\n"
         self._path.parent.mkdir(exist_ok=True)
         file = open_regular(self._path, os.O_WRONLY | os.O_CREAT)

@@ -9,8 +9,9 @@ import pytest
 
 from cachefreeze.errors import UserError
 from cachefreeze.store import Row, objects, open_directory
-from cachefreeze.store.commits import parse
+from cachefreeze.store.commits import Record, content_of, parse
 from cachefreeze.store.format import Layout, metadata
+from cachefreeze.store.journal import Chunk
 from tests.store.harness import ABOUT, NAME, ROW, keys_of, rows_of, segments
 from tests.support.object_server import FAULTS, SLOW_SECONDS, Proxy, ask
 
@@ -197,6 +198,15 @@ def test_a_local_folder_belongs_to_one_store(tmp_path: Path) -> None:
 )
 def test_a_commit_that_cachefreeze_did_not_write_says_nothing(content: bytes) -> None:
     assert parse(content) is None
+
+
+def test_a_commit_that_is_cut_anywhere_says_nothing() -> None:
+    records = [Record("0" * 32, Chunk(number, 8, 1, 2)) for number in range(3)]
+    content = content_of(records)
+    assert parse(content) == records
+    assert all(parse(content[:end]) is None for end in range(len(content)))
+    lines = content.splitlines(keepends=True)
+    assert parse(b"".join(lines[1:])) is None
 
 
 @pytest.mark.parametrize("said", ["dims", "set", "about"])
