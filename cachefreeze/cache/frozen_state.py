@@ -57,9 +57,11 @@ class FrozenState:
         If it was changed unseen before, the user is told.
         """
         gone = any(map(is_, map(call, self._states.values()), repeat(None)))
-        look, self._look = self._look, None if gone else self._look
-        if gone and look is not None and look.lost_a_change():
-            self._tell_late([state.name for state in self._trace.states if state.tensor() is None])
+        if gone and self._look is not None:
+            if self._look.lost_a_change():
+                states = self._trace.states
+                self._tell_late([one.name for one in states if one.tensor() is None])
+            self._look = None
         return gone
 
     def look(self) -> None:

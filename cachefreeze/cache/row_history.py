@@ -98,9 +98,12 @@ class RowHistory:
         """
         if not self.again:
             self.again, self.epoch, self.seen = True, self.batches - 1, {}
-            chosen = min(max(self.epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
-            if is_proven or is_steady:
-                chosen = _LEAST_PROBATION - (is_proven and is_steady)
+            if is_proven and is_steady:
+                chosen = 1
+            elif is_proven or is_steady:
+                chosen = _LEAST_PROBATION
+            else:
+                chosen = min(max(self.epoch // 4, _LEAST_PROBATION), _MOST_PROBATION)
             self.wanted = chosen if probation is None else probation
             self.follows_proven = is_proven
 

@@ -263,8 +263,8 @@ class Weights:
     def _hash(self, held: _Held, tensor: Tensor) -> None:
         looks_same = bool(held.before) and Look([held]).is_same()
         # The memory of an exchanged tensor is still there, as it was when it was exchanged.
-        was_exchanged = held.pieces is not None and held.pointer != tensor.data_ptr()
-        looks_same = looks_same or (was_exchanged and _is_other(held.pieces or []))
+        if held.pieces is not None and held.pointer != tensor.data_ptr():
+            looks_same = looks_same or _is_other(held.pieces)
         spots = held.spots
         laid = _laid(tensor)
         self._room += held.room

@@ -53,7 +53,7 @@ def may_move_bits(overload: Any) -> bool:
     Args:
         overload: Operator overload, as a dispatch mode gets it.
     """
-    name = _name_of(overload)
+    name = name_of(overload)
     if name in _SUMS or name in _PRODUCTS or name in _ALONG:
         return True
     return name not in _EXACT and (torch.Tag.pointwise in overload.tags or name in _UNLISTED)
@@ -68,7 +68,7 @@ def moves_bits(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
         kwargs: Keyword arguments of the call.
         output: Result of the call.
     """
-    name = _name_of(overload)
+    name = name_of(overload)
     made = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(made, Tensor) or made.device.type != "cpu" or made.dim() == 0:
         return False
@@ -117,7 +117,7 @@ def _ends_within_vectors(given: Tensor, along: int | Sequence[int] | None, vecto
     return size * given.element_size() % (_VECTOR * vectors) > 0
 
 
-def _name_of(overload: Any) -> str:
+def name_of(overload: Any) -> str:
     """Returns the name of a kernel, which is the same for its form that writes in place."""
     return str(overload._schema.name.removeprefix("aten::").rstrip("_"))
 

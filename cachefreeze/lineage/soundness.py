@@ -148,7 +148,7 @@ class Kernel:
         self.mixes = name in _MIXING
         self.may_move_bits = blocks.may_move_bits(overload)
         self.steady = name.startswith("aten::") and (
-            name.removeprefix("aten::").rstrip("_") in _STEADY
+            blocks.name_of(overload) in _STEADY
             or overload.is_view
             or torch.Tag.pointwise in overload.tags
         )

@@ -168,9 +168,7 @@ class Bucket:
         """
         folder = f"{name}/{segment}"
         path = f"{folder}/{layout.values_name(chunk.number)}"
-        values = self.objects.read(path, layout.values_bytes)
-        if values is None:
-            raise Damaged(f"{self.url}/{path} is missing")
+        values = self._object(path, layout.values_bytes)
         content = Content(values, self.keys(name, segment, layout, chunk))
         check_content(f"{self.url}/{folder}", layout, chunk, content)
         return content
@@ -183,11 +181,15 @@ class Bucket:
             Unreachable: A request failed.
         """
         path = f"{name}/{segment}/{layout.keys_name(chunk.number)}"
-        keys = self.objects.read(path, layout.keys_bytes)
-        if keys is None:
-            raise Damaged(f"{self.url}/{path} is missing")
+        keys = self._object(path, layout.keys_bytes)
         check_keys(f"{self.url}/{name}/{segment}", layout, chunk, keys)
         return keys
+
+    def _object(self, path: str, most: int) -> bytes:
+        content = self.objects.read(path, most)
+        if content is None:
+            raise Damaged(f"{self.url}/{path} is missing")
+        return content
 
     def write(self, name: str, segment: str, head: Head, chunk: Chunk, content: Content) -> bool:
         """Writes the objects of a chunk. It counts only once a commit names it.

@@ -12,12 +12,13 @@ import numpy as np
 from cachefreeze.store.bucket import MOST_BYTES_OF_CHUNK, TOGETHER, Bucket, at_once, together
 from cachefreeze.store.budget import Budget, named_folders
 from cachefreeze.store.commits import REMOTE, Commits, Record
-from cachefreeze.store.files import lock_file, open_regular, unlock_file
+from cachefreeze.store.files import open_regular, take_lock, unlock_file
 from cachefreeze.store.format import (
     CHUNK_ROWS,
     JOURNAL,
     KEY_BYTES,
     Head,
+    Layout,
     SegmentError,
     is_folder,
     read_head,
@@ -192,7 +193,7 @@ class Exchange:
             # If a commit is damaged, the chunks behind it cannot be added either.
             while (chunk := chunks.get(number)) is not None and len(found) < TOGETHER:
                 hole = (segment, number) in self._commits.holes
-                if number >= lines or not (hole or (folder / f"keys/c.{number}.0").exists()):
+                if number >= lines or not (hole or (folder / Layout.keys_name(number)).exists()):
                     head = self._head(segment)
                     if head is None:
                         break
@@ -344,12 +345,4 @@ def lock_set(folder: Path, name: str) -> int | None:
     """
     path = folder / REMOTE / f"{name}.lock"
     path.parent.mkdir(exist_ok=True)
-    file = open_regular(path, os.O_RDWR | os.O_CREAT)
-    try:
-        lock_file(file, exclusive=True)
-    except BlockingIOError:
-        os.close(file)
-        return None
-    except OSError:  # a file system without locks
-        pass
-    return file
+    return take_lock(open_regular(path, os.O_RDWR | os.O_CREAT))

@@ -78,7 +78,18 @@ def lock_folder(folder: Path) -> int | None:
     Returns:
         Descriptor that holds the lock. None if another process holds it.
     """
-    file = os.open(folder, os.O_RDONLY)
+    return take_lock(os.open(folder, os.O_RDONLY))
+
+
+def take_lock(file: int) -> int | None:
+    """Takes the exclusive lock of an open file or folder.
+
+    Args:
+        file: Descriptor of the file. It is closed if the lock cannot be had.
+
+    Returns:
+        The descriptor, which holds the lock. None if another process holds it.
+    """
     try:
         lock_file(file, exclusive=True)
     except BlockingIOError:

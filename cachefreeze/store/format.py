@@ -137,7 +137,8 @@ class Layout:
         """Returns the path of a chunk file of values inside the segment."""
         return f"values/c.{chunk}" + ".0" * len(self.row.dims)
 
-    def keys_name(self, chunk: int) -> str:
+    @staticmethod
+    def keys_name(chunk: int) -> str:
         """Returns the path of a chunk file of keys inside the segment."""
         return f"keys/c.{chunk}.0"
 

@@ -17,6 +17,7 @@ from cachefreeze.store.format import (
     JOURNAL,
     NAME,
     Head,
+    Layout,
     SegmentError,
     is_folder,
     read_head,
@@ -124,7 +125,7 @@ class FolderPlace:
             return None
         # The files of a chunk that was damaged when it was copied are missing.
         numbers = {chunk.number for chunk in chunks}
-        return {number for number in numbers if (folder / f"keys/c.{number}.0").exists()}
+        return {number for number in numbers if (folder / Layout.keys_name(number)).exists()}
 
     def read(self, name: str, segment: Segment, chunk: Chunk) -> Content:
         """Reads and checks a chunk."""
