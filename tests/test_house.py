@@ -27,7 +27,7 @@ FLOORS = [
 ]
 INSIDE = {
     "lineage": [
-        ["structure", "blocks", "calls", "frames", "undone"],
+        ["structure", "devices", "blocks", "calls", "frames", "undone"],
         ["soundness", "contents", "changes"],
         ["operations"],
         ["known", "modes", "modules"],
@@ -42,6 +42,8 @@ INSIDE = {
     ],
     "keys": [
         ["bits", "bytecode", "environment", "hashing"],
+        ["device_digests"],
+        ["device_watch"],
         ["code_reads", "inputs", "fingerprint", "weights"],
         ["external_state"],
         ["operations"],

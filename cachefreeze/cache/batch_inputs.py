@@ -1,14 +1,15 @@
 """Inputs of a batch: which of them consist of rows, and the keys of these rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from cachefreeze import lineage
 from cachefreeze.cache.padding import mask_of, own_lengths
-from cachefreeze.keys import row_keys, same_bits
+from cachefreeze.keys import device_hashes, row_keys, same_bits
 from cachefreeze.lineage import Trace, unloaded
+from cachefreeze.lineage.devices import runs_behind, to_device
 
 Tensor = torch.Tensor
 # Keys of a batch's rows, for each group of inputs that a kept value depends on.
@@ -67,20 +68,47 @@ class BatchInputs:
         Returns:
             Keys of shape (rows, 2), for each group of inputs.
         """
-        return {group: self._keys_in(group, inputs) for group in self._groups}
+        hashes = self._hashes_on_devices(inputs)
+        return {group: self._keys_in(group, inputs, hashes) for group in self._groups}
 
-    def _keys_in(self, group: tuple[int, ...], inputs: Mapping[int, Tensor]) -> np.ndarray:
+    def _hashes_on_devices(self, inputs: Mapping[int, Tensor]) -> dict[int, np.ndarray]:
+        """Hashes the inputs on devices that run behind the host, all of them at once."""
+        read = {self._trace.inputs[place] for group in self._groups for place in group}
+        there = {
+            number: inputs[number]
+            for number in sorted(read)
+            if runs_behind(inputs[number]) and unloaded.keys_of(inputs[number]) is None
+        }
+        if not there:
+            return {}
+        rows = {number: one for number, one in there.items() if number in self.with_rows}
+        shared = {number: one for number, one in there.items() if number not in self.with_rows}
+        found = device_hashes(list(rows.values()), list(shared.values()), self.rows)
+        return dict(zip((*rows, *shared), found, strict=True))
+
+    def _keys_in(
+        self,
+        group: tuple[int, ...],
+        inputs: Mapping[int, Tensor],
+        hashes: Mapping[int, np.ndarray],
+    ) -> np.ndarray:
         numbers = [self._trace.inputs[place] for place in group]
         rows = {number: inputs[number] for number in numbers if number in self.with_rows}
-        shared = [inputs[number] for number in numbers if number not in self.with_rows]
-        unloaded.load_in(shared)
+        shared = {number: inputs[number] for number in numbers if number not in self.with_rows}
+        unloaded.load_in(list(shared.values()))
         if self._exact or self.mask is None or not self.length:
-            return row_keys([_named(one) for one in rows.values()], shared, self.rows)
+            return row_keys(
+                [hashes[n] if n in hashes else _named(one) for n, one in rows.items()],
+                [hashes.get(n, one) for n, one in shared.items()],
+                self.rows,
+            )
         unloaded.load_in(list(rows.values()))
         mask = inputs[self.mask]
         padded = {n: one for n, one in rows.items() if one.shape[1:2] == mask.shape[1:]}
         lengths = own_lengths(mask, padded, self._padding)
-        return row_keys(list(rows.values()), shared, self.rows, lengths, mask.shape[1])
+        return row_keys(
+            list(rows.values()), list(shared.values()), self.rows, lengths, mask.shape[1]
+        )
 
     def merge(self, batches: list[dict[int, Tensor]]) -> list[tuple[dict[int, Tensor], int]]:
         """Joins smaller batches to batches of the usual size.
@@ -99,15 +127,21 @@ class BatchInputs:
             else batches[0][number]
             for number in batches[0]
         }
+        keys = {number: _joined_keys([batch[number] for batch in batches]) for number in joined}
         total = next(len(joined[number]) for number in joined if number in self.with_rows)
         found = []
         for start in range(0, total, self.rows):
             real = min(self.rows, total - start)
-            places = torch.arange(start, start + self.rows).clamp(max=total - 1)
+            places = np.arange(start, start + self.rows).clip(max=total - 1)
             whole = {
-                number: tensor[places] if number in self.with_rows else tensor
+                number: tensor[to_device(places, tensor.device)]
+                if number in self.with_rows
+                else tensor
                 for number, tensor in joined.items()
             }
+            for number, known in keys.items():
+                if known is not None and number in self.with_rows:
+                    unloaded.with_keys(whole[number], known[places])
             found.append((whole, real))
         return found
 
@@ -135,6 +169,12 @@ class BatchInputs:
         return True
 
 
+def _joined_keys(tensors: Sequence[Tensor]) -> np.ndarray | None:
+    known = [keys for keys in map(unloaded.keys_of, tensors) if keys is not None]
+    return np.concatenate(known) if len(known) == len(tensors) else None
+
+
 def _named(tensor: Tensor) -> Tensor | np.ndarray:
-    """Returns the row hashes of a tensor that is not loaded yet, or a loaded tensor itself."""
-    return tensor.unloaded_keys if unloaded.is_unloaded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    """Returns the hashes of a tensor's rows if they are known, or else the tensor itself."""
+    keys = unloaded.keys_of(tensor)
+    return tensor if keys is None else keys

@@ -3,7 +3,6 @@
 import sys
 import weakref
 from collections.abc import Iterator
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -161,11 +160,11 @@ class CachedModule:
             self._tell("sharded", messages.sharded(self._name))
             return self._give_up(call)
         flags = self._flags_of_now()
-        if self._is_smaller_than_others(key, flags, given):
+        if self._is_smaller_than_others(key, flags, call.with_keys()):
             return call.run()
         before = self._before(key, flags)
         if before is not None and self._shared.filling is None and before.carry_on(call):
-            call.began = perf_counter()
+            call.begin_again()
             return before.run(call)
         if before is not None:  # more is frozen, which cannot happen often
             return self._trace(key, flags, call, None)
@@ -266,7 +265,7 @@ class CachedModule:
         self._again += key in self._kinds
         before = self._before(key, flags)
         # The pass may write to its inputs.
-        copies = [tensor.detach().clone() for tensor in call.tensors]
+        copies = call.copies()
         around = ExternalState(self._modules, call.given)
         moving = self._shared.moving.tensors
         output, trace = lineage.trace(

@@ -204,33 +204,37 @@ class CachedTrace:
         timer = self.runner.timer
         if timer.may_note:
             call.load()
-            began = perf_counter()
+            call.time_on(self.runner.device)
+            began = call.now()
             self.history.batches += 1
             self.history.left_alone += 1
             if self._collector.note(self.selection.batch.keys(call.inputs(self._trace.inputs))):
                 self.look_at_weights()
                 if self.state is State.KEEPING:
                     self._settle()
-            seconds = perf_counter() - began
-            timer.note(Kind.NOTED, seconds, seconds)
+            self.runner.note_rows(began, call.now())
         return call.run()
 
     def run(self, call: ModuleCall) -> Any:
         """Runs a call, with kept values in place of frozen work if all of its rows are known."""
         self._missed.count()
+        call.time_on(self.runner.device)
         inputs = call.inputs(self._trace.inputs)
         self._look_at_late_values(call, inputs)
         self.look_at_weights()
+        keys = self.selection.batch.keys(inputs)
+        if self.selection.frozen.learn():
+            self.look_at_weights()
         if self.state in (State.RESTING, State.STALE):
             return call.run()
         history, kept = self.history, self.selection.kept
         self._count_batch()
-        keys = self.selection.batch.keys(inputs)
         earlier = None
         if self.state is State.KEEPING:
-            call.load()
+            inputs = call.loaded(self._trace.inputs)
             earlier = self._collector.values_of_before(inputs)
-            again = history.again or self._collector.note(keys) or self._lie_on_disk(keys)
+            again = history.again or self._collector.note(keys)
+            again = again or self._collector.lie_on_disk(keys, self._stored)
             if not again and earlier is None:
                 if self.runner.timer.wants_plain(Kind.KEPT):
                     self._collector.put_aside(inputs)
@@ -249,7 +253,7 @@ class CachedTrace:
         first = next(iter(places.values()))
         history.count((len(first), int((first >= 0).sum())))
         if unknown(places):
-            call.load()
+            inputs = call.loaded(self._trace.inputs)
             earlier = earlier or self._collector.values_of_before(inputs)
             if earlier is None:
                 return self._add(call, keys)
@@ -336,10 +340,6 @@ class CachedTrace:
         if not self.has_rows:
             return None
         return self._collector.known(dict(zip(self._trace.inputs, given, strict=True)))
-
-    def _lie_on_disk(self, keys: Keys) -> bool:
-        there = self._shared.entries.directory is not None and self.history.came_again
-        return (self._stored or there) and self._collector.lie_on_disk(keys)
 
     def _settle(self, inputs: Mapping[int, Tensor] | None = None) -> None:
         self.state = State.PROBATION

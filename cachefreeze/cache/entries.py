@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
-from cachefreeze.cache.deferred_writes import DeferredWrites
+from cachefreeze.cache.deferred_writes import Check, DeferredWrites
 from cachefreeze.cache.memory import free_device_memory
 from cachefreeze.cache.row_table import BELOW, RowTable
 from cachefreeze.store import Directory, Row
@@ -72,7 +72,7 @@ class Entries:
         dtype: torch.dtype,
         device: torch.device,
         about: Mapping[str, Any],
-        is_same: Callable[[], bool] | None = None,
+        check: Callable[[], Check] | None = None,
     ) -> RowTable | None:
         """Returns the table of one kind of value, together with its rows on disk.
 
@@ -82,8 +82,8 @@ class Entries:
             dtype: Type of the elements.
             device: Device that the rows are kept on.
             about: Description of the value for people, as plain JSON.
-            is_same: Function that returns whether the frozen bits are those in the name. It is
-                called before rows are written to disk. If None, rows are written at once.
+            check: Function that asks whether the frozen bits are those in the name. It is called
+                before rows are written to disk. If None, rows are written at once.
 
         Returns:
             Table, or None if nothing is kept on disk.
@@ -101,7 +101,7 @@ class Entries:
             below = self.directory.rows(stored, row, about, written)
         except ValueError:  # zarr has no such type
             return None
-        return self._make(name, numel, dtype, device, DeferredWrites(below, is_same))
+        return self._make(name, numel, dtype, device, DeferredWrites(below, check))
 
     def has(self, name: bytes) -> bool:
         """Returns whether there may be rows of one kind of value on disk."""

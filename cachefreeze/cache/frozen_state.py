@@ -8,10 +8,28 @@ import torch
 
 from cachefreeze.cache import messages
 from cachefreeze.cache.cache_state import CacheState
+from cachefreeze.cache.deferred_writes import Check
 from cachefreeze.keys import Lineage, Look
 from cachefreeze.lineage import Trace
 
 Tensor = torch.Tensor
+
+
+class _Known:
+    """Answer that is there at once.
+
+    Args:
+        answer: Answer.
+    """
+
+    is_there = True
+
+    def __init__(self, answer: bool) -> None:
+        self._answer = answer
+
+    def get(self) -> bool:
+        """Returns the answer."""
+        return self._answer
 
 
 class FrozenState:
@@ -43,6 +61,7 @@ class FrozenState:
         self._moved: list[Tensor] = []
         self._hashed_at = -1
         self._look: Look | None = None
+        self._learned_late = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -65,10 +84,34 @@ class FrozenState:
         return gone
 
     def look(self) -> None:
-        """Checks the tensors quickly, and marks those that have changed for a new hash."""
-        changes = self._weights.changes
-        if self._hashed_at != changes or self._look is None or not self._look.is_same():
+        """Checks the tensors quickly, and marks those that have changed for a new hash.
+
+        The answers of devices that run behind the host are not waited for: see `learn`.
+        """
+        look = self._look
+        if self._hashed_at != self._weights.changes or look is None or not look.is_same_on_host():
             self._weights.look(self.tensors)
+        elif look.devices_differ():  # in an earlier call
+            self._doubt_what_differs()
+            self._learned_late = True
+        else:
+            look.ask_devices()
+
+    def learn(self) -> bool:
+        """Returns whether the last check on devices is known to have found a difference.
+
+        What has changed is marked for a new hash then.
+        """
+        if self._look is None or not self._look.devices_differ():
+            return False
+        self._doubt_what_differs()
+        return True
+
+    def _doubt_what_differs(self) -> None:
+        self._look, changes = None, self._weights.changes
+        self._weights.look(self.tensors)
+        if self._weights.changes == changes:  # a hash has found it
+            self._weights.suspect(self.tensors)
 
     def doubt_all(self) -> None:
         """Checks the tensors quickly, and marks all of them for a new hash."""
@@ -86,6 +129,7 @@ class FrozenState:
         """Updates the hashes. Returns whether any of them may have changed."""
         if self._weights.changes == self._hashed_at:
             return False
+        self._weights.hash_on_devices(self.tensors)
         for number, reference in self._states.items():
             tensor = reference()
             digest = b"" if tensor is None else self._weights.digest(tensor)
@@ -93,8 +137,10 @@ class FrozenState:
             if tensor is not None and self.digests.get(number, digest) != digest:
                 self._moved.append(tensor)
                 # Others may have hashed the tensor once more since the change.
-                self.late = self.late or unseen > self._unseen.get(number, 0)
+                hidden = self._learned_late or unseen > self._unseen.get(number, 0)
+                self.late = self.late or hidden
             self.digests[number], self._unseen[number] = digest, unseen
+        self._learned_late = False
         self._hashed_at = self._weights.changes
         self._look = self._weights.take_look(self.tensors)
         return True
@@ -117,10 +163,24 @@ class FrozenState:
             messages.changed_late(self._model, ", ".join(names[:1])),
         )
 
+    def check(self, digests: dict[int, bytes]) -> Check:
+        """Asks whether all tensors have the given hashes. On a GPU, the answer comes later."""
+        look = self._look
+        if (
+            look is not None
+            and look.is_on_devices
+            and self._hashed_at == self._weights.changes
+            and self.digests == digests
+            and look.is_same_on_host()
+        ):
+            return look.hash_on_devices()
+        return _Known(self.has_digests(digests))
+
     def has_digests(self, digests: dict[int, bytes]) -> bool:
         """Hashes all tensors again. Returns whether they have the given hashes."""
         tensors = self.tensors
         self._weights.suspect(tensors)
+        self._weights.hash_on_devices(tensors)
         return len(tensors) == len(digests) and all(
             self._weights.digest(tensor) == digests[number]
             for number, reference in self._states.items()

@@ -17,6 +17,7 @@ from cachefreeze.cache.row_table import RowTable
 from cachefreeze.keys import Lineage, batch_key, environment, machine
 from cachefreeze.keys.bits import bits_of
 from cachefreeze.lineage import Axis, Trace
+from cachefreeze.lineage.devices import to_device
 
 Tensor = torch.Tensor
 
@@ -205,7 +206,7 @@ class KeptValues:
             self._table(one)  # opens the rows on disk
             wanted, rows = _keys_of(one, keys), one.layout.split(kept[one.number])
             if chosen is not None and one.layout.axis is not None:
-                wanted, rows = wanted[chosen], rows[torch.from_numpy(chosen)]
+                wanted, rows = wanted[chosen], rows[to_device(chosen, rows.device)]
             self._shared.entries.write(one.table, wanted, rows)
 
     def write_waiting(self) -> None:
@@ -277,7 +278,7 @@ class KeptValues:
                 value.dtype,
                 value.device,
                 self._about(one, one.layout),
-                functools.partial(self._frozen.has_digests, dict(self._frozen.digests)),
+                functools.partial(self._frozen.check, dict(self._frozen.digests)),
             )
         return table
 

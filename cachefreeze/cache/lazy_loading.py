@@ -17,6 +17,7 @@ from cachefreeze.cache.item_records import ItemRecords, NotByRowsError, put_toge
 from cachefreeze.cache.views import Views
 from cachefreeze.errors import UserError
 from cachefreeze.keys import Fingerprint
+from cachefreeze.lineage.devices import some_run_behind
 from cachefreeze.lineage.unloaded import Unloaded
 
 # Number of seconds in which an item is loaded as fast as its record is found.
@@ -170,10 +171,17 @@ class LazyLoading:
             # values show where.
             self._probes += cache.serves
             if not cache.serves or self._probes > _OFTEN:
-                return FetchRequest(indices)
+                return self._with_keys(indices)
         if self._has_workers and not self._may_stand_in(int(places[0])):
-            return FetchRequest(indices)
+            return self._with_keys(indices)
         return FetchRequest(indices, load=False, digest=records.digest, sample=self._sample(places))
+
+    def _with_keys(self, indices: Any) -> FetchRequest:
+        """Asks for known items whose values are needed."""
+        assert self._records is not None
+        if not some_run_behind():
+            return FetchRequest(indices)
+        return FetchRequest(indices, note=True, digest=self._records.digest)
 
     def _may_stand_in(self, index: int) -> bool:
         """Returns whether this process loads the same items as workers. One item is tried."""
@@ -225,6 +233,8 @@ class LazyLoading:
             return self._late(records, about.ask)
         if about.ask.note and not records.off:
             self._bind(records, batch, about)
+            if some_run_behind() and not records.off:
+                return self._loaded(records, batch, about.ask)
         return batch
 
     def _bind(self, records: ItemRecords, batch: Any, about: FetchReport) -> None:
@@ -268,6 +278,21 @@ class LazyLoading:
                 f"cache.loader loads every item of {self.name}: its items {why}.",
             )
         records.turn_off(why)
+
+    def _loaded(self, records: ItemRecords, batch: Any, ask: FetchRequest) -> Any:
+        """Returns a loaded batch whose large parts go on to know the keys of their rows.
+
+        A GPU would have to hash the rows again, and the host would wait for it.
+        """
+        places = _numbers(ask.indices, len(records.known))
+        if places is None or not records.known[places].all():
+            return batch
+        structure, _, found = take_apart(batch, len(places))
+        values, keys = dict(enumerate(found)), records.keys(places)
+        for place in records.large:
+            value = values[place]
+            values[place] = Unloaded(value, _CPU, lambda used, value=value: value, keys[place])
+        return put_together(structure, values)
 
     def _late(self, records: ItemRecords, ask: FetchRequest) -> Any:
         """Returns a batch whose large parts have no values yet."""

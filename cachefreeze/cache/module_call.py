@@ -6,11 +6,16 @@ from functools import cached_property
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cachefreeze import lineage
 from cachefreeze.lineage import Plan, Report, unloaded
+from cachefreeze.lineage.devices import HostMark, Mark, now, queue_of
 from cachefreeze.lineage.structure import tensors
+
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -21,14 +26,17 @@ class ModuleCall:
         module: Module that is called.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        began: Time at which the call began, in seconds. It is moved forward by work that is not
-            part of the call.
+        device: Device whose time the call takes: the CPU, until `time_on` was called.
+        began: Moment at which the call began. It is moved forward by work that is not part of the
+            call.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    began: float = field(default_factory=perf_counter)
+    device: torch.device = _CPU
+    began: Mark = field(default_factory=HostMark)
+    _keys: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -46,16 +54,46 @@ class ModuleCall:
         Args:
             numbers: Numbers of the tensors in a trace, in order.
         """
-        return dict(zip(numbers, self.tensors, strict=True))
+        return dict(zip(numbers, self.with_keys(), strict=True))
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since the call began."""
-        return perf_counter() - self.began
+    def loaded(self, numbers: Sequence[int]) -> dict[int, Tensor]:
+        """Loads the tensors among the arguments, and returns what `inputs` does."""
+        self.load()
+        return self.inputs(numbers)
+
+    def with_keys(self) -> list[Tensor]:
+        """Returns the tensors among the arguments, each with the keys of its rows if known."""
+        return [
+            unloaded.with_keys(one.detach(), self._keys[place]) if place in self._keys else one
+            for place, one in enumerate(self.tensors)
+        ]
+
+    def copies(self) -> list[Tensor]:
+        """Returns copies of the tensors among the arguments, with the keys of their rows."""
+        return [
+            unloaded.with_keys(one.detach().clone(), self._keys.get(place))
+            for place, one in enumerate(self.tensors)
+        ]
+
+    def time_on(self, device: torch.device) -> None:
+        """Measures the call by the time of a device, from now on."""
+        if queue_of(device) is not None:
+            self.device, self.began = device, now(device)
+
+    def now(self) -> Mark:
+        """Returns the present moment, in the time of the call's device."""
+        return now(self.device)
+
+    def begin_again(self) -> None:
+        """Lets the call begin now."""
+        self.began = self.now()
 
     def leave_out(self, since: float) -> None:
-        """Leaves the time since some moment out of the call's time."""
-        self.began += perf_counter() - since
+        """Leaves the time since some moment of the host out of the call's time."""
+        if isinstance(self.began, HostMark):
+            self.began = HostMark(self.began.at + perf_counter() - since)
+        else:
+            self.begin_again()
 
     def load(self, given: Any = None) -> None:
         """Loads tensors that are not loaded yet. This is not part of the call's time.
@@ -64,6 +102,12 @@ class ModuleCall:
             given: Arguments to load. If None, all of them.
         """
         began = perf_counter()
+        for place, tensor in enumerate(self.tensors):
+            if unloaded.is_unloaded(tensor):
+                # Known until the module runs: no other code can write to the tensor before.
+                keys = unloaded.keys_of(tensor)
+                assert keys is not None
+                self._keys[place] = keys
         unloaded.load_in(self.given if given is None else given)
         self.leave_out(began)
 

@@ -17,6 +17,8 @@ from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.row_history import RowHistory
 from cachefreeze.cache.selection import Selection
 from cachefreeze.cache.shallower_cut import ShallowerCut, shallower_cut
+from cachefreeze.lineage.devices import runs_behind
+from cachefreeze.lineage.unloaded import keys_of, with_keys
 from cachefreeze.plan.overhead import CallTimer
 
 Tensor = torch.Tensor
@@ -173,9 +175,16 @@ class RowCollector:
         alike = self._selection.kept.alike
         return self._history.note([(alike(group), wanted) for group, wanted in keys.items()])
 
-    def lie_on_disk(self, keys: Keys) -> bool:
-        """Returns whether half of a batch's rows are on disk, from this process and others."""
-        kept = self._selection.kept
+    def lie_on_disk(self, keys: Keys, stored: bool) -> bool:
+        """Returns whether half of a batch's rows are on disk, from this process and others.
+
+        Args:
+            keys: Keys of the rows.
+            stored: Whether there were rows on disk when the trace was made.
+        """
+        kept, there = self._selection.kept, self._shared.entries.directory is not None
+        if not stored and not (there and self._history.came_again):
+            return False
         if not kept.settled:
             self.split()
         self.publish()
@@ -278,8 +287,10 @@ class RowCollector:
         inputs = self._example if inputs is None else inputs
         writes = self._batches or not self._has_traced
         if writes and self._shared.entries.directory is not None:
-            # Rows on disk outlive this run, so all bits are hashed before.
-            self._shared.weights.suspect(selection.frozen.tensors)
+            # Rows on disk outlive this run, so all bits are hashed before. Those on a GPU are hashed
+            # when the rows are written, without a wait for it.
+            host = (one for one in selection.frozen.tensors if not runs_behind(one))
+            self._shared.weights.suspect(host)
             if kept.update_names():
                 self.drop()
         known = self._earlier.with_axes(inputs) if self._earlier is not None else {}
@@ -306,7 +317,9 @@ class RowCollector:
     def put_aside(self, inputs: Mapping[int, Tensor]) -> None:
         """Copies the inputs of a batch. Its rows are computed when rows come again."""
         if sum(map(len, self._smaller)) < _MOST_SMALLER:
-            self._smaller.append({number: one.detach().clone() for number, one in inputs.items()})
+            self._smaller.append(
+                {n: with_keys(one.detach().clone(), keys_of(one)) for n, one in inputs.items()}
+            )
 
     def put_smaller_aside(self, inputs: Mapping[int, Tensor]) -> bool:
         """Copies the inputs of a smaller batch if its rows fit into batches of the usual size.
@@ -360,7 +373,7 @@ class RowCollector:
         if not selection.kept.settled:
             self.split()
         if unknown(selection.kept.find(keys)):
-            call.load()
+            inputs = call.loaded(selection.trace.inputs)
             values = selection.compute(inputs, self.values_of_before(inputs))
             selection.kept.write(keys, values)
             self._shared.stats.rows_computed += selection.rows

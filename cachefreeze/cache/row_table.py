@@ -7,6 +7,7 @@ import torch
 
 from cachefreeze.cache.deferred_writes import DeferredWrites
 from cachefreeze.cache.memory import has_address_limit
+from cachefreeze.lineage.devices import HostCopy, to_device
 from cachefreeze.store.index import Index, first_ones
 
 Tensor = torch.Tensor
@@ -82,6 +83,8 @@ class RowTable:
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Returns the place of each row, or -1 if it is unknown."""
         places = self._index.find(keys)
+        if self.writes is not None:
+            self.writes.proceed()
         if self.below is not None and (missing := np.flatnonzero(places < 0)).size:
             if monotonic() - self._looked > self._wait:
                 self.below.refresh()
@@ -98,8 +101,7 @@ class RowTable:
         """
         if places.max(initial=0) < BELOW:
             self._used[places] = now
-            chosen = torch.from_numpy(places)
-            return self._rows.index_select(0, chosen.to(self._rows.device))
+            return self._rows.index_select(0, to_device(places, self._rows.device))
         lower = places >= BELOW
         found = torch.empty((len(places), self._rows.shape[1]), dtype=self._rows.dtype)
         memory = found.view(torch.uint8).numpy()
@@ -108,12 +110,12 @@ class RowTable:
         good = self.below.read(np.where(lower, places - BELOW, -1), memory)
         if not good[lower].all():
             return None
-        found = found.to(self._rows.device)
+        found = to_device(found, self._rows.device)
         if not lower.all():
             upper = np.flatnonzero(~lower)
             self._used[places[upper]] = now
-            rows = self._rows[torch.from_numpy(places[upper]).to(self._rows.device)]
-            found[torch.from_numpy(upper).to(found.device)] = rows
+            rows = self._rows[to_device(places[upper], self._rows.device)]
+            found[to_device(upper, found.device)] = rows
         return found
 
     def write(self, keys: np.ndarray, rows: Tensor, now: int) -> int:
@@ -127,8 +129,8 @@ class RowTable:
         missing = np.flatnonzero(places < 0)
         missing = missing[first_ones(keys[missing])]
         if self.writes is not None and missing.size:
-            taken = rows[torch.from_numpy(missing).to(rows.device)].cpu()
-            self.writes.append(keys[missing], taken.view(torch.uint8).numpy())
+            taken = rows[to_device(missing, rows.device)]
+            self.writes.append(keys[missing], HostCopy(taken.view(torch.uint8)))
         self._put(keys, rows, missing, now)
         return len(missing)
 
@@ -170,7 +172,7 @@ class RowTable:
         if new.size == len(rows):
             self._rows[places[0] : places[-1] + 1] = rows
         else:
-            self._rows[places[0] : places[-1] + 1] = rows[torch.from_numpy(new).to(rows.device)]
+            self._rows[places[0] : places[-1] + 1] = rows[to_device(new, rows.device)]
 
     def _grow(self, count: int) -> None:
         if count > len(self._rows):
@@ -199,7 +201,7 @@ class RowTable:
         if dropped:
             # In pieces from the front, so that no row is overwritten before it was moved.
             for start in range(0, len(stay), _PIECE):
-                piece = torch.from_numpy(stay[start : start + _PIECE]).to(self._rows.device)
+                piece = to_device(stay[start : start + _PIECE], self._rows.device)
                 self._rows[start : start + len(piece)] = self._rows.index_select(0, piece)
             self._used = self._used[stay]
             self._index.keep(stay)

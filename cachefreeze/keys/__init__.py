@@ -9,7 +9,7 @@ from cachefreeze.keys.bits import same_bits
 from cachefreeze.keys.environment import environment, machine
 from cachefreeze.keys.external_state import ExternalState
 from cachefreeze.keys.fingerprint import Fingerprint
-from cachefreeze.keys.inputs import SMALL, batch_key, row_keys, rows_hashed
+from cachefreeze.keys.inputs import SMALL, batch_key, device_hashes, row_keys, rows_hashed
 from cachefreeze.keys.operations import Lineage, lineage_of
 from cachefreeze.keys.weights import Look, Weights
 
@@ -21,6 +21,7 @@ __all__ = [
     "Look",
     "Weights",
     "batch_key",
+    "device_hashes",
     "environment",
     "lineage_of",
     "machine",

@@ -2,6 +2,8 @@
 
 import torch
 
+from cachefreeze.lineage.devices import HostCopy, runs_behind
+
 Tensor = torch.Tensor
 
 
@@ -18,4 +20,6 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Returns whether two tensors have the same shape, type and bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return torch.equal(bits_of(one), bits_of(other))
+    if not runs_behind(one):
+        return torch.equal(bits_of(one), bits_of(other))
+    return not HostCopy((bits_of(one) != bits_of(other)).any()).get().numpy()

@@ -8,13 +8,15 @@ import torch
 import xxhash
 
 from cachefreeze.keys.bits import bits_of
+from cachefreeze.keys.device_digests import row_digests, tensor_digest
+from cachefreeze.lineage.devices import HostCopy
 
 Tensor = torch.Tensor
 
 
 def row_keys(
     rows: Sequence[Tensor | np.ndarray],
-    shared: Sequence[Tensor],
+    shared: Sequence[Tensor | np.ndarray],
     count: int,
     lengths: np.ndarray | None = None,
     padded: int = 0,
@@ -23,8 +25,8 @@ def row_keys(
 
     Args:
         rows: Inputs whose first dimension counts rows. A numpy array holds the hashes that
-            `rows_hashed` returned for an input.
-        shared: Inputs that belong to the whole batch. They are part of every key.
+            `rows_hashed` or `device_hashes` returned for an input.
+        shared: Inputs that belong to the whole batch, or their hashes. They are part of every key.
         count: Number of rows in the batch.
         lengths: Length of each row without its padding. If None, the padding is part of the row.
         padded: Length that rows are padded to. An input whose second dimension has this size is
@@ -33,7 +35,10 @@ def row_keys(
     Returns:
         Keys as uint64, of shape (count, 2).
     """
-    start = b"".join(xxhash.xxh3_128_digest(_bytes(tensor)) for tensor in shared)
+    start = b"".join(
+        one.tobytes() if isinstance(one, np.ndarray) else xxhash.xxh3_128_digest(_bytes(one))
+        for one in shared
+    )
     tensors = [one for one in rows if isinstance(one, Tensor)]
     if len(tensors) < len(rows):
         assert lengths is None, "a row that is already hashed cannot be hashed without its padding"
@@ -70,6 +75,35 @@ def rows_hashed(tensor: Tensor) -> np.ndarray:
         Hashes as uint64, of shape (rows, 2).
     """
     return row_keys([tensor], [], len(tensor))
+
+
+def device_hashes(rows: Sequence[Tensor], shared: Sequence[Tensor], count: int) -> list[np.ndarray]:
+    """Hashes inputs on the devices that they are on, if these run behind the host.
+
+    The host waits once for each device.
+
+    Args:
+        rows: Inputs whose first dimension counts rows.
+        shared: Inputs that belong to the whole batch.
+        count: Number of rows in the batch.
+
+    Returns:
+        Hashes of each input, first of `rows` and then of `shared`, as uint64 of shape (rows, 2) or
+        (1, 2). `row_keys` takes them in place of the tensors.
+    """
+    hashes = [row_digests(one, count) for one in rows]
+    hashes += [tensor_digest(bits_of(one)) for one in shared]
+    copies = {
+        device: HostCopy(torch.cat([one for one in hashes if one.device == device]))
+        for device in {one.device for one in hashes}
+    }
+    found = {device: copy.get().numpy().view(np.uint64) for device, copy in copies.items()}
+    result = []
+    for one in hashes:
+        there = found[one.device]
+        result.append(there[: len(one)])
+        found[one.device] = there[len(one) :]
+    return result
 
 
 def _joined(hashed: Sequence[Sequence[bytes]], start: bytes, count: int) -> np.ndarray:

@@ -5,6 +5,9 @@ optimizers, batch norms, `.data` and numpy write without moving it. So there are
 every call, all bits of small models are hashed, and tensors of larger ones are compared at a few
 places: a write to a whole tensor changes these places. After an event such as an optimizer's step,
 all bits are hashed again. Besides that, one piece of memory after another is hashed as time allows.
+
+Tensors on a GPU are compared and hashed there. The host does not wait for the answer of a quick
+check, so it may learn of a change one call late.
 """
 
 import time
@@ -18,6 +21,8 @@ import torch
 import xxhash
 
 from cachefreeze.keys.bits import bits_of
+from cachefreeze.keys.device_watch import DevicesAnswer, DeviceWatch, Reading, read
+from cachefreeze.lineage.devices import runs_behind
 from cachefreeze.lineage.known import off_line
 
 Tensor = torch.Tensor
@@ -69,6 +74,7 @@ class _Held:
         pointer: Address of its first element, when it was hashed.
         version: Version counter, when it was hashed.
         look: Function that reads a few of its numbers. None if no such function exists.
+        reading: Its bits, if it is on a device that runs behind the host.
         spots: Numbers that this function returned, when the tensor was hashed.
         before: Hash before the last one.
         expected: Whether an optimizer has stepped since the last hash, so that a change is no
@@ -85,6 +91,7 @@ class _Held:
     pointer: int = 0
     version: int = 0
     look: _Looker | None = None
+    reading: Reading | None = None
     spots: list[int] | None = None
     before: bytes = b""
     expected: bool = False
@@ -117,16 +124,48 @@ class Look:
         self._whole = [memory for memory, _ in whole]
         self._hashes = [number for _, then in whole for number in then or ()]
         self._others = [pair for pair in spots if not isinstance(pair[0], (_Memory, _Whole))]
+        readings = [one.reading for one in held if one.reading is not None]
+        self.watches = [
+            DeviceWatch([one for one in readings if one.bits.device == device])
+            for device in {one.bits.device for one in readings}
+        ]
         self._pieces = [
             (one, memory, digest)
             for one in held
-            if not isinstance(one.look, _Whole)
+            if not isinstance(one.look, _Whole) and one.reading is None
             for memory, digest in one.pieces or [(None, b"")]
         ]
         self._turn = 0
 
     def is_same(self) -> bool:
         """Returns whether versions, addresses and checked numbers of all tensors are unchanged."""
+        if not self.is_same_on_host():
+            return False
+        self.ask_devices()
+        return not any(watch.differs(wait=True) for watch in self.watches)
+
+    def ask_devices(self) -> None:
+        """Starts to compare the tensors on devices that run behind the host."""
+        for watch in self.watches:
+            watch.ask()
+
+    @property
+    def is_on_devices(self) -> bool:
+        """Whether all tensors are on devices that run behind the host."""
+        return bool(self.watches) and sum(map(len, self.watches)) == len(self._tensors)
+
+    def hash_on_devices(self) -> "DevicesAnswer":
+        """Starts to hash all tensors on devices, and returns the answer to be."""
+        for watch in self.watches:
+            watch.hash_all()
+        return DevicesAnswer(self.watches)
+
+    def devices_differ(self) -> bool:
+        """Returns whether any device is known to have found a difference."""
+        return any(watch.differs() for watch in self.watches)
+
+    def is_same_on_host(self) -> bool:
+        """Returns what `is_same` does, without numbers on devices that run behind the host."""
         try:
             tensors: list[Any] = [reference() for reference in self._tensors]
             # Addresses come first, because freed memory must not be read.
@@ -179,17 +218,30 @@ class Weights:
         self._room = _WHOLE
 
     def digest(self, tensor: Tensor) -> bytes:
-        """Returns the xxh3-128 of a tensor's type, shape, strides and present bits."""
+        """Returns a hash of 128 bits of a tensor's type, shape, strides and present bits."""
         held = self._of(tensor)
         if not held.digest:
             self._hash(held, tensor)
         return held.digest
 
+    def hash_on_devices(self, tensors: Iterable[Tensor]) -> None:
+        """Hashes those tensors on devices that run behind the host and need it, all at once."""
+        wanted = [(self._of(one), one) for one in tensors if runs_behind(one)]
+        pairs = [(held, one, _laid(one)) for held, one in wanted if not held.digest]
+        dense = [(held, one, laid) for held, one, laid in pairs if laid is not None]
+        look_same = Look([held for held, _, _ in dense if held.before]).is_same()
+        readings = read([laid.view(torch.uint8) for _, _, laid in dense])
+        for (held, one, _), reading in zip(dense, readings, strict=True):
+            if not held.digest:  # a tensor may be given twice
+                self._hash(held, one, reading, look_same)
+
     def look(self, tensors: Iterable[Tensor]) -> None:
         """Checks tensors quickly, and marks those that have changed for a new hash."""
-        for tensor in tensors:
-            held = self._of(tensor)
-            if held.digest and not Look([held]).is_same():
+        known = [held for held in map(self._of, tensors) if held.digest]
+        if Look([held for held in known if held.reading is not None]).is_same():
+            known = [held for held in known if held.reading is None]
+        for held in known:
+            if not Look([held]).is_same():
                 self._doubt(held)
 
     def take_look(self, tensors: Iterable[Tensor]) -> Look:
@@ -232,7 +284,11 @@ class Weights:
         Returns:
             Seconds that this took.
         """
+        spent = 0.0
+        for watch in look.watches:
+            spent += watch.hash_next() if spent < seconds else 0.0
         began = now = time.perf_counter()
+        seconds -= spent
         while now - began < seconds and (found := look.next_piece()) is not None:
             held, in_doubt = found
             tensor = held.tensor()
@@ -242,7 +298,7 @@ class Weights:
                 self._doubt(held)
                 self.digest(tensor)
             now = time.perf_counter()
-        return now - began
+        return now - began + spent
 
     def _doubt(self, held: _Held) -> None:
         held.before, held.digest = held.digest, b""
@@ -260,30 +316,44 @@ class Weights:
         held = self._held.pop(number, None)
         self._room += held.room if held is not None else 0
 
-    def _hash(self, held: _Held, tensor: Tensor) -> None:
-        looks_same = bool(held.before) and Look([held]).is_same()
+    def _hash(
+        self,
+        held: _Held,
+        tensor: Tensor,
+        reading: Reading | None = None,
+        look_same: bool = False,
+    ) -> None:
+        looks_same = bool(held.before) and (look_same or Look([held]).is_same())
         # The memory of an exchanged tensor is still there, as it was when it was exchanged.
         if held.pieces is not None and held.pointer != tensor.data_ptr():
             looks_same = looks_same or _is_other(held.pieces)
         spots = held.spots
         laid = _laid(tensor)
         self._room += held.room
-        held.room = tensor.nbytes if _SMALL < tensor.nbytes <= self._room else 0
+        counts = _SMALL < tensor.nbytes <= self._room and not runs_behind(tensor)
+        held.room = tensor.nbytes if counts else 0
         self._room -= held.room
         held.pointer = tensor.data_ptr()
         held.version = -1 if tensor.is_inference() else tensor._version
-        held.look = _looker(laid, bool(held.room)) if laid is not None else None
-        held.spots = held.look() if held.look is not None else None
         about = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.stride()}"
         if off := off_line(tensor):
             about += f"@{off}"
-        plain = bits_of(tensor) if laid is None else laid.view(torch.uint8)
-        memory = plain.cpu().numpy().data
-        pieces = [memory[start : start + _PIECE] for start in range(0, len(memory), _PIECE)]
-        digests = [*map(xxhash.xxh3_128_digest, pieces)]
-        held.digest = xxhash.xxh3_128_digest(about.encode() + b"".join(digests))
-        in_place = laid is not None and tensor.device.type == "cpu"
-        held.pieces = list(zip(pieces, digests, strict=True)) if in_place else None
+        if laid is not None and runs_behind(tensor):
+            reading = reading or read([laid.view(torch.uint8)])[0]
+            held.reading, held.look, held.pieces = reading, None, None
+            held.spots = [xxhash.xxh3_64_intdigest(reading.spots.data)]
+            held.digest = xxhash.xxh3_128_digest(about.encode() + reading.digest.tobytes())
+        else:
+            held.reading = None
+            held.look = _looker(laid, bool(held.room)) if laid is not None else None
+            held.spots = held.look() if held.look is not None else None
+            plain = bits_of(tensor) if laid is None else laid.view(torch.uint8)
+            memory = plain.cpu().numpy().data
+            pieces = [memory[start : start + _PIECE] for start in range(0, len(memory), _PIECE)]
+            digests = [*map(xxhash.xxh3_128_digest, pieces)]
+            held.digest = xxhash.xxh3_128_digest(about.encode() + b"".join(digests))
+            in_place = laid is not None and tensor.device.type == "cpu"
+            held.pieces = list(zip(pieces, digests, strict=True)) if in_place else None
         hidden = self._looks_like_another(held, spots) or looks_same
         held.unseen += hidden and not held.expected and held.digest != held.before
         held.expected = False

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import (
 
 from cachefreeze.errors import UserError
 from cachefreeze.lineage import blocks, calls, soundness
+from cachefreeze.lineage.devices import WorkTimer
 from cachefreeze.lineage.frames import Frames
 from cachefreeze.lineage.known import buffer_of
 from cachefreeze.lineage.modes import modes_now
@@ -270,11 +271,9 @@ class _Tracer(ModuleCalls):
         copies = [tensor.clone() for tensor in written] if known.collective else []
         draws = known.may_draw
         before = self._generators_now() if draws else ()
-        # Time of this thread, since other processes may delay any kernel, and cheap values would
-        # then seem worth keeping.
-        began = time.thread_time()
-        output = func(*args, **kwargs)
-        seconds = time.thread_time() - began
+        with WorkTimer(args) as work:
+            output = func(*args, **kwargs)
+        seconds = work.seconds
         drew = False
         if draws:
             self._torch = soundness.torch_generators()
@@ -327,9 +326,9 @@ class _Tracer(ModuleCalls):
                 if not isinstance(tensor, torch.nn.Parameter)
             ]
             versions = self.known.versions()
-            began = time.thread_time()
-            yield
-            running.seconds = time.thread_time() - began
+            with WorkTimer([tensor for tensor, _ in held]) as work:
+                yield
+            running.seconds = work.seconds
             self._torch = soundness.torch_generators()
             running.draws = not soundness.same_generators(generators, self._torch)
             written = [tensor for tensor, before in held if not torch.equal(tensor, before)]

@@ -108,6 +108,26 @@ def is_unloaded(value: Any) -> bool:
     return type(value) is Unloaded
 
 
+def with_keys(tensor: Tensor, keys: np.ndarray | None) -> Tensor:
+    """Notes the keys of a tensor's rows, so that its values need not be hashed.
+
+    Args:
+        tensor: Tensor that no code outside of the cache can write to.
+        keys: Hashes of the rows, of shape (rows, 2). None if they are not known.
+    """
+    if keys is not None:
+        tensor.row_keys = keys  # type: ignore[attr-defined]
+    return tensor
+
+
+def keys_of(tensor: Tensor) -> np.ndarray | None:
+    """Returns the hashes of a tensor's rows if they are known without its values, or None."""
+    known = "unloaded_keys" if type(tensor) is Unloaded else "row_keys"
+    with _quiet():
+        keys: np.ndarray | None = tensor.__dict__.get(known)
+    return keys
+
+
 def kind_of(tensor: Tensor) -> type:
     """Returns the class of a tensor, or of its values if they are not loaded yet."""
     kind = type(tensor)

@@ -117,10 +117,11 @@ class CallTimer:
         )
 
     def note_plain(self, seconds: float) -> None:
-        """Adds a call that ran without the cache."""
-        self._plain.append(seconds)
-        if len(self._plain) == _PLAIN:
-            self._count()
+        """Adds a call that ran without the cache. Only the first few count."""
+        if len(self._plain) < _PLAIN:
+            self._plain.append(seconds)
+            if len(self._plain) == _PLAIN:
+                self._count()
 
     def note(self, kind: Kind, seconds: float, beside: float) -> None:
         """Adds a call.
