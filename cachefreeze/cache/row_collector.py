@@ -287,8 +287,8 @@ class RowCollector:
         inputs = self._example if inputs is None else inputs
         writes = self._batches or not self._has_traced
         if writes and self._shared.entries.directory is not None:
-            # Rows on disk outlive this run, so all bits are hashed before. Those on a GPU are hashed
-            # when the rows are written, without a wait for it.
+            # Rows on disk outlive this run, so all bits are hashed before. A GPU hashes them when
+            # the rows are written, and the host does not wait.
             host = (one for one in selection.frozen.tensors if not runs_behind(one))
             self._shared.weights.suspect(host)
             if kept.update_names():
