@@ -61,6 +61,7 @@ INSIDE = {
             "agreed_costs",
             "missed_time",
         ],
+        ["row_memory"],
         ["state", "deferred_writes", "statistics", "row_history", "item_records"],
         ["row_table", "arguments"],
         ["entries"],

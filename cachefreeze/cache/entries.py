@@ -11,7 +11,8 @@ import xxhash
 from cachefreeze.cache.codec import GROUP, can_be_rounded, decode, encode, encoded_numel
 from cachefreeze.cache.deferred_writes import Check, DeferredWrites
 from cachefreeze.cache.memory import free_device_memory
-from cachefreeze.cache.row_table import BELOW, RowTable
+from cachefreeze.cache.row_table import RowTable
+from cachefreeze.lineage.devices import queue_of
 from cachefreeze.store import Directory, Row
 
 Tensor = torch.Tensor
@@ -129,16 +130,15 @@ class Entries:
         return table
 
     def _bound(self, table: RowTable) -> None:
-        """Limits the rows on a GPU to a quarter of its free memory. Other rows are on disk only."""
+        """Limits the rows on a GPU to a quarter of its free memory. Others are in host memory."""
         device = table.device
-        if device.type == "cpu":
+        if device.type == "cpu" and queue_of(device) is None:
             return
         if device not in self._shares:
             self._shares[device] = free_device_memory(device) // 4
         tables = [one for one in self._tables.values() if one.device == device]
-        taken = sum(len(one) * one.row_bytes for one in tables)
-        left = max(self._shares[device] - taken, 0)
-        table.room = min(table.most, len(table) + left // table.row_bytes)
+        taken = sum(one.rows_on_device * one.row_bytes for one in tables if one is not table)
+        table.bound_on_device(max(self._shares[device] - taken, 0) // table.row_bytes)
 
     def read(self, name: bytes, keys: np.ndarray, places: np.ndarray) -> Tensor | None:
         """Copies rows of one kind of value. Rows on disk are brought into memory if there is room.
@@ -157,19 +157,18 @@ class Entries:
         return decode(rows, *self._rounded[name])
 
     def prefetch(self, name: bytes, places: np.ndarray) -> None:
-        """Asks the system to read rows from disk in advance.
+        """Reads rows in advance: from disk, or from host memory for a GPU.
 
-        It takes half a millisecond for a batch. Rows are often known some steps before they are
-        used, and a slow disk can read them in the meantime.
+        To ask the system for rows from disk takes half a millisecond for a batch. Rows are often
+        known some steps before they are used, and a slow disk can read them in the meantime.
 
         Args:
             name: Hash of how the value is made.
-            places: Places of the rows, in the order in which they will be read. Rows in memory are
-                left out.
+            places: Places of the rows, in the order in which they will be read.
         """
         table = self._tables.get(name)
-        if table is not None and table.below is not None:
-            table.below.expect(places[places >= BELOW] - BELOW)
+        if table is not None:
+            table.expect(places)
 
     def _load_chunks(
         self, table: RowTable, keys: np.ndarray, places: np.ndarray, chunks: list[int]
@@ -184,8 +183,7 @@ class Entries:
         room = (self.max_bytes - self.nbytes) // table.below.chunk_bytes
         if room <= 0:
             return places
-        lower = places[places >= BELOW]
-        table.below.expect(lower - BELOW)
+        table.expect(places)
         for chunk in chunks[:room]:
             table.load_chunk(chunk, self.now)
         return table.find(keys)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from cachefreeze.cache.deferred_writes import DeferredWrites
-from cachefreeze.cache.memory import has_address_limit
+from cachefreeze.cache.row_memory import RowMemory
 from cachefreeze.lineage.devices import HostCopy, to_device
 from cachefreeze.store.index import Index, first_ones
 
@@ -26,9 +26,6 @@ class RowTable:
     Keys have shape (n, 2), places (n,), and rows (n, elements of a row). Time is counted in
     batches, so `now` is the number of the present batch.
 
-    On the CPU, memory for all rows that may be kept is reserved at once. The system provides it
-    page by page as rows are written, so no row is copied when the table grows.
-
     Args:
         row_numel: Number of elements of a row.
         dtype: Type of the elements.
@@ -37,8 +34,7 @@ class RowTable:
         writes: Writer of the same rows on disk. None if they are kept in memory only.
 
     Attributes:
-        room: Largest number of rows in memory at present. It is lower on a GPU with little memory.
-        most: Largest number of rows in memory at any time.
+        room: Largest number of rows in memory.
         row_bytes: Number of bytes of a row.
         below: Rows on disk. None if rows are kept in memory only.
     """
@@ -55,8 +51,8 @@ class RowTable:
         self.below = writes.rows if writes is not None else None
         self._looked, self._wait = monotonic(), _SOON
         self._index = Index()
-        self.room = self.most = room
-        self._rows = _reserve(room, row_numel, dtype, device)
+        self.room = room
+        self._rows = RowMemory(row_numel, dtype, device, room)
         self._used = np.zeros(0, dtype=np.uint32)
         self.row_bytes = max(row_numel * dtype.itemsize, 1)
 
@@ -101,21 +97,20 @@ class RowTable:
         """
         if places.max(initial=0) < BELOW:
             self._used[places] = now
-            return self._rows.index_select(0, to_device(places, self._rows.device))
+            return self._rows.read(places)
         lower = places >= BELOW
-        found = torch.empty((len(places), self._rows.shape[1]), dtype=self._rows.dtype)
+        found = torch.empty((len(places), self._rows.numel), dtype=self._rows.dtype)
         memory = found.view(torch.uint8).numpy()
         assert self.below is not None
         # Rows in memory have the place -1 on disk.
         good = self.below.read(np.where(lower, places - BELOW, -1), memory)
         if not good[lower].all():
             return None
-        found = to_device(found, self._rows.device)
+        found = to_device(found, self.device)
         if not lower.all():
             upper = np.flatnonzero(~lower)
             self._used[places[upper]] = now
-            rows = self._rows[to_device(places[upper], self._rows.device)]
-            found[to_device(upper, found.device)] = rows
+            found[to_device(upper, self.device)] = self._rows.read(places[upper])
         return found
 
     def write(self, keys: np.ndarray, rows: Tensor, now: int) -> int:
@@ -133,6 +128,22 @@ class RowTable:
             self.writes.append(keys[missing], HostCopy(taken.view(torch.uint8)))
         self._put(keys, rows, missing, now)
         return len(missing)
+
+    def bound_on_device(self, most: int) -> None:
+        """Limits the rows on a GPU. Further ones are kept in host memory."""
+        self._rows.device_room = most
+
+    @property
+    def rows_on_device(self) -> int:
+        """Number of rows that there is memory for on their device."""
+        return self._rows.on_device
+
+    def expect(self, places: np.ndarray) -> None:
+        """Starts to read rows in advance: those on disk, and those in host memory for a GPU."""
+        if places.max(initial=0) < BELOW:
+            self._rows.expect(places)
+        elif self.below is not None:
+            self.below.expect(places[places >= BELOW] - BELOW)
 
     def publish(self) -> None:
         """Writes all rows to disk, and looks more often for those of others for a while."""
@@ -159,7 +170,9 @@ class RowTable:
         new = new[: self.room - len(self)]
         if not new.size:
             return
-        self._grow(len(self) + len(new))
+        there = self._rows.grow(len(self) + len(new), self.room)
+        if there < len(self) + len(new):
+            self.room = there
         new = new[: self.room - len(self)]
         if not new.size:
             return
@@ -169,22 +182,8 @@ class RowTable:
             grown[: len(self._used)] = self._used
             self._used = grown
         self._used[places] = now
-        if new.size == len(rows):
-            self._rows[places[0] : places[-1] + 1] = rows
-        else:
-            self._rows[places[0] : places[-1] + 1] = rows[to_device(new, rows.device)]
-
-    def _grow(self, count: int) -> None:
-        if count > len(self._rows):
-            size = min(max(count, 2 * len(self._rows)), self.room)
-            try:
-                grown = self._rows.new_empty((size, self._rows.shape[1]))
-            except (MemoryError, RuntimeError):
-                # The limit was set before somebody else took the memory, or `ulimit -v` later.
-                self.room = self.most = len(self._rows)
-                return
-            grown[: len(self._rows)] = self._rows
-            self._rows = grown
+        chosen = rows if new.size == len(rows) else rows[to_device(new, rows.device)]
+        self._rows.write(places[0], chosen)
 
     def used(self) -> np.ndarray:
         """Returns the number of the batch that has used each row in memory last."""
@@ -199,27 +198,7 @@ class RowTable:
         stay = np.flatnonzero(self.used() >= before)
         dropped = len(self) - len(stay)
         if dropped:
-            # In pieces from the front, so that no row is overwritten before it was moved.
-            for start in range(0, len(stay), _PIECE):
-                piece = to_device(stay[start : start + _PIECE], self._rows.device)
-                self._rows[start : start + len(piece)] = self._rows.index_select(0, piece)
+            self._rows.keep(stay)
             self._used = self._used[stay]
             self._index.keep(stay)
         return dropped
-
-
-_PIECE = 1024
-
-
-def _reserve(room: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Addresses that are reserved count under a limit of addresses.
-    while room and device.type == "cpu" and not has_address_limit():
-        try:
-            # `torch.empty` would write to all of it if deterministic algorithms are on.
-            memory = np.empty((room, numel * dtype.itemsize), dtype=np.uint8)
-        except MemoryError:
-            # The system does not reserve that much. A smaller table grows by copying.
-            room //= 2
-        else:
-            return torch.from_numpy(memory).view(dtype)
-    return torch.empty((0, numel), dtype=dtype, device=device)

@@ -174,6 +174,25 @@ class HostCopy:
         return self._memory
 
 
+def sending_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns uninitialised CPU memory for values that `send` copies to a device."""
+    queue = queue_of(device)
+    return torch.empty(shape, dtype=dtype) if queue is None else queue.host_memory(shape, dtype)
+
+
+def send(memory: Tensor, device: torch.device) -> Tensor:
+    """Copies memory that `sending_memory` has returned to a device, without waiting for it.
+
+    Nobody may write to the memory any more.
+    """
+    queue = queue_of(device)
+    if queue is None:
+        return memory.to(device)
+    found = torch.empty(memory.shape, dtype=memory.dtype, device=device)
+    queue.start_copy(found, memory)
+    return found
+
+
 def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """Copies values from the CPU to a device, without waiting for it.
 
@@ -182,14 +201,11 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
         device: Device of the result. On the CPU, the result may share memory with the values.
     """
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-    queue = queue_of(device)
-    if queue is None:
+    if queue_of(device) is None:
         return tensor.to(device)
-    memory = queue.host_memory(tuple(tensor.shape), tensor.dtype)
+    memory = sending_memory(tuple(tensor.shape), tensor.dtype, device)
     memory.copy_(tensor)
-    found = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    queue.start_copy(found, memory)
-    return found
+    return send(memory, device)
 
 
 class WorkTimer:

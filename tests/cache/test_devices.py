@@ -4,12 +4,15 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from cachefreeze import ActivationCache
+from cachefreeze.cache import entries
+from cachefreeze.cache.row_memory import RowMemory
 from cachefreeze.lineage import devices
 from tests.support.simulated_device import SimulatedQueue
 
@@ -185,3 +188,50 @@ def test_exchanged_weights_are_served_again_when_they_come_back(queue: Simulated
             for batch in batches(x, epoch):
                 assert_same(model(batch), plainly(model, batch))
         assert cache.stats.rows_served - before >= 80
+
+
+@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("share", [0, 20, 50])
+def test_rows_for_which_the_device_has_no_room_are_in_host_memory(
+    queue: SimulatedQueue,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    share: int,
+    directory: bool,
+) -> None:
+    row = 4 * 32
+    monkeypatch.setattr(entries, "free_device_memory", lambda _: 4 * share * row)
+    x, plain = images(80), train(net(), images(80), 4)
+    for _ in range(1 + directory):
+        model = net()
+        with ActivationCache(model, directory=tmp_path / "cache" if directory else None) as cache:
+            found = train(model, x, 4)
+            assert cache.stats.rows_served >= 80 * 3 - 3 * BATCH, str(cache)
+        for name, tensor in plain.items():
+            assert_same(found[name], tensor)
+
+
+def test_rows_are_read_as_they_were_written_wherever_they_are(queue: SimulatedQueue) -> None:
+    rows = torch.arange(300 * 5, dtype=torch.float32).view(300, 5)
+    memory = RowMemory(5, torch.float32, torch.device("cpu"), room=300)
+    memory.device_room = 70
+    start = 0
+    for size in (30, 50, 100, 120):
+        assert memory.grow(start + size, 300) >= start + size
+        memory.write(start, rows[start : start + size])
+        start += size
+    assert memory.on_device == 70
+    generator = np.random.default_rng(0)
+    for step in range(60):
+        places = generator.integers(0, (70, 300, 300)[step % 3], size=16)
+        places = places % 230 + 70 if step % 3 == 1 else places
+        if step % 2:
+            memory.expect(places)
+        assert_same(memory.read(places), rows[places])
+    stay = generator.permutation(300)[:150]
+    memory.expect(stay[:9])
+    memory.keep(stay)
+    places = generator.permutation(150)
+    assert_same(memory.read(places), rows[stay][places])
+    memory.write(150, rows[:80])
+    assert_same(memory.read(np.arange(145, 230)), torch.cat([rows[stay][145:], rows[:80]]))
