@@ -9,8 +9,10 @@ import torch
 
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.row_table import RowTable
+from cachefreeze.lineage import devices
 from cachefreeze.store import Directory
 from cachefreeze.store import format as store_format
+from tests.support.simulated_device import SimulatedQueue
 
 NAME, WIDTH, CHUNK_ROWS = bytes(16), 12, 8
 COUNT = 5 * CHUNK_ROWS
@@ -167,23 +169,21 @@ def test_rows_in_memory_are_not_read_ahead(path: Path, monkeypatch: pytest.Monke
     entries.close()
 
 
-def test_rows_of_a_gpu_take_a_quarter_of_its_free_memory_and_the_rest_lies_on_the_disk(
+def test_rows_of_a_gpu_take_a_quarter_of_its_free_memory_and_the_rest_is_in_host_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # There is none here: rows of the CPU are said to lie on one.
-    gpu, free = torch.device("cuda", 0), 4 * 10 * VALUES[0].nbytes
-    monkeypatch.setattr(RowTable, "device", property(lambda table: gpu))
+    monkeypatch.setitem(devices.QUEUES, "cpu", SimulatedQueue(7))
+    free = 4 * 10 * VALUES[0].nbytes
     monkeypatch.setattr("cachefreeze.cache.entries.free_device_memory", lambda device: free)
-    entries, table = opened(tmp_path / "cache", 1 << 20)
-    for some in np.array_split(np.arange(COUNT), 5):
-        entries.write(NAME, keys_of(some), VALUES[some])
-    assert len(table) == 10
-    # Another kind of value has what is left.
-    assert entries.write(b"other", keys_of(np.arange(3)), torch.zeros(3, 5)) == 3
-    assert len(entries.table(b"other") or ()) == 0
-    entries.close()
-    entries, table = opened(tmp_path / "cache", 1 << 20)
-    assert torch.equal(read(entries, table, np.arange(COUNT)), VALUES)
-    assert len(table) == 10
-    assert torch.equal(read(entries, table, np.arange(COUNT)), VALUES)
-    entries.close()
+    for _ in range(2):  # the second time from disk
+        entries, table = opened(tmp_path / "cache", 1 << 20)
+        for some in np.array_split(np.arange(COUNT), 5):
+            entries.write(NAME, keys_of(some), VALUES[some])
+        assert torch.equal(read(entries, table, np.arange(COUNT)), VALUES)
+        assert (len(table), table.rows_on_device) == (COUNT, 10)
+        # Another kind of value has what is left.
+        assert entries.write(b"other", keys_of(np.arange(3)), torch.zeros(3, 5)) == 3
+        other = entries.table(b"other")
+        assert other is not None
+        assert (len(other), other.rows_on_device) == (3, 0)
+        entries.close()
