@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._device import DeviceContext
 
-from cachefreeze.cache import optimizer_steps
+from cachefreeze.cache import optimizer_steps, weight_loads
 from cachefreeze.cache.arguments import check_models, check_options
 from cachefreeze.cache.cache_state import CacheState, Filled
 from cachefreeze.cache.cached_module import CachedModule
@@ -155,7 +155,10 @@ class ActivationCache:
         catching = calls.catching()
         catching.__enter__()
         numbers = {id(one) for part in models for one in part.parameters()}
-        unwatch = optimizer_steps.watch(self._shared, numbers)
+        unwatch = (
+            optimizer_steps.watch(self._shared, numbers),
+            weight_loads.watch(self._shared),
+        )
         self._close = weakref.finalize(
             self,
             _close,
@@ -380,13 +383,14 @@ def _follows_functions() -> bool:
 def _close(
     numbers: list[int],
     catching: Any,
-    unwatch: Callable[[], None],
+    unwatch: Iterable[Callable[[], None]],
     modules: dict[int, CachedModule],
     shared: CacheState,
 ) -> None:
     calls.unwatch(numbers)
     catching.__exit__(None, None, None)
-    unwatch()
+    for end in unwatch:
+        end()
     entries = shared.entries
     traces = [trace for module in modules.values() for trace in module.traces()]
     try:

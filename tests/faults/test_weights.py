@@ -102,6 +102,27 @@ def test_a_few_numbers_are_told_after_weights_were_exchanged_and_put_back(name: 
     assert any("was changed in a few places" in sentence for sentence in changed.messages)
 
 
+@pytest.mark.parametrize("name", LATE)
+def test_a_few_numbers_are_told_although_a_state_dict_was_loaded_before_a_hash(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachefreeze.cache.cache_state._SHARE", 0.0)  # no time for more hashes
+    load = nn.Module.load_state_dict
+
+    def late(model: Large) -> None:
+        LATE[name](model)
+        model(images()[:BATCH])
+        model.load_state_dict({key: one * 0.9 for key, one in model.state_dict().items()})
+
+    def no_change(model: Large) -> None:
+        model.load_state_dict({key: one * 0.9 for key, one in model.state_dict().items()})
+
+    assert any("a few places" in one for one in Loop(Large, {2: late}).run(cached=True).messages)
+    clean = Loop(Large, {2: no_change}).run(cached=True)
+    assert not any("a few places" in one for one in clean.messages)
+    assert nn.Module.load_state_dict is load
+
+
 def _exchange_data(part: nn.Linear) -> None:
     part.weight.data = part.weight.data * 1.5
 
