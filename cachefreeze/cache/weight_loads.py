@@ -38,7 +38,7 @@ def watch(shared: CacheState) -> Callable[[], None]:
     global _real
     if not _watching and nn.Module.load_state_dict is not _load_state_dict:
         _real = nn.Module.load_state_dict
-        nn.Module.load_state_dict = _load_state_dict  # type: ignore[method-assign]
+        nn.Module.load_state_dict = _load_state_dict  # type: ignore[method-assign, assignment]
     _watching.append(shared)
 
     def end() -> None:
