@@ -189,4 +189,4 @@ def _reserve(room: int, numel: int, dtype: torch.dtype) -> Tensor:
             room //= 2
         else:
             return torch.from_numpy(memory).view(dtype)
-    return torch.empty((0, numel), dtype=dtype)
+    return torch.empty((0, numel), dtype=dtype, device="cpu")

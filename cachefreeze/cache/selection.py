@@ -18,14 +18,15 @@ from cachefreeze.cache.module_call import ModuleCall
 from cachefreeze.cache.row_axes import RowAxes, compute
 from cachefreeze.keys import lineage_of
 from cachefreeze.lineage import Cut, Plan, Trace
+from cachefreeze.lineage.devices import queue_of
 from cachefreeze.plan.costs import LEAST_SHARE
 
 Tensor = torch.Tensor
 
 # Smallest share of a forward pass that is worth telling the user of modules in training mode.
 _WORTH_TELLING = 0.05
-# Bytes a second at which kept values are read from memory.
-_READING_RATE = 2e9
+# Bytes a second at which kept values are read from memory, and from that of a GPU.
+_READING_RATE, _DEVICE_RATE = 2e9, 2e11
 # Seconds that finding the rows of one value takes. A value that depends on no parameter needs a key
 # of its own inputs, such as labels, that may come with other rows each time: this costs more.
 _EACH, _EACH_OF_INPUTS = 2e-5, 2e-3
@@ -260,9 +261,10 @@ def cheapest_cut(trace: Trace, seconds: Sequence[float] | None = None) -> Cut:
         trace: Trace of a pass.
         seconds: Seconds of each operation. If None, those that were measured in the pass.
     """
+    on_device = any(queue_of(value.device) is not None for value in trace.values)
     return lineage.minimum_cut(
         trace,
-        reading_rate=_READING_RATE,
+        reading_rate=_DEVICE_RATE if on_device else _READING_RATE,
         each=_EACH,
         each_of_inputs=_EACH_OF_INPUTS,
         seconds=seconds,

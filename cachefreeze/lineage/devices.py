@@ -100,7 +100,7 @@ class CudaQueue:
 
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns pinned memory. torch uses it again once no copy needs it any more."""
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
     def start_copy(self, target: Tensor, source: Tensor) -> None:
         """Starts a copy between the device and pinned memory."""
@@ -177,7 +177,9 @@ class HostCopy:
 def sending_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns uninitialised CPU memory for values that `send` copies to a device."""
     queue = queue_of(device)
-    return torch.empty(shape, dtype=dtype) if queue is None else queue.host_memory(shape, dtype)
+    if queue is None:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return queue.host_memory(shape, dtype)
 
 
 def send(memory: Tensor, device: torch.device) -> Tensor:
