@@ -163,6 +163,7 @@ def test_one_number_that_was_written_unseen_is_found_in_time_and_told(
     queue: SimulatedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cachefreeze.cache.comparison._SAMPLE", 10**9)  # a hash must find it
+    monkeypatch.setattr("cachefreeze.cache.cache_state._SHARE", 1.0)
     model, x = net(), images(80)
     with ActivationCache(model) as cache:
         warm(cache, model, x)
