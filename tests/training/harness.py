@@ -7,10 +7,9 @@ from cachefreeze.train import main
 from tests.conftest import Run, Train
 from tests.training.test_parity import NETWORKS, SCHEDULE
 
-WRN = (*NETWORKS["wrn"], *SCHEDULE)
-
-
 Fails = Callable[..., str]
+WRN = (*NETWORKS["wrn"], *SCHEDULE)
+SHORT = ("--arch", "wrn10_1", "--epochs", 4, "--t0", 0.2, "--schedule", "linear")
 
 
 def resume(folder: Path, *options: object) -> Run:
@@ -26,6 +25,3 @@ def reference(train: Train, arch: str) -> Run:
     if arch not in REFERENCES:
         REFERENCES[arch] = train(*NETWORKS[arch], *SCHEDULE, "--no-cache")
     return REFERENCES[arch]
-
-
-SHORT = ("--arch", "wrn10_1", "--epochs", 4, "--t0", 0.2, "--schedule", "linear")
