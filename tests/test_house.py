@@ -124,7 +124,7 @@ INSIDE = {
         ["program"],
     ],
     "report": [
-        ["metrics", "run_results", "time_breakdown"],
+        ["cache_contents", "metrics", "run_results", "time_breakdown"],
         ["figures", "summary_text"],
         ["page"],
         ["compare", "html_report", "probe_page"],

@@ -29,7 +29,7 @@ class BatchInputs:
 
     Attributes:
         rows: Number of rows in a batch.
-        with_rows: Numbers of the inputs that have an entry for every row.
+        with_rows: Numbers of the inputs that have a part for every row.
         mask: Number of the input that is a mask of padded rows. None if there is none.
     """
 
@@ -59,7 +59,7 @@ class BatchInputs:
         return self._trace.values[self.mask].shape[1]
 
     def has_rows(self, group: tuple[int, ...]) -> bool:
-        """Returns whether any input of a group has an entry for every row."""
+        """Returns whether any input of a group has a part for every row."""
         return any(self._trace.inputs[place] in self.with_rows for place in group)
 
     def keys(self, inputs: Mapping[int, Tensor]) -> Keys:

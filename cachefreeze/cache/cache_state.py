@@ -1,4 +1,4 @@
-"""State that all parts of a cache share: entries, hashes, counters, messages."""
+"""State that all parts of a cache share: kept rows, hashes, counters, messages."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence

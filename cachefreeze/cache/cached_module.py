@@ -150,6 +150,8 @@ class CachedModule:
             return _run_by_parts(call)
         given = call.tensors
         trained = self._trained()
+        for cached in self.traces():  # parameters that were exchanged are gone now
+            cached.selection.frozen.tell_if_lost()
         if inner and any(trained):
             return self._run_by_parts_for_now(call)
         if all(trained) or not _has_rows(given) or not all(map(_is_plain, given)):

@@ -71,17 +71,17 @@ class FrozenState:
 
     @property
     def gone(self) -> bool:
-        """Whether one of the tensors does not exist any more.
+        """Whether one of the tensors does not exist any more."""
+        return any(map(is_, map(call, self._states.values()), repeat(None)))
 
-        If it was changed unseen before, the user is told.
-        """
-        gone = any(map(is_, map(call, self._states.values()), repeat(None)))
-        if gone and self._look is not None:
-            if self._look.lost_a_change():
-                states = self._trace.states
-                self._tell_late([one.name for one in states if one.tensor() is None])
-            self._look = None
-        return gone
+    def tell_if_lost(self) -> None:
+        """Tells the user if one of the tensors was changed unseen before it ceased to exist."""
+        if self._look is None or not self.gone:
+            return
+        if self._look.lost_a_change():
+            states = self._trace.states
+            self._tell_late([one.name for one in states if one.tensor() is None])
+        self._look = None
 
     def look(self) -> None:
         """Checks the tensors quickly, and marks those that have changed for a new hash.

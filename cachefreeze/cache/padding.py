@@ -18,7 +18,7 @@ def mask_of(inputs: Mapping[int, Tensor], with_rows: Collection[int]) -> int | N
 
     Args:
         inputs: Inputs of a pass, by number.
-        with_rows: Numbers of the inputs that have an entry for every row.
+        with_rows: Numbers of the inputs that have a part for every row.
 
     Returns:
         Number of the mask, or None if there is none.

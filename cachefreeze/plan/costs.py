@@ -9,6 +9,8 @@ LEAST_SHARE = 0.1
 # Bytes of kept rows that are read in a second (found, copied, and their input hashed), and that are
 # written, to memory and to the directory.
 READ_RATE, WRITE_RATE = 1.5e9, 0.75e9
+# Seconds of the backward pass for each of the forward pass, where they are not measured.
+BACKWARD = 2.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Costs:
         read: Seconds of reading the batch's kept rows, for each number of frozen units.
         load: Seconds of waiting for the batch's pixels.
         write: Seconds of writing the batch's rows, for each number of frozen units.
+        other: Seconds of a step of training that no unit accounts for.
     """
 
     forward: tuple[float, ...]
@@ -29,25 +32,43 @@ class Costs:
     read: tuple[float, ...]
     load: float
     write: tuple[float, ...]
+    other: float = 0.0
 
     @classmethod
     def measured(
-        cls, step: float, load: float, forward: Sequence[float], sizes: Sequence[int], frozen: int
+        cls,
+        step: float,
+        load: float,
+        forward: Sequence[float],
+        sizes: Sequence[int],
+        frozen: int,
+        served: float = 0.0,
     ) -> "Costs":
         """Computes costs from measured times.
 
+        Where units are frozen, a step tells little of the backward pass: a last layer takes less
+        time than all that belongs to no unit. So the backward pass counts as `BACKWARD` forward
+        passes at most, and what is left of the step as time that no unit accounts for.
+
         Args:
-            step: Seconds of a whole step in which all units ran.
+            step: Seconds of a whole step.
             load: Seconds of the step that were spent on waiting for pixels.
             forward: Seconds of the forward pass through each unit.
             sizes: Bytes of the input of each unit.
             frozen: Number of units that were frozen.
+            served: Share of the rows that did not pass the frozen units, but were read.
         """
-        backward = max(step - load - sum(forward), 0.0) / max(sum(forward[frozen:]), 1e-9)
         kept = (0, *sizes[1:], 0)
         read = tuple(size / READ_RATE for size in kept)
         write = tuple(size / WRITE_RATE for size in kept)
-        return cls(tuple(forward), backward, read, load, write)
+        passed = sum(forward) - served * (sum(forward[:frozen]) - read[frozen])
+        rest = max(step - load - passed, 0.0)
+        trained = sum(forward[frozen:])
+        backward = rest / max(trained, 1e-9)
+        if frozen:
+            backward = min(backward, BACKWARD)
+        other = max(rest - backward * trained, 0.0) if frozen else 0.0
+        return cls(tuple(forward), backward, read, load, write, other)
 
     @classmethod
     def unknown(cls, units: int) -> "Costs":
@@ -55,7 +76,7 @@ class Costs:
 
         Only their proportions mean anything.
         """
-        return cls((1.0,) * units, 2.0, (0.0,) * (units + 1), 0.0, (0.0,) * (units + 1))
+        return cls((1.0,) * units, BACKWARD, (0.0,) * (units + 1), 0.0, (0.0,) * (units + 1))
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], units: int) -> "Costs":
@@ -74,4 +95,5 @@ class Costs:
         forward, read, write = (tuple(map(float, found[name])) for name in names)
         if (len(forward), len(read), len(write)) != (units, units + 1, units + 1):
             raise ValueError("costs of another network")
-        return cls(forward, float(found["backward"]), read, float(found["load"]), write)
+        backward, load, other = (float(found[name]) for name in ("backward", "load", "other"))
+        return cls(forward, backward, read, load, write, other)

@@ -84,7 +84,7 @@ class Run:
                 before += batches * load if not start else 0.0
                 load = 0.0
             validate = load + costs.read[reads] + forward[-1] - forward[skipped]
-            step = validate + costs.backward * (forward[-1] - forward[trained])
+            step = validate + costs.backward * (forward[-1] - forward[trained]) + costs.other
             share = self.val_batches / self.steps_per_epoch
             steps = stop - start
             found.append(Span(steps, steps * (step + share * validate), before))

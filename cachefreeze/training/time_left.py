@@ -1,7 +1,7 @@
 """The time that is left of a run, predicted from its first steps once they have been timed."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -30,15 +30,25 @@ class TimeLeft:
         state: Progress of the run. It gets the measured costs.
         units: Units of the network.
         ranks: Processes of the run. All of them go by the costs that the first one measures.
+        counts: Function that returns the rows that the cache of this process has served and
+            computed, as `rows_served` and `rows_computed`.
         cached: Whether the run keeps the outputs of frozen units.
     """
 
     def __init__(
-        self, run: Run, state: RunState, units: Sequence[Unit], ranks: Ranks, *, cached: bool
+        self,
+        run: Run,
+        state: RunState,
+        units: Sequence[Unit],
+        ranks: Ranks,
+        counts: Callable[[], Mapping[str, float]],
+        *,
+        cached: bool,
     ) -> None:
         self._run, self._state, self._units, self._cached = run, state, units, cached
-        self._ranks = ranks
-        self._noted, self._mark = 0, (0.0, 0.0)
+        self._ranks, self._counts = ranks, counts
+        self._noted = 0
+        self._mark: dict[str, float] = {}
         self.look_ahead()
 
     @property
@@ -82,14 +92,16 @@ class TimeLeft:
             return
         with self._state.timing("train"):
             synchronize(x.device)
-        seconds = self._state.seconds
-        before, self._mark = self._mark, (seconds["train"], seconds["load"])
+        now = {**self._state.seconds, **self._counts()}
+        before, self._mark = self._mark, now
         if self._noted > WARM_UP:
-            step, load = (
-                (now - then) / TIMED for now, then in zip(self._mark, before, strict=True)
+            step, load, served, computed = (
+                (now[name] - before[name]) / TIMED
+                for name in ("train", "load", "rows_served", "rows_computed")
             )
+            share = served / max(served + computed, 1.0)
             forward, sizes = forward_seconds(model, self._units, x, autocast_dtype)
-            costs = asdict(Costs.measured(step, load, forward, sizes, frozen))
+            costs = asdict(Costs.measured(step, load, forward, sizes, frozen, share))
             self._state.costs = Costs.from_json(self._ranks.from_first(costs), len(self._units))
             if self._cached:
                 say(forecast_line(run.forecast(self._state.costs)))

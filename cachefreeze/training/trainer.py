@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -116,7 +117,10 @@ class Trainer:
         self._best: dict[str, Any] | None = None
         self._saves = SaveTimes()
         self._wrapped: nn.Module | None = None
-        self._time_left = TimeLeft(self.run, self.state, self._units, ranks, cached=settings.cache)
+        counts = partial(self._stats, here=True)
+        self._time_left = TimeLeft(
+            self.run, self.state, self._units, ranks, counts, cached=settings.cache
+        )
         self._finite = FiniteChecks(self.state, self.scheduler, folder.path / LAST)
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -359,12 +363,9 @@ class Trainer:
             return dict.fromkeys(COUNTED, 0)
         stats, count = self.cache.stats, self.ranks.count
         served, computed, seconds = (getattr(stats, name) for name in COUNTED)
-        if here:
-            found = [served * count, computed * count, seconds]
-        else:
-            counted = torch.tensor([served, computed, seconds / count], dtype=torch.float64)
-            found = self.ranks.total(counted).tolist()
-        return dict(zip(COUNTED, found, strict=True))
+        counted = torch.tensor([served, computed, seconds / count], dtype=torch.float64)
+        found = counted * count if here else self.ranks.total(counted)
+        return dict(zip(COUNTED, found.tolist(), strict=True))
 
     # What is shown.
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from cachefreeze import ActivationCache, UserError
 from cachefreeze.cache import lazy_loading
-from tests.cache.test_loader import Net
+from tests.cache.loading import Net
 
 ROWS, BATCH, SIDE = 12, 4, 24
 Tensor = torch.Tensor

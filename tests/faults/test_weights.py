@@ -148,6 +148,16 @@ def test_a_few_numbers_are_told_although_the_tensor_was_exchanged_before_a_hash(
     assert not any("a few places" in one for one in clean.messages)
 
 
+def test_a_parameter_that_is_exchanged_is_compared_even_where_most_checks_are_off() -> None:
+    def late(model: Large) -> None:
+        LATE["one row by .data"](model)
+        model(images()[:BATCH])
+        _exchange_parameter(model.body[4][0])
+
+    loop = Loop(Large, {2: late}, options={"verify": "off"})
+    assert any("a few places" in one for one in loop.run(cached=True).messages)
+
+
 @pytest.mark.parametrize("name", LATE)
 def test_verify_all_ends_in_the_plain_weights_whatever_happens(name: str) -> None:
     loop = Loop(Large, {3: LATE[name]}, options={"verify": "all"})

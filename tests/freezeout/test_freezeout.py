@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cachefreeze import FreezeOutLR, Schedule, param_groups, units_of
 from cachefreeze.freezeout import freeze_units
 from cachefreeze.models import build
-from tests.freezeout.test_units import Language, UNet, bert, timm_vit, vit
+from tests.freezeout.networks import Language, UNet, bert, timm_vit, vit
 
 STEPS = 24
 IMAGES = (4, 3, 32, 32)

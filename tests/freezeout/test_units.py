@@ -1,8 +1,7 @@
 """Units: what freezes together in any model, in which order, and under which name."""
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,117 +10,34 @@ import torchvision
 from torch import Tensor, nn
 
 from cachefreeze import Schedule, UserError, units_of
-from cachefreeze.freezeout import Unit, count_of, freeze_units
+from cachefreeze.freezeout import freeze_units
 from cachefreeze.models import build
-
-IMAGES = torch.zeros(2, 3, 32, 32)
-TOKENS = torch.zeros(2, 6, dtype=torch.long)
-
-
-def names(units: Sequence[Unit]) -> list[str]:
-    return [unit.name for unit in units]
-
-
-def numbered(count: int, *patterns: str) -> list[str]:
-    return [pattern.format(number) for number in range(count) for pattern in patterns]
-
-
-class UNet(nn.Module):
-    """Registers its parts from the outside in: the last of them before those in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Conv2d(8, 2, 1)
-        self.up = self.double(24, 8)
-        self.bottom = self.double(8, 16)
-        self.down = self.double(3, 8)
-
-    @staticmethod
-    def double(inputs: int, outputs: int) -> nn.Sequential:
-        return nn.Sequential(
-            *(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()),
-            *(nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.down(x)
-        deep = self.bottom(nn.functional.max_pool2d(wide, 2))
-        deep = nn.functional.interpolate(deep, scale_factor=2.0)
-        return self.head(self.up(torch.cat([wide, deep], 1))).mean((2, 3))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(torch.relu(self.fc1(self.norm(x))))
-
-
-class Language(nn.Module):
-    """A small language model whose head has the embedding's weight.
-
-    Args:
-        tied: `registered` if a head holds the weight, `used` if the forward pass takes it.
-        head_first: Whether the head is listed before everything else.
-    """
-
-    def __init__(self, tied: str = "registered", head_first: bool = False) -> None:
-        super().__init__()
-        if head_first:
-            self.head = nn.Linear(8, 20)
-        self.tokens, self.places = nn.Embedding(20, 8), nn.Embedding(6, 8)
-        self.blocks = nn.ModuleList(Block(8) for _ in range(3))
-        self.norm = nn.LayerNorm(8)
-        if tied == "registered":
-            if not head_first:
-                self.head = nn.Linear(8, 20)
-            self.head.weight = self.tokens.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.tokens(x) + self.places.weight[: x.shape[1]]
-        for block in self.blocks:
-            h = block(h)
-        h = self.norm(h)
-        return self.head(h) if hasattr(self, "head") else h @ self.tokens.weight.T
-
-
-def vit() -> nn.Module:
-    return torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
-
-
-def bert() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            vocab_size=20,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-        )
-    )
-
-
-def timm_vit() -> nn.Module:
-    timm = pytest.importorskip("timm")
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
-
-
-def torchvision_model(name: str) -> Callable[[], nn.Module]:
-    return lambda: torchvision.models.get_model(name, num_classes=3)
-
+from tests.freezeout.networks import (
+    IMAGES,
+    TOKENS,
+    Block,
+    Language,
+    UNet,
+    bert,
+    last,
+    names,
+    numbered,
+    timm_vit,
+    torchvision_model,
+    vit,
+)
 
 DENSE = [
     f"features.denseblock{block}.denselayer{layer}"
     for block, layers in enumerate((6, 12, 24, 16), 1)
     for layer in range(1, layers + 1)
 ]
+
+
 for _place, _transition in ((6, 1), (19, 2), (44, 3)):
     DENSE.insert(_place, f"features.transition{_transition}")
+
+
 ANY: dict[str, tuple[Callable[[], nn.Module], Tensor, list[str]]] = {
     "resnet18": (
         torchvision_model("resnet18"),
@@ -226,71 +142,6 @@ def test_our_own_networks_keep_their_units(example: tuple[Tensor, ...]) -> None:
         *("conv1_1", "conv2_1", "conv3_1", "conv3_2", "conv4_1", "conv4_2", "conv5_1", "conv5_2"),
         "head",
     ]
-
-
-def last(units: Sequence[Unit]) -> set[int]:
-    return {id(one) for one in units[-1].parameters}
-
-
-@pytest.mark.parametrize("head_first", [False, True])
-def test_a_weight_that_two_modules_hold_trains_as_long_as_the_last_of_them(
-    head_first: bool,
-) -> None:
-    model = Language(head_first=head_first)
-    assert id(model.tokens.weight) in last(units_of(model, TOKENS))
-
-
-def test_a_weight_that_is_used_once_more_at_the_end_trains_to_the_end() -> None:
-    model = Language("used")
-    units = units_of(model, TOKENS)
-    assert names(units) == ["places", *numbered(3, "blocks.{}"), "tokens"]
-    assert last(units) == {id(model.tokens.weight)}
-
-
-def test_of_a_stem_only_the_weight_that_is_used_again_trains_longer() -> None:
-    class Embeddings(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokens, self.places = nn.Embedding(20, 8), nn.Embedding(6, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.tokens(x) + self.places.weight[: x.shape[1]]
-
-    class Tied(nn.Module):
-        def __init__(self, holds: bool) -> None:
-            super().__init__()
-            self.head = nn.Linear(8, 20)
-            self.blocks = nn.ModuleList(Block(8) for _ in range(2))
-            self.stem = Embeddings()  # run first, listed last
-            if holds:
-                self.head.weight = self.stem.tokens.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.stem(x)
-            for block in self.blocks:
-                h = block(h)
-            return h @ self.stem.tokens.weight.T + self.head.bias
-
-    for holds in (False, True):
-        model = Tied(holds)
-        units = units_of(model, TOKENS)
-        assert names(units) == ["stem", "blocks.0", "blocks.1", "head"]
-        assert id(model.stem.tokens.weight) in last(units)
-        assert [id(one) for one in units[0].parameters] == [id(model.stem.places.weight)]
-
-
-def test_a_weight_that_is_clipped_beforehand_is_met_where_it_is_used() -> None:
-    class Clipped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 2, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                self.head.weight.clamp_(-1, 1)
-            return self.head(self.stem(x))
-
-    assert names(units_of(Clipped(), torch.ones(1, 4))) == ["stem", "head"]
 
 
 def test_an_encoder_that_is_run_twice_keeps_its_blocks_apart() -> None:
@@ -453,63 +304,3 @@ def test_the_pass_leaves_modes_buffers_and_random_state_as_they_were() -> None:
 def test_a_model_without_parameters_is_refused() -> None:
     with pytest.raises(UserError, match="ReLU has no parameters"):
         units_of(nn.ReLU())
-
-
-@pytest.mark.parametrize(
-    ("first", "count"),
-    [
-        (0, 0),
-        (3, 3),
-        (-1, 9),
-        ("conv1", 1),
-        ("layer1.0", 2),
-        ("layer2", 5),
-        ("fc", 10),
-    ],
-)
-def test_first_units_are_a_number_of_them_or_all_up_to_a_name(first: Any, count: int) -> None:
-    units = units_of(torchvision.models.resnet18())
-    assert count_of(units, first) == count
-
-
-def test_groups_of_our_own_networks_are_named_as_modules_are() -> None:
-    assert count_of(units_of(build("wrn", 10, depth=16, width=2)), "group2") == 5
-
-
-@pytest.mark.parametrize(
-    ("first", "sentence"),
-    [
-        (11, "cannot freeze 11 units of a network that has 10"),
-        (-11, "cannot freeze -11 units"),
-        ("layer", "no unit 'layer': it has conv1, layer1.0"),
-    ],
-)
-def test_units_that_are_not_there_are_refused(first: Any, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        count_of(units_of(torchvision.models.resnet18()), first)
-
-
-def test_first_units_freeze_for_good_with_the_modules_that_are_theirs() -> None:
-    model = torchvision.models.resnet18()
-    frozen = freeze_units(model, "layer1", IMAGES)
-    assert names(frozen) == ["conv1", "layer1.0", "layer1.1"]
-    model.train()
-    parts = (model.conv1, model.bn1, model.layer1)
-    assert not any(one.training for part in parts for one in part.modules())
-    assert all(one.training for one in (model, *model.layer2.modules(), model.fc))
-    taken = {name for name, one in model.named_parameters() if one.requires_grad}
-    assert not any(name.startswith(("conv1", "bn1", "layer1")) for name in taken)
-    assert len(taken) == len(list(model.parameters())) - 3 - 12
-
-
-def test_a_dropout_between_frozen_layers_freezes_and_one_before_trained_layers_does_not() -> None:
-    shared = nn.Dropout()
-    model = nn.Sequential(
-        *(nn.Linear(4, 4), nn.Dropout(), shared, nn.Linear(4, 4), nn.Dropout(), shared),
-        nn.Linear(4, 2),
-    )
-    freeze_units(model, 2)
-    model.train()
-    assert not model[1].training
-    assert model[4].training, "the head's input"
-    assert shared.training, "it runs before the head, too"

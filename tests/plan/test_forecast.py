@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -16,8 +17,13 @@ from cachefreeze.plan.costs import Costs
 from cachefreeze.plan.fill import Fill, worth_filling
 from cachefreeze.plan.forecast import WAYS, Run, Span
 from cachefreeze.train import main
-from cachefreeze.training.measuring import forward_seconds
+from cachefreeze.training import time_left
+from cachefreeze.training.launch import ALONE
+from cachefreeze.training.measuring import TIMED, WARM_UP, forward_seconds
 from cachefreeze.training.progress import Eta
+from cachefreeze.training.ranks import Ranks
+from cachefreeze.training.run_state import RunState
+from cachefreeze.training.time_left import TimeLeft
 
 RULE = [
     (module, name, getattr(module, name))
@@ -149,10 +155,38 @@ def test_pixels_that_stay_in_memory_are_waited_for_once() -> None:
 
 def test_costs_add_up_to_the_step_that_was_measured() -> None:
     costs = Costs.measured(10.0, 1.0, [1.0, 2.0], [300, 600], frozen=1)
-    assert costs.backward * 2.0 + sum(costs.forward) + costs.load == 10.0
+    assert costs.backward * 2.0 + sum(costs.forward) + costs.load + costs.other == 10.0
     assert costs.read[0] == 0
     assert costs.read[1] > costs.read[2] == 0
     assert Costs.from_json(dataclasses.asdict(costs), 2) == costs
+
+
+@pytest.mark.parametrize("served", [0.0, 0.75, 1.0])
+def test_a_run_of_the_head_alone_foretells_the_training_of_all_units(
+    served: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven eighths of the network are frozen, and rows may come from an earlier run."""
+    forward, sizes, other = [2.0] * 7 + [0.25], [0] * 8, 3.0
+    monkeypatch.setattr(time_left, "forward_seconds", lambda *given: (forward, sizes))
+    run = Run((*(0,) * 7, 100), 100, 10, 160, 16, 16)
+    state, counts = RunState(1), dict.fromkeys(("rows_served", "rows_computed"), 0.0)
+    model, x = nn.Linear(1, 1), torch.zeros(16, 1)
+    units = [Unit("layer", [])] * 8
+    left = TimeLeft(run, state, units, Ranks(ALONE), lambda: counts, cached=True)
+    for step in range(WARM_UP + TIMED):
+        # The first steps take longer, and are not timed.
+        extra = 1000.0 * (step < WARM_UP)
+        state.seconds["train"] += (1 - served) * 14.0 + 0.25 + 2 * 0.25 + other + 1.0 + extra
+        state.seconds["load"] += 1.0
+        counts["rows_served"] += 16 * served
+        counts["rows_computed"] += 16 * (1 - served)
+        left.note_step(model, x, None, frozen=7)
+    assert state.costs is not None
+    found = run.forecast(state.costs)
+    close = partial(pytest.approx, rel=0.01)  # a moment of real time is measured, too
+    assert found["without_freezing"] == close(100 * (3 * 14.25 + other + 1) + 10 * 15.25)
+    assert found["freezing_only"] == close(100 * (14 + 0.75 + other + 1) + 10 * 15.25)
+    assert found["limit"] == close(100 * (0.75 + other + 1) + 10 * 1.25)
 
 
 class Slow(nn.Linear):

@@ -10,11 +10,9 @@ import pytest
 from cachefreeze.report import figures
 from cachefreeze.report.run_results import RunResults
 from cachefreeze.train import main
+from tests.report.harness import TITLES, Page, Script
 from tests.report.test_metrics import lines_of, points, scalars, table
-from tests.report.test_page import TITLES, Page, Script, script
 from tests.support.interrupter import Interrupter
-
-__all__ = ["script"]
 
 Fails = Callable[..., str]
 OPTIONS = ["--arch", "wrn10_1", "-b", "32", "-j", "0", "--precision", "fp32", "--t0", "0.3"]

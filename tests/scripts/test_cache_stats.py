@@ -18,6 +18,7 @@ import torch
 
 from cachefreeze import ActivationCache
 from cachefreeze.keys import environment
+from cachefreeze.report.cache_contents import SETTINGS
 from cachefreeze.store import Directory, Row
 from cachefreeze.store.format import USED
 from cachefreeze.store.inspect import inspect
@@ -161,9 +162,8 @@ def test_what_tells_two_sets_of_one_value_apart_is_named(tmp_path: Path, stats: 
 def test_settings_have_the_names_of_what_they_are(
     tmp_path: Path, stats: Stats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = runpy.run_path(str(SCRIPT))["SETTINGS"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    for kind, names in settings.items():
+    for kind, names in SETTINGS.items():
         values = environment(torch.device(kind))
         assert names.index("processor") - len(values) in (0, 1)
         said = dict(zip(names, values, strict=False))
@@ -171,7 +171,7 @@ def test_settings_have_the_names_of_what_they_are(
         assert said["matmul precision"] == "highest"
     train(tmp_path / "real")
     (real,) = json.loads(stats(tmp_path / "real", "--json").stdout)["sets"]
-    names = settings["cpu"]
+    names = SETTINGS["cpu"]
     assert len(names) - len(real["about"]["environment"]) in (0, 2)
     one, other = about_of(), about_of()
     other["environment"][5] = "2"
