@@ -91,7 +91,7 @@ def _words(
     words: int, length: int, labels: bool, machine: Machine, count: int, batch: int
 ) -> Batches:
     random = torch.Generator().manual_seed(0)
-    words, length = (500, 32) if machine.tiny else (words, length)
+    words, length = (500, 16) if machine.tiny else (words, length)
     x = torch.randint(words, (count, length), generator=random).to(machine.device)
     y = torch.randint(10, (count,), generator=random).to(machine.device) if labels else x
     return OnDevice(x, y, batch)
@@ -102,7 +102,7 @@ def _wrn(tiny: bool) -> nn.Sequential:
 
 
 def _densenet(tiny: bool) -> nn.Sequential:
-    depth, rate = (22, 6) if tiny else (100, 12)
+    depth, rate = (16, 8) if tiny else (100, 12)
     return densenet(10, depth=depth, growth_rate=rate)
 
 

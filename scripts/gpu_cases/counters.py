@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -67,7 +68,8 @@ def count_waits(device: torch.device, places: Counter[str]) -> Iterator[None]:
 
     def counted(method: Any) -> Any:
         def wait(*args: Any, **kwargs: Any) -> Any:
-            frame, calls = sys._getframe(1), []
+            frame: FrameType | None = sys._getframe(1)
+            calls: list[str] = []
             while frame is not None and len(calls) < _CALLS:
                 calls.append(_place(frame.f_code.co_filename, frame.f_lineno))
                 frame = frame.f_back

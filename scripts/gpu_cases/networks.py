@@ -135,7 +135,7 @@ def bert_last_layers(tiny: bool) -> Split:
     """Builds a network like BERT-base. The last 2 of its 12 layers are trained, and the head."""
     width, heads, layers = (96, 2, 6) if tiny else (768, 12, 12)
     stack = [BertLayer(width, heads) for _ in range(layers)]
-    frozen = [BertEmbeddings(30522, 512, width), *stack[:-2]]
+    frozen = [BertEmbeddings(500 if tiny else 30522, 512, width), *stack[:-2]]
     return Split(nn.Sequential(*frozen), nn.Sequential(*stack[-2:], FirstToken(width, 10)))
 
 
@@ -196,8 +196,8 @@ class LoRA(nn.Module):
 
 def llama_lora(tiny: bool) -> Split:
     """Builds a network like Llama of 24 layers, with LoRA on queries and values of the last 4."""
-    width, heads, layers, words = (96, 2, 8, 500) if tiny else (1024, 16, 24, 32000)
-    length = 32 if tiny else 512
+    width, heads, layers, words = (96, 2, 7, 500) if tiny else (1024, 16, 24, 32000)
+    length = 16 if tiny else 512
     stack = [LlamaLayer(width, heads, length) for _ in range(layers)]
     end = nn.Sequential(*stack[-4:], nn.RMSNorm(width), nn.Linear(width, words, bias=False))
     end.requires_grad_(False)
