@@ -165,7 +165,7 @@ def run_case(name: str, path: Path, args: argparse.Namespace, seconds: float) ->
     """Measures one case, and writes its results to a file after each repeat."""
     import torch
     from gpu_cases.cases import CASES
-    from gpu_cases.machine import Machine, read_images
+    from gpu_cases.machine import Machine
 
     found: dict[str, Any] = {"status": "begun"}
 
@@ -178,10 +178,9 @@ def run_case(name: str, path: Path, args: argparse.Namespace, seconds: float) ->
     try:
         save({})
         device = torch.device("cpu" if args.tiny else "cuda")
-        images = read_images(args.images) if args.images else None
         until = began + seconds
         CASES[name].measured.measure(
-            Machine(device, args.tiny, until, args.repeats, args.workers, images), save
+            Machine(device, args.tiny, until, args.repeats, args.workers, args.images), save
         )
         save({"status": "measured", "seconds": round(time.monotonic() - began, 1)})
     except Exception as error:

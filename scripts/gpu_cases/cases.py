@@ -12,7 +12,7 @@ from cachefreeze.models.densenet import densenet
 from cachefreeze.models.wrn import wrn
 from gpu_cases.freezeout_case import FreezeOutCase
 from gpu_cases.loops import Batches, FromLoader, OnDevice, Resized
-from gpu_cases.machine import Machine
+from gpu_cases.machine import Machine, read_images
 from gpu_cases.networks import (
     bert_last_layers,
     llama_lora,
@@ -56,7 +56,8 @@ def _pixels(machine: Machine, count: int, size: int) -> tuple[Tensor, Tensor]:
         shape = (count, 3, size, size)
         x = torch.randint(256, shape, generator=random, dtype=torch.uint8, device=device)
     else:
-        images = F.interpolate(machine.images.to(device).float(), size=size, mode="area").byte()
+        images = read_images(machine.images).to(device)
+        images = F.interpolate(images.float(), size=size, mode="area").byte()
         x = images[torch.arange(count, device=device) % len(images)]
         # The first pixels hold the row's number, so that an image that comes twice is two rows.
         numbers = torch.arange(count, device=device)[:, None]
@@ -102,7 +103,7 @@ def _wrn(tiny: bool) -> nn.Sequential:
 
 
 def _densenet(tiny: bool) -> nn.Sequential:
-    depth, rate = (16, 8) if tiny else (100, 12)
+    depth, rate = (10, 12) if tiny else (100, 12)
     return densenet(10, depth=depth, growth_rate=rate)
 
 

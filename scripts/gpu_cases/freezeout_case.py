@@ -23,7 +23,7 @@ from gpu_cases.counters import (
     waits_in_words,
 )
 from gpu_cases.loops import OnDevice, deterministic, difference, seed_all
-from gpu_cases.machine import Machine, Save
+from gpu_cases.machine import Machine, Save, read_images
 
 WAYS = ("plain", "freeze_only", "cached", "limit")
 T0 = 0.5
@@ -31,7 +31,7 @@ T0 = 0.5
 _EPOCHS = 10
 # Number of steps of an epoch: of a tiny one and of runs whose weights are compared, and the least
 # and the largest of others. In short runs, new traces after each freeze take much of the time.
-_TINY, _LEAST, _MOST = 5, 20, 200
+_TINY, _LEAST, _MOST = 4, 20, 200
 # Share of the time of a case that its runs are planned for, and steps of the plain loop that take
 # as long as a step of all ways.
 _PLANNED, _PASSES = 0.7, 3.2
@@ -96,8 +96,8 @@ def _rows(machine: Machine, count: int, batch: int) -> OnDevice:
     if machine.images is None:
         pixels = torch.randint(256, (count, 3, size, size), generator=random, dtype=torch.uint8)
     else:
-        pixels = machine.images[torch.arange(count) % len(machine.images)]
-        pixels = F.interpolate(pixels.float(), size=size, mode="area")
+        images = F.interpolate(read_images(machine.images).float(), size=size, mode="area")
+        pixels = images[torch.arange(count) % len(images)]
     y = torch.randint(10, (count,), generator=random)
     x = pixels.float() / 127.5 - 1
     return OnDevice(x.to(machine.device), y.to(machine.device), batch)

@@ -28,8 +28,7 @@ class Machine:
         until: Time at which the case must have ended, as of `monotonic`.
         repeats: Largest number of repeats.
         workers: Number of processes that load images.
-        images: Images of whole numbers from 0 to 255, (rows, 3, height, width). None for random
-            ones.
+        images: Folder of images. None for random ones.
     """
 
     device: torch.device
@@ -37,7 +36,7 @@ class Machine:
     until: float
     repeats: int
     workers: int
-    images: Tensor | None
+    images: Path | None
 
     @property
     def left(self) -> float:

@@ -63,7 +63,7 @@ class SplitCase:
     def measure(self, machine: Machine, save: Save) -> None:
         """Measures all ways, and saves what is known after each repeat."""
         device = machine.device
-        batch = 8 if machine.tiny else self.batch
+        batch = 4 if machine.tiny else self.batch
         found: dict[str, Any] = {"batch": batch}
         few = self.rows(machine, batch * _CHECKED_STEPS, batch)
         found["weights"] = self._compare_weights(machine, few)

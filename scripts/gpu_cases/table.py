@@ -87,7 +87,7 @@ def line_of(name: str, case: dict[str, Any]) -> str:
 
 
 def faults(name: str, case: dict[str, Any], tiny: bool) -> list[str]:
-    """Returns sentences about what was asked and is not so. Of tiny networks, weights alone count."""
+    """Returns what was asked and is not so, in sentences. Of tiny networks, weights alone count."""
     found = []
     weights = case.get("weights", {})
     if weights.get("equal") is False:

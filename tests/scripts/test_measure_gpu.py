@@ -1,4 +1,4 @@
-"""scripts/measure_gpu.py on tiny networks: every case is measured, and nothing that is done is lost."""
+"""scripts/measure_gpu.py on tiny networks: all cases are measured, and no result is lost."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def start(out: Path, *options: str) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), "--out", str(out), "--tiny", "--repeats", "1", *options]
     return subprocess.Popen(
-        command, cwd=out.parent, env=environment, text=True,
+        command, cwd=SCRIPT.parent, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
