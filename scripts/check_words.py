@@ -29,6 +29,7 @@ FOLDERS = [
     "cachefreeze/store",
     "cachefreeze/training",
     "scripts",
+    "scripts/gpu_cases",
     "examples",
 ]
 # Words that begin no noun phrase.

@@ -1,0 +1,1 @@
+"""Networks, loops and cases of `scripts/measure_gpu.py`."""
