@@ -13,7 +13,8 @@ On a CPU the clock of the program counts processor seconds, so that other proces
 neither in the results nor in what the cache decides. At full size, on a GPU:
 
     python scripts/frontier.py run CIFAR10 --results gpu.jsonl --device cuda --epochs 40 \
-        --plain-epochs 40 32 24 16 12 8 --images 5000 --test-images 1000 --arch wrn40_4
+        --plain-epochs 40 32 24 16 12 8 \
+        --fine-tuning-epochs 20 15 10 5 --images 5000 --test-images 1000 --arch wrn40_4
 """
 
 import argparse
@@ -24,13 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 PARTS = ("scratch", "fine-tuning")
-SCHEDULES = ("cubic", "linear")
+# Schedule, and whether rates are scaled. The authors of FreezeOut recommend the first two.
+BEST = (("cubic", True), ("linear", False))
+OTHERS = (("linear", True), ("cubic", False))
 # t0 and schedule of fine-tuning: the first unit freezes after 3, 13 or 30 % of the run.
 FINE_TUNING = ((0.3, "cubic"), (0.5, "cubic"), (0.3, "linear"))
 # The program's options in every run.
@@ -51,26 +54,33 @@ def planned(args: argparse.Namespace) -> Iterator[Run]:
         for name in ("arch", "images", "test_images", "image_size", "batch_size", "device")
     }
     for seed in range(args.seeds):
-        for part in args.parts:
-            rate = args.fine_tuning_lr if part == "fine-tuning" else args.lr
-            common = {"part": part, **same, "lr": rate, "seed": seed}
-            if part == "fine-tuning" and seed == 0:
-                before = {**common, "part": "before", "lr": args.lr}
-                yield {**before, "way": "plain", "epochs": args.epochs}
-            for epochs in args.plain_epochs:
-                yield {**common, "way": "plain", "epochs": epochs}
-            if part == "scratch":
-                ways = [
-                    (t0, schedule, scale)
-                    for scale in (True, False)
-                    for t0 in args.t0
-                    for schedule in SCHEDULES
-                ]
-            else:
-                ways = [(t0, how, False) for t0, how in FINE_TUNING]
-            for t0, schedule, scale in ways:
-                freezing = {"t0": t0, "schedule": schedule, "scale_lr": scale}
-                yield {**common, "way": "freezing", "epochs": args.epochs, **freezing}
+        if "scratch" in args.parts:
+            scratch = {"part": "scratch", **same, "lr": args.lr, "seed": seed}
+            yield from _plain(scratch, args.plain_epochs)
+            for schedule, scaled in BEST:
+                for t0 in args.t0:
+                    yield _freezing(scratch, args.epochs, t0, schedule, scaled)
+        if "fine-tuning" in args.parts:
+            tuning = {"part": "fine-tuning", **same, "lr": args.fine_tuning_lr, "seed": seed}
+            if seed == 0:
+                yield from _plain({**tuning, "part": "before", "lr": args.lr}, [args.epochs])
+            yield from _plain(tuning, args.fine_tuning_epochs)
+            for t0, schedule in FINE_TUNING:
+                yield _freezing(tuning, max(args.fine_tuning_epochs), t0, schedule, False)
+        if "scratch" in args.parts:
+            for schedule, scaled in OTHERS:
+                for t0 in args.t0:
+                    yield _freezing(scratch, args.epochs, t0, schedule, scaled)
+
+
+def _plain(common: Run, lengths: Sequence[int]) -> Iterator[Run]:
+    for epochs in lengths:
+        yield {**common, "way": "plain", "epochs": epochs}
+
+
+def _freezing(common: Run, epochs: int, t0: float, schedule: str, scaled: bool) -> Run:
+    freezing = {"t0": t0, "schedule": schedule, "scale_lr": scaled}
+    return {**common, "way": "freezing", "epochs": epochs, **freezing}
 
 
 def read(results: Path) -> list[Run]:
@@ -204,8 +214,9 @@ def main() -> int:
     of_run.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     of_run.add_argument("--t0", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8])
     of_run.add_argument("--arch", default="wrn16_1")
-    of_run.add_argument("--epochs", type=int, default=6, help="of runs that freeze")
+    of_run.add_argument("--epochs", type=int, default=6, help="of runs that freeze layers")
     of_run.add_argument("--plain-epochs", type=int, nargs="+", default=[6, 3, 2, 4])
+    of_run.add_argument("--fine-tuning-epochs", type=int, nargs="+", default=[4, 2, 1])
     of_run.add_argument("--seeds", type=int, default=3)
     of_run.add_argument("--images", type=int, default=1000, help="of each class")
     of_run.add_argument("--test-images", type=int, default=200, help="of each class")
