@@ -71,7 +71,8 @@ def test_the_page_and_its_picture_are_what_the_script_makes_of_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Any
 ) -> None:
     (tmp_path / "figures").mkdir()
-    page = shutil.copy(ROOT / "docs" / "frontier.md", tmp_path)
+    page = tmp_path / "frontier.md"
+    shutil.copy(ROOT / "docs" / "frontier.md", page)
     text = page.read_text()
     page.write_text(text.replace(" epochs |", " weeks |"))
     assert call(script("frontier_page"), monkeypatch, RESULTS, tmp_path) == 0
