@@ -142,7 +142,7 @@ def test_every_picture_is_there_and_says_what_made_it(page: Path) -> None:
         assert len(alternative) >= 30
         assert (page.parent / path).read_text().startswith("<svg ")
     if pictures:
-        assert re.search(r"doc_figures\.py|Drawn by hand", page.read_text())
+        assert re.search(r"(doc_figures|frontier_page)\.py|Drawn by hand", page.read_text())
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
