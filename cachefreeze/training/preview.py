@@ -68,7 +68,7 @@ def preview(settings: Settings) -> dict[str, float]:
     seconds = (time.perf_counter() - began) / TIMED
     load = about.decode_seconds * batch_size
     measured = forward_seconds(model, units_of(model, x[:2]), x, dtype)
-    costs = Costs.measured(seconds + load, load, *measured, frozen)
+    costs = Costs.measured(seconds + load, load, *measured, frozen, on_gpu=device.type == "cuda")
     steps = scheduler.schedule.freeze_steps
     run = Run(
         steps, total_steps, steps_per_epoch, about.train_rows, about.val_rows, batch_size,

@@ -101,7 +101,8 @@ class TimeLeft:
             )
             share = served / max(served + computed, 1.0)
             forward, sizes = forward_seconds(model, self._units, x, autocast_dtype)
-            costs = asdict(Costs.measured(step, load, forward, sizes, frozen, share))
+            on_gpu = x.device.type == "cuda"
+            costs = asdict(Costs.measured(step, load, forward, sizes, frozen, share, on_gpu))
             self._state.costs = Costs.from_json(self._ranks.from_first(costs), len(self._units))
             if self._cached:
                 say(forecast_line(run.forecast(self._state.costs)))

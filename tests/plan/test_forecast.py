@@ -159,6 +159,8 @@ def test_costs_add_up_to_the_step_that_was_measured() -> None:
     assert costs.read[0] == 0
     assert costs.read[1] > costs.read[2] == 0
     assert Costs.from_json(dataclasses.asdict(costs), 2) == costs
+    on_gpu = Costs.measured(10.0, 1.0, [1.0, 2.0], [300, 600], frozen=1, on_gpu=True)
+    assert on_gpu.read[1] < costs.read[1] / 100
 
 
 @pytest.mark.parametrize("served", [0.0, 0.75, 1.0])
