@@ -76,7 +76,7 @@ INSIDE = {
     ],
     "store": [
         ["files"],
-        ["index", "format"],
+        ["index", "format", "leases"],
         ["journal", "locks", "objects"],
         ["codecs", "commits"],
         ["budget"],
