@@ -84,7 +84,7 @@ class Steps:
         os.read(self._there[0], 1)
 
     def wait(self) -> None:
-        assert select.select([self._here[0]], [], [], 20)[0], "the other process has failed"
+        assert select.select([self._here[0]], [], [], 60)[0], "the other process has failed"
         os.read(self._here[0], 1)
 
     def go_on(self) -> None:
