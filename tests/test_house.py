@@ -86,7 +86,7 @@ INSIDE = {
     ],
     "store": [
         ["files"],
-        ["index", "format"],
+        ["index", "format", "leases"],
         ["journal", "locks", "objects"],
         ["codecs", "commits"],
         ["budget"],

@@ -12,7 +12,7 @@ import numpy as np
 from cachefreeze.store.budget import Budget
 from cachefreeze.store.commits import REMOTE
 from cachefreeze.store.files import human_bytes
-from cachefreeze.store.format import Layout
+from cachefreeze.store.format import Layout, is_folder
 from cachefreeze.store.locks import refuse, remove
 from cachefreeze.store.segment import Buffer, SegmentWriter
 
@@ -191,13 +191,30 @@ class Appender:
         with self._writing:
             if self._taken_back:
                 return
-            if self._segment is None:
-                self._segment = SegmentWriter(self._folder, self._layout, self._about)
-            self._segment.write(buffer)
+            try:
+                segment = self._write(buffer)
+            except OSError:
+                # If this process was stopped for long, another machine took it for dead.
+                if self._segment is None or is_folder(self._segment.folder):
+                    raise
+                if not is_folder(self._folder.parent):
+                    raise
+                self._end_segment()
+                segment = self._write(buffer)
             if not buffer.is_full:  # it is the last chunk of its segment
-                self._full.append(self._segment.folder)
-                self._segment.close()
-                self._segment = None
+                self._full.append(segment.folder)
+                self._end_segment()
+
+    def _write(self, buffer: Buffer) -> SegmentWriter:
+        if self._segment is None:
+            self._segment = SegmentWriter(self._folder, self._layout, self._about)
+        self._segment.write(buffer)
+        return self._segment
+
+    def _end_segment(self) -> None:
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.close()
 
     def give_back(self, buffer: Buffer) -> None:
         """Takes back the memory of a chunk that was written, for the next chunk."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from cachefreeze.store.commits import is_elsewhere
-from cachefreeze.store.files import entries_below, remove_tree
+from cachefreeze.store.files import entries_below, open_regular, remove_tree
 from cachefreeze.store.format import JOURNAL, NAME, TRASH, is_folder
 from cachefreeze.store.journal import LINE_BYTES
 from cachefreeze.store.locks import is_refused, last_use, remove
@@ -106,10 +106,7 @@ class Budget:
         """Returns the bytes of all segments."""
         known, self._known = self._known, {}
         for folder in segment_folders(self._directory):
-            try:
-                lines = os.lstat(folder / JOURNAL).st_size // LINE_BYTES
-            except OSError:
-                lines = 0
+            lines = _lines(folder / JOURNAL)
             before = known.get(folder)
             # All chunks of a segment have about the same size, so its files are counted only once.
             if before is None or not before[2]:
@@ -118,6 +115,18 @@ class Budget:
             grown = max(lines - before[0], 0) * before[2]
             self._known[folder] = lines, before[1] + grown, before[2]
         return sum(nbytes for _, nbytes, _ in self._known.values())
+
+
+def _lines(journal: Path) -> int:
+    # Opened, since a network file system asks for the size of a file anew only then.
+    try:
+        file = open_regular(journal, os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        return os.fstat(file).st_size // LINE_BYTES
+    finally:
+        os.close(file)
 
 
 def _chunk_bytes(folder: Path) -> int:

@@ -20,6 +20,7 @@ from cachefreeze.store.files import (
     write_partial,
 )
 from cachefreeze.store.format import Layout, Row, SegmentError, metadata, read_head
+from cachefreeze.store.leases import end
 from cachefreeze.store.locks import Held
 from cachefreeze.store.mirror import Mirror
 from cachefreeze.store.objects import is_url
@@ -183,6 +184,7 @@ class Directory:
         for rows in self._rows.values():
             rows.close()
         self._files.close()
+        end(self._path)
 
     def __del__(self) -> None:
         if hasattr(self, "_closed"):

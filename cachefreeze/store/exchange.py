@@ -12,7 +12,6 @@ import numpy as np
 from cachefreeze.store.bucket import MOST_BYTES_OF_CHUNK, TOGETHER, Bucket, at_once, together
 from cachefreeze.store.budget import Budget, named_folders
 from cachefreeze.store.commits import REMOTE, Commits, Record
-from cachefreeze.store.files import open_regular, take_lock, unlock_file
 from cachefreeze.store.format import (
     CHUNK_ROWS,
     JOURNAL,
@@ -24,7 +23,7 @@ from cachefreeze.store.format import (
     read_head,
 )
 from cachefreeze.store.journal import LINE_BYTES, Chunk, Content, read_lines
-from cachefreeze.store.locks import is_refused
+from cachefreeze.store.locks import Lock, is_refused, lock_name
 from cachefreeze.store.objects import Denied
 from cachefreeze.store.reading import Damaged, read_chunk
 from cachefreeze.store.segment import add_chunk
@@ -134,7 +133,7 @@ class Exchange:
             self._complete = True
             return self._send()
         finally:
-            unlock_file(lock)
+            lock.release()
 
     def _fetch(self, spared: Collection[str]) -> bool:
         """Fetches a few chunks that are missing. Returns whether there were any.
@@ -333,7 +332,7 @@ def _lines(folder: Path) -> int:
         return 0
 
 
-def lock_set(folder: Path, name: str) -> int | None:
+def lock_set(folder: Path, name: str) -> Lock | None:
     """Takes the lock of a set for all processes that share a local folder.
 
     Args:
@@ -341,8 +340,8 @@ def lock_set(folder: Path, name: str) -> int | None:
         name: Name of the set.
 
     Returns:
-        Descriptor that holds the lock. None if another process has it.
+        The lock. None if another process has it.
     """
     path = folder / REMOTE / f"{name}.lock"
     path.parent.mkdir(exist_ok=True)
-    return take_lock(open_regular(path, os.O_RDWR | os.O_CREAT))
+    return lock_name(folder, path)

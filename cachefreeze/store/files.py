@@ -100,9 +100,9 @@ def take_lock(file: int) -> int | None:
     return file
 
 
-# Not the filelock library: its shared locks are SQLite databases, which every reader must be able
-# to write to, and which another program can forge. Its exclusive lock needs a writable file. Here,
-# a reader without permission to write locks up to 128 files at once.
+# Not the filelock library: its shared locks are SQLite databases or have a thread each, every
+# reader must be able to write to them, and another program can forge them. Its exclusive lock needs
+# a writable file. Here, a reader without permission to write locks up to 128 files at once.
 # Another process may hold a lock for a moment, only to test it.
 LOCK_ATTEMPTS, LOCK_PAUSE_SECONDS = 10, 0.02
 # Descriptors that hold a lock. A forked process inherits them, and would keep the locks if this

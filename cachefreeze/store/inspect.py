@@ -23,6 +23,7 @@ from cachefreeze.store.format import (
     read_head,
 )
 from cachefreeze.store.journal import Chunk, read_lines
+from cachefreeze.store.leases import end
 from cachefreeze.store.locks import in_use, is_refused, last_use, remove
 from cachefreeze.store.reading import Damaged, check_values, is_hole, read_keys
 
@@ -214,6 +215,7 @@ def prune(directory: Path, older_than: float) -> Pruned:
             set_folder.rmdir()  # only if it is empty
     left = sum(disk_bytes(folder) for folder in named_folders(directory))
     pruned.nbytes = max(before - left, 0)
+    end(directory)
     return pruned
 
 

@@ -11,7 +11,7 @@ from cachefreeze.errors import UserError, first_line
 from cachefreeze.store.bucket import Bucket
 from cachefreeze.store.commits import REMOTE
 from cachefreeze.store.exchange import Exchange, Link, lock_set
-from cachefreeze.store.files import unlock_file, write_atomically
+from cachefreeze.store.files import write_atomically
 from cachefreeze.store.format import NAME, SegmentError, read_small
 from cachefreeze.store.objects import Unreachable
 
@@ -290,7 +290,7 @@ def prepare(folder: Path, url: str, identity: str) -> None:
                 path.unlink()
         write_atomically(remote / _STORE, json.dumps([url, identity]).encode())
     finally:
-        unlock_file(lock)
+        lock.release()
 
 
 def _read_store(folder: Path) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ import google_crc32c
 import numpy as np
 
 from cachefreeze.store.codecs import compress
-from cachefreeze.store.files import PARTIAL, open_regular, remove_tree, sync_folder, unlock_file
+from cachefreeze.store.files import PARTIAL, open_regular, remove_tree, sync_folder
 from cachefreeze.store.format import (
     CHECKSUM_BYTES,
     JOURNAL,
@@ -27,7 +27,8 @@ from cachefreeze.store.format import (
     slots_offset,
 )
 from cachefreeze.store.journal import LINE_BYTES, MOST_CHUNKS, Chunk, Content
-from cachefreeze.store.locks import Gone, share
+from cachefreeze.store.leases import is_shared
+from cachefreeze.store.locks import Gone, Lock, share
 
 # Largest size of one write call. In a virtual machine, larger calls take new pages and are slower.
 _WRITE_BYTES = 2**20
@@ -91,7 +92,7 @@ class SegmentWriter:
         self._chunks = 0
         self._slots = 0
         self._files: list[int] = []
-        self._lock: int | None = None
+        self._lock: Lock | None = None
         for attempt in range(_ATTEMPTS):
             new = folder / f"{NEW}{uuid.uuid4().hex}"
             try:
@@ -111,10 +112,8 @@ class SegmentWriter:
 
     def _make(self, new: Path, about: Mapping[str, Any]) -> Path:
         contents = _make_files(new, self._layout, about)
-        try:
-            self._lock = share(new)
-        except Gone as error:
-            raise FileNotFoundError(errno.ENOENT, f"{new} was removed") from error
+        folder = new.with_name(uuid.uuid4().hex)
+        self._lock = _locked(new, folder)
         self._journal = os.open(new / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self._files.append(self._journal)
         self._metadata = []
@@ -123,7 +122,6 @@ class SegmentWriter:
             self._files.append(file)
             self._metadata.append((file, slots_offset(contents[part])))
         # A rename replaces nothing but an empty folder.
-        folder = new.with_name(uuid.uuid4().hex)
         new.rename(folder)
         sync_folder(folder.parent)
         return folder
@@ -135,8 +133,10 @@ class SegmentWriter:
             buffer: Rows of the chunk. Only the last chunk of a segment may be partly filled.
 
         Raises:
-            OSError: The disk is full or fails, or the journal cannot number more chunks.
+            OSError: The disk is full or fails, the journal cannot number more chunks, or another
+                process has removed the segment.
         """
+        self._lock_again()
         layout, number = self._layout, self._chunks
         if number == MOST_CHUNKS:
             raise OSError(errno.EFBIG, "the segment is full: its journal cannot number more chunks")
@@ -154,12 +154,20 @@ class SegmentWriter:
         keys_checksum = self._write_rows(keys, buffer.keys, buffer.count * KEY_BYTES)
         line = Chunk(number, buffer.count, checksum, keys_checksum).line(self.folder.name)
         _write_all(self._journal, memoryview(line))
+        if is_shared(self.folder.parent.parent):
+            os.fsync(self._journal)  # a network file system keeps the line back until then
         self._chunks += 1
         self._slots += buffer.count
         # Written in place with one call and within one sector, so a crash cannot leave half a
         # number.
         for file, offset in self._metadata:
             os.pwrite(file, f"{self._slots:>{SLOT_DIGITS}}".encode(), offset)
+
+    def _lock_again(self) -> None:
+        assert self._lock is not None, "the segment is not closed"
+        if self._lock.is_lost:
+            lock, self._lock = self._lock, _locked(self.folder)
+            lock.release()
 
     def _write_rows(self, path: Path, content: np.ndarray, used: int) -> int:
         flat = content.reshape(-1).view(np.uint8)
@@ -179,7 +187,14 @@ class SegmentWriter:
         self._files = []
         lock, self._lock = self._lock, None
         if lock is not None:
-            unlock_file(lock)
+            lock.release()
+
+
+def _locked(folder: Path, final: Path | None = None) -> Lock:
+    try:
+        return share(folder, final)
+    except Gone as error:
+        raise FileNotFoundError(errno.ENOENT, f"{folder} was removed") from error
 
 
 def _make_files(new: Path, layout: Layout, about: Mapping[str, Any]) -> dict[str, str]:
@@ -241,8 +256,7 @@ def add_chunk(folder: Path, head: Head, chunk: Chunk, content: Content | None) -
         finally:
             os.close(journal)
     finally:
-        if lock is not None:
-            unlock_file(lock)
+        lock.release()
     return True
 
 
