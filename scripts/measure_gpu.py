@@ -101,6 +101,7 @@ def run_apart(work: Callable[[], None], seconds: float) -> str:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid or 0, number)
             process.join(3)
+        process.kill()  # if it was too young for a group of its own
     code = process.exitcode or 0
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
