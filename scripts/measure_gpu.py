@@ -1,7 +1,7 @@
 """Measure loops on a GPU with the cache and without it, in one command and a given time.
 
-    PYTHONPATH=. python scripts/measure_gpu.py --minutes 8 --out DIR [--images FOLDER] [--only CASE]
-    PYTHONPATH=. python scripts/measure_gpu.py --tiny --minutes 1.5 --out DIR
+    python scripts/measure_gpu.py --minutes 8 --out DIR [--images FOLDER] [--only CASE]
+    python scripts/measure_gpu.py --tiny --minutes 1.5 --out DIR
 
 First the tests marked `gpu` run, then every case of `gpu_cases/cases.py` in a process of its own.
 The command ends in time. `DIR/results.json` is written anew after each case, and `DIR/table.txt` at
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # so that it runs in a checkout that is not installed
 # Packages that are needed, by the names of their modules; and those of the tests.
 NEEDED = {
     "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "scipy": "scipy",
