@@ -206,9 +206,11 @@ def run_cases(names: list[str], results: Results, args: argparse.Namespace, end:
             work = functools.partial(run_case, name, path, args, seconds)
             why = run_apart(work, most) if seconds >= 1 else "no time was left"
         finally:  # also if a signal has come
-            found = json.loads(path.read_text()) if path.exists() else {"status": "left out"}
+            found = {"status": "left out"}
+            if path.exists():
+                found = json.loads(path.read_text())
             if why:
-                found |= {"status": "left out" if len(found) == 1 else "cut", "why": why}
+                found |= {"status": "cut" if path.exists() else "left out", "why": why}
             results.found["cases"][name] = {"title": case.title, "asked": case.asked, **found}
             results.save()
         print(line_of(name, results.found["cases"][name]), flush=True)
