@@ -1,7 +1,7 @@
 """Measure loops on a GPU with the cache and without it, in one command and a given time.
 
-    PYTHONPATH=. python scripts/measure_gpu.py --minutes 8 --out DIR [--images FOLDER] [--only CASE]
-    PYTHONPATH=. python scripts/measure_gpu.py --tiny --minutes 1.5 --out DIR
+    python scripts/measure_gpu.py --minutes 8 --out DIR [--images FOLDER] [--only CASE]
+    python scripts/measure_gpu.py --tiny --minutes 1.5 --out DIR
 
 First the tests marked `gpu` run, then every case of `gpu_cases/cases.py` in a process of its own.
 The command ends in time. `DIR/results.json` is written anew after each case, and `DIR/table.txt` at
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # so that it runs in a checkout that is not installed
 # Packages that are needed, by the names of their modules; and those of the tests.
 NEEDED = {
     "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "scipy": "scipy",
@@ -101,6 +102,7 @@ def run_apart(work: Callable[[], None], seconds: float) -> str:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid or 0, number)
             process.join(3)
+        process.kill()  # if it was too young for a group of its own
     code = process.exitcode or 0
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
@@ -204,9 +206,11 @@ def run_cases(names: list[str], results: Results, args: argparse.Namespace, end:
             work = functools.partial(run_case, name, path, args, seconds)
             why = run_apart(work, most) if seconds >= 1 else "no time was left"
         finally:  # also if a signal has come
-            found = json.loads(path.read_text()) if path.exists() else {"status": "left out"}
+            found = {"status": "left out"}
+            if path.exists():
+                found = json.loads(path.read_text())
             if why:
-                found |= {"status": "left out" if len(found) == 1 else "cut", "why": why}
+                found |= {"status": "cut" if path.exists() else "left out", "why": why}
             results.found["cases"][name] = {"title": case.title, "asked": case.asked, **found}
             results.save()
         print(line_of(name, results.found["cases"][name]), flush=True)

@@ -157,7 +157,21 @@ class Costs:
         ):
             yield
 
-    def gathering(self, device: torch.device, rows: int) -> dict[str, Any] | None:
+    def of_steps(self, steps: int, rows: int, device: torch.device) -> dict[str, Any]:
+        """Returns the seconds of a step, and the rate of gathering.
+
+        Args:
+            steps: Number of steps that were counted.
+            rows: Number of rows that are kept.
+            device: Device of the rows.
+        """
+        return {
+            "keys_seconds": self.keys / steps,
+            "look_up_seconds": self.look_up / steps,
+            "gather": self._gathering(device, rows),
+        }
+
+    def _gathering(self, device: torch.device, rows: int) -> dict[str, Any] | None:
         """Compares the rate of gathering with that of `index_select` alone.
 
         Args:
@@ -167,7 +181,7 @@ class Costs:
         Returns:
             Rows gathered in a second, both ways, and bytes of a row. None if no rows were gathered.
         """
-        if not self.gathered:
+        if not self.shapes:
             return None
         seconds, count = 0.0, max(shape[0] for shape in self.shapes)
         for taken, numel, dtype in self.shapes:

@@ -1,5 +1,6 @@
 """Where and how long a case may run, and the images that it runs on."""
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,15 @@ class Machine:
     def left(self) -> float:
         """Seconds that are left."""
         return self.until - monotonic()
+
+
+def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns what a function finds, or its error: the rest of a case goes on without it."""
+    try:
+        return call()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {"failed": reason, "traceback": traceback.format_exc().splitlines()}
 
 
 def read_images(folder: Path) -> Tensor:

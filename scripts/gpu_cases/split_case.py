@@ -14,14 +14,13 @@ from cachefreeze import ActivationCache
 from gpu_cases.counters import (
     Costs,
     count_waits,
-    finish,
     forget_peak,
     peak,
     seconds_of,
     waits_in_words,
 )
 from gpu_cases.loops import Batches, Loop, OnDevice, deterministic, difference, seed_all
-from gpu_cases.machine import Machine, Save
+from gpu_cases.machine import Machine, Save, attempt
 from gpu_cases.networks import Loss, Split
 
 # Epochs after the second one, in which all batches are served.
@@ -58,7 +57,7 @@ class SplitCase:
     loss: Loss
     dtype: torch.dtype | None = torch.bfloat16
     scaled: bool = False
-    beside: Callable[[Machine, Split, Any], dict[str, float]] | None = None
+    beside: Callable[[Machine, Any, Any], dict[str, float]] | None = None
 
     def measure(self, machine: Machine, save: Save) -> None:
         """Measures all ways, and saves what is known after each repeat."""
@@ -66,7 +65,7 @@ class SplitCase:
         batch = 4 if machine.tiny else self.batch
         found: dict[str, Any] = {"batch": batch}
         few = self.rows(machine, batch * _CHECKED_STEPS, batch)
-        found["weights"] = self._compare_weights(machine, few)
+        found["weights"] = attempt(lambda: self._compare_weights(machine, few))
         save(found)
         loop, opened = self._loop(machine), few.opened(None)
         # The first epoch chooses kernels.
@@ -74,7 +73,7 @@ class SplitCase:
         planned = _PLANNED * machine.left / (seconds[1] / _CHECKED_STEPS * _PASSES)
         repeats = max(min(machine.repeats, int(planned / (_TINY if machine.tiny else _LEAST))), 1)
         count = _TINY if machine.tiny else min(max(int(planned / repeats), _LEAST), _MOST)
-        found |= {"steps": count, "rows": count * batch}
+        found |= {"steps": count, "rows": count * batch, "counted": {}}
         batches = self.rows(machine, count * batch, batch)
         features = loop.features(batches)
         times: dict[str, list[float]] = {}
@@ -84,14 +83,14 @@ class SplitCase:
                 break
             self._plain(loop, batches, count, times, peaks)
             self._limit(loop, features, times)
-            self._cached(loop, batches, count, times, peaks, found if not repeat else {})
+            self._cached(loop, batches, count, times, peaks, found)
             found |= _summary(times, count) | {"peak_bytes": peaks, "repeats": repeat + 1}
             save(found)
-        found["waits"]["plain"] = self._waits_of_plain(loop, batches, count)
-        if self.beside is not None:
-            assert isinstance(batches, OnDevice)
-            found["beside"] = self.beside(machine, loop.model, batches)  # type: ignore[arg-type]
+        found["plain_waits"] = attempt(lambda: self._waits_of_plain(loop, batches, count))
         save(found)
+        if (beside := self.beside) is not None:
+            found["beside"] = attempt(lambda: beside(machine, loop.model, batches))
+            save(found)
 
     def _loop(self, machine: Machine) -> Loop:
         seed_all(0)
@@ -155,28 +154,33 @@ class SplitCase:
                     forget_peak(device)
             times.setdefault("later", []).append(statistics.median(later))
             peaks["later"] = peak(device)
-            if found:
-                places: Counter[str] = Counter()
-                before = cache.stats.rows_served
-                with count_waits(device, places):
-                    loop.epoch(opened, 2 + LATER)
-                found["served_of_an_epoch"] = cache.stats.rows_served - before
-                costs = Costs()
-                with costs.count(device):
-                    loop.epoch(opened, 3 + LATER)
-                finish(device)
-                found["waits"] = {"cached": waits_in_words(places, count, loop.device)}
-                found["keys_seconds"] = (costs.keys + costs.look_up) / count
-                found["keys_alone_seconds"] = costs.keys / count
-                found["gather"] = costs.gathering(device, cache.stats.rows_kept)
-                found["cache"] = str(cache).splitlines()
-                found["kept_bytes"] = cache.stats.bytes
+            if not found["counted"]:
+                found["counted"] = attempt(lambda: self._counted(loop, opened, cache, count))
 
-    def _waits_of_plain(self, loop: Loop, batches: Batches, count: int) -> Any:
+    def _counted(
+        self, loop: Loop, opened: Batches, cache: ActivationCache, count: int
+    ) -> dict[str, Any]:
+        """Counts waits, and seconds of the cache's own work, in two epochs that are served."""
+        places, costs = Counter[str](), Costs()
+        before = cache.stats.rows_served
+        with count_waits(loop.device, places):
+            loop.epoch(opened, 2 + LATER)
+        served = cache.stats.rows_served - before
+        with costs.count(loop.device):
+            loop.epoch(opened, 3 + LATER)
+        return {
+            "served_of_an_epoch": served,
+            "waits": waits_in_words(places, count, loop.device),
+            **costs.of_steps(count, cache.stats.rows_kept, loop.device),
+            "cache": str(cache).splitlines(),
+            "kept_bytes": cache.stats.bytes,
+        }
+
+    def _waits_of_plain(self, loop: Loop, batches: Batches, count: int) -> dict[str, Any]:
         opened, places = batches.opened(None), Counter[str]()
         with count_waits(loop.device, places):
             loop.epoch(opened, 0)
-        return waits_in_words(places, count, loop.device)
+        return {"waits": waits_in_words(places, count, loop.device)}
 
 
 def _summary(times: dict[str, list[float]], count: int) -> dict[str, Any]:

@@ -34,23 +34,21 @@ def memory_ratio(case: dict[str, Any]) -> float | None:
 
 def keys_share(case: dict[str, Any]) -> float | None:
     """Returns the share of a plain step that making keys and finding rows takes."""
-    if "keys_seconds" not in case:
+    counted = case.get("counted", {})
+    if "keys_seconds" not in counted:
         return None
-    found: float = case["keys_seconds"] / statistics.median(case["seconds_of_a_step"]["plain"])
-    return found
+    seconds: float = counted["keys_seconds"] + counted["look_up_seconds"]
+    return seconds / statistics.median(case["seconds_of_a_step"]["plain"])
 
 
 def _waits(case: dict[str, Any]) -> str:
-    waits, said = case.get("waits", {}), []
-    for way in ("plain", "cached"):
-        one = waits.get(way) or (waits.get("freeze_only") if way == "plain" else None)
-        said.append(_number(one["per_step"], "{:.1f}") if one else "-")
-    return " / ".join(said)
+    found = [case.get(name, {}).get("waits") for name in ("plain_waits", "counted")]
+    return " / ".join(_number(one and one["per_step"], "{:.1f}") for one in found)
 
 
 def _weights(case: dict[str, Any]) -> str:
-    weights = case.get("weights")
-    if weights is None:
+    weights = case.get("weights", {"failed": "was not compared"})
+    if "failed" in weights:
         return "-"
     if not weights["rows_served"]:
         return "nothing served"
@@ -59,7 +57,7 @@ def _weights(case: dict[str, Any]) -> str:
 
 def _cells(name: str, case: dict[str, Any]) -> list[str]:
     plain = case["seconds_of_a_step"]["plain"]
-    gather = case.get("gather")
+    gather = case.get("counted", {}).get("gather")
     share, keys = None, keys_share(case)
     if gather:
         share = gather["rows_per_second"] / gather["index_select_rows_per_second"]
@@ -88,13 +86,20 @@ def line_of(name: str, case: dict[str, Any]) -> str:
 
 def faults(name: str, case: dict[str, Any], tiny: bool) -> list[str]:
     """Returns what was asked and is not so, in sentences. Of tiny networks, weights alone count."""
-    found = []
-    weights = case.get("weights", {})
+    parts = ("weights", "counted", "plain_waits", "beside")
+    found = [
+        f"{one} failed: {case[one]['failed']}" for one in parts if "failed" in case.get(one, {})
+    ]
+    weights, counted = case.get("weights", {}), case.get("counted", {})
     if weights.get("equal") is False:
         other = "; ".join(weights["not_deterministic"])
         found.append(f"weights differ{f' ({other})' if other else ''}")
-    if weights and not weights["rows_served"]:
-        found.append("the cache served nothing")
+    if weights.get("rows_served") == 0:
+        found.append(" ".join(["the cache served nothing:", *weights["messages"]]))
+    if counted.get("served_of_an_epoch", case.get("rows")) != case.get("rows"):
+        found.append(
+            f"{counted['served_of_an_epoch']} of {case['rows']} rows of an epoch are served"
+        )
     if tiny:
         case = {}
     if case.get("asked") and case.get("ratio_later", case["asked"]) < case["asked"]:
@@ -130,7 +135,7 @@ def table_of(found: dict[str, Any]) -> str:
     ]
     more = [sentence for name, one in cases.items() for sentence in faults(name, one, tiny)]
     for name, one in cases.items():
-        if (beside := one.get("beside")) and beside["probe_later"] > 0:
+        if (beside := one.get("beside", {})).get("probe_later", 0) > 0:
             plain = statistics.median(one["seconds_of_a_step"]["plain"])
             ratio = plain / beside["probe_later"]
             more.append(f"- {name}: cachefreeze.probe is {ratio:.1f} times faster in later epochs")
