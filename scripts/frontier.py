@@ -216,7 +216,7 @@ def main() -> int:
     of_run.add_argument("--arch", default="wrn16_1")
     of_run.add_argument("--epochs", type=int, default=6, help="of runs that freeze layers")
     of_run.add_argument("--plain-epochs", type=int, nargs="+", default=[6, 3, 2, 4])
-    of_run.add_argument("--fine-tuning-epochs", type=int, nargs="+", default=[4, 2, 1])
+    of_run.add_argument("--fine-tuning-epochs", type=int, nargs="+", default=[4, 2, 1, 3])
     of_run.add_argument("--seeds", type=int, default=3)
     of_run.add_argument("--images", type=int, default=1000, help="of each class")
     of_run.add_argument("--test-images", type=int, default=200, help="of each class")

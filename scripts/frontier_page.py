@@ -115,16 +115,17 @@ def at(run: Run, lines: Iterable[Run]) -> float | None:
     """Returns the error of plain training of the seconds that a run took, with the same seed.
 
     It is on the straight line between the next shorter and the next longer plain run, and the
-    error of the longest one if the run took even longer. Seconds of a plain run are its epochs
-    times the median seconds of an epoch of all plain runs, so that the noise of the clock does not
-    bend the line. None if the run was shorter than all of them.
+    error of the longest one if the run took even longer. Seconds of a length are the mean of all
+    seeds. None if the run was shorter than all of them.
     """
     plain = [line for line in lines if line["way"] == "plain"]
-    if not plain:
-        return None
-    epoch = statistics.median(line["seconds"] / line["epochs"] for line in plain)
+    seconds: dict[int, list[float]] = {}
+    for line in plain:
+        seconds.setdefault(line["epochs"], []).append(line["seconds"])
     curve = sorted(
-        (line["epochs"] * epoch, line["error"]) for line in plain if line["seed"] == run["seed"]
+        (statistics.mean(seconds[line["epochs"]]), line["error"])
+        for line in plain
+        if line["seed"] == run["seed"]
     )
     for (start, before), (end, after) in itertools.pairwise(curve):
         if start <= run["seconds"] <= end:
