@@ -215,7 +215,7 @@ def main() -> int:
     of_run.add_argument("--t0", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8])
     of_run.add_argument("--arch", default="wrn16_1")
     of_run.add_argument("--epochs", type=int, default=6, help="of runs that freeze layers")
-    of_run.add_argument("--plain-epochs", type=int, nargs="+", default=[6, 3, 2, 4])
+    of_run.add_argument("--plain-epochs", type=int, nargs="+", default=[6, 3, 2, 4, 1])
     of_run.add_argument("--fine-tuning-epochs", type=int, nargs="+", default=[4, 2, 1, 3])
     of_run.add_argument("--seeds", type=int, default=3)
     of_run.add_argument("--images", type=int, default=1000, help="of each class")

@@ -3,7 +3,7 @@
     python scripts/frontier_page.py docs/figures/worth.jsonl docs
 
 The results are those of `scripts/frontier.py`. What stands in the page between the lines
-`<!-- tables -->` and `<!-- end of tables -->` is replaced.
+`<!-- answer -->` and `<!-- end of answer -->` is replaced, and so are the tables.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from typing import Any
 
 from doc_figures import STYLE
 
-BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 # Colours and shapes: blue and round is cubic, orange and square is linear, hollow is not scaled.
 MARKS = """<style>
 .plain{stroke:#475569;fill:none;stroke-width:2}.dot{fill:#475569}
@@ -32,6 +31,8 @@ MARKS = """<style>
 FAMILIES = (("cubic", True), ("cubic", False), ("linear", True), ("linear", False))
 WIDTH, LEFT, RIGHT = 440, 52, 424
 
+PARTS = (("scratch", "From scratch"), ("fine-tuning", "Fine-tuning"))
+
 Run = dict[str, Any]
 
 
@@ -43,6 +44,7 @@ class Point:
         epochs: Number of epochs.
         runs: One run a seed.
         plain: Error of plain training of the same seconds, for the seeds of which there is one.
+        limit: The same for the seconds that are predicted with a cache that takes no time.
         t0: The setting; None if nothing freezes.
         schedule: Its schedule.
         scaled: Whether rates are scaled.
@@ -51,6 +53,7 @@ class Point:
     epochs: int
     runs: list[Run]
     plain: dict[int, float]
+    limit: dict[int, float]
     t0: float | None = None
     schedule: str = ""
     scaled: bool = False
@@ -66,18 +69,21 @@ class Point:
     @property
     def differences(self) -> list[float]:
         """Points of error above plain training of the same seconds, by seed."""
-        return [
-            100 * (run["error"] - self.plain[run["seed"]])
-            for run in self.runs
-            if run["seed"] in self.plain
-        ]
+        return self._above(self.plain)
 
     @property
-    def saved_without_cache(self) -> str:
-        """Share of time that freezing alone saves, as the runs predicted it."""
-        known = [run["forecast"] for run in self.runs if run.get("forecast")]
-        ratios = [1 - one["freezing_only"] / one["without_freezing"] for one in known]
-        return f"{statistics.mean(ratios):.0%}" if ratios else ""
+    def differences_at_limit(self) -> list[float]:
+        """The same, if the cache took no time."""
+        return self._above(self.limit)
+
+    def _above(self, plain: dict[int, float]) -> list[float]:
+        known = [run for run in self.runs if run["seed"] in plain]
+        return [100 * (run["error"] - plain[run["seed"]]) for run in known]
+
+    def predicted(self, way: str) -> list[float]:
+        """Returns the predicted share of the time without freezing that a way takes, by run."""
+        known = [run["forecast"] for run in self.runs if run["forecast"]]
+        return [one[way] / one["without_freezing"] for one in known]
 
     @property
     def words(self) -> str:
@@ -102,35 +108,50 @@ def points(lines: Iterable[Run], part: str) -> tuple[list[Point], list[Point]]:
             freezing.setdefault(key, []).append(line)
     order = {family: place for place, family in enumerate(FAMILIES)}
     found = []
-    for (t0, schedule, scaled), runs in sorted(
-        freezing.items(), key=lambda one: (order[one[0][1:]], one[0][0])
-    ):
-        same = {run["seed"]: at(run, here) for run in runs}
-        known = {seed: error for seed, error in same.items() if error is not None}
-        found.append(Point(runs[0]["epochs"], runs, known, t0, schedule, scaled))
-    return [Point(epochs, runs, {}) for epochs, runs in sorted(plain.items())], found
+    for key, runs in sorted(freezing.items(), key=lambda one: (order[one[0][1:]], one[0][0])):
+        same = {run["seed"]: at(run["seconds"], run["seed"], here) for run in runs}
+        limit = {run["seed"]: at(_limit(run, here), run["seed"], here) for run in runs}
+        found.append(Point(runs[0]["epochs"], runs, _known(same), _known(limit), *key))
+    return [Point(epochs, runs, {}, {}) for epochs, runs in sorted(plain.items())], found
 
 
-def at(run: Run, lines: Iterable[Run]) -> float | None:
-    """Returns the error of plain training of the seconds that a run took, with the same seed.
+def _known(errors: dict[int, float | None]) -> dict[int, float]:
+    return {seed: error for seed, error in errors.items() if error is not None}
+
+
+def _limit(run: Run, lines: list[Run]) -> float:
+    """Returns the seconds that a run would take if the cache took no time."""
+    if not run["forecast"]:
+        return float(run["seconds"])
+    same = [
+        line["seconds"]
+        for line in lines
+        if line["way"] == "plain" and line["epochs"] == run["epochs"]
+    ]
+    share = run["forecast"]["limit"] / run["forecast"]["without_freezing"]
+    return float(share * statistics.mean(same))
+
+
+def at(seconds: float, seed: int, lines: Iterable[Run]) -> float | None:
+    """Returns the error of plain training of some seconds, with the same seed.
 
     It is on the straight line between the next shorter and the next longer plain run, and the
-    error of the longest one if the run took even longer. Seconds of a length are the mean of all
-    seeds. None if the run was shorter than all of them.
+    error of the longest one if there are even more seconds. Seconds of a length are the mean of all
+    seeds. None if all plain runs are longer.
     """
     plain = [line for line in lines if line["way"] == "plain"]
-    seconds: dict[int, list[float]] = {}
+    took: dict[int, list[float]] = {}
     for line in plain:
-        seconds.setdefault(line["epochs"], []).append(line["seconds"])
+        took.setdefault(line["epochs"], []).append(line["seconds"])
     curve = sorted(
-        (statistics.mean(seconds[line["epochs"]]), line["error"])
+        (statistics.mean(took[line["epochs"]]), line["error"])
         for line in plain
-        if line["seed"] == run["seed"]
+        if line["seed"] == seed
     )
     for (start, before), (end, after) in itertools.pairwise(curve):
-        if start <= run["seconds"] <= end:
-            return before + (after - before) * (run["seconds"] - start) / (end - start)
-    return curve[-1][1] if curve and run["seconds"] > curve[-1][0] else None
+        if start <= seconds <= end:
+            return float(before + (after - before) * (seconds - start) / (end - start))
+    return float(curve[-1][1]) if curve and seconds > curve[-1][0] else None
 
 
 def spread(values: list[float], sign: str = "") -> str:
@@ -142,37 +163,28 @@ def spread(values: list[float], sign: str = "") -> str:
 
 
 def tables(lines: list[Run]) -> str:
-    """Returns the tables as Markdown, with a sentence that sums them up."""
+    """Returns the tables as Markdown."""
     text = []
-    for part, title in (("scratch", "From scratch"), ("fine-tuning", "Fine-tuning")):
+    for part, title in PARTS:
         plain, freezing = points(lines, part)
         if not plain:
             continue
-        text += [f"**{title}.** {_summary(freezing)}", ""]
+        text += [f"**{title}**", ""]
         text += ["| plain training | n | seconds | error, % |", "|---|---|---|---|"]
         text += [
-            f"| {one.epochs} epochs | {len(one.runs)} | {one.seconds:.0f} | {spread(one.errors)} |"
+            f"| {_epochs(one)} | {len(one.runs)} | {one.seconds:.0f} | {spread(one.errors)} |"
             for one in plain
         ]
         longest = plain[-1]
         text += [
             "",
             f"| t0 and schedule, {longest.epochs} epochs | n | seconds | time saved "
-            "| saved without the cache (predicted) | error, % "
-            "| plain training of the same seconds, % | difference in points |",
-            "|---|---|---|---|---|---|---|---|",
+            "| predicted: without the cache, and if it took no time | error, % "
+            "| plain training of the same seconds, % | difference in points "
+            "| difference if the cache took no time |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
-        for one in freezing:
-            saved = 1 - one.seconds / longest.seconds
-            row = f"| {one.words} | {len(one.runs)} | {one.seconds:.0f} | {saved:.0%} "
-            row += f"| {one.saved_without_cache} "
-            row += f"| {spread(one.errors)} | "
-            if one.differences:
-                same = statistics.mean(100 * error for error in one.plain.values())
-                row += f"{same:.1f} | {spread(one.differences, '+')} |"
-            else:
-                row += "shorter than all | |"
-            text.append(row)
+        text += [_row(one, longest) for one in freezing]
         text.append("")
     stopped = [line for line in lines if line["error"] is None]
     if stopped:
@@ -180,28 +192,70 @@ def tables(lines: list[Run]) -> str:
     return "\n".join(text)
 
 
-def _summary(freezing: list[Point]) -> str:
-    known = [one for one in freezing if one.differences]
-    if not known:
-        return "No setting has been compared yet."
-    better = sum(statistics.mean(one.differences) < 0 for one in known)
+def _epochs(one: Point) -> str:
+    return "1 epoch" if one.epochs == 1 else f"{one.epochs} epochs"
+
+
+def _row(one: Point, longest: Point) -> str:
+    alone, limit = one.predicted("freezing_only"), one.predicted("limit")
+    same = [100 * error for error in one.plain.values()]
+    cells = [
+        one.words,
+        str(len(one.runs)),
+        f"{one.seconds:.0f}",
+        f"{1 - one.seconds / longest.seconds:.0%}",
+        f"{1 - statistics.mean(alone):.0%}, {1 - statistics.mean(limit):.0%}" if alone else "",
+        spread(one.errors),
+        f"{statistics.mean(same):.1f}" if same else "",
+        spread(one.differences, "+") if same else "",
+        spread(one.differences_at_limit, "+") if one.limit else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def answer(lines: list[Run]) -> str:
+    """Returns what the results say, as Markdown."""
+    text = []
+    for part, title in PARTS:
+        _, freezing = points(lines, part)
+        known = [one for one in freezing if one.differences]
+        if known:
+            text += [f"**{title}: {_headline(known)}** {_details(known)}", ""]
+    return "\n".join(text)
+
+
+def _headline(known: list[Point]) -> str:
+    means = [statistics.mean(one.differences) for one in known]
+    better = sum(mean < 0 for mean in means)
+    which = {0: "no setting", len(known): "all settings"}.get(better, f"{better} of {len(known)}")
+    return (
+        f"{which} of FreezeOut with the cache had less error than plain training of the same time."
+    )
+
+
+def _details(known: list[Point]) -> str:
     always = sum(max(one.differences) < 0 for one in known)
     never = sum(min(one.differences) > 0 for one in known)
     means = sorted((statistics.mean(one.differences), one.words) for one in known)
-    return (
-        f"Of {len(known)} settings {better} have less error than plain training of the same "
-        f"seconds in the mean of the seeds, {always} with every seed; {never} have more error with "
-        f"every seed. The best is {means[0][1]} ({means[0][0]:+.1f} points), the worst "
-        f"{means[-1][1]} ({means[-1][0]:+.1f})."
+    seeds = sorted({len(one.runs) for one in known})
+    n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    text = (
+        f"(Means of n = {n} seeds, {len(known)} settings; with every seed {always} had less error "
+        f"and {never} had more.) The difference goes from {means[0][0]:+.1f} points of error "
+        f"({means[0][1]}) to {means[-1][0]:+.1f} ({means[-1][1]})."
     )
+    limits = [statistics.mean(one.differences_at_limit) for one in known if one.limit]
+    if limits:
+        text += (
+            f" If the cache took no time, {sum(mean < 0 for mean in limits)} of {len(limits)} "
+            f"would have had less error ({min(limits):+.1f} to {max(limits):+.1f})."
+        )
+    return text
 
 
 def picture(lines: list[Run]) -> str:
     """Draws error against seconds, from scratch and for fine-tuning; returns an SVG file."""
-    parts = [
-        (title, *points(lines, part))
-        for part, title in (("scratch", "From scratch"), ("fine-tuning", "Fine-tuning"))
-    ]
+    parts = [(title, *points(lines, part)) for part, title in PARTS]
     parts = [one for one in parts if one[1]]
     clock = "processor seconds" if lines[0]["device"] == "cpu" else "seconds"
     body, y = [], 8
@@ -318,13 +372,15 @@ def main() -> int:
     args = parser.parse_args()
     page = args.docs / "frontier.md"
     text = page.read_text()
-    if BEGIN not in text or END not in text:
-        print(f"error: {page} has no line {BEGIN.strip()}, or no {END.strip()}", file=sys.stderr)
-        return 2
     lines = [json.loads(line) for line in args.results.read_text().splitlines()]
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{tables(lines)}\n{END}{after}")
+    for name, written in (("answer", answer(lines)), ("tables", tables(lines))):
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        if begin not in text or end not in text:
+            print(f"error: {page} has no lines {begin.strip()}, {end.strip()}", file=sys.stderr)
+            return 2
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{written}\n{end}{rest.partition(end)[2]}"
+    page.write_text(text)
     path = args.docs / "figures" / "worth.svg"
     path.write_text(picture(lines))
     print(path)

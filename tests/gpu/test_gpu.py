@@ -185,9 +185,6 @@ def test_a_small_limit_is_kept_and_changes_no_weights(device: str) -> None:
 
 
 @only_gpu
-@pytest.mark.xfail(
-    strict=False, reason="needs rows that are served without waiting for the GPU (issue 23)"
-)
 def test_a_served_epoch_of_the_loader_never_waits_for_the_gpu(device: str) -> None:
     model = net(device)
     trainer = Trainer(model)

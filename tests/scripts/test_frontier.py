@@ -94,6 +94,6 @@ def test_plain_training_of_the_same_seconds_lies_between_two_lengths(script: Any
         for seed, epochs, error in [(0, 2, 0.6), (0, 4, 0.4), (1, 2, 0.7), (1, 4, 0.7)]
     ]
     at = script("frontier_page").at
-    found = [at({"seconds": s, "seed": 0}, plain) for s in (19.0, 20.0, 35.0, 40.0, 99.0)]
+    found = [at(s, 0, plain) for s in (19.0, 20.0, 35.0, 40.0, 99.0)]
     assert found == [None, 0.6, pytest.approx(0.45), 0.4, 0.4]
-    assert at({"seconds": 30.0, "seed": 1}, plain) == pytest.approx(0.7)
+    assert at(30.0, 1, plain) == pytest.approx(0.7)
