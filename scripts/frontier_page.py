@@ -242,8 +242,8 @@ def _details(known: list[Point]) -> str:
     seeds = sorted({len(one.runs) for one in known})
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     text = (
-        f"({len(known)} settings, means of the seeds, n = {n}; with every seed {always} had less error "
-        f"and {never} had more.) The difference goes from {means[0][0]:+.1f} points of error "
+        f"({len(known)} settings, means of the seeds, n = {n}; with every seed {always} had less "
+        f"error and {never} had more.) The difference goes from {means[0][0]:+.1f} points of error "
         f"({means[0][1]}) to {means[-1][0]:+.1f} ({means[-1][1]})."
     )
     limits = [statistics.mean(one.differences_at_limit) for one in known if one.limit]
