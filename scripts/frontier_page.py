@@ -227,7 +227,9 @@ def answer(lines: list[Run]) -> str:
 def _headline(known: list[Point]) -> str:
     means = [statistics.mean(one.differences) for one in known]
     better = sum(mean < 0 for mean in means)
-    which = {0: "no setting", len(known): "all settings"}.get(better, f"{better} of {len(known)}")
+    which = {0: "no setting", len(known): "all settings"}.get(
+        better, f"{better} of {len(known)} settings"
+    )
     return (
         f"{which} of FreezeOut with the cache had less error than plain training of the same time."
     )
@@ -240,8 +242,8 @@ def _details(known: list[Point]) -> str:
     seeds = sorted({len(one.runs) for one in known})
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     text = (
-        f"(Means of n = {n} seeds, {len(known)} settings; with every seed {always} had less error "
-        f"and {never} had more.) The difference goes from {means[0][0]:+.1f} points of error "
+        f"({len(known)} settings, means of the seeds, n = {n}; with every seed {always} had less "
+        f"error and {never} had more.) The difference goes from {means[0][0]:+.1f} points of error "
         f"({means[0][1]}) to {means[-1][0]:+.1f} ({means[-1][1]})."
     )
     limits = [statistics.mean(one.differences_at_limit) for one in known if one.limit]
