@@ -131,11 +131,17 @@ def test_workers_that_decode_images_outlive_signals(
     """A terminal sends Ctrl-C to all processes of its foreground group, schedulers SIGTERM."""
     real = send
 
+    def children() -> set[int]:
+        found = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+        return set(map(int, found.split()))
+
+    others = children()  # processes of other tests
+
     def to_all(number: int, times: int = 1) -> None:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        assert children
-        for child in children:
-            os.kill(int(child), number)
+        workers = children() - others
+        assert workers
+        for worker in workers:
+            os.kill(worker, number)
         time.sleep(0.2)
         real(number, times)
 
