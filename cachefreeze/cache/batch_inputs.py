@@ -43,6 +43,8 @@ class BatchInputs:
     ) -> None:
         self._trace = trace
         self._groups = list(dict.fromkeys(groups))
+        # Numbers of the inputs that kept values depend on.
+        self._read = sorted({trace.inputs[place] for group in self._groups for place in group})
         self._exact = exact
         self.rows, self.with_rows = lineage.rows_of(inputs)
         self.mask = mask_of(inputs, self.with_rows)
@@ -73,10 +75,9 @@ class BatchInputs:
 
     def _hashes_on_devices(self, inputs: Mapping[int, Tensor]) -> dict[int, np.ndarray]:
         """Hashes the inputs on devices that run behind the host, all of them at once."""
-        read = {self._trace.inputs[place] for group in self._groups for place in group}
         there = {
             number: inputs[number]
-            for number in sorted(read)
+            for number in self._read
             if runs_behind(inputs[number]) and unloaded.keys_of(inputs[number]) is None
         }
         if not there:
@@ -156,10 +157,9 @@ class BatchInputs:
             inputs: Inputs of the smaller batch, by number.
             example: Inputs of the traced pass that belong to the whole batch, by number.
         """
-        read = {self._trace.inputs[place] for group in self._groups for place in group}
         for number, tensor in inputs.items():
             value = self._trace.values[number]
-            if number not in read:
+            if number not in self._read:
                 continue
             if number in self.with_rows:
                 if tuple(tensor.shape[1:]) != value.shape[1:] or tensor.dtype != value.dtype:

@@ -9,8 +9,8 @@ import numpy as np
 from cachefreeze.lineage.devices import HostCopy
 from cachefreeze.store import Rows
 
-# Number of batches, and number of bytes, that wait for one hash of all frozen bits. Those of a GPU
-# wait longer, because the hash makes the host wait for it.
+# Number of batches, and number of bytes, that wait for one hash of all frozen bits. A GPU computes
+# batches so fast that more of them wait, or the hashes would take a large share of its time.
 _MOST, _LARGE = 8, 1 << 23
 _LONGER = 8
 

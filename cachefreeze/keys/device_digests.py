@@ -58,7 +58,7 @@ def tensor_digest(bits: Tensor) -> Tensor:
 def _mixed(rows: Tensor) -> Tensor:
     """Hashes rows of bytes, of shape (rows, bytes of a row)."""
     width = rows.shape[1]
-    if missing := -width % _WORD or (0 if width else _WORD):
+    if missing := -width % _WORD if width else _WORD:
         rows = torch.nn.functional.pad(rows, (0, missing))
     elif rows.storage_offset() % _WORD:
         rows = rows.clone()

@@ -52,13 +52,16 @@ def resnet_head(tiny: bool, channels_last: bool = False) -> Split:
     return Split(Pictures(network, channels_last), head)
 
 
+def _vit(pixels: int, patch: int, layers: int, heads: int, width: int) -> nn.Module:
+    """Builds a vision transformer without a classifier."""
+    network = torchvision.models.VisionTransformer(pixels, patch, layers, heads, width, 4 * width)
+    network.heads = nn.Identity()
+    return network
+
+
 def vit_head(tiny: bool) -> Split:
     """Builds a ViT-B/16 whose classifier is trained."""
-    network = torchvision.models.VisionTransformer(
-        image_size=32 if tiny else 224, patch_size=4 if tiny else 16, num_layers=3 if tiny else 12,
-        num_heads=2 if tiny else 12, hidden_dim=96 if tiny else 768, mlp_dim=384 if tiny else 3072,
-    )  # fmt: skip
-    network.heads = nn.Identity()
+    network = _vit(32, 4, 3, 2, 96) if tiny else _vit(224, 16, 12, 12, 768)
     return Split(Pictures(network), nn.Linear(96 if tiny else 768, 1000))
 
 
@@ -78,11 +81,7 @@ HEADS = 52
 
 def vit_heads(tiny: bool) -> Split:
     """Builds a ViT-S/14 with 52 linear heads on its class token."""
-    network = torchvision.models.VisionTransformer(
-        image_size=28 if tiny else 224, patch_size=4 if tiny else 14, num_layers=3 if tiny else 12,
-        num_heads=2 if tiny else 6, hidden_dim=96 if tiny else 384, mlp_dim=384 if tiny else 1536,
-    )  # fmt: skip
-    network.heads = nn.Identity()
+    network = _vit(28, 4, 3, 2, 96) if tiny else _vit(224, 14, 12, 6, 384)
     return Split(Pictures(network), Heads(HEADS, 96 if tiny else 384, 10 if tiny else 1000))
 
 

@@ -93,33 +93,29 @@ def test_a_second_process_finds_the_rows_and_not_those_of_another_precision(
     assert run("high") == run("high", "none"), "rows of another precision were served"
 
 
-@each_device
-def test_a_compiled_head_is_trained_as_without_the_cache(device: str) -> None:
+def assert_compiled_head_is_trained_as_without_the_cache(device: str, **options: str) -> None:
     def compiled() -> Net:
         torch.compiler.reset()
         model = net(device)
-        # On a CPU, generating code takes longer than all other tests here.
-        model.head = torch.compile(model.head, backend="inductor" if device == "cuda" else "eager")
+        model.head = torch.compile(model.head, **options)  # type: ignore[call-overload]
         return model
 
     plain = train(Trainer(compiled()))
     model = compiled()
     with ActivationCache(model) as cache:
         assert_equal(train(Trainer(model), cache), plain)
+
+
+@each_device
+def test_a_compiled_head_is_trained_as_without_the_cache(device: str) -> None:
+    # On a CPU, generating code takes longer than all other tests here.
+    backend = "inductor" if device == "cuda" else "eager"
+    assert_compiled_head_is_trained_as_without_the_cache(device, backend=backend)
 
 
 @only_gpu
 def test_a_head_in_a_cuda_graph_is_trained_as_without_the_cache(device: str) -> None:
-    def compiled() -> Net:
-        torch.compiler.reset()
-        model = net(device)
-        model.head = torch.compile(model.head, mode="reduce-overhead")
-        return model
-
-    plain = train(Trainer(compiled()))
-    model = compiled()
-    with ActivationCache(model) as cache:
-        assert_equal(train(Trainer(model), cache), plain)
+    assert_compiled_head_is_trained_as_without_the_cache(device, mode="reduce-overhead")
 
 
 @only_gpu
