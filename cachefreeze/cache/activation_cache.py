@@ -201,6 +201,20 @@ class ActivationCache:
             report, found=[*report.found], bytes_hashed=weights.hashed, rows_served=served
         )
 
+    @property
+    def waits_for_fill(self) -> bool:
+        """Whether only `fill` keeps further rows in training when more has become frozen.
+
+        If False, the newly frozen work runs until it has taken as long as keeping its rows would
+        take. A loop that knows how many steps are left can decide better: it sets this to True, and
+        calls `fill` where that pays. Calls without gradients are not affected.
+        """
+        return self._shared.waits_for_fill
+
+    @waits_for_fill.setter
+    def waits_for_fill(self, value: bool) -> None:
+        self._shared.waits_for_fill = value
+
     def fill(self, loader: Iterable[Any], call: Callable[[Any], Any] | None = None) -> None:
         """Keeps the rows of a data set before training goes on, in one pass over it.
 

@@ -49,6 +49,8 @@ class CacheState:
         messages: Sentences that the user was told, by their subject.
         layouts: Layouts of rows in kept values, by all that they depend on.
         filling: Module that `fill` calls at present. None if there is none.
+        waits_for_fill: Whether only `fill` keeps further rows in training when more has become
+            frozen.
         folder: Folder for records of data sets' items. None if they are not written.
         item_records: Records of data sets' items, by the digest of the data set.
         traces: Function that returns all cached traces.
@@ -70,6 +72,7 @@ class CacheState:
     messages: dict[str, str] = field(default_factory=dict)
     layouts: dict[tuple[Any, ...], RowLayout] = field(default_factory=dict)
     filling: nn.Module | None = None
+    waits_for_fill: bool = False
     folder: Path | None = None
     item_records: dict[bytes, ItemRecords] = field(default_factory=dict)
     traces: Callable[[], Iterable[Any]] = tuple

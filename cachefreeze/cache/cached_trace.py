@@ -71,7 +71,6 @@ class CachedTrace:
         self._name = name
         self._trace = trace
         self._stored = self._carries_on = False
-        self._missed = MissedTime(trace)
         self._moved_at, self._moving = -_REST, shared.moving.version
         example = dict(zip(trace.inputs, inputs, strict=True))
         if like is not None and not like.selection.is_like(trace):
@@ -82,6 +81,7 @@ class CachedTrace:
         alike: Selection | None = like.selection if like is not None else None
         self.selection: Selection = Selection(shared, trace, example, name, alike)
         selection = self.selection
+        self._missed = MissedTime(trace, selection.plan.cut.kept)
         self.guards = Guards(selection, around)
         self.runner = Runner(shared, selection)
         self._comparison = Comparison(shared, name, selection, self.history)
@@ -169,13 +169,13 @@ class CachedTrace:
         if not renewed or not self.guards.fit(call):
             return False
         self._carries_on = True
-        self._missed.look()
+        self._missed.look(self.batches_of_an_epoch)
         return True
 
     @property
     def is_outgrown(self) -> bool:
         """Whether more parameters have become frozen, and it is time for a new trace."""
-        return self._carries_on and (self._shared.filling is not None or self._missed.is_enough)
+        return self._carries_on and self._missed.is_enough(self._shared)
 
     @property
     def batches_of_an_epoch(self) -> int:

@@ -182,11 +182,13 @@ def _reserve(room: int, numel: int, dtype: torch.dtype) -> Tensor:
     # Addresses that are reserved count under a limit of addresses.
     while room and not has_address_limit():
         try:
-            # `torch.empty` would write to all of it if deterministic algorithms are on.
-            memory = np.empty((room, numel * dtype.itemsize), dtype=np.uint8)
-        except MemoryError:
+            # `torch.empty` would write to all of it if deterministic algorithms are on. NumPy would
+            # ask for huge pages. Where memory is in pieces, the first write to those takes three
+            # times as long.
+            memory = torch.UntypedStorage(room * numel * dtype.itemsize)
+        except (MemoryError, RuntimeError):
             # The system does not reserve that much. A smaller table grows by copying.
             room //= 2
         else:
-            return torch.from_numpy(memory).view(dtype)
+            return torch.empty(0, dtype=dtype, device="cpu").set_(memory, 0, (room, numel))
     return torch.empty((0, numel), dtype=dtype, device="cpu")

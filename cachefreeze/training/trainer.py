@@ -316,6 +316,7 @@ class Trainer:
                 codec=self.settings.cache_codec,
             )
             self.cache = self._open.enter_context(cache)
+            self.cache.waits_for_fill = True
         if not self.state.step:  # rows are kept as the first epochs pass
             return
         with self.state.timing("train"):

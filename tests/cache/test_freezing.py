@@ -143,9 +143,11 @@ class Scaled(nn.Sequential):
 SCALE = 1.0
 
 
-@pytest.mark.parametrize("change_after", [3, 4, 5])
+@pytest.mark.parametrize(
+    ("change_after", "waits"), [(3, False), (4, False), (5, False), (4, True), (5, True)]
+)
 def test_a_frozen_block_reads_another_number_when_the_next_one_freezes(
-    change_after: int, monkeypatch: pytest.MonkeyPatch
+    change_after: int, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
     for cached in (False, True):
@@ -154,6 +156,8 @@ def test_a_frozen_block_reads_another_number_when_the_next_one_freezes(
         for place in range(3):
             loop.model[place] = Scaled(*loop.model[place])
         cache = ActivationCache(loop.model, probation=2) if cached else None
+        if cache is not None:
+            cache.waits_for_fill = waits
         loop.epoch()
         loop.epoch(freeze_after=0)
         for _ in range(2):
@@ -186,6 +190,30 @@ def test_rows_lead_on_from_cut_to_cut_without_filling_anew() -> None:
         # Rows after the first block lead to those after all of them. One batch is traced, and two
         # are compared.
         assert served(cache, loop.epoch) + served(cache, loop.epoch) >= 2 * 40 - 3 * BATCH
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_loop_that_fills_by_itself_decides_when_further_rows_are_kept(waits: bool) -> None:
+    loop = Loop()
+    with ActivationCache(loop.model, verify="off") as cache:
+        cache.waits_for_fill = waits
+
+        def fill() -> None:
+            loop.model.train()
+            cache.fill(loop.x.split(BATCH))
+
+        loop.epoch()
+        loop.epoch(freeze_after=4)
+        fill()
+        loop.epoch()
+        loop.epoch(freeze_after=4)
+        for _ in range(40):
+            loop.epoch()
+        # Two convolutions in each block and each of the five batches.
+        assert convolutions(loop.epoch) == (2 if waits else 1) * 2 * 5
+        fill()
+        loop.epoch()
+        assert convolutions(loop.epoch) == 2 * 5
 
 
 def test_validation_leads_on_from_cut_to_cut() -> None:
