@@ -53,7 +53,7 @@ def planned(args: argparse.Namespace) -> Iterator[Run]:
         name: getattr(args, name)
         for name in ("arch", "images", "test_images", "image_size", "batch_size", "device")
     }
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         if "scratch" in args.parts:
             scratch = {"part": "scratch", **same, "lr": args.lr, "seed": seed}
             yield from _plain(scratch, args.plain_epochs)
@@ -62,8 +62,9 @@ def planned(args: argparse.Namespace) -> Iterator[Run]:
                     yield _freezing(scratch, args.epochs, t0, schedule, scaled)
         if "fine-tuning" in args.parts:
             tuning = {"part": "fine-tuning", **same, "lr": args.fine_tuning_lr, "seed": seed}
-            if seed == 0:
-                yield from _plain({**tuning, "part": "before", "lr": args.lr}, [args.epochs])
+            if seed == args.seeds[0]:
+                before = {**tuning, "part": "before", "lr": args.lr, "seed": 0}
+                yield from _plain(before, [args.epochs])
             yield from _plain(tuning, args.fine_tuning_epochs)
             for t0, schedule in FINE_TUNING:
                 yield _freezing(tuning, max(args.fine_tuning_epochs), t0, schedule, False)
@@ -217,7 +218,7 @@ def main() -> int:
     of_run.add_argument("--epochs", type=int, default=6, help="of runs that freeze layers")
     of_run.add_argument("--plain-epochs", type=int, nargs="+", default=[6, 3, 2, 4, 1])
     of_run.add_argument("--fine-tuning-epochs", type=int, nargs="+", default=[4, 2, 1, 3])
-    of_run.add_argument("--seeds", type=int, default=3)
+    of_run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     of_run.add_argument("--images", type=int, default=1000, help="of each class")
     of_run.add_argument("--test-images", type=int, default=200, help="of each class")
     of_run.add_argument("--image-size", type=int, default=32)
