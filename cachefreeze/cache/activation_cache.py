@@ -87,6 +87,10 @@ class ActivationCache:
         probation: Number of batches that are computed and compared before any batch is served. If
             None, two for common functions on one thread of a CPU. Otherwise a quarter of the
             batches before the first row came again, at least 2 and at most 8.
+        offload_frozen: Whether frozen weights that only skipped work reads leave a GPU while all
+            rows of an epoch are known. They are in host memory then, and come back before a batch
+            is computed, and as soon as anybody reads one. Each time they stay for longer. It has
+            no effect on a CPU.
         verify: Checks that go on after that. "sample" compares a few served batches and hashes the
             frozen parameters again, within 1 % of the time. "all" computes and compares every
             batch, so that nothing is saved. "off" checks nothing more.
@@ -111,6 +115,7 @@ class ActivationCache:
         codec: str = "raw",
         exact: bool = True,
         probation: int | None = None,
+        offload_frozen: bool = False,
         verify: str = "sample",
     ) -> None:
         models = check_models(models)
@@ -119,6 +124,7 @@ class ActivationCache:
         memory = free_memory() // 4 if max_bytes is None or folder is not None else max_bytes
         self._shared = CacheState(Entries(memory, folder, codec), exact, probation)
         self._shared.report.verify = verify
+        self._shared.offloading.is_on = offload_frozen
         if folder is not None:
             self._shared.folder = folder.path / "items"
             self._shared.most_useless = folder.room // 4
@@ -408,6 +414,8 @@ def _close(
     entries = shared.entries
     traces = [trace for module in modules.values() for trace in module.traces()]
     try:
+        shared.offloading.is_on = False
+        shared.offloading.bring_back()
         hash_all(traces, shared)
         if entries.directory is not None:
             for trace in traces:

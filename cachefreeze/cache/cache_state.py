@@ -13,6 +13,7 @@ from cachefreeze.cache.codec import INT8_ERROR, can_be_rounded
 from cachefreeze.cache.entries import Entries
 from cachefreeze.cache.item_records import ItemRecords
 from cachefreeze.cache.moving_weights import MovingWeights
+from cachefreeze.cache.offloading import Offloading
 from cachefreeze.cache.row_layout import RowLayout
 from cachefreeze.cache.statistics import Report, Stats
 from cachefreeze.keys import Weights
@@ -85,6 +86,7 @@ class CacheState:
 
     def __post_init__(self) -> None:
         self.moving = MovingWeights(self.weights)
+        self.offloading = Offloading(self.weights, lambda: self.traces())
 
     def tell(self, about: str, sentence: str) -> None:
         """Tells the user something, once for each subject: in `messages` and in the log."""

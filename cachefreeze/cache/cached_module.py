@@ -266,6 +266,7 @@ class CachedModule:
         self._traced += 1
         self._again += key in self._kinds
         before = self._before(key, flags)
+        self._shared.offloading.bring_back()
         # The pass may write to its inputs.
         copies = call.copies()
         around = ExternalState(self._modules, call.given)

@@ -83,6 +83,10 @@ class FrozenState:
             self._tell_late([one.name for one in states if one.tensor() is None])
         self._look = None
 
+    def forget_look(self) -> None:
+        """Lets go of the tensors' memory, which the quick check holds. Hashes stay known."""
+        self._look = None
+
     def look(self) -> None:
         """Checks the tensors quickly, and marks those that have changed for a new hash.
 

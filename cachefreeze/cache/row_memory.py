@@ -190,5 +190,5 @@ def _reserve(room: int, numel: int, dtype: torch.dtype) -> Tensor:
             # The system does not reserve that much. A smaller table grows by copying.
             room //= 2
         else:
-            return torch.empty(0, dtype=dtype, device="cpu").set_(memory, 0, (room, numel))
+            return torch.empty(0, dtype=dtype, device="cpu").set_(memory).view(room, numel)
     return torch.empty((0, numel), dtype=dtype, device="cpu")

@@ -72,6 +72,7 @@ class Runner:
 
     def run_plainly(self, call: ModuleCall) -> Any:
         """Runs a call without the cache, and measures it."""
+        self._shared.offloading.bring_back()
         call.load()
         began = call.now()
         output = call.run()
@@ -85,6 +86,7 @@ class Runner:
         Returns:
             Output of the module, and kept values by number, or None if the pass took another path.
         """
+        self._shared.offloading.bring_back()
         call.load()
         ran = call.now()
         output, kept, report = call.capture(self._selection.plan)
@@ -109,6 +111,7 @@ class Runner:
         else:
             stats.rows_served += self._selection.rows
             self._reports.append(report)
+            self._shared.offloading.note_served()
         return output
 
     def note_rows(self, began: Mark, ended: Mark) -> None:

@@ -166,6 +166,13 @@ class Selection:
         read = {number for operation in runs for number in operation.reads}
         return [number for number in self.trace.inputs if number in read]
 
+    @property
+    def states_read(self) -> set[int]:
+        """Parameters and buffers, by `id`, that are read by work that is not skipped."""
+        runs = (self.trace.operations[number] for number in self.plan.cut.runs)
+        read = {number for operation in runs for number in operation.reads}
+        return {one for one, number in self.plan.states.items() if number in read}
+
     def joins(self) -> bool:
         """Returns whether a kept value depends on several inputs such as two images.
 
@@ -209,6 +216,7 @@ class Selection:
             inputs: Inputs of the batch, by number.
             known: Values of the batch that need not be computed, by number.
         """
+        self._shared.offloading.bring_back()
         return compute(self.plan, inputs, known)
 
     @property
@@ -227,6 +235,7 @@ class Selection:
             Output of the module, and kept values by number, or None if their shapes differ.
         """
         assert self._places is not None
+        self._shared.offloading.bring_back()
         output, found = lineage.capture_outputs(
             self._places, call.module, *call.args, **call.kwargs
         )

@@ -5,7 +5,7 @@ bits of the parameters and buffers that they read, and the environment. The seco
 the content of a row: the bytes of those inputs that the value depends on, and no others.
 """
 
-from cachefreeze.keys.bits import same_bits
+from cachefreeze.keys.bits import in_order_of_memory, same_bits
 from cachefreeze.keys.environment import environment, machine
 from cachefreeze.keys.external_state import ExternalState
 from cachefreeze.keys.fingerprint import Fingerprint
@@ -23,6 +23,7 @@ __all__ = [
     "batch_key",
     "device_hashes",
     "environment",
+    "in_order_of_memory",
     "lineage_of",
     "machine",
     "row_keys",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from cachefreeze.keys.bits import bits_of
+from cachefreeze.keys.bits import bits_of, in_order_of_memory
 from cachefreeze.keys.device_watch import DevicesAnswer, DeviceWatch, Reading, read
 from cachefreeze.lineage.devices import runs_behind
 from cachefreeze.lineage.known import off_line
@@ -84,6 +84,7 @@ class _Held:
             dense: then all of it is hashed at once.
         room: Number of its bytes that count towards those that are hashed at every call.
         states: Hashes of its last states, by the numbers that a quick check compares.
+        away: Whether its bits are away from their device. Nobody can change them there.
     """
 
     tensor: "weakref.ref[Tensor]"
@@ -99,6 +100,7 @@ class _Held:
     pieces: list[tuple[Any, bytes]] | None = None
     room: int = 0
     states: dict[tuple[int, ...], bytes] = field(default_factory=dict)
+    away: bool = False
 
 
 class Look:
@@ -109,6 +111,7 @@ class Look:
     """
 
     def __init__(self, held: Sequence[_Held]) -> None:
+        held = [one for one in held if not one.away]
         self._tensors = [one.tensor for one in held]
         # Inference tensors have no version.
         self._counting = [n for n, one in enumerate(held) if one.version >= 0]
@@ -227,7 +230,7 @@ class Weights:
     def hash_on_devices(self, tensors: Iterable[Tensor]) -> None:
         """Hashes those tensors on devices that run behind the host and need it, all at once."""
         wanted = [(self._of(one), one) for one in tensors if runs_behind(one)]
-        pairs = [(held, one, _laid(one)) for held, one in wanted if not held.digest]
+        pairs = [(held, one, in_order_of_memory(one)) for held, one in wanted if not held.digest]
         dense = [(held, one, laid) for held, one, laid in pairs if laid is not None]
         look_same = Look([held for held, _, _ in dense if held.before]).is_same()
         readings = read([laid.view(torch.uint8) for _, _, laid in dense])
@@ -266,9 +269,21 @@ class Weights:
         """Hashes tensors that will be written to. Those without a present hash are left out."""
         for tensor in tensors:
             held = self._held.get(id(tensor))
-            if held is not None and held.digest and not held.expected:
+            if held is not None and held.digest and not held.expected and not held.away:
                 self._doubt(held)
                 self._hash(held, tensor)
+
+    def let_go(self, tensors: Iterable[Tensor]) -> None:
+        """Stops watching tensors, whose bits leave their device until `take_back`."""
+        for held in map(self._of, tensors):
+            held.away, held.reading, held.look, held.pieces = True, None, None, None
+            self.changes += 1
+
+    def take_back(self, tensor: Tensor) -> None:
+        """Goes on watching a tensor, which is hashed before it is used again."""
+        held = self._of(tensor)
+        held.away = False
+        self._doubt(held)
 
     def unseen_changes(self, tensor: Tensor) -> int:
         """Returns how many changes hashes have found that nothing else had shown."""
@@ -301,6 +316,8 @@ class Weights:
         return now - began + spent
 
     def _doubt(self, held: _Held) -> None:
+        if held.away:
+            return
         held.before, held.digest = held.digest, b""
         self.changes += 1
 
@@ -328,7 +345,7 @@ class Weights:
         if held.pieces is not None and held.pointer != tensor.data_ptr():
             looks_same = looks_same or _is_other(held.pieces)
         spots = held.spots
-        laid = _laid(tensor)
+        laid = in_order_of_memory(tensor)
         self._room += held.room
         counts = _SMALL < tensor.nbytes <= self._room and not runs_behind(tensor)
         held.room = tensor.nbytes if counts else 0
@@ -385,17 +402,6 @@ _version, _address = attrgetter("_version"), torch.Tensor.data_ptr
 def _is_other(pieces: Iterable[tuple[Any, bytes]]) -> bool:
     """Returns whether any piece of memory has other bits than when it was hashed."""
     return any(xxhash.xxh3_128_digest(memory) != digest for memory, digest in pieces)
-
-
-def _laid(tensor: Tensor) -> Tensor | None:
-    """Returns a tensor's elements in the order of memory, or None if they are not contiguous."""
-    if not tensor.numel() or tensor.is_conj() or tensor.is_neg():
-        return None
-    # Weights may be in `channels_last`.
-    stride = tensor.stride()
-    order = sorted(range(tensor.dim()), key=lambda dim: -stride[dim])
-    laid = tensor.detach().permute(order)
-    return laid.reshape(-1) if laid.is_contiguous() else None
 
 
 def _looker(laid: Tensor, whole: bool) -> _Looker:

@@ -143,6 +143,13 @@ CASES = {
         SplitCase(partial(resnet_head, channels_last=True), _ON_DEVICE, 256, mean_loss),
         share=0.5,
     ),
+    "llama_lora_offloaded": Case(
+        "The same, frozen weights leave the GPU",
+        SplitCase(
+            llama_lora, partial(_words, 32000, 512, False), 16, next_word_loss, offloads=True
+        ),
+        share=0.5,
+    ),
     "resnet50_fp16": Case(
         "ResNet-50, float16, scaled",
         SplitCase(resnet_head, _ON_DEVICE, 256, mean_loss, torch.float16, scaled=True), share=0.5,

@@ -48,6 +48,7 @@ class SplitCase:
         loss: Loss of the model.
         dtype: Type of autocast on a GPU.
         scaled: Whether gradients are scaled.
+        offloads: Whether frozen weights leave the device while they are not needed.
         beside: Further way that is measured on the same rows. It returns seconds by name.
     """
 
@@ -57,6 +58,7 @@ class SplitCase:
     loss: Loss
     dtype: torch.dtype | None = torch.bfloat16
     scaled: bool = False
+    offloads: bool = False
     beside: Callable[[Machine, Any, Any], dict[str, float]] | None = None
 
     def measure(self, machine: Machine, save: Save) -> None:
@@ -98,13 +100,16 @@ class SplitCase:
         dtype = None if machine.device.type == "cpu" else self.dtype
         return Loop(model, self.loss, machine.device, dtype, self.scaled)
 
+    def _open(self, loop: Loop) -> ActivationCache:
+        return ActivationCache(loop.model, offload_frozen=self.offloads)
+
     def _compare_weights(self, machine: Machine, batches: Batches) -> dict[str, Any]:
         """Compares the weights after some epochs with those of the plain loop."""
         notes: set[str] = set()
         with deterministic(notes):
             loops = [self._loop(machine), self._loop(machine)]
             for loop, has_cache in zip(loops, (False, True), strict=True):
-                cache = ActivationCache(loop.model) if has_cache else None
+                cache = self._open(loop) if has_cache else None
                 opened = batches.opened(cache)
                 seed_all(1)
                 for epoch in range(_CHECKED_EPOCHS):
@@ -140,7 +145,7 @@ class SplitCase:
     ) -> None:
         device = loop.device
         forget_peak(device)
-        with ActivationCache(loop.model) as cache:
+        with self._open(loop) as cache:
             opened = batches.opened(cache)
             later = []
             for epoch in range(2 + LATER):
@@ -149,11 +154,11 @@ class SplitCase:
                     times.setdefault(("first", "second")[epoch], []).append(seconds)
                 else:
                     later.append(seconds)
-                if epoch == 0:
-                    peaks["first"] = peak(device)
+                if epoch in (0, LATER):
+                    peaks["later" if epoch else "first"] = peak(device)
                     forget_peak(device)
             times.setdefault("later", []).append(statistics.median(later))
-            peaks["later"] = peak(device)
+            peaks["last"] = peak(device)
             if not found["counted"]:
                 found["counted"] = attempt(lambda: self._counted(loop, opened, cache, count))
 

@@ -28,7 +28,7 @@ def memory_ratio(case: dict[str, Any]) -> float | None:
     """Returns the largest memory with the cache beside that without it."""
     peaks = case.get("peak_bytes", {})
     plain = peaks.get("freeze_only", peaks.get("plain"))
-    most = [peaks[way] for way in ("first", "later", "cached") if peaks.get(way)]
+    most = [peaks[way] for way in ("first", "later", "last", "cached") if peaks.get(way)]
     return max(most) / plain if plain and most else None
 
 

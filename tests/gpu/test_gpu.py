@@ -181,6 +181,25 @@ def test_a_small_limit_is_kept_and_changes_no_weights(device: str) -> None:
 
 
 @only_gpu
+def test_frozen_weights_leave_the_gpu_and_come_back(device: str) -> None:
+    epochs = range(12)
+    plain, trainer = Trainer(net(device)), Trainer(net(device))
+    for number in epochs:
+        plain.epoch(batches(device, number))
+    frozen = [one for one in trainer.model.parameters() if not one.requires_grad]
+    assert frozen
+    with ActivationCache(trainer.model, offload_frozen=True):
+        left = []
+        for number in epochs:
+            trainer.epoch(batches(device, number))
+            left.append(any(type(one) is not nn.Parameter for one in frozen))
+            assert all(one.device.type == device for one in frozen)
+        assert any(left)
+        assert_equal(trainer.model, plain.model)
+        assert all(type(one) is nn.Parameter for one in frozen)
+
+
+@only_gpu
 def test_a_served_epoch_of_the_loader_never_waits_for_the_gpu(device: str) -> None:
     model = net(device)
     trainer = Trainer(model)

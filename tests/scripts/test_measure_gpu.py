@@ -16,6 +16,7 @@ SCRIPT = ROOT / "scripts" / "measure_gpu.py"
 CASES = {
     "resnet50_head", "vit_b16_head", "bert_last_2", "llama_lora", "vit_s14_heads", "wrn_freezeout",
     "densenet_freezeout", "resnet50_loader", "resnet50_channels_last", "resnet50_fp16",
+    "llama_lora_offloaded",
 }  # fmt: skip
 
 

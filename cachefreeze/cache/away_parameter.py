@@ -1,0 +1,141 @@
+"""A parameter whose values are in host memory, and come back as soon as anybody reads them.
+
+The object stays the same, so that a model, an optimizer and the user's code go on holding it. While
+its values are away, it is of a class of its own: torch asks this class before it does anything with
+the parameter. Its shape, type and device are told without its values.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from cachefreeze.keys import in_order_of_memory
+from cachefreeze.lineage.devices import HostCopy, now, queue_of, send
+
+Tensor = torch.Tensor
+
+_changes = threading.RLock()
+# Name under which a parameter holds where its values are.
+_RECORD = "_cachefreeze_away"
+# What torch does with a parameter that needs no values.
+_NEEDS_NO_VALUES = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "layout", "ndim", "nbytes", "itemsize")
+    + ("requires_grad", "is_leaf", "grad", "grad_fn")
+} | {
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size),
+    *(Tensor.is_floating_point, Tensor.is_complex),
+}
+_DEVICE, _IS_CUDA = (getattr(Tensor, name).__get__ for name in ("device", "is_cuda"))
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Values of a parameter that are in host memory.
+
+    Attributes:
+        device: Device that they belong on.
+        stride: Strides that they had there.
+        values: Values in the order of memory, of one dimension.
+        when_back: Function that is called with the parameter when they are back.
+    """
+
+    device: torch.device
+    stride: tuple[int, ...]
+    values: Tensor
+    when_back: Callable[[nn.Parameter], None]
+
+
+class AwayParameter(nn.Parameter):
+    """Parameter whose values are in host memory."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Does what torch was asked for, after the values have come back if it needs them."""
+        kwargs = kwargs or {}
+        if func in (_DEVICE, _IS_CUDA):
+            device = vars(args[0])[_RECORD].device
+            return device if func == _DEVICE else device.type == "cuda"
+        if func in _NEEDS_NO_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for one in _pytree.tree_leaves((args, kwargs)):
+            come_back(one)
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copies the parameter, after its values have come back."""
+        come_back(self)
+        return copy.deepcopy(self, memo)
+
+
+def may_go(tensor: Tensor) -> bool:
+    """Returns whether the values of a parameter may leave its device.
+
+    Nothing may be lost with them but their memory: no gradient, and no other tensor that shares it.
+    """
+    return (
+        type(tensor) is nn.Parameter
+        and not tensor.requires_grad
+        and tensor.grad is None
+        and tensor.is_floating_point()
+        and tensor.layout == torch.strided
+        and queue_of(tensor.device) is not None
+        and in_order_of_memory(tensor) is not None
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+        and _users(tensor) == _users(torch.empty(1))
+    )
+
+
+def go_away(parameters: Sequence[nn.Parameter], when_back: Callable[[nn.Parameter], None]) -> None:
+    """Copies the values of parameters to host memory, and frees those on their device.
+
+    The host waits for the copies: other streams may take the memory at once.
+
+    Args:
+        parameters: Parameters that `may_go` has returned True for.
+        when_back: Function that is called with each parameter whose values are back.
+    """
+    copies = [HostCopy(laid) for laid in map(in_order_of_memory, parameters) if laid is not None]
+    assert len(copies) == len(parameters)
+    values = [copy.get() for copy in copies]
+    with _changes:
+        for one, kept in zip(parameters, values, strict=True):
+            vars(one)[_RECORD] = _Record(one.device, one.stride(), kept, when_back)
+            # Whoever reads these numbers all the same gets an error, or no number.
+            nothing = torch.full((1,), torch.nan, dtype=one.dtype, device="cpu")
+            one.data = nothing.expand(one.shape)
+            one.__class__ = AwayParameter
+
+
+def come_back(tensor: Any) -> None:
+    """Brings the values of a parameter back to its device. Does nothing if they are not away."""
+    if type(tensor) is not AwayParameter:
+        return
+    with _changes, torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        if type(tensor) is not AwayParameter:  # another thread was faster
+            return
+        record = vars(tensor)[_RECORD]
+        values = send(record.values, record.device)  # fails if there is no room
+        now(record.device).wait()  # other streams may read it
+        tensor.data = values.as_strided(tensor.shape, record.stride)
+        del vars(tensor)[_RECORD]
+        tensor.__class__ = nn.Parameter  # type: ignore[assignment]
+    record.when_back(tensor)
+
+
+def _users(tensor: Tensor) -> int:
+    """Returns how many tensors and other objects use the memory of a tensor."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore

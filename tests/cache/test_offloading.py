@@ -1,0 +1,245 @@
+"""Frozen weights that leave their device while all rows are known, on a simulated device."""
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+
+import cachefreeze
+from cachefreeze import ActivationCache
+from cachefreeze.lineage import devices
+
+from ..support.simulated_device import SimulatedQueue
+from .harness import BATCH, assert_same, batches, images
+
+
+@pytest.fixture(autouse=True)
+def queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedQueue]:
+    queue = SimulatedQueue(lag=7)
+    monkeypatch.setitem(devices.QUEUES, "cpu", queue)
+    yield queue
+    assert not queue.faults
+
+
+class Net(nn.Module):
+    """A frozen body, and trained layers with a frozen one between them, tied to the body's last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1).to(memory_format=torch.channels_last), nn.ReLU(),
+            nn.Flatten(), nn.Linear(16 * 64, 32), nn.Linear(32, 32),
+        )  # fmt: skip
+        self.adapter, self.behind = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.behind.weight = self.body[7].weight
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.behind(self.adapter(self.body(x)).relu()))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    cachefreeze.freeze(model.body, model.behind)
+    return model.train()
+
+
+def is_away(model: nn.Module) -> bool:
+    return any(type(one) is not nn.Parameter for one in model.parameters())
+
+
+def steps(
+    model: nn.Module, x: torch.Tensor, epochs: range, then: Callable[[], None] | None = None
+) -> None:
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9)
+    for epoch in epochs:
+        for batch in batches(x, epoch):
+            loss = F.cross_entropy(model(batch), (batch[:, 0, 0, 0] > 0).long())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if then is not None:
+                then()
+
+
+X = images(80)
+MANY = range(12)
+
+
+def until_away(*models: nn.Module) -> None:
+    """Trains models in the same way until the weights of one are away."""
+    for epoch in range(60):
+        for one in models:
+            steps(one, X, range(epoch, epoch + 1))
+        if any(map(is_away, models)):
+            return
+    pytest.fail("no weight has left")
+
+
+def test_weights_that_only_skipped_work_reads_leave_and_the_result_is_the_plain_one() -> None:
+    plain, model = net(), net()
+    steps(plain, X, MANY)
+    memory = {name: StorageWeakRef(one.untyped_storage()) for name, one in model.named_parameters()}
+    with ActivationCache(model, offload_frozen=True) as cache:
+        steps(model, X, MANY)
+        left = {name for name, one in memory.items() if one.expired()}
+        body = {f"body.{name}" for name, _ in model.body.named_parameters()}
+        assert left == body - {"body.7.weight"}, "it runs in every step, behind a trained layer"
+        assert {one.device for one in model.parameters()} == {torch.device("cpu")}
+        assert cache.stats.rows_served > 80 * 8
+    assert not is_away(model)
+    for name, tensor in plain.state_dict().items():
+        assert_same(model.state_dict()[name], tensor)
+        assert model.state_dict()[name].stride() == tensor.stride()
+
+
+def test_nothing_leaves_unless_asked_for() -> None:
+    model = net()
+    with ActivationCache(model):
+        steps(model, X, MANY)
+        assert not is_away(model)
+
+
+def _saved(model: Net) -> Any:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)["body.0.weight"]
+
+
+def _average(model: Net) -> Any:
+    average = torch.zeros_like(model.body[0].weight)
+    torch._foreach_lerp_([average], [model.body[0].weight], 1.0)
+    return average
+
+
+READERS: dict[str, Callable[[Net], Any]] = {
+    "state_dict": lambda model: model.state_dict()["body.0.weight"],
+    "a checkpoint": _saved,
+    "a copy of the model": lambda model: copy.deepcopy(model).body[0].weight,
+    "a copy of a layer": lambda model: copy.deepcopy(model.body[0]).weight,
+    "a moving average": _average,
+    "a penalty": lambda model: model.body[0].weight * torch.ones(1, requires_grad=True),
+    "a view": lambda model: model.body[0].weight[:],
+    "`.data`": lambda model: model.body[0].weight.data,
+    "numpy": lambda model: torch.from_numpy(model.body[0].weight.numpy().copy()),
+    "an operator": lambda model: torch.ops.aten.clone.default(model.body[0].weight),
+    "another type": lambda model: copy.deepcopy(model).double().body[0].weight.float(),
+    "a list": lambda model: torch.tensor(model.body[0].weight.tolist()),
+    "inference mode": lambda model: torch.inference_mode()(lambda: model.body[0].weight + 0)(),
+    "the storage": lambda model: torch.empty(0).set_(
+        model.body[0].weight.untyped_storage(), 0, (16, 3, 3, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_reads_a_weight_finds_it_and_training_goes_on(reader: str) -> None:
+    plain, model = net(), net()
+    with ActivationCache(model, offload_frozen=True):
+        until_away(model, plain)
+        found = READERS[reader](model)
+        assert torch.equal(found.detach().clone(), plain.body[0].weight)
+        assert not is_away(model)
+        steps(model, X, MANY)
+    steps(plain, X, MANY)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same(one, other)
+
+
+def test_a_batch_that_is_not_known_is_computed_with_the_weights() -> None:
+    plain, model, other = net(), net(), images(BATCH, seed=5)
+    with ActivationCache(model, offload_frozen=True):
+        until_away(model, plain)
+        assert_same(model(other), plain(other))
+        assert not is_away(model)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_validation_that_is_traced_anew_finds_the_weights(training: bool) -> None:
+    plain, model = net(), net()
+    with ActivationCache(model, offload_frozen=True):
+        until_away(model, plain)
+        with torch.inference_mode():
+            assert_same(model.train(training)(X[:BATCH]), plain.train(training)(X[:BATCH]))
+        assert not any(one.is_inference() for one in model.parameters())
+        steps(model.train(), X, MANY)
+        steps(plain.train(), X, MANY)
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same(one, two)
+
+
+WRITERS: dict[str, Callable[[Net], Any]] = {
+    "in place": lambda model: model.body[0].weight.mul_(0.5),
+    "`.data`": lambda model: model.body[0].weight.data.mul_(0.5),
+    "one number": lambda model: model.body[0].weight.view(-1)[:1].add_(1),
+    "load_state_dict": lambda model: model.load_state_dict(
+        {name: 0.5 * tensor for name, tensor in model.state_dict().items()}
+    ),
+    "another tensor": lambda model: setattr(
+        model.body[0].weight, "data", torch.ones_like(model.body[0].weight)
+    ),
+    "unfrozen": lambda model: model.body[6].requires_grad_(True),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_weights_that_are_changed_while_they_are_away_are_the_changed_ones(writer: str) -> None:
+    plain, model = net(), net()
+    with ActivationCache(model, offload_frozen=True):
+        until_away(model, plain)
+        for one in (plain, model):
+            with torch.no_grad():
+                WRITERS[writer](one)
+            steps(one, X, MANY)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same(one, other)
+
+
+def test_weights_that_are_read_in_every_step_hardly_ever_leave() -> None:
+    model, times = net(), [0, 0]
+    with ActivationCache(model, offload_frozen=True):
+
+        def average() -> None:
+            times[0] += 1
+            times[1] += is_away(model)
+            model.body[0].weight.norm()
+
+        steps(model, X, range(60), average)
+    assert times[0] == 600
+    assert 1 <= times[1] <= 5
+
+
+def test_a_weight_whose_memory_others_share_stays() -> None:
+    model = net()
+    view = model.body[0].weight.detach()
+    with ActivationCache(model, offload_frozen=True):
+        until_away(model)
+        assert is_away(model.body[3])
+        view.mul_(2.0)
+        assert_same(model.body[0].weight, view)
+
+
+def test_a_host_without_room_ends_it_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model = net(), net()
+    steps(plain, X, MANY)
+
+    def no_room(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("cachefreeze.cache.away_parameter.HostCopy", no_room)
+    with ActivationCache(model, offload_frozen=True) as cache:
+        steps(model, X, MANY)
+        assert not is_away(model)
+        assert cache.stats.rows_served > 80 * 8
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same(one, other)
