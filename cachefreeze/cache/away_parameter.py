@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import inference_mode, nn
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cachefreeze.keys import in_order_of_memory
 from cachefreeze.lineage.devices import HostCopy, now, queue_of, send
@@ -102,7 +103,7 @@ def may_go(tensor: Tensor) -> bool:
 def go_away(parameters: Sequence[nn.Parameter], when_back: Callable[[nn.Parameter], None]) -> None:
     """Copies the values of parameters to host memory, and frees those on their device.
 
-    The host waits for the copies: other streams may take the memory at once.
+    The host waits for all work of the device, because other work may take the memory at once.
 
     Args:
         parameters: Parameters that `may_go` has returned True for.
@@ -111,6 +112,8 @@ def go_away(parameters: Sequence[nn.Parameter], when_back: Callable[[nn.Paramete
     copies = [HostCopy(laid) for laid in map(in_order_of_memory, parameters) if laid is not None]
     assert len(copies) == len(parameters)
     values = [copy.get() for copy in copies]
+    for device in {one.device for one in parameters if one.device.type == "cuda"}:
+        torch.cuda.synchronize(device)  # other streams may still read the weights
     with _changes:
         for one, kept in zip(parameters, values, strict=True):
             vars(one)[_RECORD] = _Record(one.device, one.stride(), kept, when_back)
@@ -124,7 +127,8 @@ def come_back(tensor: Any) -> None:
     """Brings the values of a parameter back to its device. Does nothing if they are not away."""
     if type(tensor) is not AwayParameter:
         return
-    with _changes, torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+    # Modes of the user, such as one that makes fake tensors, must not see this.
+    with _changes, _disable_current_modes(), torch._C.DisableTorchFunction(), inference_mode(False):
         if type(tensor) is not AwayParameter:  # another thread was faster
             return
         record = vars(tensor)[_RECORD]

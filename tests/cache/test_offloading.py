@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import cachefreeze
 from cachefreeze import ActivationCache
@@ -122,6 +125,20 @@ def _average(model: Net) -> Any:
     return average
 
 
+class Doubled(TorchFunctionMode):
+    """Doubles all results, so that nothing may be computed under it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if isinstance(result, torch.Tensor) else result
+
+
+def _in_a_mode(mode: Any, model: Net) -> Any:
+    with mode:
+        model.body[0].weight.abs()
+    return model.body[0].weight
+
+
 READERS: dict[str, Callable[[Net], Any]] = {
     "state_dict": lambda model: model.state_dict()["body.0.weight"],
     "a checkpoint": _saved,
@@ -136,6 +153,9 @@ READERS: dict[str, Callable[[Net], Any]] = {
     "another type": lambda model: copy.deepcopy(model).double().body[0].weight.float(),
     "a list": lambda model: torch.tensor(model.body[0].weight.tolist()),
     "inference mode": lambda model: torch.inference_mode()(lambda: model.body[0].weight + 0)(),
+    "a function mode": lambda model: _in_a_mode(Doubled(), model),
+    "a dispatch mode": lambda model: _in_a_mode(FlopCounterMode(display=False), model),
+    "fake tensors": lambda model: _in_a_mode(FakeTensorMode(allow_non_fake_inputs=True), model),
     "the storage": lambda model: torch.empty(0).set_(
         model.body[0].weight.untyped_storage(), 0, (16, 3, 3, 3)
     ),
