@@ -202,6 +202,7 @@ WRITERS: dict[str, Callable[[Net], Any]] = {
     "in place": lambda model: model.body[0].weight.mul_(0.5),
     "`.data`": lambda model: model.body[0].weight.data.mul_(0.5),
     "one number": lambda model: model.body[0].weight.view(-1)[:1].add_(1),
+    "a buffer, which has stayed": lambda model: model.body[1].running_mean.add_(1),
     "load_state_dict": lambda model: model.load_state_dict(
         {name: 0.5 * tensor for name, tensor in model.state_dict().items()}
     ),
@@ -240,13 +241,18 @@ def test_weights_that_are_read_in_every_step_hardly_ever_leave() -> None:
 
 
 def test_a_weight_whose_memory_others_share_stays() -> None:
-    model = net()
-    view = model.body[0].weight.detach()
+    plain, model = net(), net()
+    views = [one.body[0].weight.detach() for one in (plain, model)]
     with ActivationCache(model, offload_frozen=True):
-        until_away(model)
+        until_away(model, plain)
         assert is_away(model.body[3])
-        view.mul_(2.0)
-        assert_same(model.body[0].weight, view)
+        for view in views:
+            view.mul_(2.0)
+        assert_same(model.body[0].weight, views[1])
+        for one in (plain, model):
+            steps(one, X, MANY)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same(one, other)
 
 
 def test_a_host_without_room_ends_it_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
