@@ -2,13 +2,21 @@
 
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from cachefreeze.cache.memory import has_address_limit
-from cachefreeze.lineage.devices import HostCopy, queue_of, send, sending_memory, to_device
+from cachefreeze.lineage.devices import (
+    HostCopy,
+    queue_of,
+    send,
+    send_beside,
+    sending_memory,
+    to_device,
+)
 
 Tensor = torch.Tensor
 
@@ -46,7 +54,7 @@ class RowMemory:
         self._host: Tensor | None = None
         # Rows on their way from the device to host memory, each with the place of the first.
         self._under_way: deque[tuple[int, HostCopy]] = deque()
-        self._ahead: dict[bytes, Future[Tensor]] = {}
+        self._ahead: dict[bytes, Future[Callable[[], Tensor]]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -107,8 +115,9 @@ class RowMemory:
         ahead = self._ahead.pop(places.tobytes(), None)
         if ahead is None:
             self._arrive(places.max() - border)
-        gathered = ahead.result() if ahead is not None else self._gather(places[in_host] - border)
-        upper = send(gathered, self.device)
+            upper = send(self._gather(places[in_host] - border), self.device)
+        else:
+            upper = ahead.result()()
         if in_host.all():
             return upper
         found = self._rows.new_empty((len(places), self.numel))
@@ -117,7 +126,10 @@ class RowMemory:
         return found.index_copy_(0, to_device(np.flatnonzero(in_host), self.device), upper)
 
     def expect(self, places: np.ndarray) -> None:
-        """Starts to gather rows of host memory that will be read soon, in a thread."""
+        """Starts to gather rows of host memory that will be read soon, and to send them.
+
+        A thread gathers them, and they are copied beside the other work of the device.
+        """
         key, border = places.tobytes(), len(self._rows)
         if key in self._ahead or places.max(initial=0) < border:
             return
@@ -125,7 +137,7 @@ class RowMemory:
             self._ahead.pop(next(iter(self._ahead))).result()
         self._arrive(places.max() - border)
         in_host = places[places >= border] - border
-        self._ahead[key] = _thread().submit(self._gather, in_host)
+        self._ahead[key] = _thread().submit(self._send_ahead, in_host)
 
     def write(self, start: int, rows: Tensor) -> None:
         """Writes rows to places that follow one another."""
@@ -145,6 +157,9 @@ class RowMemory:
         # In pieces from the front, so that no row is overwritten before it was moved.
         for start in range(0, len(stay), _PIECE):
             self.write(start, self.read(stay[start : start + _PIECE]))
+
+    def _send_ahead(self, places: np.ndarray) -> Callable[[], Tensor]:
+        return send_beside(self._gather(places), self.device)
 
     def _gather(self, places: np.ndarray) -> Tensor:
         assert self._host is not None

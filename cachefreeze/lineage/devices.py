@@ -5,7 +5,7 @@ the host wait until the device has done everything before it, and the device the
 host has started more. So results are copied back without waiting, and are read when they are there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import perf_counter, thread_time
 from typing import Any, Protocol
 
@@ -44,6 +44,14 @@ class Queue(Protocol):
 
     def start_copy(self, target: Tensor, source: Tensor) -> None:
         """Starts a copy between the device and memory that `host_memory` has returned."""
+        ...
+
+    def send_beside(self, memory: Tensor, device: torch.device) -> Callable[[], Tensor]:
+        """Starts a copy of such memory to the device, beside other work of the device.
+
+        Returns:
+            Function that makes later work of the device wait for the copy, and returns it.
+        """
         ...
 
 
@@ -94,6 +102,9 @@ class CudaMark:
 class CudaQueue:
     """Work of CUDA devices."""
 
+    def __init__(self) -> None:
+        self._beside: dict[torch.device, torch.cuda.Stream] = {}
+
     def mark(self, device: torch.device) -> Mark:
         """Returns the moment at which the device has done all that was started so far."""
         return CudaMark(device)
@@ -105,6 +116,29 @@ class CudaQueue:
     def start_copy(self, target: Tensor, source: Tensor) -> None:
         """Starts a copy between the device and pinned memory."""
         target.copy_(source, non_blocking=True)
+
+    def send_beside(self, memory: Tensor, device: torch.device) -> Callable[[], Tensor]:
+        """Starts a copy of pinned memory in a stream of its own.
+
+        Returns:
+            Function that makes the present stream wait for the copy, and returns it.
+        """
+        if device not in self._beside:
+            self._beside[device] = torch.cuda.Stream(device)
+        stream = self._beside[device]
+        with torch.cuda.stream(stream):
+            found = torch.empty(memory.shape, dtype=memory.dtype, device=device)
+            found.copy_(memory, non_blocking=True)
+            copied = stream.record_event()
+
+        def take() -> Tensor:
+            present = torch.cuda.current_stream(device)
+            present.wait_event(copied)
+            # Its memory belongs to the other stream, which must not use it again before this one.
+            found.record_stream(present)
+            return found
+
+        return take
 
 
 # Kinds of devices that run behind the host.
@@ -193,6 +227,18 @@ def send(memory: Tensor, device: torch.device) -> Tensor:
     found = torch.empty(memory.shape, dtype=memory.dtype, device=device)
     queue.start_copy(found, memory)
     return found
+
+
+def send_beside(memory: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """Copies memory that `sending_memory` has returned to a device, beside its other work.
+
+    Nobody may write to the memory any more.
+
+    Returns:
+        Function that returns the copy, for work that is started after it is called.
+    """
+    queue = queue_of(device)
+    return (lambda: memory.to(device)) if queue is None else queue.send_beside(memory, device)
 
 
 def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:

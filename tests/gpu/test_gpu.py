@@ -165,6 +165,26 @@ def test_the_loader_of_the_cache_loads_no_known_images_into_pinned_memory(device
 
 
 @each_device
+def test_rows_for_which_the_gpu_has_no_room_are_sent_to_it_ahead(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, trainer = Trainer(net(device)), Trainer(net(device))
+    loader: Any = DataLoader(Pictures(), **options(device))
+    for _ in range(EPOCHS):
+        plain.epoch(loaded(loader, device))
+    row = 64 * 4 + 56  # with its key
+    monkeypatch.setattr(
+        "cachefreeze.cache.entries.free_device_memory", lambda _: 4 * (ROWS // 3) * row
+    )
+    with ActivationCache(trainer.model) as cache:
+        loader = cache.loader(Pictures(), **options(device))
+        for _ in range(EPOCHS):
+            trainer.epoch(loaded(loader, device))
+        assert cache.stats.rows_served >= SERVED, str(cache)
+    assert_equal(trainer.model, plain.model)
+
+
+@each_device
 def test_a_small_limit_is_kept_and_changes_no_weights(device: str) -> None:
     # The first rows fit. Then come more than fit, and the first ones again.
     epochs = [ROWS // 4] * 6 + [ROWS] * 2 + [ROWS // 4] * 4
