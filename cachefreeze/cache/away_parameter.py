@@ -7,7 +7,8 @@ the parameter. Its shape, type and device are told without its values.
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,10 +84,7 @@ class AwayParameter(nn.Parameter):
 
 
 def may_go(tensor: Tensor) -> bool:
-    """Returns whether the values of a parameter may leave its device.
-
-    Nothing may be lost with them but their memory: no gradient, and no other tensor that shares it.
-    """
+    """Returns whether a tensor is a parameter whose values can leave its device."""
     return (
         type(tensor) is nn.Parameter
         and not tensor.requires_grad
@@ -95,9 +93,13 @@ def may_go(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and queue_of(tensor.device) is not None
         and in_order_of_memory(tensor) is not None
-        and tensor.untyped_storage().nbytes() == tensor.nbytes
-        and _users(tensor) == _users(torch.empty(1))
     )
+
+
+def is_alone(tensor: Tensor) -> bool:
+    """Returns whether no other object uses the memory of a tensor. Else it would not be freed."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return whole and _users(tensor) == _users(torch.empty(1))
 
 
 def go_away(parameters: Sequence[nn.Parameter], when_back: Callable[[nn.Parameter], None]) -> None:
@@ -106,15 +108,15 @@ def go_away(parameters: Sequence[nn.Parameter], when_back: Callable[[nn.Paramete
     The host waits for all work of the device, because other work may take the memory at once.
 
     Args:
-        parameters: Parameters that `may_go` has returned True for.
+        parameters: Parameters that `may_go` and `is_alone` have returned True for.
         when_back: Function that is called with each parameter whose values are back.
     """
-    copies = [HostCopy(laid) for laid in map(in_order_of_memory, parameters) if laid is not None]
-    assert len(copies) == len(parameters)
-    values = [copy.get() for copy in copies]
-    for device in {one.device for one in parameters if one.device.type == "cuda"}:
-        torch.cuda.synchronize(device)  # other streams may still read the weights
-    with _changes:
+    with _changing():
+        copies = [HostCopy(one) for one in map(in_order_of_memory, parameters) if one is not None]
+        assert len(copies) == len(parameters)
+        values = [one.get() for one in copies]
+        for device in {one.device for one in parameters if one.device.type == "cuda"}:
+            torch.cuda.synchronize(device)  # other streams may still read the weights
         for one, kept in zip(parameters, values, strict=True):
             vars(one)[_RECORD] = _Record(one.device, one.stride(), kept, when_back)
             # Whoever reads these numbers all the same gets an error, or no number.
@@ -127,8 +129,7 @@ def come_back(tensor: Any) -> None:
     """Brings the values of a parameter back to its device. Does nothing if they are not away."""
     if type(tensor) is not AwayParameter:
         return
-    # Modes of the user, such as one that makes fake tensors, must not see this.
-    with _changes, _disable_current_modes(), torch._C.DisableTorchFunction(), inference_mode(False):
+    with _changing():
         if type(tensor) is not AwayParameter:  # another thread was faster
             return
         record = vars(tensor)[_RECORD]
@@ -138,6 +139,16 @@ def come_back(tensor: Any) -> None:
         del vars(tensor)[_RECORD]
         tensor.__class__ = nn.Parameter  # type: ignore[assignment]
     record.when_back(tensor)
+
+
+@contextmanager
+def _changing() -> Iterator[None]:
+    """Lets one thread at a time move values. Modes of the user do not see it.
+
+    Examples are modes that make fake tensors, and inference mode.
+    """
+    with _changes, _disable_current_modes(), torch._C.DisableTorchFunction(), inference_mode(False):
+        yield
 
 
 def _users(tensor: Tensor) -> int:

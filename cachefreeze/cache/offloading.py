@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cachefreeze.cache.away_parameter import come_back, go_away, may_go
+from cachefreeze.cache.away_parameter import come_back, go_away, is_alone, may_go
 from cachefreeze.cache.state import State
 from cachefreeze.keys import Weights
 
@@ -62,17 +62,21 @@ class Offloading:
             return
         read = {number for one in traces for number in one.selection.states_read}
         frozen = {id(one): one for trace in traces for one in trace.selection.frozen.tensors}
-        chosen = [one for number, one in frozen.items() if number not in read]
+        chosen = [one for number, one in frozen.items() if number not in read and may_go(one)]
+        if not chosen:
+            return
         self._weights.let_go(chosen)
         for trace in traces:
             trace.selection.frozen.forget_look()
-        going = [one for one in chosen if isinstance(one, nn.Parameter) and may_go(one)]
+        going = [one for one in chosen if isinstance(one, nn.Parameter) and is_alone(one)]
         self.bytes = sum(one.nbytes for one in going)
         try:
             go_away(going, self._note_back)
             self._away = going
         except (MemoryError, RuntimeError):  # the host has no room for them
             self.is_on, self.bytes = False, 0
+        if not self._away:
+            self._wait_longer()
         away = {id(one) for one in self._away}
         for one in chosen:
             if id(one) not in away:
@@ -84,5 +88,8 @@ class Offloading:
         self._away = [one for one in self._away if one is not parameter]
         if self.bytes:
             self.bytes = 0
-            self._served, self._wait = 0, min(_GROWTH * self._wait, _MOST)
+            self._wait_longer()
             self.bring_back()
+
+    def _wait_longer(self) -> None:
+        self._wait = min(_GROWTH * self._wait, _MOST)

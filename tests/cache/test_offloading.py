@@ -198,6 +198,23 @@ def test_a_validation_that_is_traced_anew_finds_the_weights(training: bool) -> N
         assert_same(one, two)
 
 
+def test_weights_that_leave_in_inference_mode_can_be_trained_later() -> None:
+    plain, model = net().eval(), net().eval()
+    with ActivationCache(model, offload_frozen=True):
+        for epoch in range(40):
+            with torch.inference_mode():
+                for batch in batches(X, epoch):
+                    model(batch)
+            if is_away(model):
+                break
+        assert is_away(model)
+        for one in (plain, model):
+            cachefreeze.unfreeze(one.body)
+            steps(one.train(), X, range(2))
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same(one, other)
+
+
 WRITERS: dict[str, Callable[[Net], Any]] = {
     "in place": lambda model: model.body[0].weight.mul_(0.5),
     "`.data`": lambda model: model.body[0].weight.data.mul_(0.5),
