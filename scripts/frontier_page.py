@@ -60,7 +60,7 @@ class Point:
 
     @property
     def seconds(self) -> float:
-        return statistics.mean(run["seconds"] for run in self.runs)
+        return least_seconds(self.runs)
 
     @property
     def errors(self) -> list[float]:
@@ -90,6 +90,14 @@ class Point:
         return f"{self.t0} {self.schedule}, {'scaled' if self.scaled else 'not scaled'}"
 
 
+def least_seconds(runs: Iterable[Run]) -> float:
+    """Returns the seconds of the fastest run of a setting.
+
+    All seeds do the same work. Other processes only add to its time.
+    """
+    return float(min(run["seconds"] for run in runs))
+
+
 def points(lines: Iterable[Run], part: str) -> tuple[list[Point], list[Point]]:
     """Returns plain training by its length, and the settings that freeze layers.
 
@@ -109,7 +117,7 @@ def points(lines: Iterable[Run], part: str) -> tuple[list[Point], list[Point]]:
     order = {family: place for place, family in enumerate(FAMILIES)}
     found = []
     for key, runs in sorted(freezing.items(), key=lambda one: (order[one[0][1:]], one[0][0])):
-        same = {run["seed"]: at(run["seconds"], run["seed"], here) for run in runs}
+        same = {run["seed"]: at(least_seconds(runs), run["seed"], here) for run in runs}
         limit = {run["seed"]: at(_limit(run, here), run["seed"], here) for run in runs}
         found.append(Point(runs[0]["epochs"], runs, _known(same), _known(limit), *key))
     return [Point(epochs, runs, {}, {}) for epochs, runs in sorted(plain.items())], found
@@ -123,28 +131,21 @@ def _limit(run: Run, lines: list[Run]) -> float:
     """Returns the seconds that a run would take if the cache took no time."""
     if not run["forecast"]:
         return float(run["seconds"])
-    same = [
-        line["seconds"]
-        for line in lines
-        if line["way"] == "plain" and line["epochs"] == run["epochs"]
-    ]
+    same = [one for one in lines if one["way"] == "plain" and one["epochs"] == run["epochs"]]
     share = run["forecast"]["limit"] / run["forecast"]["without_freezing"]
-    return float(share * statistics.mean(same))
+    return float(share * least_seconds(same))
 
 
 def at(seconds: float, seed: int, lines: Iterable[Run]) -> float | None:
     """Returns the error of plain training of some seconds, with the same seed.
 
     It is on the straight line between the next shorter and the next longer plain run, and the
-    error of the longest one if there are even more seconds. Seconds of a length are the mean of all
-    seeds. None if all plain runs are longer.
+    error of the longest one if there are even more seconds. Seconds of a length are the least of
+    all seeds. None if all plain runs are longer.
     """
     plain = [line for line in lines if line["way"] == "plain"]
-    took: dict[int, list[float]] = {}
-    for line in plain:
-        took.setdefault(line["epochs"], []).append(line["seconds"])
     curve = sorted(
-        (statistics.mean(took[line["epochs"]]), line["error"])
+        (least_seconds(one for one in plain if one["epochs"] == line["epochs"]), line["error"])
         for line in plain
         if line["seed"] == seed
     )

@@ -94,6 +94,7 @@ def test_plain_training_of_the_same_seconds_lies_between_two_lengths(script: Any
         for seed, epochs, error in [(0, 2, 0.6), (0, 4, 0.4), (1, 2, 0.7), (1, 4, 0.7)]
     ]
     at = script("frontier_page").at
-    found = [at(s, 0, plain) for s in (19.0, 20.0, 35.0, 40.0, 99.0)]
-    assert found == [None, 0.6, pytest.approx(0.45), 0.4, 0.4]
+    # 2 epochs take 18 seconds and 4 take 39: other processes only add to the time of a run.
+    found = [at(s, 0, plain) for s in (17.0, 18.0, 28.5, 39.0, 99.0)]
+    assert found == [None, 0.6, pytest.approx(0.5), 0.4, 0.4]
     assert at(30.0, 1, plain) == pytest.approx(0.7)
