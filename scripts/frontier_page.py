@@ -43,6 +43,7 @@ class Point:
     Attributes:
         epochs: Number of epochs.
         runs: One run a seed.
+        seconds: Seconds of the fastest run that did the same work.
         plain: Error of plain training of the same seconds, for the seeds of which there is one.
         limit: The same for the seconds that are predicted with a cache that takes no time.
         t0: The setting; None if nothing freezes.
@@ -52,15 +53,12 @@ class Point:
 
     epochs: int
     runs: list[Run]
+    seconds: float
     plain: dict[int, float]
     limit: dict[int, float]
     t0: float | None = None
     schedule: str = ""
     scaled: bool = False
-
-    @property
-    def seconds(self) -> float:
-        return least_seconds(self.runs)
 
     @property
     def errors(self) -> list[float]:
@@ -91,9 +89,9 @@ class Point:
 
 
 def least_seconds(runs: Iterable[Run]) -> float:
-    """Returns the seconds of the fastest run of a setting.
+    """Returns the seconds of the fastest of some runs that do the same work.
 
-    All seeds do the same work. Other processes only add to its time.
+    So do all seeds, whether rates are scaled or not. Other processes only add to their time.
     """
     return float(min(run["seconds"] for run in runs))
 
@@ -117,10 +115,13 @@ def points(lines: Iterable[Run], part: str) -> tuple[list[Point], list[Point]]:
     order = {family: place for place, family in enumerate(FAMILIES)}
     found = []
     for key, runs in sorted(freezing.items(), key=lambda one: (order[one[0][1:]], one[0][0])):
-        same = {run["seed"]: at(least_seconds(runs), run["seed"], here) for run in runs}
+        work = [freezing[one] for one in freezing if one[:2] == key[:2]]
+        seconds = least_seconds(itertools.chain(*work))
+        same = {run["seed"]: at(seconds, run["seed"], here) for run in runs}
         limit = {run["seed"]: at(_limit(run, here), run["seed"], here) for run in runs}
-        found.append(Point(runs[0]["epochs"], runs, _known(same), _known(limit), *key))
-    return [Point(epochs, runs, {}, {}) for epochs, runs in sorted(plain.items())], found
+        found.append(Point(runs[0]["epochs"], runs, seconds, _known(same), _known(limit), *key))
+    lengths = sorted(plain.items())
+    return [Point(epochs, runs, least_seconds(runs), {}, {}) for epochs, runs in lengths], found
 
 
 def _known(errors: dict[int, float | None]) -> dict[int, float]:
