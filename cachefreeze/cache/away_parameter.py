@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import inference_mode, nn
-from torch.utils import _pytree
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from cachefreeze.keys import in_order_of_memory
@@ -73,9 +73,12 @@ class AwayParameter(nn.Parameter):
         if func in _NEEDS_NO_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        for one in _pytree.tree_leaves((args, kwargs)):
-            come_back(one)
+        _all_come_back((args, kwargs))
         return func(*args, **kwargs)
+
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        """Makes a plain parameter, for code that makes another one of the same type."""
+        return nn.Parameter(data, requires_grad)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copies the parameter, after its values have come back."""
@@ -97,9 +100,17 @@ def may_go(tensor: Tensor) -> bool:
 
 
 def is_alone(tensor: Tensor) -> bool:
-    """Returns whether no other object uses the memory of a tensor. Else it would not be freed."""
+    """Returns whether no other object uses a tensor or its memory.
+
+    Memory that others use would not be freed. A graph for a backward pass that has saved the
+    tensor, or a TorchScript module, would read it without asking.
+    """
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return whole and _users(tensor) == _users(torch.empty(1))
+    return (
+        whole
+        and _users(tensor) == _users(torch.empty(1))
+        and tensor._use_count() == torch.empty(1)._use_count()  # type: ignore[attr-defined]
+    )
 
 
 def go_away(parameters: Sequence[nn.Parameter], when_back: Callable[[nn.Parameter], None]) -> None:
@@ -117,12 +128,18 @@ def go_away(parameters: Sequence[nn.Parameter], when_back: Callable[[nn.Paramete
         values = [one.get() for one in copies]
         for device in {one.device for one in parameters if one.device.type == "cuda"}:
             torch.cuda.synchronize(device)  # other streams may still read the weights
-        for one, kept in zip(parameters, values, strict=True):
-            vars(one)[_RECORD] = _Record(one.device, one.stride(), kept, when_back)
-            # Whoever reads these numbers all the same gets an error, or no number.
-            nothing = torch.full((1,), torch.nan, dtype=one.dtype, device="cpu")
-            one.data = nothing.expand(one.shape)
-            one.__class__ = AwayParameter
+        try:
+            for one, kept in zip(parameters, values, strict=True):
+                record = _Record(one.device, one.stride(), kept, when_back)
+                nothing = _unreadable(one)
+                vars(one)[_RECORD] = record
+                one.__class__ = AwayParameter
+                one.data = nothing
+        except BaseException:  # an interrupt, for example
+            for one in parameters:
+                come_back(one)
+                vars(one).pop(_RECORD, None)
+            raise
 
 
 def come_back(tensor: Any) -> None:
@@ -145,10 +162,41 @@ def come_back(tensor: Any) -> None:
 def _changing() -> Iterator[None]:
     """Lets one thread at a time move values. Modes of the user do not see it.
 
-    Examples are modes that make fake tensors, and inference mode.
+    Examples are modes that make fake tensors, inference mode, and the levels of `torch.func`.
     """
-    with _changes, _disable_current_modes(), torch._C.DisableTorchFunction(), inference_mode(False):
+    with (
+        _changes,
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+        torch._C.DisableTorchFunction(),
+        inference_mode(False),
+    ):
         yield
+
+
+def _unreadable(tensor: Tensor) -> Tensor:
+    """Returns a tensor on the CPU of the same shape and type, which nobody can read.
+
+    Some functions, such as `torch.tensor`, ask no class. They get an error.
+    """
+    nothing = torch.full((), torch.nan, dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+    torch._C._set_storage_data_ptr_access_error_msg(
+        nothing.untyped_storage()._cdata,
+        "The values of this frozen weight are in host memory (offload_frozen=True). Read them by "
+        "an operation of torch first, such as `weight.detach()`.",
+    )
+    return nothing
+
+
+def _all_come_back(given: Any) -> None:
+    """Brings back the values of all parameters among the arguments of a function."""
+    if isinstance(given, Mapping):
+        given = list(given.values())
+    if isinstance(given, (list, tuple)):
+        for one in given:
+            _all_come_back(one)
+    else:
+        come_back(given)
 
 
 def _users(tensor: Tensor) -> int:

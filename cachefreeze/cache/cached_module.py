@@ -90,7 +90,7 @@ class CachedModule:
             inner: Whether this is a call inside another one, whose frozen modules are cached by
                 themselves.
         """
-        call = ModuleCall(module, args, kwargs)
+        call = ModuleCall(module, args, kwargs, before_run=self._shared.offloading.bring_back)
         if self._by_parts:
             return _run_by_parts(call)
         if self._gives_up or self._sleeps():

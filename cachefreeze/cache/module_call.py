@@ -1,6 +1,6 @@
 """Call of a module, and the three ways to run it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter
@@ -29,6 +29,7 @@ class ModuleCall:
         device: Device whose time the call takes: the CPU, until `time_on` was called.
         began: Moment at which the call began. It is moved forward by work that is not part of the
             call.
+        before_run: Function that is called before the module runs without the cache.
     """
 
     module: nn.Module
@@ -36,6 +37,7 @@ class ModuleCall:
     kwargs: dict[str, Any]
     device: torch.device = _CPU
     began: Mark = field(default_factory=HostMark)
+    before_run: Callable[[], None] = lambda: None
     _keys: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -113,6 +115,7 @@ class ModuleCall:
 
     def run(self) -> Any:
         """Runs the call without the cache."""
+        self.before_run()
         self.load()
         return self.module(*self.args, **self.kwargs)
 

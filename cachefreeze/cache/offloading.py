@@ -74,13 +74,15 @@ class Offloading:
             go_away(going, self._note_back)
             self._away = going
         except (MemoryError, RuntimeError):  # the host has no room for them
-            self.is_on, self.bytes = False, 0
-        if not self._away:
-            self._wait_longer()
-        away = {id(one) for one in self._away}
-        for one in chosen:
-            if id(one) not in away:
-                self._weights.take_back(one)
+            self.is_on = False
+        finally:
+            if not self._away:
+                self.bytes = 0
+                self._wait_longer()
+            away = {id(one) for one in self._away}
+            for one in chosen:
+                if id(one) not in away:
+                    self._weights.take_back(one)
 
     def _note_back(self, parameter: Tensor) -> None:
         """Notes that a parameter is back. All others follow it."""

@@ -283,7 +283,8 @@ class Weights:
         """Goes on watching a tensor, which is hashed before it is used again."""
         held = self._of(tensor)
         held.away = False
-        self._doubt(held)
+        if held.digest:
+            self._doubt(held)
 
     def unseen_changes(self, tensor: Tensor) -> int:
         """Returns how many changes hashes have found that nothing else had shown."""

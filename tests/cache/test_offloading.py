@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cachefreeze
 from cachefreeze import ActivationCache
+from cachefreeze.cache import away_parameter
 from cachefreeze.lineage import devices
 
 from ..support.simulated_device import SimulatedQueue
@@ -211,6 +213,144 @@ def test_weights_that_leave_in_inference_mode_can_be_trained_later() -> None:
         for one in (plain, model):
             cachefreeze.unfreeze(one.body)
             steps(one.train(), X, range(2))
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same(one, other)
+
+
+class Some(list[Any]):
+    """A list of another class."""
+
+
+MORE_READERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "a gradient of torch.func": lambda weight: torch.func.grad(lambda x: (x * weight).sum())(
+        torch.ones_like(weight)
+    ),
+    "another of the same type": lambda weight: type(weight)(torch.ones(2), requires_grad=False),
+    "a list of another class": lambda weight: torch.cat(Some([weight, weight])),
+}
+
+
+@pytest.mark.parametrize("reader", MORE_READERS)
+def test_unusual_readers_get_what_they_get_from_a_plain_parameter(reader: str) -> None:
+    plain, model = net(), net()
+    with ActivationCache(model, offload_frozen=True):
+        until_away(model, plain)
+        wanted, found = (MORE_READERS[reader](one.body[0].weight) for one in (plain, model))
+        assert type(found) is type(wanted)
+        assert torch.equal(found, wanted)
+        for one in (plain, model):
+            steps(one, X, MANY)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same(one, other)
+
+
+def test_a_reader_that_asks_nobody_gets_an_error_and_no_numbers() -> None:
+    model = net()
+    with ActivationCache(model, offload_frozen=True):
+        until_away(model)
+        with pytest.raises(RuntimeError, match=r"offload_frozen=True"):
+            torch.asarray(model.body[0].weight, copy=True)
+
+
+class Encoder(nn.Module):
+    """A frozen layer that chooses its kernels by whether torch may skip asking its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).requires_grad_(False)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x.reshape(len(x), 12, 16)).mean(1))
+
+
+def test_a_layer_takes_the_same_path_while_its_weights_are_away() -> None:
+    torch.manual_seed(0)
+    model = Encoder()
+    plain = copy.deepcopy(model)
+    found = []
+    with ActivationCache(model, offload_frozen=True):
+        for epoch in range(40):
+            for one in (model, plain):
+                one.train().body.eval()
+                steps(one, X, range(epoch, epoch + 1))
+                one.eval()
+            with torch.no_grad():
+                if is_away(model):  # too small a batch to be followed
+                    found.append([one(X[40:43]) for one in (model, plain)])
+                for batch in X.split(BATCH):
+                    assert_same(model(batch), plain(batch))
+    assert found
+    for one, other in found:
+        assert_same(one, other)
+
+
+def test_a_weight_that_a_backward_pass_will_read_stays() -> None:
+    plain, model = net(), net()
+    gradients = []
+    for one in (plain, model):
+        z = torch.ones(1024, requires_grad=True)
+        cache = ActivationCache(one, offload_frozen=True) if one is model else None
+        left = False
+        for epoch in range(20):
+            for batch in batches(X, epoch):
+                penalty = (z * one.body[6].weight).sum()
+                (one(batch).sum() + penalty).backward()
+                left = left or is_away(one)
+        assert left == (one is model)
+        if cache is not None:
+            cache.close()
+        gradients.append(z.grad)
+    assert_same(*gradients)
+
+
+class Scale(nn.Module):
+    """One number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.number
+
+
+def test_a_weight_without_dimensions_leaves_as_well() -> None:
+    plain, model = net(), net()
+    for one in (plain, model):
+        one.body[4] = Scale().requires_grad_(False)
+    with ActivationCache(model, offload_frozen=True):
+        until_away(model, plain)
+        assert is_away(model.body[4])
+        pickle.dumps(list(model.parameters()))
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_an_interrupt_while_weights_leave_changes_nothing(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = net(), net()
+    real, calls = away_parameter._unreadable, []
+
+    def interrupted(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(tensor)
+
+    monkeypatch.setattr(away_parameter, "_unreadable", interrupted)
+    with ActivationCache(model, offload_frozen=True):
+        with pytest.raises(KeyboardInterrupt):
+            steps(model, X, range(40))
+        assert not is_away(model)
+        plain.load_state_dict(copy.deepcopy(model.state_dict()))
+        for one in (plain, model):
+            with torch.no_grad():
+                one.body[0].weight.mul_(0.5)
+                one.body[1].running_mean.add_(1)
+            steps(one, X, MANY)
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert_same(one, other)
 
