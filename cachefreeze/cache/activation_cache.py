@@ -89,8 +89,9 @@ class ActivationCache:
             batches before the first row came again, at least 2 and at most 8.
         offload_frozen: Whether frozen weights that only skipped work reads leave a GPU while all
             rows of an epoch are known. They are in host memory then, and come back before a batch
-            is computed, and as soon as anybody reads one. Each time they stay for longer. Not for
-            programs with CUDA graphs of their own that read these weights. No effect on a CPU.
+            is computed, and as soon as anybody reads one. Each time, they stay longer before they
+            leave again. Not for programs with CUDA graphs of their own that read these weights. No
+            effect on a CPU.
         verify: Checks that go on after that. "sample" compares a few served batches and hashes the
             frozen parameters again, within 1 % of the time. "all" computes and compares every
             batch, so that nothing is saved. "off" checks nothing more.
@@ -414,7 +415,6 @@ def _close(
     entries = shared.entries
     traces = [trace for module in modules.values() for trace in module.traces()]
     try:
-        shared.offloading.is_on = False
         shared.offloading.bring_back()
         hash_all(traces, shared)
         if entries.directory is not None:

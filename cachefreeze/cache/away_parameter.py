@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import inference_mode, nn
@@ -86,7 +86,7 @@ class AwayParameter(nn.Parameter):
         return copy.deepcopy(self, memo)
 
 
-def may_go(tensor: Tensor) -> bool:
+def may_go(tensor: Tensor) -> TypeGuard[nn.Parameter]:
     """Returns whether a tensor is a parameter whose values can leave its device."""
     return (
         type(tensor) is nn.Parameter

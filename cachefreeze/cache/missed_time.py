@@ -7,7 +7,8 @@ import torch
 
 from cachefreeze.cache.cache_state import CacheState
 from cachefreeze.lineage import Trace
-from cachefreeze.plan.costs import WRITE_RATE
+from cachefreeze.lineage.devices import queue_of
+from cachefreeze.plan.costs import GPU_WRITE_RATE, WRITE_RATE
 
 # Time of a new trace, of finding the axes of its rows and of comparing a batch, in passes through
 # all kernels.
@@ -28,7 +29,11 @@ class MissedTime:
 
     def __init__(self, trace: Trace, kept: Iterable[int]) -> None:
         self._trace = trace
-        self._writing = sum(trace.values[number].nbytes for number in kept) / WRITE_RATE
+        values = [trace.values[number] for number in kept]
+        self._writing = sum(
+            one.nbytes / (WRITE_RATE if queue_of(one.device) is None else GPU_WRITE_RATE)
+            for one in values
+        )
         self._each = self._sum = 0.0
         self._most = math.inf
 

@@ -68,7 +68,7 @@ class Offloading:
         self._weights.let_go(chosen)
         for trace in traces:
             trace.selection.frozen.forget_look()
-        going = [one for one in chosen if isinstance(one, nn.Parameter) and is_alone(one)]
+        going = [one for one in chosen if is_alone(one)]
         self.bytes = sum(one.nbytes for one in going)
         try:
             go_away(going, self._note_back)

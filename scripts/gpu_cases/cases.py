@@ -144,7 +144,7 @@ CASES = {
         share=0.5,
     ),
     "llama_lora_offloaded": Case(
-        "The same, frozen weights leave the GPU",
+        "Llama-like, LoRA, offloaded",
         SplitCase(
             llama_lora, partial(_words, 32000, 512, False), 16, next_word_loss, offloads=True
         ),

@@ -87,13 +87,13 @@ class SimulatedQueue:
         if source.data_ptr() in self._host:
             target.copy_(there)
 
-            def check() -> None:
-                if not np.array_equal(_bits(source), _bits(there)):
-                    self.faults.append("host memory was changed before the device had read it")
-
-            self._under_way.append((self._started + 1, check))
+            self._under_way.append((self._started + 1, lambda: self._check(source, there)))
         else:
             self._under_way.append((self._started + 1, lambda: target.copy_(there)))
+
+    def _check(self, memory: Tensor, there: Tensor) -> None:
+        if not np.array_equal(_bits(memory), _bits(there)):
+            self.faults.append("host memory was changed before the device had read it")
 
     def send_beside(self, memory: Tensor, device: torch.device) -> Callable[[], Tensor]:
         """Starts a copy. It holds other numbers until the device is told to wait for it."""
@@ -102,8 +102,7 @@ class SimulatedQueue:
             found.view(-1).view(torch.uint8).fill_(FOREIGN)
 
         def take() -> Tensor:
-            if not np.array_equal(_bits(memory), _bits(there)):
-                self.faults.append("host memory was changed before the device had read it")
+            self._check(memory, there)
             return found.copy_(there)
 
         return take
